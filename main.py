@@ -1,0 +1,108 @@
+"""Pretrain a BERT: one YAML, one Composer Trainer.
+
+    composer main.py yamls/mosaic_bert.yaml [key=value ...]     one process a GPU (or `composer -n 2` on a CPU)
+    python main.py yamls/quickstart.yaml [key=value ...]        one process
+"""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from composer import Trainer
+from composer.utils import dist, get_device, reproducibility
+
+from src import builders, checkpoint
+from src.config import ConfigError, RunConfig, hide_environment, load, to_dict
+from src.data_c4 import load_tokenizer
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """Everything that the config names, put together. Nothing is trained yet."""
+    checkpoint.load_as_data()
+    # Before streaming opens a process group with a time-out of its own.
+    dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
+    reproducibility.seed_all(config.seed)  # the same weights on every rank
+
+    tokenizer = load_tokenizer(config.tokenizer_name)
+    model = builders.build_model(config, tokenizer)
+    train_data = builders.build_train_data(config, tokenizer)
+    return Trainer(
+        run_name=config.run_name,
+        seed=config.seed,
+        model=model,
+        optimizers=builders.build_optimizer(config, model),
+        schedulers=builders.build_scheduler(config),
+        train_dataloader=train_data,
+        eval_dataloader=builders.build_evaluators(config, tokenizer, train_data),
+        max_duration=config.max_duration,
+        eval_interval=config.eval_interval,
+        precision=config.precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        # Each masked token of the global batch weighs the same, however it is cut into microbatches and ranks.
+        accumulate_train_batch_on_tokens=True,
+        algorithms=builders.build_algorithms(config),
+        callbacks=builders.build_callbacks(config),
+        loggers=builders.build_loggers(config),
+        progress_bar=config.progress_bar,
+        log_to_console=config.log_to_console,
+        console_log_interval=config.console_log_interval,
+        save_folder=config.save_folder,
+        save_interval=config.save_interval,
+        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        save_overwrite=config.save_overwrite,
+        load_path=config.load_path,
+        load_weights_only=config.load_weights_only,
+        autoresume=config.autoresume,
+        compile_config=config.compile_config,
+        parallelism_config=config.parallelism_config,
+        dist_timeout=config.dist_timeout,
+    )
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved config as a YAML that can be run again, under comments that say what it ran on."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+    runs_on = {
+        "commit": git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "world_size": dist.get_world_size(),
+    }
+    comments = "".join(f"# {name}: {value}\n" for name, value in runs_on.items())
+    return comments + yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.exit(__doc__)
+    config = load(argv[0], argv[1:])
+    trainer = build_trainer(config)
+    text = hide_environment(describe(config), argv[0], argv[1:])
+    if dist.get_global_rank() == 0:
+        print(text, file=sys.stderr)
+        if config.save_folder and "://" not in config.save_folder:
+            folder = Path(config.save_folder.format(run_name=config.run_name))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text)
+
+    trainer.fit()
+    for label, metrics in trainer.state.eval_metrics.items():
+        values = {name: metric.compute().item() for name, metric in metrics.items()}  # all ranks take part
+        if dist.get_global_rank() == 0:
+            print(label, " ".join(f"{name}={value:.4f}" for name, value in values.items()))
+    trainer.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"main.py: {error}")

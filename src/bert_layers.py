@@ -1,0 +1,553 @@
+"""MosaicBERT: a BERT with ALiBi, gated linear units and unpadding, with Hugging Face's names and outputs.
+
+Architecture: Portes et al., 2023, MosaicBERT, arXiv 2312.17482, section 2. Post-LayerNorm as in BERT (Devlin et al.,
+2019, arXiv 1810.04805); GLU from Shazeer, 2020, arXiv 2002.05202.
+
+Letters, as suffixes of shapes: B sequences, S padded length, T real tokens, M masked tokens, D hidden size, N heads,
+H head size, I GLU width, V vocabulary. Inside, the model works on the T real tokens, one sequence after another; padded
+input is unpadded on the way in and padded again on the way out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+
+from .attention import alibi_slopes, attention, resolve
+from .bert_padding import index_first_axis, pad_input, scatter_first_axis, unpad_input, unpad_layout
+from .configuration_bert import BertConfig
+
+IGNORED = -100
+"""Label of a position that carries no loss; any negative label is ignored."""
+
+
+@dataclass
+class UnpaddedMaskedLMOutput(MaskedLMOutput):
+    """What BertForMaskedLM returns; sums rather than means, so that batches can be added up exactly."""
+
+    loss_sum: Tensor | None = None
+    """() fp32, cross entropy summed over the masked tokens."""
+    correct: Tensor | None = None
+    """() int64, masked tokens whose highest logit is the label."""
+    count: Tensor | None = None
+    """() int64, masked tokens (M)."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The doors for fused kernels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)), the sum and the statistics in fp32 at least.
+
+    Under autocast the result has the autocast dtype, so that the residual stream stays in it.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        device = input.device.type
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        x = F.dropout(input, dropout_p, self.training)
+        with torch.autocast(device, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.promote_types(x.dtype, torch.float32))
+            x = x.to(dtype)
+            if residual is not None:
+                x = x + residual
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps).to(
+                out_dtype
+            )
+
+
+def geglu(gate_and_up: Tensor, dropout_p: float, training: bool) -> Tensor:
+    """dropout(gelu(gate) * up), (T, I), from the packed product (T, 2I) whose first half is the gate. Exact GELU."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.dropout(F.gelu(gate) * up, dropout_p, training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each sequence of an unpadded batch lies."""
+
+    cu_seqlens: Tensor
+    """(B + 1,) int32, cumulated lengths."""
+    max_seqlen: int
+    """Length of the longest sequence."""
+
+
+class BertEmbeddings(nn.Module):
+    """Word and segment embeddings; no positions, ALiBi has them."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, input_ids: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (T, D)
+        if token_type_ids is None:
+            x = x + self.token_type_embeddings.weight[0]
+        else:
+            x = x + self.token_type_embeddings(token_type_ids)
+        return F.dropout(self.LayerNorm(x), self.dropout_p, self.training)
+
+
+class AlibiSlopes(nn.Module):
+    """The slopes (N,) of all heads: a buffer that moves with the model but is never cast lower than fp32, nor saved."""
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+
+    def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # .half(), .to(bfloat16) and to_empty() all come through here; computed anew, the slopes survive each of them.
+        super()._apply(fn, recurse)
+        self.slopes = alibi_slopes(len(self.slopes)).to(self.slopes.device)
+        return self
+
+
+class BertSelfAttention(nn.Module):
+    """Queries, keys and values in one product, then attention within each sequence."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.impl = config.attention
+        resolve(self.impl, self.dropout_p)  # refuses here, not at the first step
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+        """(T, D) -> (T, D), or (M, D) when only the queries at ``rows`` (M,) are wanted."""
+        D, heads = x.shape[-1], (self.num_heads, -1)
+        if rows is None:
+            q, k, v = self.Wqkv(x).unflatten(-1, (3, *heads)).unbind(dim=1)  # each (T, N, H)
+        else:
+            weight, bias = self.Wqkv.weight, self.Wqkv.bias
+            q = F.linear(index_first_axis(x, rows), weight[:D], bias[:D])  # (M, D)
+            q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)
+            k, v = F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)).unbind(dim=1)
+        dropout_p = self.dropout_p if self.training else 0.0
+        out = attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, slopes, dropout_p, self.impl).flatten(1)
+        return out if rows is None else index_first_axis(out, rows)
+
+
+class BertSelfOutput(nn.Module):
+    """The attention's output projection, dropout, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x), residual, self.dropout_p)
+
+
+class BertAttention(nn.Module):
+    """Self-attention block."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+        residual = x if rows is None else index_first_axis(x, rows)
+        return self.output(self.self(x, layout, slopes, rows), residual)
+
+
+class BertGatedLinearUnitMLP(nn.Module):
+    """wo(dropout(gelu(x Wg) * (x Wu))), residual and LayerNorm. Shazeer's GEGLU; the gate has no bias."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = geglu(self.gated_layers(x), self.dropout_p, self.training)  # (T, I)
+        return self.layernorm(self.wo(hidden), residual=x)
+
+
+class BertLayer(nn.Module):
+    """One Transformer layer; with ``rows``, keys and values for all T tokens and everything else for those rows only."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.mlp = BertGatedLinearUnitMLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.mlp(self.attention(x, layout, slopes, rows))
+
+
+class BertEncoder(nn.Module):
+    """The layers, on (T, D)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.alibi = AlibiSlopes(config.num_attention_heads)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The input and the output of every layer, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
+        states = (x,)
+        for i, layer in enumerate(self.layer):
+            args = (x, layout, self.alibi.slopes, rows if i == len(self.layer) - 1 else None)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, *args)  # set by transformers, with the flag
+            else:
+                x = layer(*args)
+            states += (x,)
+        return states
+
+
+class BertPooler(nn.Module):
+    """tanh(dense(first token)), as in BERT."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_token: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first_token))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BertPreTrainedModel(PreTrainedModel):
+    """What all MosaicBERTs share: config, initial weights, gradient checkpointing."""
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BertLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range) for matrices, 0 for biases, 1 and 0 for LayerNorms, as BERT."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.data.normal_(mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.data.zero_()
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data.fill_(1.0)
+            module.bias.data.zero_()
+
+
+def _refuse(**arguments: object) -> None:
+    """Arguments that Hugging Face's BERT takes and that cannot act here."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(f"MosaicBERT takes no {name}: positions come from ALiBi, weights are never materialised")
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder, with BERT's pooler on top unless ``add_pooling_layer`` is False."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        layout: Layout,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The unpadded model: (T,) ids or (T, D) embeddings to the L + 1 states, (T, D) each.
+
+        With ``rows`` (M,) the last state is (M, D): the last layer computes no more than these tokens need.
+        """
+        x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        return self.encoder(x, layout, rows)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Padded in, padded out.
+
+        Args:
+            input_ids: (B, S), or ``inputs_embeds`` (B, S, D) in their place.
+            attention_mask: (B, S), nonzero at real tokens; None means that all are. ALiBi's distances count real
+                tokens only, so padding may be left or right.
+            token_type_ids: (B, S), or None for segment 0.
+            output_hidden_states: also return the embeddings' output and every layer's.
+
+        Returns:
+            ``last_hidden_state`` (B, S, D), zero at padding, and ``pooler_output`` (B, D) or None.
+
+        Raises:
+            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or not just one kind of input.
+        """
+        _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        B, S = given.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(B, S, dtype=torch.bool, device=given.device)
+        indices, cu_seqlens, max_seqlen = unpad_layout(attention_mask)
+
+        def unpad(x: Tensor | None) -> Tensor | None:
+            return None if x is None else unpad_input(x, indices)
+
+        states = self.encode(
+            unpad(input_ids), Layout(cu_seqlens, max_seqlen), unpad(token_type_ids), unpad(inputs_embeds)
+        )
+        last = pad_input(states[-1], indices, B, S)
+        pooled = None
+        if self.pooler is not None:
+            # The first real token, wherever padding put it. An empty sequence pools a zero vector.
+            first = attention_mask.bool().int().argmax(dim=1)
+            pooled = self.pooler(last[torch.arange(B, device=last.device), first])
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,  # pyright: ignore[reportArgumentType]
+            pooler_output=pooled,  # pyright: ignore[reportArgumentType]
+            hidden_states=tuple(pad_input(x, indices, B, S) for x in states) if output_hidden_states else None,  # pyright: ignore
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """LayerNorm(gelu(dense(x)))."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(x)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Logits over the vocabulary; the decoder's weight is the word embeddings'."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x))
+
+
+class BertOnlyMLMHead(nn.Module):
+    """The head, under the name that checkpoints have."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predictions(x)
+
+
+class BertForMaskedLM(BertPreTrainedModel):
+    """MosaicBERT with its masked-language-model head."""
+
+    _tied_weights_keys = ["cls.predictions.decoder.weight"]
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.cls.predictions.decoder = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        return_logits: bool = False,
+    ) -> UnpaddedMaskedLMOutput | tuple:
+        """Padded in; with ``labels`` the loss out, else logits (B, S, V).
+
+        Args:
+            labels: (B, S), negative where nothing is to be predicted. The loss is the mean cross entropy of the others.
+            return_logits: with labels, compute the logits of all tokens too; without it ``logits`` is None, and the
+                last layer and the head run on the masked tokens only.
+
+        The other arguments, and the errors, are those of ``BertModel.forward``.
+        """
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if labels is not None and not return_logits and not output_hidden_states and inputs_embeds is None:
+            _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            indices, cu_seqlens, max_seqlen = unpad_layout(mask)
+            labels_T = unpad_input(labels, indices)
+            masked_index = (labels_T >= 0).nonzero().squeeze(1)
+            output = self.forward_unpadded(
+                unpad_input(input_ids, indices),
+                Layout(cu_seqlens, max_seqlen),
+                masked_index,
+                labels_T[masked_index],
+                None if token_type_ids is None else unpad_input(token_type_ids, indices),
+            )
+            return output if return_dict else output.to_tuple()
+
+        encoded = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.cls(encoded.last_hidden_state)  # (B, S, V)
+        output = UnpaddedMaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states)
+        if labels is not None:
+            real = labels >= 0
+            if attention_mask is not None:
+                real &= attention_mask.bool()
+            output = _with_loss(output, logits[real], labels[real])
+        return output if return_dict else output.to_tuple()
+
+    def forward_unpadded(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        masked_index: Tensor,
+        labels: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> UnpaddedMaskedLMOutput:
+        """The training step's way in: a batch without padding, and where its masked tokens are.
+
+        Args:
+            input_ids: (T,).
+            layout: where each sequence lies.
+            masked_index: (M,) int64, positions in 0..T-1 of the masked tokens, ascending.
+            labels: (M,), what stood there.
+        """
+        states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
+        return _with_loss(UnpaddedMaskedLMOutput(), self.cls(states[-1]), labels)  # logits (M, V)
+
+
+def _with_loss(output: UnpaddedMaskedLMOutput, logits: Tensor, labels: Tensor) -> UnpaddedMaskedLMOutput:
+    """Sum, hits and count of the masked tokens' logits (M, V), and the mean as the loss; 0 if there is none."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    output.loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+    output.correct = (logits.detach().argmax(dim=-1) == labels).sum()
+    output.count = torch.full((), len(labels), dtype=torch.int64, device=labels.device)
+    output.loss = output.loss_sum / max(len(labels), 1)
+    return output
+
+
+class BertForSequenceClassification(BertPreTrainedModel):
+    """MosaicBERT with a classification or regression head on the pooled first token."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config)
+        dropout_p = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout_p)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """Logits (B, num_labels) and, with ``labels`` (B,) or (B, num_labels), the loss of ``config.problem_type``.
+
+        Without a problem_type: regression for one label, single-label for integers, multi-label for floats.
+        """
+        encoded = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None if labels is None else self._loss(logits.float(), labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
+        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            problem_type = "regression" if self.num_labels == 1 else single
+        if problem_type == "regression":
+            return F.mse_loss(logits.flatten(), labels.to(logits.dtype).flatten())
+        if problem_type == "single_label_classification":
+            return F.cross_entropy(logits, labels.flatten())
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -1,0 +1,407 @@
+"""From a run's config to its parts: tables of names, each with the class that it stands for.
+
+A name that is in no table, and an option that its class does not take, are errors that name what there is. What comes
+from Composer is Composer's, under its class's name in snake_case.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from composer.algorithms import (
+    EMA,
+    SWA,
+    GatedLinearUnits,
+    GradientClipping,
+    LowPrecisionLayerNorm,
+    SeqLengthWarmup,
+)
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    MemorySnapshot,
+    NaNMonitor,
+    OOMObserver,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+from composer.core import Algorithm, Callback, DataSpec, Evaluator, State
+from composer.loggers import (
+    CometMLLogger,
+    FileLogger,
+    LoggerDestination,
+    MLFlowLogger,
+    NeptuneLogger,
+    TensorboardLogger,
+    WandBLogger,
+)
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    DecoupledAdamW,
+    LinearWithWarmupScheduler,
+)
+from composer.optim.scheduler import _convert_time
+from composer.utils import dist
+from transformers import PreTrainedTokenizerFast
+
+from src import data_c4
+from src.callbacks import MetricsFile, ScheduledMasking
+from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest
+from src.configuration_bert import BertConfig
+from src.hf_bert import HFBert
+from src.mosaic_bert import MaskedLMModel, MosaicBert
+
+
+def build(path: str, table: Mapping[str, Callable[..., Any]], component: Component, **given: Any) -> Any:
+    """``table[name](**options, **given)``; ``given`` comes from the code and is no option of the YAML's.
+
+    Raises:
+        ConfigError: the name is not in the table, or options are unknown or missing; by the key's full path.
+    """
+    if component.name not in table:
+        raise ConfigError(f"{path}: unknown {component.name!r}; {nearest(component.name, list(table))}")
+    target = table[component.name]
+    check_options(f"{path}.{component.name}", target, component.options, given)
+    return target(**component.options, **given)
+
+
+def check_options(path: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str]) -> None:
+    """Refuse, in one error, options that ``target`` does not take, and say which it lacks."""
+    parameters = inspect.signature(target).parameters
+    takes = [
+        name
+        for name, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
+    ]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not inspect.isclass(target)
+    faults = []
+    for name in options:
+        if name not in takes and not open_ended:
+            faults.append(f"unexpected {str(name)!r} ({nearest(str(name), takes)})")
+    faults += [
+        f"missing {name!r}" for name in takes if parameters[name].default is inspect.Parameter.empty and name not in options
+    ]
+    if faults:
+        raise ConfigError(f"{path}: {'; '.join(faults)}; it takes {', '.join(takes) or 'nothing'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows of the word embeddings: the tokenizer's entries, up to a multiple of 64, which matrix products like."""
+    return math.ceil(len(tokenizer) / 64) * 64
+
+
+def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
+    """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
+    check_options(path, kind.__init__, options, ["self"])
+    options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
+    if options["vocab_size"] < len(tokenizer):
+        raise ConfigError(f"{path}.vocab_size: {options['vocab_size']} is less than the tokenizer's {len(tokenizer)}")
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def mosaic_bert(
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+    model_config: dict[str, Any] | None = None,
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> MosaicBert:
+    """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
+    options = {**(model_config or {}), "attention": attention}
+    config = _model_config(BertConfig, tokenizer, options, "model.model_config")
+    try:
+        return MosaicBert(config, gradient_checkpointing)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def hf_bert(
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_len: int,
+    model_config: dict[str, Any] | None = None,
+    pretrained_model_name: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> HFBert:
+    """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
+    config = _model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
+    if max_seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
+            "(model.model_config.max_position_embeddings)"
+        )
+    return HFBert(config, pretrained_model_name, gradient_checkpointing)
+
+
+MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
+
+
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MaskedLMModel:
+    """The model, with fresh weights, on the CPU."""
+    return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedules
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _groups(model: torch.nn.Module, weight_decay: float, decay_matrices_only: bool) -> list[dict[str, Any]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not decay_matrices_only:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def decoupled_adamw(
+    model: torch.nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-6,
+    weight_decay: float = 1e-5,
+    decay_matrices_only: bool = False,
+) -> DecoupledAdamW:
+    """Composer's AdamW, whose decay does not scale with ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
+    groups = _groups(model, weight_decay, decay_matrices_only)
+    return DecoupledAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)  # pyright: ignore
+
+
+def adamw(
+    model: torch.nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-6,
+    weight_decay: float = 0.02,
+    decay_matrices_only: bool = False,
+) -> torch.optim.AdamW:
+    """torch's fused AdamW: a step shrinks weights by weight_decay * lr. decoupled_adamw's decay d is d / lr here."""
+    groups = _groups(model, weight_decay, decay_matrices_only)
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)  # pyright: ignore
+
+
+class WarmupStableDecayScheduler(ComposerScheduler):
+    """Linear warmup, then the full rate, then a linear decay at the end (Hu et al., 2024, MiniCPM, arXiv 2404.06395).
+
+    Args:
+        t_warmup: length of the warmup, for example ``0.06dur`` or ``2000ba``.
+        t_decay: length of the decay.
+        alpha_f: share of the rate that is left at the end.
+    """
+
+    def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0):
+        self.t_warmup, self.t_decay, self.alpha_f = t_warmup, t_decay, alpha_f
+
+    def __call__(self, state: State, ssr: float = 1.0) -> float:
+        warmup = _convert_time(self.t_warmup, state, ssr)
+        decay, end = _convert_time(self.t_decay, state, ssr), _convert_time("1dur", state, ssr)
+        if not warmup.unit == decay.unit == end.unit or warmup.value + decay.value > end.value:
+            raise ConfigError(
+                f"scheduler: t_warmup {self.t_warmup} and t_decay {self.t_decay} must be in the unit of max_duration "
+                f"({end.to_timestring()}), or in dur, and not add up to more"
+            )
+        now = state.timestamp.get(end.unit).value
+        if now < warmup.value:
+            return now / warmup.value
+        if now <= end.value - decay.value:
+            return 1.0
+        return 1.0 - (1.0 - self.alpha_f) * min(1.0, (now - (end.value - decay.value)) / decay.value)
+
+
+OPTIMIZERS = {"decoupled_adamw": decoupled_adamw, "adamw": adamw}
+SCHEDULERS = {
+    "linear_decay_with_warmup": LinearWithWarmupScheduler,
+    "cosine_with_warmup": CosineAnnealingWithWarmupScheduler,
+    "constant_with_warmup": ConstantWithWarmupScheduler,
+    "warmup_stable_decay": WarmupStableDecayScheduler,
+}
+
+
+def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all of the model's parameters."""
+    return build("optimizer", OPTIMIZERS, config.optimizer, model=model)
+
+
+def build_scheduler(config: RunConfig) -> ComposerScheduler:
+    """The schedule of the learning rate, stepped every batch."""
+    return build("scheduler", SCHEDULERS, config.scheduler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithms, callbacks, loggers
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "ema": EMA,
+    "gated_linear_units": GatedLinearUnits,
+    "gradient_clipping": GradientClipping,
+    "low_precision_layernorm": LowPrecisionLayerNorm,
+    "seq_length_warmup": SeqLengthWarmup,
+    "swa": SWA,
+}
+REFUSED = {
+    ("alibi", "mosaic_bert"): "MosaicBERT has ALiBi already",
+    ("alibi", "hf_bert"): "Composer's does not work with this version of transformers; use model mosaic_bert",
+    ("fused_layernorm", "mosaic_bert"): "Composer has it no longer, and MosaicBERT's LayerNorm is its own",
+    ("fused_layernorm", "hf_bert"): "Composer has it no longer",
+    ("gated_linear_units", "mosaic_bert"): "MosaicBERT has gated linear units already",
+    ("low_precision_layernorm", "mosaic_bert"): "MosaicBERT's LayerNorm keeps its statistics in fp32",
+}
+CALLBACKS: dict[str, Callable[..., Callback]] = {
+    "early_stopper": EarlyStopper,
+    "lr_monitor": LRMonitor,
+    "memory_monitor": MemoryMonitor,
+    "memory_snapshot": MemorySnapshot,
+    "nan_monitor": NaNMonitor,
+    "oom_observer": OOMObserver,
+    "optimizer_monitor": OptimizerMonitor,
+    "runtime_estimator": RuntimeEstimator,
+    "speed_monitor": SpeedMonitor,
+    "system_metrics_monitor": SystemMetricsMonitor,
+    "threshold_stopper": ThresholdStopper,
+}
+LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
+    "cometml": CometMLLogger,
+    "file_logger": FileLogger,
+    "metrics_file": MetricsFile,
+    "mlflow": MLFlowLogger,
+    "neptune": NeptuneLogger,
+    "tensorboard": TensorboardLogger,
+    "wandb": WandBLogger,
+}
+
+
+def _build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
+    return [build(path, table, component) for component in components.values()]
+
+
+def build_algorithms(config: RunConfig) -> list[Algorithm]:
+    """Composer's algorithms; those that cannot act on the run's model are refused."""
+    for name in config.algorithms:
+        reason = REFUSED.get((name, config.model.name))
+        if reason:
+            raise ConfigError(f"algorithms.{name}: {reason}")
+    return _build_all("algorithms", ALGORITHMS, config.algorithms)
+
+
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """Composer's callbacks, and the one that a scheduled masking rate needs."""
+    callbacks = _build_all("callbacks", CALLBACKS, config.callbacks)
+    if isinstance(config.mlm_probability, MaskingSchedule):
+        callbacks.append(ScheduledMasking(config.mlm_probability))
+    return callbacks
+
+
+def build_loggers(config: RunConfig) -> list[LoggerDestination]:
+    """Loggers, beside the console and the progress bar, which the Trainer makes."""
+    return _build_all("loggers", LOGGERS, config.loggers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def device_train_batch_size(config: RunConfig) -> int:
+    """Sequences that each device takes in a step."""
+    world_size = dist.get_world_size()
+    if config.global_train_batch_size % world_size:
+        raise ConfigError(
+            f"global_train_batch_size: {config.global_train_batch_size} is not a multiple of the {world_size} devices"
+        )
+    return config.global_train_batch_size // world_size
+
+
+def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
+    """The training data, shuffled, in batches of the device's share."""
+    loader = config.train_loader
+    batch_size = device_train_batch_size(config)
+    dataset = _streaming_c4(
+        config,
+        tokenizer,
+        loader,
+        batch_size=batch_size,
+        shuffle=loader.shuffle,
+        shuffle_seed=loader.shuffle_seed,
+        num_canonical_nodes=loader.num_canonical_nodes,
+    )
+    rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
+    collator = data_c4.MaskingCollator(tokenizer, rate, config.seed)
+    return _data_spec(config, dataset, collator, loader, batch_size)
+
+
+def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
+    """The held-out data, each sample once."""
+    loader = config.eval_loader
+    train_loader = config.train_loader
+    if (loader.local, loader.split) == (train_loader.local, train_loader.split):
+        dataset = train.dataloader.dataset  # pyright: ignore  # streaming allows one dataset a folder
+    else:
+        dataset = _streaming_c4(config, tokenizer, loader, batch_size=config.device_eval_batch_size)
+    once = data_c4.EachSampleOnce(
+        dataset, config.device_eval_batch_size, dist.get_global_rank(), dist.get_world_size()
+    )
+    collator = data_c4.MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
+    spec = _data_spec(config, once, collator, loader, config.device_eval_batch_size)
+    # Composer names its own default evaluator's metrics so too; "eval" keeps the metrics' usual names.
+    return [Evaluator(label="eval", dataloader=spec, device_eval_microbatch_size=config.device_eval_batch_size)]
+
+
+def _streaming_c4(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
+) -> data_c4.StreamingC4:
+    assert loader.local is not None, "config.load fills it in"
+    return data_c4.StreamingC4(
+        tokenizer,
+        config.max_seq_len,
+        local=loader.local,
+        remote=loader.remote,
+        split=loader.split,
+        predownload=loader.predownload,
+        cache_limit=loader.cache_limit,
+        download_retry=loader.download_retry,
+        download_timeout=loader.download_timeout,
+        **order,
+    )
+
+
+def _data_spec(
+    config: RunConfig,
+    dataset: data_c4.StreamingC4 | data_c4.EachSampleOnce,
+    collator: data_c4.MaskingCollator,
+    loader: LoaderConfig,
+    batch_size: int,
+) -> DataSpec:
+    """Batches are cut by us: Composer's default would cut a microbatch's layout into nonsense."""
+    return DataSpec(
+        data_c4.build_dataloader(
+            dataset,
+            collator,
+            batch_size,
+            num_workers=loader.num_workers,
+            prefetch_factor=loader.prefetch_factor,
+            timeout=loader.timeout,
+            pin_memory=torch.cuda.is_available(),
+        ),
+        split_batch=data_c4.split_unpadded if config.model.name == "mosaic_bert" else data_c4.split_padded,  # pyright: ignore
+        get_num_samples_in_batch=data_c4.num_samples,
+        get_num_tokens_in_batch=data_c4.num_tokens,  # pyright: ignore
+    )

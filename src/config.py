@@ -1,0 +1,382 @@
+"""What a run is: frozen dataclasses, read from one YAML and ``key=value`` overrides. Imports no torch.
+
+    load("yamls/mosaic_bert.yaml", ["max_duration=10ba"]) -> RunConfig
+
+This is the only place with defaults. Every unknown, missing and ill-typed key is reported in ONE error, by its full path
+and with the nearest known name. What a component takes (an optimizer's betas, a callback's interval) is checked where it
+is built, in builders.py. Fields that go to Composer's Trainer keep Composer's names, and its units: ``ba`` batches,
+``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """Something is wrong with the YAML or an override; the message names every fault found."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A thing that builders.py makes by name: in the YAML a section with ``name`` and what the thing takes."""
+
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MaskingSchedule:
+    """A masking rate that goes linearly from one value to another over the run (Ankner et al., 2023, arXiv 2305.15096)."""
+
+    initial: float
+    """Share of tokens masked at the first step."""
+    final: float
+    """Share of tokens masked at the last step."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Where samples come from, for training and evaluation."""
+
+    split: str
+    """Subfolder of the dataset."""
+    local: str | None = None
+    """Folder of the dataset, or the cache when there is a remote. None: the run's ``data_local``."""
+    remote: str | None = None
+    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing is streamed."""
+    num_workers: int = 0
+    """Processes that load, tokenize and mask. The batches are the same for any number."""
+    prefetch_factor: int = 2
+    """Batches that each worker keeps ready. No effect without workers."""
+    timeout: float = 1800
+    """Seconds to wait for a batch before giving up, so that a dead stream is an error and no hang. With workers only."""
+    predownload: int | None = None
+    """Samples to download ahead of each worker; None leaves it to streaming. No effect without a remote."""
+    cache_limit: str | None = None
+    """Size such as ``100gb`` above which streamed shards are dropped again. No effect without a remote."""
+    download_retry: int = 2
+    """Times that a failed download is tried again. No effect without a remote."""
+    download_timeout: float = 60
+    """Seconds that a download may take. No effect without a remote."""
+
+
+@dataclass(frozen=True)
+class TrainLoaderConfig(LoaderConfig):
+    """The training data."""
+
+    num_canonical_nodes: int = dataclasses.field(kw_only=True)
+    """Nodes that the order of samples is made for. It is part of the order, hence required: a multiple or a divisor of
+    the nodes that will ever run this (streaming's requirement), kept when their number changes."""
+    shuffle: bool = True
+    """Whether samples come in random order, another one each epoch."""
+    shuffle_seed: int | None = None
+    """Seed of that order. None: the run's ``seed``. No effect without shuffle."""
+
+
+@dataclass(frozen=True)
+class EvalLoaderConfig(LoaderConfig):
+    """The held-out data, each sample of which is counted once, always masked alike."""
+
+    mlm_probability: float = 0.15
+    """Share of tokens masked; 15% whatever training takes, so that losses compare."""
+
+
+Named = dict[str, Component]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run."""
+
+    run_name: str
+    """Names the run in logs and, through ``{run_name}``, in paths."""
+    data_local: str
+    """Folder of the dataset, with one subfolder a split; the cache when there is a ``data_remote``."""
+    max_seq_len: int
+    """Longest sample in tokens, [CLS] and [SEP] included."""
+    tokenizer_name: str
+    """Tokenizer: a folder, or a name on the Hugging Face hub."""
+    mlm_probability: float | MaskingSchedule
+    """Share of training tokens masked, or ``{initial: …, final: …}``, linear over the run."""
+    model: Component
+    """``mosaic_bert`` or ``hf_bert``, with ``model_config``."""
+    train_loader: TrainLoaderConfig
+    eval_loader: EvalLoaderConfig
+    optimizer: Component
+    scheduler: Component
+    max_duration: str
+    """Length of the run, for example 70000ba, 286720000sp or 1ep."""
+    global_train_batch_size: int
+    """Sequences in a step, over all devices; a multiple of their number."""
+    device_eval_batch_size: int
+    """Sequences in a batch of evaluation, on each device. The result does not depend on it."""
+
+    data_remote: str | None = None
+    """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local`` already."""
+    device_train_microbatch_size: int | Literal["auto"] = "auto"
+    """Sequences that a device works on at once; the loss does not depend on it. ``auto`` (GPU) finds what fits."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    """Type of the matrix products. ``amp_*`` need a GPU."""
+    seed: int = 17
+    """Of weights, order, masks and dropout."""
+    eval_interval: str | int = "1ep"
+    """How often to evaluate; 0 for never. The end of the run is always evaluated."""
+    algorithms: Named = field(default_factory=dict)
+    """Composer's algorithms by name, with what each takes."""
+    callbacks: Named = field(default_factory=dict)
+    """Composer's callbacks by name, with what each takes."""
+    loggers: Named = field(default_factory=dict)
+    """Composer's loggers by name, with what each takes."""
+    progress_bar: bool = True
+    """Draw a progress bar."""
+    log_to_console: bool = False
+    """Print metrics, each ``console_log_interval``."""
+    console_log_interval: str = "1ba"
+    """How often to print. No effect without ``log_to_console``."""
+    save_folder: str | None = None
+    """Where checkpoints and the resolved config go: a path or an object-store URI. None saves nothing."""
+    save_interval: str = "1ep"
+    """How often to save; the end of the run is always saved. No effect without ``save_folder``."""
+    save_num_checkpoints_to_keep: int = -1
+    """How many of the latest to keep; -1 keeps all. No effect without ``save_folder``."""
+    save_overwrite: bool = False
+    """Whether checkpoints of an earlier run in the same folder may be overwritten."""
+    load_path: str | None = None
+    """Checkpoint to begin from."""
+    load_weights_only: bool = False
+    """Take only the weights from ``load_path`` and begin a new run with them."""
+    autoresume: bool = False
+    """Go on from the latest checkpoint in ``save_folder`` if there is one."""
+    compile_config: dict[str, Any] | None = None
+    """Arguments of torch.compile; ``{}`` compiles with its defaults. None does not compile."""
+    parallelism_config: dict[str, Any] | None = None
+    """Composer's, for FSDP: ``{fsdp: {...}}``. None is data parallelism (DDP)."""
+    dist_timeout: float = 1800
+    """Seconds after which a process that waits for another gives up."""
+
+
+DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
+INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML and ``key=value`` overrides (``train_loader.split=val``) into a run.
+
+    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable.
+
+    Raises:
+        ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. All
+            such keys are in the one message.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the top level must be keys and values")
+
+    faults: list[str] = []
+    config = _dataclass(RunConfig, tree, "", faults)
+    if config is not None:
+        _check(config, faults)
+    if config is None or faults:
+        heading = f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise ConfigError("\n  ".join([heading, *faults]))
+    return _fill(config)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, components as they stand in a YAML. ``load`` of it gives the run again."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Component):
+            return {"name": value.name, **value.options}
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {k: v.options if isinstance(v, Component) else plain(v) for k, v in value.items()}
+        return value
+
+    return plain(config)
+
+
+def hide_environment(text: str, path: str, overrides: Sequence[str] = ()) -> str:
+    """``text`` with the value of each environment variable that the YAML or an override reads replaced by its name."""
+    source = "\n".join([Path(path).read_text(), *overrides])
+    for name in set(re.findall(r"\$\{oc\.env:\s*([A-Za-z_]\w*)", source)):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], f"${{oc.env:{name}}}")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checking
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, else all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _dataclass(kind: type, tree: Any, path: str, faults: list[str]) -> Any:
+    """``tree`` as a ``kind``, or None with the reasons added to ``faults``."""
+    if not isinstance(tree, dict):
+        faults.append(f"{path}: keys and values are wanted here, not {tree!r}")
+        return None
+    prefix = f"{path}." if path else ""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name in tree:
+        if name not in fields:
+            faults.append(f"{prefix}{name}: unknown; {nearest(str(name), list(fields))}")
+    values, before = {}, len(faults)
+    for name, f in fields.items():
+        if name in tree and tree[name] != "???":  # OmegaConf's mark of a value that must be given
+            values[name] = _value(hints[name], tree[name], prefix + name, faults)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            faults.append(f"{prefix}{name}: missing")
+    return kind(**values) if len(faults) == before else None
+
+
+def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    """``value`` as a ``hint``, or None with the reason added to ``faults``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Component:
+        return _component(value, path, faults)
+    if origin is dict and args[1] is Component:
+        return _components(value, path, faults)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, path, faults)  # pyright: ignore[reportArgumentType]
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for arg in args:
+            attempt: list[str] = []
+            result = _value(arg, value, path, attempt)
+            if not attempt:
+                return result
+            if dataclasses.is_dataclass(arg) and isinstance(value, dict):
+                faults.extend(attempt)
+                return None
+    elif origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, origin or hint):
+        return value
+    faults.append(f"{path}: {value!r} is not {_describe(hint)}")
+    return None
+
+
+def _describe(hint: Any) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in typing.get_args(hint))
+    return "keys and values"
+
+
+def _component(value: Any, path: str, faults: list[str]) -> Component | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        faults.append(f"{path}: a section with a 'name' is wanted here, not {value!r}")
+        return None
+    return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
+
+
+def _components(value: Any, path: str, faults: list[str]) -> Named | None:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        faults.append(f"{path}: names, each with what it takes, are wanted here, not {value!r}")
+        return None
+    components = {}
+    for name, options in value.items():
+        if options is not None and not isinstance(options, dict):
+            faults.append(f"{path}.{name}: keys and values (or {{}}) are wanted here, not {options!r}")
+        components[name] = Component(str(name), options or {})
+    return components
+
+
+def _check(config: RunConfig, faults: list[str]) -> None:
+    """Values that have the right type and make no sense."""
+
+    def want(ok: bool, path: str, value: Any, what: str) -> None:
+        if not ok:
+            faults.append(f"{path}: {value!r} is not {what}")
+
+    rates = {"eval_loader.mlm_probability": config.eval_loader.mlm_probability}
+    if isinstance(config.mlm_probability, MaskingSchedule):
+        rates["mlm_probability.initial"] = config.mlm_probability.initial
+        rates["mlm_probability.final"] = config.mlm_probability.final
+    else:
+        rates["mlm_probability"] = config.mlm_probability
+    for path, rate in rates.items():
+        want(0 < rate < 1, path, rate, "between 0 and 1")
+
+    for name in ("max_seq_len", "global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
+        want(getattr(config, name) > 0, name, getattr(config, name), "positive")
+    want(config.max_seq_len > 2, "max_seq_len", config.max_seq_len, "more than the 2 special tokens of a sample")
+    if config.device_train_microbatch_size != "auto":
+        size = config.device_train_microbatch_size
+        want(size > 0, "device_train_microbatch_size", size, "positive")
+    nodes = config.train_loader.num_canonical_nodes
+    want(nodes > 0, "train_loader.num_canonical_nodes", nodes, "positive")
+    for loader in ("train_loader", "eval_loader"):
+        section: LoaderConfig = getattr(config, loader)
+        want(section.num_workers >= 0, f"{loader}.num_workers", section.num_workers, "0 or more")
+        want(section.prefetch_factor > 0, f"{loader}.prefetch_factor", section.prefetch_factor, "positive")
+
+    want(bool(DURATION.fullmatch(config.max_duration)), "max_duration", config.max_duration, "a number with ba, sp, tok or ep")
+    intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
+    if config.eval_interval != 0:
+        intervals["eval_interval"] = str(config.eval_interval)
+    for path, interval in intervals.items():
+        want(bool(INTERVAL.fullmatch(interval)), path, interval, "a number with ba, sp, tok, ep, sec or dur")
+
+    if config.autoresume and config.save_folder is None:
+        faults.append("autoresume: there is nothing to resume from without a save_folder")
+    if config.load_weights_only and config.load_path is None:
+        faults.append("load_weights_only: acts only with a load_path")
+
+
+def _fill(config: RunConfig) -> RunConfig:
+    """The run with what one key takes from another written out."""
+
+    def source(loader: Any) -> dict[str, Any]:
+        if loader.local is None:
+            return {"local": config.data_local, "remote": loader.remote or config.data_remote}
+        return {}
+
+    train = dataclasses.replace(config.train_loader, **source(config.train_loader))
+    if train.shuffle_seed is None:
+        train = dataclasses.replace(train, shuffle_seed=config.seed)
+    eval_loader = dataclasses.replace(config.eval_loader, **source(config.eval_loader))
+    return dataclasses.replace(config, train_loader=train, eval_loader=eval_loader)

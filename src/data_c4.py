@@ -1,0 +1,468 @@
+"""The data's way: MDS shards -> samples -> masked, padded batches -> unpadded microbatches. Imports no other file here.
+
+    StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens
+    EachSampleOnce         evaluation's view of it: no sample repeated, none left out
+    MaskingCollator        samples -> padded (B, S) batch, masked by a pure function of (seed, epoch, sample id, position)
+    split_unpadded         batch -> microbatches without padding, with their layout; split_padded for padded models
+
+Letters: B sequences, S longest length in the batch, T real tokens, M masked tokens.
+
+As a script it prints what training would see:  python src/data_c4.py REMOTE [LOCAL] [--split val]
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+TOKENS_KEY = "mosaic_bert_tokens"
+"""Key of index.json that describes shards of tokens; streaming reads past it. Shards of text have none."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with BERT's special tokens, from a folder, the local cache, or the Hugging Face hub, in that order.
+
+    Raises:
+        ValueError: there is none, or it is not fast, or it lacks one of [CLS], [SEP], [MASK], [PAD].
+    """
+    if not Path(name_or_folder).is_dir() and name_or_folder.startswith((".", "/", "~")):
+        raise ValueError(f"tokenizer {name_or_folder!r}: there is no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
+    except OSError as error:
+        if Path(name_or_folder).is_dir():
+            raise ValueError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer ({error})") from None
+        log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face hub", name_or_folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        except OSError as hub_error:
+            raise ValueError(
+                f"tokenizer {name_or_folder!r} is neither a folder nor to be had from the hub: {hub_error}\n"
+                "Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online."
+            ) from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name_or_folder!r} has no fast version (no tokenizer.json); it is too slow to use")
+    lacking = [name for name in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
+    if lacking:
+        raise ValueError(f"tokenizer {name_or_folder!r} has no {', '.join(lacking)} token; BERT's training needs them")
+    # Some folders carry truncation and padding of their own; lengths are ours to decide.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256, in hex, of all that decides which ids a text becomes."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def encode_prefix(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int) -> list[int]:
+    """The first ``max_tokens`` ids of ``text``, no special tokens, without tokenizing all that is cut off.
+
+    The text is cut between words, where WordPiece and byte-level BPE cut too, so the ids are exact.
+    """
+    characters = 6 * max_tokens  # English has 4 to 5 characters a word piece
+    while True:
+        end = len(text)
+        if characters < end:
+            end = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
+            end = len(text) if end <= 0 else end
+        ids = tokenizer.backend_tokenizer.encode(text[:end], add_special_tokens=False).ids
+        if len(ids) >= max_tokens or end == len(text):
+            return ids[:max_tokens]
+        characters *= 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Sample(TypedDict):
+    """What a dataset yields."""
+
+    input_ids: NDArray[Any]
+    """(length,) ids, [CLS] and [SEP] included, any integer type."""
+    sample_id: int
+    """Position in the dataset, the same for any shuffle and world size."""
+    epoch: int
+    """Pass over the data, from 0; with the sample id it decides what is masked."""
+
+
+class StreamingC4(StreamingDataset):
+    """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        max_seq_len: longest sample in tokens, special tokens included. Texts are truncated to it; shards of tokens must
+            have been written for just this length.
+        local: folder of the dataset, or the cache when there is a ``remote``.
+        remote: path or object-store URI to stream from; None or the same as ``local`` when the data is here already.
+        split: subfolder.
+        kwargs: StreamingDataset's.
+
+    Raises:
+        ValueError: the shards have neither text nor tokens, or tokens of another tokenizer or length.
+        RuntimeError, FileNotFoundError: there is no index.json (streaming's own errors).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_len: int,
+        local: str,
+        remote: str | None = None,
+        split: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(local=local, remote=remote, split=split, **kwargs)
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        folder = Path(local) / (split or "")
+        description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
+        self.token_dtype = None if description is None else np.dtype(description["dtype"]).newbyteorder("<")
+        if description is not None:
+            _check_tokens(description, tokenizer, max_seq_len, folder)
+        elif "text" not in self.shards[0].column_names:  # pyright: ignore[reportAttributeAccessIssue]
+            columns = ", ".join(self.shards[0].column_names)  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
+        """One sample by its id."""
+        raw = super().get_item(sample_id, retry)
+        if self.token_dtype is not None:
+            input_ids = np.frombuffer(raw["tokens"], self.token_dtype)
+        else:
+            ids = encode_prefix(self.tokenizer, raw["text"], self.max_seq_len - 2)
+            input_ids = np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
+        # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
+        return Sample(input_ids=input_ids, sample_id=int(sample_id), epoch=max(self.next_epoch - 1, 0))
+
+
+def _check_tokens(
+    description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, folder: Path
+) -> None:
+    """Shards of tokens fit the run: same tokenizer, same length."""
+    if description["fingerprint"] != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"{folder} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
+            f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again."
+        )
+    if description["max_seq_len"] != max_seq_len:
+        raise ValueError(
+            f"{folder} holds samples of up to {description['max_seq_len']} tokens and max_seq_len is {max_seq_len}. "
+            "Set max_seq_len to the former, or convert the text again."
+        )
+
+
+class EachSampleOnce(IterableDataset):
+    """A dataset for evaluation: every sample in just one batch of one rank, whatever the ranks, workers and batches.
+
+    Iterating a StreamingDataset repeats samples to fill up batches and nodes; this one indexes it. Ranks that run out
+    earlier get [CLS][SEP], of which nothing can be masked, so that all ranks have equally many batches. Epoch is 0.
+
+    Args:
+        dataset: samples by index.
+        batch_size: of the DataLoader; workers take whole batches in turn.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(self, dataset: StreamingC4, batch_size: int, rank: int, world_size: int):
+        self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.dataset.size // self.world_size)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for start in range(first * self.batch_size, len(self), step * self.batch_size):
+            for i in range(start, min(start + self.batch_size, len(self))):
+                yield self._sample(i * self.world_size + self.rank)
+
+    def _sample(self, index: int) -> Sample:
+        if index < self.dataset.size:
+            return Sample(input_ids=self.dataset[index]["input_ids"], sample_id=index, epoch=0)
+        tokenizer = self.dataset.tokenizer
+        return Sample(input_ids=np.array([tokenizer.cls_token_id, tokenizer.sep_token_id]), sample_id=index, epoch=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masking
+# ----------------------------------------------------------------------------------------------------------------------
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea and Flood, 2014, figure 15): every input bit stirs every output bit."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_hash(
+    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """64 random bits for each position of each sample: (T,) from epochs, ids and lengths (B,), a pure function."""
+    key = _mix(np.full(len(lengths), seed).astype(np.uint64))
+    key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ sample_ids.astype(np.uint64))
+    starts = np.cumsum(lengths) - lengths
+    position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    return _mix(np.repeat(key, lengths) + position.astype(np.uint64) * _GOLDEN)
+
+
+class MaskingCollator:
+    """Samples to a padded batch, masked as BERT does it (Devlin et al., 2019, section 3.1).
+
+    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked iff u < rate and it holds no special
+    token. Of the masked, 80% become [MASK], 10% a random word of the tokenizer's real vocabulary, 10% stay. So the masks
+    do not depend on workers, ranks, batch sizes or restarts, and a lower rate masks a subset of a higher one's.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        rate: share of positions to mask; None leaves that to ``mask_batch``, later in the main process, because workers
+            fetch ahead and do not know the training step.
+        seed: of the masks.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch; with
+        ``rate=None`` instead of labels ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
+        (B, S) int64, the id that a masked position would get.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
+        self.rate, self.seed = rate, seed
+        self.pad_token_id, self.mask_token_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)  # pyright: ignore
+        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        self.is_special[tokenizer.all_special_ids] = True
+        self.words = np.flatnonzero(~self.is_special)
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        epochs = np.array([sample["epoch"] for sample in samples])
+        sample_ids = np.array([sample["sample_id"] for sample in samples])
+        ids = np.concatenate([sample["input_ids"] for sample in samples]).astype(np.int64)  # (T,)
+        bits = counter_hash(self.seed, epochs, sample_ids, lengths)
+        u = np.where(self.is_special[ids], 2.0, (bits >> np.uint64(11)) * 2.0**-53)
+
+        real = np.arange(lengths.max())[None, :] < lengths[:, None]  # (B, S)
+
+        def pad(x: NDArray[Any], fill: float) -> Tensor:
+            padded = np.full(real.shape, fill, dtype=x.dtype)
+            padded[real] = x
+            return torch.from_numpy(padded)
+
+        if self.rate is None:
+            fields = {"input_ids": pad(ids, self.pad_token_id), "mask_u": pad(u, 2.0)}
+            fields["replacement"] = pad(self._replacements(ids, bits), self.pad_token_id)
+        else:
+            masked = np.flatnonzero(u < self.rate)
+            inputs, labels = ids.copy(), np.full_like(ids, IGNORED)
+            labels[masked] = ids[masked]
+            inputs[masked] = self._replacements(ids[masked], bits[masked])
+            fields = {"input_ids": pad(inputs, self.pad_token_id), "labels": pad(labels, IGNORED)}
+        return {**fields, "attention_mask": torch.from_numpy(real.astype(np.int64))}
+
+    def _replacements(self, ids: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """What masked positions become: the mask, a random word or the word itself, by a second hash of their bits."""
+        bits = _mix(~bits)
+        choice = (bits >> np.uint64(32)) * 2.0**-32
+        word = self.words[((bits & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.words))) >> np.uint64(32)]
+        return np.where(choice < 0.8, self.mask_token_id, np.where(choice < 0.9, word, ids))
+
+
+def mask_batch(batch: Batch, rate: float) -> Batch:
+    """Mask a batch that was collated with ``rate=None``: the same as if the collator had known the rate."""
+    masked = batch["mask_u"] < rate
+    return {
+        "input_ids": torch.where(masked, batch["replacement"], batch["input_ids"]),
+        "labels": torch.where(masked, batch["input_ids"], IGNORED),
+        "attention_mask": batch["attention_mask"],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Microbatches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
+    """Cut a padded batch (B, S) into padded microbatches, each no longer than its longest sequence, on the CPU.
+
+    Counts are Python ints, so that asking for them never waits for a GPU: ``num_samples``, ``num_tokens`` (real ones),
+    and ``num_masked``, those that carry loss. In a batch without a single one, the first microbatch counts 1, because
+    Composer divides by their sum; its loss is 0.
+    """
+    microbatches = []
+    for start in range(0, len(batch["input_ids"]), microbatch_size):
+        rows = slice(start, start + microbatch_size)
+        lengths = batch["attention_mask"][rows].sum(dim=1)
+        part: Batch = {name: x[rows, : int(lengths.max())] for name, x in batch.items()}
+        part["num_samples"] = len(lengths)
+        part["num_tokens"] = int(lengths.sum())
+        part["num_masked"] = int((part["labels"] >= 0).sum())
+        microbatches.append(part)
+    if not any(part["num_masked"] for part in microbatches):
+        microbatches[0]["num_masked"] = 1
+    return microbatches
+
+
+def split_unpadded(batch: Batch, microbatch_size: int) -> list[Batch]:
+    """Cut a padded batch into microbatches of real tokens, each with its layout, on the CPU.
+
+    Nothing slices a layout afterwards.
+
+    Returns:
+        For each microbatch ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,) int64 into 0..T-1, ``indices``
+        (T,) int64 into the flattened (B * S), ``cu_seqlens`` (B + 1,) int32, the int ``max_seqlen``, and the counts of
+        ``split_padded``. A microbatch that is small enough comes back as it is.
+
+    Raises:
+        ValueError: ``batch`` is a microbatch already, and larger than ``microbatch_size``.
+    """
+    if "cu_seqlens" in batch:
+        if batch["num_samples"] > microbatch_size:
+            raise ValueError(f"a microbatch of {batch['num_samples']} samples cannot be cut again to {microbatch_size}")
+        return [batch]
+    microbatches = []
+    for part in split_padded(batch, microbatch_size):
+        real = part["attention_mask"].bool()
+        lengths = real.sum(dim=1)
+        indices = real.flatten().nonzero().squeeze(1)
+        labels = part["labels"].flatten()[indices]
+        masked_index = (labels >= 0).nonzero().squeeze(1)
+        microbatches.append(
+            {
+                "input_ids": part["input_ids"].flatten()[indices],
+                "labels": labels[masked_index],
+                "masked_index": masked_index,
+                "indices": indices,
+                "cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
+                "max_seqlen": int(lengths.max()),
+                **{name: part[name] for name in ("num_samples", "num_tokens", "num_masked")},
+            }
+        )
+    return microbatches
+
+
+def num_samples(batch: Batch) -> int:
+    """Sequences of a batch or microbatch."""
+    return batch["num_samples"] if "num_samples" in batch else len(batch["input_ids"])
+
+
+def num_tokens(batch: Batch) -> dict[str, int]:
+    """Real tokens of a batch or microbatch ("total"), and those that carry loss ("loss_generating")."""
+    if "num_tokens" in batch:
+        return {"total": batch["num_tokens"], "loss_generating": batch["num_masked"]}
+    masked = int((batch["labels"] >= 0).sum()) if "labels" in batch else 0  # no labels yet: the rate is scheduled
+    return {"total": int(batch["attention_mask"].sum()), "loss_generating": masked}
+
+
+def build_dataloader(
+    dataset: StreamingC4 | EachSampleOnce,
+    collator: MaskingCollator,
+    batch_size: int,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    timeout: float = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A DataLoader of padded batches; ``prefetch_factor`` and ``timeout`` (seconds) act with workers only."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        timeout=timeout if num_workers else 0,
+        pin_memory=pin_memory,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Script
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print what training would see of a dataset.")
+    parser.add_argument("remote", help="where the dataset is: a folder or an object-store URI")
+    parser.add_argument("local", nargs="?", help="where to stream it to (default: remote itself, nothing is copied)")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--tokenizer", help="name or folder (default: the shards' own, else bert-base-uncased)")
+    parser.add_argument("--max_seq_len", type=int, help="default: the shards' own, else 128")
+    parser.add_argument("--mlm_probability", type=float, default=0.15)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--num_batches", type=int, default=100, help="batches to time")
+    parser.add_argument("--print", type=int, default=2, dest="shown", help="batches to print, two samples each")
+    args = parser.parse_args(argv)
+    if args.local is None and "://" in args.remote:
+        raise ValueError(f"{args.remote} is remote: name a local folder to stream it to")
+    local = args.local or args.remote
+
+    description = {}
+    index = Path(args.remote) / args.split / "index.json"
+    if index.is_file():
+        description = json.loads(index.read_text()).get(TOKENS_KEY) or {}
+    tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
+    max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
+    dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
+    print(f"{dataset.size:,} samples of {'text' if dataset.token_dtype is None else 'tokens'} in {local}/{args.split}")
+
+    each_once = EachSampleOnce(dataset, args.batch_size, rank=0, world_size=1)
+    collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)
+    batches = tokens = padded = masked = 0
+    started = time.perf_counter()
+    for batch in build_dataloader(each_once, collator, args.batch_size):
+        if batches < args.shown:
+            print(f"batch {batches}: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in batch.items()))
+            for ids, real in list(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True))[:2]:
+                print("   ", tokenizer.decode(ids[real]))
+        counts = num_tokens(batch)
+        tokens += counts["total"]
+        masked += counts["loss_generating"]
+        padded += batch["input_ids"].numel()
+        batches += 1
+        if batches == args.num_batches:
+            break
+    seconds = time.perf_counter() - started
+    print(
+        f"data batches={batches} tokens={tokens} padding_share={1 - tokens / padded:.4f} "
+        f"masked_share={masked / tokens:.4f} tokens_per_s={tokens / seconds:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"data_c4.py: {error}")

@@ -1,0 +1,56 @@
+"""Hugging Face's BERT as a ComposerModel: the baseline, padded, with its own embeddings of positions."""
+
+import torch.nn.functional as F
+from transformers import BertConfig, BertForMaskedLM
+
+from src.bert_layers import UnpaddedMaskedLMOutput
+from src.data_c4 import Batch
+from src.mosaic_bert import MaskedLMModel
+
+
+class HFBert(MaskedLMModel):
+    """transformers' BertForMaskedLM, unchanged, for pretraining.
+
+    Args:
+        config: its shape; with ``pretrained_model_name`` it is that model's.
+        pretrained_model_name: continue from these weights (a folder or a name on the hub) in place of fresh ones.
+        gradient_checkpointing: less memory, about a third more time.
+    """
+
+    def __init__(
+        self, config: BertConfig, pretrained_model_name: str | None = None, gradient_checkpointing: bool = False
+    ):
+        super().__init__()
+        if pretrained_model_name is None:
+            self.model = BertForMaskedLM(config)
+        else:
+            self.model = BertForMaskedLM.from_pretrained(pretrained_model_name, config=config)
+        self.config = config
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
+        """A microbatch of ``data_c4.split_padded``; logits are computed for every position, as this model does."""
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, S, V)
+        masked = batch["labels"] >= 0
+        logits, labels = logits[masked].float(), batch["labels"][masked]  # (M, V), (M,)
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        return UnpaddedMaskedLMOutput(
+            loss=loss_sum / max(len(labels), 1),
+            loss_sum=loss_sum,
+            correct=(logits.detach().argmax(dim=-1) == labels).sum(),
+            count=masked.sum(),
+        )
+
+    def flops_per_batch(self, batch: Batch) -> int:
+        """Floating-point operations of a training step on a batch, padding counted, since this model computes it.
+
+        Matrix products only, 2 per multiply-add, backward twice the forward; the head runs on every position.
+        """
+        B, S = batch["input_ids"].shape
+        c = self.config
+        D, L = c.hidden_size, c.num_hidden_layers
+        layers = L * (4 * D * D + 2 * D * c.intermediate_size)
+        attention = L * 2 * D * S
+        head = D * D + D * c.vocab_size
+        return 6 * B * S * (layers + attention + head)

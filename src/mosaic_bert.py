@@ -1,0 +1,131 @@
+"""MosaicBERT as a ComposerModel: fed unpadded microbatches, measured on the masked tokens."""
+
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+from torchmetrics import Metric
+
+from src.bert_layers import BertForMaskedLM, Layout, UnpaddedMaskedLMOutput
+from src.configuration_bert import BertConfig
+from src.data_c4 import Batch
+
+
+class LanguageCrossEntropy(Metric):
+    """Mean cross entropy of all masked tokens, in nats. Named and logged as Composer's, which takes (B, S, V) logits.
+
+    Sums are added up, in fp64, so that the value does not depend on batches, ranks or their order.
+    """
+
+    full_state_update = False
+    sum_loss: Tensor
+    total_items: Tensor
+
+    def __init__(self, dist_sync_on_step: bool = False):
+        super().__init__(dist_sync_on_step=dist_sync_on_step)
+        self.add_state("sum_loss", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total_items", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
+        """Add a batch: cross entropy summed over ``count`` masked tokens, all ()."""
+        self.sum_loss += loss_sum.detach()
+        self.total_items += count
+
+    def compute(self) -> Tensor:
+        """() fp64; NaN if nothing was masked."""
+        return self.sum_loss / self.total_items
+
+
+class MaskedAccuracy(Metric):
+    """Share of masked tokens that are predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, dist_sync_on_step: bool = False):
+        super().__init__(dist_sync_on_step=dist_sync_on_step)
+        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
+        """Add a batch: ``correct`` of ``count`` masked tokens, both ()."""
+        self.correct += correct
+        self.total += count
+
+    def compute(self) -> Tensor:
+        """() in [0, 1]; NaN if nothing was masked."""
+        return self.correct.double() / self.total
+
+
+class MaskedLMModel(ComposerModel):
+    """What both models share: the loss is their output's, the metrics are over the masked tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.train_metrics = _metrics()
+        self.val_metrics = _metrics()
+
+    def loss(self, outputs: UnpaddedMaskedLMOutput, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """() mean cross entropy of the microbatch's masked tokens; Composer weights it by their number."""
+        assert outputs.loss is not None
+        return outputs.loss
+
+    def eval_forward(self, batch: Batch, outputs: UnpaddedMaskedLMOutput | None = None) -> UnpaddedMaskedLMOutput:
+        """The forward pass; for metrics of training, what it gave already."""
+        return self(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Metrics by name."""
+        return self.train_metrics if is_train else self.val_metrics
+
+    def update_metric(self, batch: Batch, outputs: UnpaddedMaskedLMOutput, metric: Metric) -> None:
+        """Add a microbatch to a metric."""
+        metric.update(outputs.loss_sum, outputs.correct, outputs.count)
+
+
+def _metrics() -> dict[str, Metric]:
+    return {metric.__class__.__name__: metric for metric in (LanguageCrossEntropy(), MaskedAccuracy())}
+
+
+class MosaicBert(MaskedLMModel):
+    """MosaicBERT for pretraining.
+
+    Args:
+        config: its shape.
+        gradient_checkpointing: keep only each layer's input and compute the layer again in the backward pass: less
+            memory, about a third more time.
+    """
+
+    def __init__(self, config: BertConfig, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.model = BertForMaskedLM(config)
+        self.config = config
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
+        """A microbatch of ``data_c4.split_unpadded``."""
+        layout = Layout(batch["cu_seqlens"], batch["max_seqlen"])
+        return self.model.forward_unpadded(batch["input_ids"], layout, batch["masked_index"], batch["labels"])
+
+    def flops_per_batch(self, batch: Batch) -> int:
+        """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.
+
+        Matrix products only, 2 per multiply-add, backward twice the forward; attention by the sum of squared lengths;
+        the projections of the last layer and the head that run on the M masked tokens are counted for those. What
+        gradient checkpointing and attention's backward compute again is not counted.
+        """
+        if "cu_seqlens" in batch:
+            lengths, M = batch["cu_seqlens"].diff(), len(batch["labels"])
+        else:
+            lengths, M = batch["attention_mask"].sum(dim=1), int((batch["labels"] >= 0).sum())
+        T, pairs = int(lengths.sum()), int(lengths.long().square().sum())
+        c = self.config
+        D, L = c.hidden_size, c.num_hidden_layers
+        kv, rest = 2 * D * D, 2 * D * D + 3 * D * c.intermediate_size  # rest: queries, attention's output, GLU
+        layers = L * kv * T + rest * ((L - 1) * T + M)
+        attention = L * 2 * D * pairs
+        head = M * (D * D + D * c.vocab_size)
+        return 6 * (layers + attention + head)
