@@ -9,6 +9,7 @@ input is unpadded on the way in and padded again on the way out.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,10 +21,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from .attention import alibi_slopes, attention, resolve
 from .bert_padding import index_first_axis, pad_input, scatter_first_axis, unpad_input, unpad_layout
 from .configuration_bert import BertConfig
-
-IGNORED = -100
-"""Label of a position that carries no loss; any negative label is ignored."""
-
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
@@ -457,12 +454,13 @@ class BertForMaskedLM(BertPreTrainedModel):
             return_dict=True,
         )
         logits = self.cls(encoded.last_hidden_state)  # (B, S, V)
-        output = UnpaddedMaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states)
+        losses = {}
         if labels is not None:
-            real = labels >= 0
+            masked = labels >= 0
             if attention_mask is not None:
-                real &= attention_mask.bool()
-            output = _with_loss(output, logits[real], labels[real])
+                masked &= attention_mask.bool()
+            losses = masked_lm_loss(logits[masked], labels[masked])
+        output = UnpaddedMaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states, **losses)
         return output if return_dict else output.to_tuple()
 
     def forward_unpadded(
@@ -482,17 +480,19 @@ class BertForMaskedLM(BertPreTrainedModel):
             labels: (M,), what stood there.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
-        return _with_loss(UnpaddedMaskedLMOutput(), self.cls(states[-1]), labels)  # logits (M, V)
+        return UnpaddedMaskedLMOutput(**masked_lm_loss(self.cls(states[-1]), labels))  # logits (M, V)
 
 
-def _with_loss(output: UnpaddedMaskedLMOutput, logits: Tensor, labels: Tensor) -> UnpaddedMaskedLMOutput:
-    """Sum, hits and count of the masked tokens' logits (M, V), and the mean as the loss; 0 if there is none."""
+def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Loss fields of an UnpaddedMaskedLMOutput from the masked tokens' logits (M, V) and labels (M,); M may be 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    output.loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-    output.correct = (logits.detach().argmax(dim=-1) == labels).sum()
-    output.count = torch.full((), len(labels), dtype=torch.int64, device=labels.device)
-    output.loss = output.loss_sum / max(len(labels), 1)
-    return output
+    loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+    return {
+        "loss": loss_sum / max(len(labels), 1),
+        "loss_sum": loss_sum,
+        "correct": (logits.detach().argmax(dim=-1) == labels).sum(),
+        "count": torch.full((), len(labels), dtype=torch.int64, device=labels.device),
+    }
 
 
 class BertForSequenceClassification(BertPreTrainedModel):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -113,9 +113,13 @@ class RunConfig:
     model: Component
     """``mosaic_bert`` or ``hf_bert``, with ``model_config``."""
     train_loader: TrainLoaderConfig
+    """The training data."""
     eval_loader: EvalLoaderConfig
+    """The held-out data."""
     optimizer: Component
+    """``decoupled_adamw`` or ``adamw``, with ``lr`` and the rest."""
     scheduler: Component
+    """``linear_decay_with_warmup``, ``cosine_with_warmup``, ``constant_with_warmup`` or ``warmup_stable_decay``."""
     max_duration: str
     """Length of the run, for example 70000ba, 286720000sp or 1ep."""
     global_train_batch_size: int
@@ -185,15 +189,22 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     if not Path(path).is_file():
         raise ConfigError(f"{path}: there is no such file")
+    faults: list[str] = []
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        tree: Any = OmegaConf.to_container(merged, throw_on_missing=False)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: the top level must be keys and values")
+        try:
+            tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+        except InterpolationResolutionError as error:
+            _dataclass(RunConfig, tree, "", faults)  # a misspelt key is often why another cannot refer to it
+            unknown = [fault for fault in faults if ": unknown; " in fault]
+            raise ConfigError("\n  ".join([f"{path}: {error}", *unknown])) from None
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
+        # The last two are what OmegaConf raises when an override does not fit the YAML's shape.
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be keys and values")
 
-    faults: list[str] = []
     config = _dataclass(RunConfig, tree, "", faults)
     if config is not None:
         _check(config, faults)

@@ -342,7 +342,7 @@ def split_unpadded(batch: Batch, microbatch_size: int) -> list[Batch]:
     Nothing slices a layout afterwards.
 
     Returns:
-        For each microbatch ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,) int64 into 0..T-1, ``indices``
+        For each microbatch, its sequences sorted by length, ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,) int64 into 0..T-1, ``indices``
         (T,) int64 into the flattened (B * S), ``cu_seqlens`` (B + 1,) int32, the int ``max_seqlen``, and the counts of
         ``split_padded``. A microbatch that is small enough comes back as it is.
 
@@ -355,9 +355,10 @@ def split_unpadded(batch: Batch, microbatch_size: int) -> list[Batch]:
         return [batch]
     microbatches = []
     for part in split_padded(batch, microbatch_size):
-        real = part["attention_mask"].bool()
-        lengths = real.sum(dim=1)
-        indices = real.flatten().nonzero().squeeze(1)
+        # Longest first: neighbours of one length share an attention tile, and a GPU's last tiles are its smallest.
+        lengths, order = part["attention_mask"].sum(dim=1).sort(descending=True, stable=True)
+        position = torch.arange(part["input_ids"].shape[1])
+        indices = (order[:, None] * len(position) + position)[position < lengths[:, None]]
         labels = part["labels"].flatten()[indices]
         masked_index = (labels >= 0).nonzero().squeeze(1)
         microbatches.append(

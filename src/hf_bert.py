@@ -1,9 +1,8 @@
 """Hugging Face's BERT as a ComposerModel: the baseline, padded, with its own embeddings of positions."""
 
-import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
-from src.bert_layers import UnpaddedMaskedLMOutput
+from src.bert_layers import UnpaddedMaskedLMOutput, masked_lm_loss
 from src.data_c4 import Batch
 from src.mosaic_bert import MaskedLMModel
 
@@ -33,14 +32,7 @@ class HFBert(MaskedLMModel):
         """A microbatch of ``data_c4.split_padded``; logits are computed for every position, as this model does."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, S, V)
         masked = batch["labels"] >= 0
-        logits, labels = logits[masked].float(), batch["labels"][masked]  # (M, V), (M,)
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-        return UnpaddedMaskedLMOutput(
-            loss=loss_sum / max(len(labels), 1),
-            loss_sum=loss_sum,
-            correct=(logits.detach().argmax(dim=-1) == labels).sum(),
-            count=masked.sum(),
-        )
+        return UnpaddedMaskedLMOutput(**masked_lm_loss(logits[masked], batch["labels"][masked]))
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Floating-point operations of a training step on a batch, padding counted, since this model computes it.

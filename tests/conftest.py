@@ -1,0 +1,75 @@
+"""A tokenizer and shards made from real text, once a session, by the scripts that users run."""
+
+import gzip
+import itertools
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at test time
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import convert_c4
+import quickstart
+import train_tokenizer
+from src.data_c4 import load_tokenizer
+
+MAX_SEQ_LEN = 32
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """391 lead paragraphs of Wikipedia: a number that divides by nothing that the tests use."""
+    return list(itertools.islice(quickstart.default_documents(), 391))
+
+
+@pytest.fixture(scope="session")
+def c4_folder(documents, tmp_path_factory):
+    """The documents in C4's own form: 300 to train on, 91 held out."""
+    folder = tmp_path_factory.mktemp("c4")
+    for name, part in (
+        ("c4-train.00000-of-01024.json.gz", documents[:300]),
+        ("c4-validation.00000-of-00008.json.gz", documents[300:]),
+    ):
+        with gzip.open(folder / name, "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(c4_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    source = str(c4_folder / "c4-train.00000-of-01024.json.gz")
+    train_tokenizer.main([source, "--out", str(folder), "--vocab_size", "1000"])
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def text_shards(c4_folder, tmp_path_factory):
+    """Shards of text: splits train and val."""
+    out = tmp_path_factory.mktemp("text_shards")
+    convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder)])
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
+    """Shards of tokens of the same documents, truncated to MAX_SEQ_LEN."""
+    out = tmp_path_factory.mktemp("token_shards")
+    tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
+    convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])
+    return str(out)

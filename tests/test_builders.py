@@ -1,0 +1,168 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from composer.core import Time, Timestamp
+from composer.loggers import TensorboardLogger
+
+from src import builders, config
+from src.builders import build, padded_vocab_size
+from src.config import Component, ConfigError
+
+YAMLS = sorted(Path("yamls").glob("*.yaml"))
+SECTIONS = {
+    "model": builders.MODELS,
+    "optimizer": builders.OPTIMIZERS,
+    "scheduler": builders.SCHEDULERS,
+    "callbacks": builders.CALLBACKS,
+    "loggers": builders.LOGGERS,
+    "algorithms": builders.ALGORITHMS,
+}
+
+
+def options_of(tree):
+    """(section, component, option) of all that a YAML gives to components."""
+    for section in ("model", "optimizer", "scheduler"):
+        yield from ((section, tree[section]["name"], option) for option in tree[section] if option != "name")
+    for section in ("callbacks", "loggers", "algorithms"):
+        for name, options in (tree.get(section) or {}).items():
+            yield from ((section, name, option) for option in options or {})
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_each_option_misspelt_is_refused(path):
+    tree = yaml.safe_load(path.read_text())
+    given = {"model": ["tokenizer", "max_seq_len"], "optimizer": ["model"]}
+    for section, name, option in options_of(tree):
+        with pytest.raises(ConfigError, match=f"{section}.{name}: unexpected '{option}x'.*it takes"):
+            builders.check_options(
+                f"{section}.{name}", SECTIONS[section][name], {option + "x": 1}, given.get(section, [])
+            )
+    for section, table in SECTIONS.items():
+        with pytest.raises(ConfigError, match=f"{section}: unknown 'nonsense'"):
+            build(section, table, Component("nonsense", {}))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_each_model_option_misspelt_is_refused(path, tokenizer):
+    options = yaml.safe_load(path.read_text())["model"]
+    name, model_config = options["name"], options["model_config"]
+    for option in model_config:
+        misspelt = {k + "x" if k == option else k: v for k, v in model_config.items()}
+        with pytest.raises(ConfigError, match=f"model.model_config: unexpected '{option}x'"):
+            builders.MODELS[name](tokenizer, 128, misspelt)
+
+
+def test_the_error_says_what_there_is():
+    with pytest.raises(ConfigError) as error:
+        build("optimizer", builders.OPTIMIZERS, Component("decoupled_adamw", {"beta2": 0.9}), model=None)
+    message = str(error.value)
+    assert "optimizer.decoupled_adamw: unexpected 'beta2'" in message and "missing 'lr'" in message
+    assert message.endswith("it takes lr, betas, eps, weight_decay, decay_matrices_only")
+    with pytest.raises(ConfigError, match="did you mean 'adamw'"):
+        build("optimizer", builders.OPTIMIZERS, Component("adam", {}), model=None)
+
+
+# Models
+
+
+def test_vocabulary_is_the_tokenizers_up_to_a_multiple_of_64(tokenizer):
+    model = builders.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1})
+    assert model.config.vocab_size == padded_vocab_size(tokenizer) and model.config.vocab_size % 64 == 0
+    assert 0 <= model.config.vocab_size - len(tokenizer) < 64
+    with pytest.raises(ConfigError, match="vocab_size: 10 is less than the tokenizer's"):
+        builders.mosaic_bert(tokenizer, 128, {"vocab_size": 10})
+
+
+def test_settings_that_cannot_act_are_refused(tokenizer):
+    with pytest.raises(ConfigError, match="512 is more than this model's 128 positions"):
+        builders.hf_bert(tokenizer, 512, {"max_position_embeddings": 128})
+    with pytest.raises(ConfigError, match="'nope' is not there"):
+        builders.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1}, attention="nope")
+    with pytest.raises(ConfigError, match="not a multiple"):
+        builders.mosaic_bert(tokenizer, 128, {"hidden_size": 10})
+    run = config.load("yamls/quickstart.yaml", ["algorithms.low_precision_layernorm.apply_at=init"])
+    with pytest.raises(ConfigError, match="low_precision_layernorm: MosaicBERT's LayerNorm keeps"):
+        builders.build_algorithms(run)
+
+
+def test_algorithms_callbacks_and_loggers_by_name(tmp_path):
+    run = config.load(
+        "yamls/mosaic_bert.yaml",
+        [
+            "algorithms.gradient_clipping.clipping_type=norm",
+            "algorithms.gradient_clipping.clipping_threshold=1.0",
+            f"loggers.tensorboard.log_dir={tmp_path}",
+            "mlm_probability={initial: 0.3, final: 0.15}",
+        ],
+    )
+    assert [type(a).__name__ for a in builders.build_algorithms(run)] == ["GradientClipping"]
+    names = [type(c).__name__ for c in builders.build_callbacks(run)]
+    assert names == ["SpeedMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator", "ScheduledMasking"]
+    loggers = builders.build_loggers(run)
+    assert isinstance(loggers[1], TensorboardLogger) and loggers[1].log_dir == str(tmp_path)
+
+
+# Optimizers and schedules
+
+
+def test_adamw_equals_decoupled_adamw_when_the_decay_is_converted():
+    """Over 100 steps of a falling rate: decoupled decay d is torch's d / lr. fp64, so that rounding does not hide it."""
+    weights, lr, decay = [], 5e-4, 1e-3
+    for make, weight_decay in ((builders.decoupled_adamw, decay), (builders.adamw, decay / lr)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).double()
+        optimizer = make(model, lr=lr, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 120)
+        for _ in range(100):
+            optimizer.zero_grad()
+            model(torch.randn(11, 7, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+    assert (weights[0] - weights[1]).abs().max() < 1e-6 < weights[0].abs().max()
+
+
+@pytest.mark.parametrize("make", [builders.decoupled_adamw, builders.adamw])
+def test_decay_of_matrices_only(make):
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+    assert len(make(model, lr=1e-3).param_groups) == 1
+    decayed, others = make(model, lr=1e-3, weight_decay=0.1, decay_matrices_only=True).param_groups
+    assert decayed["weight_decay"] == 0.1 and {p.ndim for p in decayed["params"]} == {2}
+    assert others["weight_decay"] == 0.0 and {p.ndim for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def state_at(batch, max_duration="100ba"):
+    return SimpleNamespace(
+        timestamp=Timestamp(batch=batch), max_duration=Time.from_timestring(max_duration), dataloader_len=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "points"),
+    [
+        ("linear_decay_with_warmup", {"t_warmup": "0.1dur", "alpha_f": 0.02}, {0: 0, 5: 0.5, 10: 1, 55: 0.51, 100: 0.02}),
+        ("cosine_with_warmup", {"t_warmup": "10ba"}, {0: 0, 10: 1, 55: 0.5, 100: 0}),
+        ("constant_with_warmup", {"t_warmup": "10ba"}, {5: 0.5, 10: 1, 100: 1}),
+        (
+            "warmup_stable_decay",
+            {"t_warmup": "0.1dur", "t_decay": "20ba", "alpha_f": 0.1},
+            {0: 0, 5: 0.5, 10: 1, 80: 1, 90: 0.55, 100: 0.1},
+        ),
+    ],
+)
+def test_schedules(name, options, points):
+    scheduler = build("scheduler", builders.SCHEDULERS, Component(name, options))
+    for batch, factor in points.items():
+        assert scheduler(state_at(batch)) == pytest.approx(factor, abs=1e-9)
+
+
+def test_warmup_stable_decay_that_does_not_fit():
+    with pytest.raises(ConfigError, match="not add up to more"):
+        builders.WarmupStableDecayScheduler("0.6dur", "0.6dur")(state_at(0))
+    with pytest.raises(ConfigError, match="in the unit of max_duration"):
+        builders.WarmupStableDecayScheduler("5sp", "0.6dur")(state_at(0))
