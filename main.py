@@ -95,14 +95,20 @@ def main(argv: list[str]) -> None:
 
     trainer.fit()
     for label, metrics in trainer.state.eval_metrics.items():
-        values = {name: metric.compute().item() for name, metric in metrics.items()}  # all ranks take part
-        if dist.get_global_rank() == 0:
+        # All ranks take part in computing a value; none has one when eval_interval is 0.
+        values = {name: metric.compute().item() for name, metric in metrics.items() if metric.update_called}
+        if values and dist.get_global_rank() == 0:
             print(label, " ".join(f"{name}={value:.4f}" for name, value in values.items()))
     trainer.close()
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> None:
+    """``main``; what a user can cause ends in one message, without a traceback."""
     try:
-        main(sys.argv[1:])
-    except ConfigError as error:
+        main(argv)
+    except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"main.py: {error}")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

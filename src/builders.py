@@ -61,6 +61,9 @@ from src.hf_bert import HFBert
 from src.mosaic_bert import MaskedLMModel, MosaicBert
 
 
+VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
 def build(path: str, table: Mapping[str, Callable[..., Any]], component: Component, **given: Any) -> Any:
     """``table[name](**options, **given)``; ``given`` comes from the code and is no option of the YAML's.
 
@@ -82,7 +85,9 @@ def check_options(path: str, target: Callable[..., Any], options: Mapping[str, A
         for name, p in parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
     ]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not inspect.isclass(target)
+    # Loggers hand **kwargs on to their service; *args, **kwargs are a base class's and go nowhere.
+    kinds = {p.kind for p in parameters.values()}
+    open_ended = inspect.isclass(target) and kinds & VARIADIC == {inspect.Parameter.VAR_KEYWORD}
     faults = []
     for name in options:
         if name not in takes and not open_ended:

@@ -136,7 +136,7 @@ class RunConfig:
     seed: int = 17
     """Of weights, order, masks and dropout."""
     eval_interval: str | int = "1ep"
-    """How often to evaluate; 0 for never. The end of the run is always evaluated."""
+    """How often to evaluate, and at the end; 0 for never."""
     algorithms: Named = field(default_factory=dict)
     """Composer's algorithms by name, with what each takes."""
     callbacks: Named = field(default_factory=dict)

@@ -50,21 +50,15 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: there is none, or it is not fast, or it lacks one of [CLS], [SEP], [MASK], [PAD].
     """
-    if not Path(name_or_folder).is_dir() and name_or_folder.startswith((".", "/", "~")):
-        raise ValueError(f"tokenizer {name_or_folder!r}: there is no such folder")
-    try:
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
+            raise ValueError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
-    except OSError as error:
-        if Path(name_or_folder).is_dir():
-            raise ValueError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer ({error})") from None
-        log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face hub", name_or_folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-        except OSError as hub_error:
-            raise ValueError(
-                f"tokenizer {name_or_folder!r} is neither a folder nor to be had from the hub: {hub_error}\n"
-                "Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online."
-            ) from None
+    elif name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1:
+        raise ValueError(f"tokenizer {name_or_folder!r}: there is no such folder")
+    else:
+        tokenizer = _hub_tokenizer(name_or_folder)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name_or_folder!r} has no fast version (no tokenizer.json); it is too slow to use")
     lacking = [name for name in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
@@ -74,6 +68,22 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _hub_tokenizer(name: str) -> Any:
+    """From the local cache, else from the hub, which is said, because offline it takes a minute to fail."""
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face hub", name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"tokenizer {name!r} is neither a folder, nor cached, nor to be had from the hub ({reason}). "
+            "Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online."
+        ) from None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -130,8 +140,8 @@ class StreamingC4(StreamingDataset):
         kwargs: StreamingDataset's.
 
     Raises:
-        ValueError: the shards have neither text nor tokens, or tokens of another tokenizer or length.
-        RuntimeError, FileNotFoundError: there is no index.json (streaming's own errors).
+        ValueError: there is no dataset, or its shards have neither text nor tokens, or tokens of another tokenizer or
+            length.
     """
 
     def __init__(
@@ -143,9 +153,16 @@ class StreamingC4(StreamingDataset):
         split: str | None = None,
         **kwargs: Any,
     ):
+        folder = Path(local) / (split or "")
+        source = Path(remote or local)
+        if "://" not in str(remote) and not (source / (split or "") / "index.json").is_file():
+            there = sorted(p.parent.name for p in source.glob("*/index.json"))
+            raise ValueError(
+                f"{source / (split or '')} holds no dataset (no index.json); "
+                f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
+            )
         super().__init__(local=local, remote=remote, split=split, **kwargs)
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
-        folder = Path(local) / (split or "")
         description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
         self.token_dtype = None if description is None else np.dtype(description["dtype"]).newbyteorder("<")
         if description is not None:

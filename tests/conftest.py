@@ -1,5 +1,7 @@
 """A tokenizer and shards made from real text, once a session, by the scripts that users run."""
 
+import contextlib
+import gc
 import gzip
 import itertools
 import json
@@ -10,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from streaming.base.shared.memory import SharedMemory
 
 import convert_c4
 import quickstart
@@ -24,6 +27,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def release_shared_memory(monkeypatch):
+    """Streaming keeps a dataset's shared memory until the process ends, and opens all there is for each new dataset."""
+    opened, init = [], SharedMemory.__init__
+
+    def recorded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        opened.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", recorded)
+    yield
+    gc.collect()
+    for memory in opened:
+        with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on
+            memory.cleanup()
 
 
 @pytest.fixture(scope="session")

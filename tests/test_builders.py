@@ -55,6 +55,12 @@ def test_each_model_option_misspelt_is_refused(path, tokenizer):
             builders.MODELS[name](tokenizer, 128, misspelt)
 
 
+def test_components_without_options_take_none_and_those_of_services_any():
+    with pytest.raises(ConfigError, match="callbacks.lr_monitor: unexpected 'window'.*it takes nothing"):
+        build("callbacks", builders.CALLBACKS, Component("lr_monitor", {"window": 3}))
+    builders.check_options("loggers.neptune", builders.NeptuneLogger, {"anything": 1}, [])
+
+
 def test_the_error_says_what_there_is():
     with pytest.raises(ConfigError) as error:
         build("optimizer", builders.OPTIMIZERS, Component("decoupled_adamw", {"beta2": 0.9}), model=None)
