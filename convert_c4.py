@@ -1,8 +1,8 @@
 """Text to a streaming dataset: C4 from the hub, C4's own files, or yours, as MDS shards of text or of tokens.
 
-    python convert_c4.py --out_root ./my-copy-c4 --splits val                              C4's validation split, 0.5 GB
-    python convert_c4.py --out_root ./data --splits train --source ./texts                 your text
-    ... --tokenizer ./tokenizer --max_seq_len 128 --pack chunk                             tokens in place of text
+python convert_c4.py --out_root ./my-copy-c4 --splits val                              C4's validation split, 0.5 GB
+python convert_c4.py --out_root ./data --splits train --source ./texts                 your text
+... --tokenizer ./tokenizer --max_seq_len 128 --pack chunk                             tokens in place of text
 """
 
 import argparse
@@ -88,7 +88,7 @@ def appears_when_complete(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, lock_path = folder.with_name(f"{folder.name}.partial"), folder.with_name(f".{folder.name}.lock")
-    with lock_path.open("w") as lock:  # the lock of a killed process is free again; the file may stay
+    with lock_path.open("w") as lock:  # free again when its process is killed; never removed, or two could hold it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,7 +105,6 @@ def appears_when_complete(folder: Path, overwrite: bool) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        lock_path.unlink()
 
 
 def convert(
@@ -132,7 +131,8 @@ def convert(
     first = next(documents, None)
     if first is None:
         raise ValueError(f"{folder.name}: the source has no document ({counts.empty} empty, {counts.bad} bad)")
-    documents = tqdm(itertools.chain([first], documents), desc=folder.name, unit="doc", unit_scale=True, mininterval=1)
+    chained = itertools.chain([first], documents)
+    documents = iter(tqdm(chained, desc=folder.name, unit="doc", unit_scale=True, mininterval=1))
     number, length = 0, 0
     with appears_when_complete(folder, overwrite) as out:
         columns = {"tokens": "bytes"} if tokens else {name: "str" for name in COLUMNS if name in first}
@@ -142,7 +142,7 @@ def convert(
                     writer.write({name: document.get(name, "") for name in columns})
                     number += 1
             else:
-                for sample in tokens.samples(iter(documents)):
+                for sample in tokens.samples(documents):
                     writer.write({"tokens": sample.tobytes()})
                     number, length = number + 1, length + len(sample)
         if tokens is not None:
@@ -166,7 +166,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--splits", nargs="+", required=True, help="of C4: train, val, train_small, val_small; else one name of yours"
     )
-    parser.add_argument("--source", help="folder of C4's files, or a file or folder of yours (default: C4 from the hub)")
+    parser.add_argument("--source", help="folder of C4's files, or file or folder of yours (default: C4 from the hub)")
     parser.add_argument("--compression", help="of the shards, for example zstd or zstd:7 (default: none)")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each split")
     parser.add_argument("--tokenizer", help="write tokens of this tokenizer (folder or hub name) in place of text")
@@ -174,7 +174,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pack",
         choices=["truncate", "chunk"],
-        help="with --tokenizer: keep a document's beginning, or cut all of it up (default: truncate C4, chunk the rest)",
+        help="with --tokenizer: keep a document's beginning, or cut it all up (default: truncate C4, chunk the rest)",
     )
     parser.add_argument("--skip_bad", action="store_true", help="count lines that cannot be read, and go on")
     parser.add_argument("--overwrite", action="store_true", help="replace a split that exists")
@@ -196,7 +196,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.tokenizer is not None and (args.max_seq_len is None or args.max_seq_len < 3):
         raise ValueError("--tokenizer needs a --max_seq_len of 3 or more")
     if args.compression is not None and not is_compression(args.compression):
-        raise ValueError(f"{args.compression!r} is no compression; take zstd, gz, br, bz2 or snappy, with :level or not")
+        raise ValueError(
+            f"{args.compression!r} is no compression; take zstd, gz, br, bz2 or snappy, or such with a :level"
+        )
     if args.limit is not None and args.limit < 1:
         raise ValueError("--limit must be at least 1")
     return args

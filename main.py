@@ -1,7 +1,7 @@
 """Pretrain a BERT: one YAML, one Composer Trainer.
 
-    composer main.py yamls/mosaic_bert.yaml [key=value ...]     one process a GPU (or `composer -n 2` on a CPU)
-    python main.py yamls/quickstart.yaml [key=value ...]        one process
+composer main.py yamls/mosaic_bert.yaml [key=value ...]     one process a GPU (or `composer -n 2` on a CPU)
+python main.py yamls/quickstart.yaml [key=value ...]        one process
 """
 
 import platform

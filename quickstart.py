@@ -1,7 +1,7 @@
 """The quickstart's two ends: text in, and what came of it. `make quickstart` runs what lies between.
 
-    python quickstart.py text OUT [--text PATH]    real text -> C4's own form, held-out documents apart
-    python quickstart.py report OUT                loss curve, the loss beside word frequencies alone, filled-in masks
+python quickstart.py text OUT [--text PATH]    real text -> C4's own form, held-out documents apart
+python quickstart.py report OUT                loss curve, the loss beside word frequencies alone, filled-in masks
 """
 
 import argparse
@@ -148,7 +148,8 @@ def fill_masks(model: Any, tokenizer: Any) -> None:
         with torch.no_grad():
             logits = model(inputs["input_ids"], inputs["attention_mask"]).logits[0, masked][0]  # (V,)
         best = logits[: len(tokenizer)].softmax(dim=-1).topk(5)
-        words = [f"{tokenizer.decode([i])} {p:.0%}" for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        words = [f"{tokenizer.decode([i])} {p:.0%}" for i, p in pairs]
         print(f"{prompt}   {', '.join(words)}")
 
 

@@ -45,9 +45,9 @@ def continues_words(character: str) -> bool:
 def train(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Tokenizer:
     """WordPiece as BERT has it (Devlin et al., 2019): split at white space and punctuation, continuations with ##.
 
-    The same texts give the same tokenizer. The library's trainer alone does not: it numbers the continuing characters in
-    the order of a randomly seeded hash table, and ties between merges follow these numbers. Hence a first pass that
-    collects the characters, which are then given to it in order.
+    The same texts give the same tokenizer. The library's trainer alone does not: it numbers the continuing characters
+    in the order of a randomly seeded hash table, and ties between merges follow these numbers. Hence a first pass
+    that collects the characters, which are then given to it in order.
 
     Args:
         texts: gives the texts anew at each call; they are read twice and not kept.

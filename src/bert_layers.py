@@ -8,6 +8,7 @@ H head size, I GLU width, V vocabulary. Inside, the model works on the T real to
 input is unpadded on the way in and padded again on the way out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from .attention import alibi_slopes, attention, resolve
 from .bert_padding import index_first_axis, pad_input, scatter_first_axis, unpad_input, unpad_layout
 from .configuration_bert import BertConfig
+
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
@@ -183,7 +185,7 @@ class BertGatedLinearUnitMLP(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer; with ``rows``, keys and values for all T tokens and everything else for those rows only."""
+    """One Transformer layer; with ``rows``, keys and values for all T tokens, all else for those rows only."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -201,7 +203,8 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.alibi = AlibiSlopes(config.num_attention_heads)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # transformers sets it, and the function that checkpoints
+        self._gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """The input and the output of every layer, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
@@ -209,7 +212,7 @@ class BertEncoder(nn.Module):
         for i, layer in enumerate(self.layer):
             args = (x, layout, self.alibi.slopes, rows if i == len(self.layer) - 1 else None)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, *args)  # set by transformers, with the flag
+                x = self._gradient_checkpointing_func(layer.__call__, *args)
             else:
                 x = layer(*args)
             states += (x,)
@@ -314,7 +317,7 @@ class BertModel(BertPreTrainedModel):
             ``last_hidden_state`` (B, S, D), zero at padding, and ``pooler_output`` (B, D) or None.
 
         Raises:
-            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or not just one kind of input.
+            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or not one kind of input.
         """
         _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
         given = inputs_embeds if input_ids is None else input_ids

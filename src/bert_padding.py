@@ -3,8 +3,8 @@
 "Unpadding" computes on real tokens only. Zeng et al., 2022 (Boosting Distributed Training Performance of the Unpadded
 BERT Model, arXiv 2208.08124) describe it; NVIDIA's MLPerf 1.1 BERT used it first.
 
-Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) int32 are the cumulated lengths: sequence b
-is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
+Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) int32 are the cumulated lengths: sequence
+b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
 """
 
 from typing import Any

@@ -60,7 +60,6 @@ from src.configuration_bert import BertConfig
 from src.hf_bert import HFBert
 from src.mosaic_bert import MaskedLMModel, MosaicBert
 
-
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
@@ -93,7 +92,9 @@ def check_options(path: str, target: Callable[..., Any], options: Mapping[str, A
         if name not in takes and not open_ended:
             faults.append(f"unexpected {str(name)!r} ({nearest(str(name), takes)})")
     faults += [
-        f"missing {name!r}" for name in takes if parameters[name].default is inspect.Parameter.empty and name not in options
+        f"missing {name!r}"
+        for name in takes
+        if parameters[name].default is inspect.Parameter.empty and name not in options
     ]
     if faults:
         raise ConfigError(f"{path}: {'; '.join(faults)}; it takes {', '.join(takes) or 'nothing'}")
@@ -185,7 +186,7 @@ def decoupled_adamw(
     weight_decay: float = 1e-5,
     decay_matrices_only: bool = False,
 ) -> DecoupledAdamW:
-    """Composer's AdamW, whose decay does not scale with ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
+    """Composer's AdamW, its decay apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
     groups = _groups(model, weight_decay, decay_matrices_only)
     return DecoupledAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)  # pyright: ignore
 
@@ -357,13 +358,12 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
     """The held-out data, each sample once."""
     loader = config.eval_loader
     train_loader = config.train_loader
+    dataset: data_c4.StreamingC4
     if (loader.local, loader.split) == (train_loader.local, train_loader.split):
         dataset = train.dataloader.dataset  # pyright: ignore  # streaming allows one dataset a folder
     else:
         dataset = _streaming_c4(config, tokenizer, loader, batch_size=config.device_eval_batch_size)
-    once = data_c4.EachSampleOnce(
-        dataset, config.device_eval_batch_size, dist.get_global_rank(), dist.get_world_size()
-    )
+    once = data_c4.EachSampleOnce(dataset, config.device_eval_batch_size, dist.get_global_rank(), dist.get_world_size())
     collator = data_c4.MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
     spec = _data_spec(config, once, collator, loader, config.device_eval_batch_size)
     # Composer names its own default evaluator's metrics so too; "eval" keeps the metrics' usual names.

@@ -2,10 +2,10 @@
 
     load("yamls/mosaic_bert.yaml", ["max_duration=10ba"]) -> RunConfig
 
-This is the only place with defaults. Every unknown, missing and ill-typed key is reported in ONE error, by its full path
-and with the nearest known name. What a component takes (an optimizer's betas, a callback's interval) is checked where it
-is built, in builders.py. Fields that go to Composer's Trainer keep Composer's names, and its units: ``ba`` batches,
-``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
+This is the only place with defaults. Every unknown, missing and ill-typed key is reported in ONE error, by its full
+path and with the nearest known name. What a component takes (an optimizer's betas, a callback's interval) is checked
+where it is built, in builders.py. Fields that go to Composer's Trainer keep Composer's names, and its units: ``ba``
+batches, ``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Component:
 
 @dataclass(frozen=True)
 class MaskingSchedule:
-    """A masking rate that goes linearly from one value to another over the run (Ankner et al., 2023, arXiv 2305.15096)."""
+    """A masking rate that goes linearly from one value to another (Ankner et al., 2023, arXiv 2305.15096)."""
 
     initial: float
     """Share of tokens masked at the first step."""
@@ -61,7 +61,7 @@ class LoaderConfig:
     prefetch_factor: int = 2
     """Batches that each worker keeps ready. No effect without workers."""
     timeout: float = 1800
-    """Seconds to wait for a batch before giving up, so that a dead stream is an error and no hang. With workers only."""
+    """Seconds to wait for a batch before giving up, so that a dead stream is no hang. With workers only."""
     predownload: int | None = None
     """Samples to download ahead of each worker; None leaves it to streaming. No effect without a remote."""
     cache_limit: str | None = None
@@ -365,7 +365,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         want(section.num_workers >= 0, f"{loader}.num_workers", section.num_workers, "0 or more")
         want(section.prefetch_factor > 0, f"{loader}.prefetch_factor", section.prefetch_factor, "positive")
 
-    want(bool(DURATION.fullmatch(config.max_duration)), "max_duration", config.max_duration, "a number with ba, sp, tok or ep")
+    want(
+        bool(DURATION.fullmatch(config.max_duration)),
+        "max_duration",
+        config.max_duration,
+        "a number with ba, sp, tok or ep",
+    )
     intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
     if config.eval_interval != 0:
         intervals["eval_interval"] = str(config.eval_interval)

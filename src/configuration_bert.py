@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class BertConfig(PretrainedConfig):
-    """Shape and regularisation of a MosaicBERT (Portes et al., 2023, arXiv 2312.17482). The defaults are MosaicBERT-Base.
+    """Shape and regularisation of a MosaicBERT (Portes et al., 2023, arXiv 2312.17482). Defaults: MosaicBERT-Base.
 
     There is no maximal length: positions come from ALiBi alone (Press et al., 2021, arXiv 2108.12409).
 

@@ -2,7 +2,7 @@
 
     StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens
     EachSampleOnce         evaluation's view of it: no sample repeated, none left out
-    MaskingCollator        samples -> padded (B, S) batch, masked by a pure function of (seed, epoch, sample id, position)
+    MaskingCollator        samples -> padded (B, S) batch, masked as a pure function of seed, epoch, sample, position
     split_unpadded         batch -> microbatches without padding, with their layout; split_padded for padded models
 
 Letters: B sequences, S longest length in the batch, T real tokens, M masked tokens.
@@ -45,7 +45,7 @@ TOKENS_KEY = "mosaic_bert_tokens"
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with BERT's special tokens, from a folder, the local cache, or the Hugging Face hub, in that order.
+    """A fast tokenizer with BERT's special tokens, from a folder, the local cache, or the hub, in that order.
 
     Raises:
         ValueError: there is none, or it is not fast, or it lacks one of [CLS], [SEP], [MASK], [PAD].
@@ -261,7 +261,7 @@ class MaskingCollator:
     """Samples to a padded batch, masked as BERT does it (Devlin et al., 2019, section 3.1).
 
     u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked iff u < rate and it holds no special
-    token. Of the masked, 80% become [MASK], 10% a random word of the tokenizer's real vocabulary, 10% stay. So the masks
+    token. Of the masked, 80% become [MASK], 10% a random word of the tokenizer's real vocabulary, 10% stay. So masks
     do not depend on workers, ranks, batch sizes or restarts, and a lower rate masks a subset of a higher one's.
 
     Args:
@@ -359,9 +359,9 @@ def split_unpadded(batch: Batch, microbatch_size: int) -> list[Batch]:
     Nothing slices a layout afterwards.
 
     Returns:
-        For each microbatch, its sequences sorted by length, ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,) int64 into 0..T-1, ``indices``
-        (T,) int64 into the flattened (B * S), ``cu_seqlens`` (B + 1,) int32, the int ``max_seqlen``, and the counts of
-        ``split_padded``. A microbatch that is small enough comes back as it is.
+        For each microbatch, its sequences sorted by length: ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,)
+        int64 into 0..T-1, ``indices`` (T,) int64 into the flattened (B * S), ``cu_seqlens`` (B + 1,) int32, the int
+        ``max_seqlen``, and the counts of ``split_padded``. A microbatch that is small enough comes back as it is.
 
     Raises:
         ValueError: ``batch`` is a microbatch already, and larger than ``microbatch_size``.

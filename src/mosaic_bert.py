@@ -6,6 +6,7 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
+from transformers import PreTrainedModel
 
 from src.bert_layers import BertForMaskedLM, Layout, UnpaddedMaskedLMOutput
 from src.configuration_bert import BertConfig
@@ -62,6 +63,8 @@ class MaskedAccuracy(Metric):
 class MaskedLMModel(ComposerModel):
     """What both models share: the loss is their output's, the metrics are over the masked tokens."""
 
+    model: PreTrainedModel
+
     def __init__(self):
         super().__init__()
         self.train_metrics = _metrics()
@@ -100,7 +103,7 @@ class MosaicBert(MaskedLMModel):
 
     def __init__(self, config: BertConfig, gradient_checkpointing: bool = False):
         super().__init__()
-        self.model = BertForMaskedLM(config)
+        self.model: BertForMaskedLM = BertForMaskedLM(config)
         self.config = config
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,8 +1,8 @@
 """Where text comes from: C4 on the hub, C4's own files, or yours; one document after another, whatever the size.
 
-    .json.gz, .jsonl.gz, .jsonl, .json    one JSON object a line, with a field "text"
-    .txt, .txt.gz                         one document a line
-    .parquet                              a column "text"
+.json.gz, .jsonl.gz, .jsonl, .json    one JSON object a line, with a field "text"
+.txt, .txt.gz                         one document a line
+.parquet                              a column "text"
 """
 
 import gzip
@@ -100,7 +100,7 @@ def _hub_documents(split: str) -> Iterator[Document]:
     try:
         dataset = load_dataset("allenai/c4", "en", split=C4_SPLITS[split], streaming=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"C4 cannot be had from the hub ({error}). Offline, give its files, or your own, with --source") from None
+        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give files with --source") from None
     for row in dataset:
         yield {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}  # pyright: ignore
 
@@ -171,10 +171,9 @@ def _parquet(file: Path) -> Iterator[Document | BadText]:
         yield BadText(f"{file}:1: no parquet file ({error})")
         return
     columns = [name for name in COLUMNS if name in reader.schema_arrow.names]
-    number = 0
-    for batch in reader.iter_batches(batch_size=1024, columns=columns):
-        for number, row in enumerate(batch.to_pylist(), start=number + 1):
-            try:
-                yield _row(row)
-            except ValueError as error:
-                yield BadText(f"{file}:{number}: {error}")
+    rows = (row for batch in reader.iter_batches(batch_size=1024, columns=columns) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        try:
+            yield _row(row)
+        except ValueError as error:
+            yield BadText(f"{file}:{number}: {error}")

@@ -42,7 +42,7 @@ def no_dropout(name, x):
 
 
 def padded_forward(state, config, ids, mask, dropout=no_dropout):
-    """MosaicBERT on (B, S), every position and every layer in full, from the equations. ``dropout`` is told the place."""
+    """MosaicBERT on (B, S), every position and every layer in full, from the equations. ``dropout`` gets the place."""
     D, N = config.hidden_size, config.num_attention_heads
     H = D // N
     B, S = ids.shape
@@ -91,9 +91,7 @@ def unpadded(model, batch, microbatch_size=10**6):
     parts = split_unpadded(batch, microbatch_size)
     total = sum(part["num_masked"] for part in parts)
     outputs = [
-        model.forward_unpadded(
-            p["input_ids"], Layout(p["cu_seqlens"], p["max_seqlen"]), p["masked_index"], p["labels"]
-        )
+        model.forward_unpadded(p["input_ids"], Layout(p["cu_seqlens"], p["max_seqlen"]), p["masked_index"], p["labels"])
         for p in parts
     ]
     return sum(o.loss * (p["num_masked"] / total) for o, p in zip(outputs, parts, strict=True))

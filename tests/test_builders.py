@@ -115,7 +115,7 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path):
 
 
 def test_adamw_equals_decoupled_adamw_when_the_decay_is_converted():
-    """Over 100 steps of a falling rate: decoupled decay d is torch's d / lr. fp64, so that rounding does not hide it."""
+    """Over 100 steps of a falling rate: decoupled decay d is torch's d / lr. fp64, so rounding hides nothing."""
     weights, lr, decay = [], 5e-4, 1e-3
     for make, weight_decay in ((builders.decoupled_adamw, decay), (builders.adamw, decay / lr)):
         torch.manual_seed(0)
@@ -151,7 +151,11 @@ def state_at(batch, max_duration="100ba"):
 @pytest.mark.parametrize(
     ("name", "options", "points"),
     [
-        ("linear_decay_with_warmup", {"t_warmup": "0.1dur", "alpha_f": 0.02}, {0: 0, 5: 0.5, 10: 1, 55: 0.51, 100: 0.02}),
+        (
+            "linear_decay_with_warmup",
+            {"t_warmup": "0.1dur", "alpha_f": 0.02},
+            {0: 0, 5: 0.5, 10: 1, 55: 0.51, 100: 0.02},
+        ),
         ("cosine_with_warmup", {"t_warmup": "10ba"}, {0: 0, 10: 1, 55: 0.5, 100: 0}),
         ("constant_with_warmup", {"t_warmup": "10ba"}, {5: 0.5, 10: 1, 100: 1}),
         (

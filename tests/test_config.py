@@ -102,7 +102,10 @@ def test_all_faults_in_one_error(write, quickstart):
         ("mlm_probability=true", "mlm_probability: True is not a number"),
         ("eval_loader.mlm_probability=0", "eval_loader.mlm_probability: 0.0 is not"),
         ("precision=fp64", "precision: 'fp64' is not one of fp32, amp_bf16, amp_fp16"),
-        ("device_train_microbatch_size=big", "device_train_microbatch_size: 'big' is not a whole number or one of auto"),
+        (
+            "device_train_microbatch_size=big",
+            "device_train_microbatch_size: 'big' is not a whole number or one of auto",
+        ),
         ("device_train_microbatch_size=0", "device_train_microbatch_size: 0 is not positive"),
         ("max_seq_len=2", "max_seq_len: 2 is not more than"),
         ("model=bert", "model: a section with a 'name'"),
@@ -147,7 +150,12 @@ def test_each_key_misspelt_is_refused(path, write):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("- 1", "Cannot merge|top level"), ("a: [", "while parsing"), ("a: 1\na: 2", "duplicate"), ("run_name: ${nothing}", "nothing")],
+    [
+        ("- 1", "Cannot merge|top level"),
+        ("a: [", "while parsing"),
+        ("a: 1\na: 2", "duplicate"),
+        ("run_name: ${nothing}", "nothing"),
+    ],
 )
 def test_a_file_that_is_no_config(text, fault, write):
     with pytest.raises(ConfigError, match=fault):

@@ -173,7 +173,9 @@ def test_masks_have_the_right_shares(tokenizer):
     assert abs(neighbours - 0.15**2) < 5 * (0.15**2 / n) ** 0.5
     random = now[shares[2]]
     assert not np.isin(random.numpy(), tokenizer.all_special_ids).any() and random.max() < len(tokenizer)
-    counts = np.bincount(random.numpy(), minlength=len(tokenizer))[~np.isin(range(len(tokenizer)), tokenizer.all_special_ids)]
+    counts = np.bincount(random.numpy(), minlength=len(tokenizer))[
+        ~np.isin(range(len(tokenizer)), tokenizer.all_special_ids)
+    ]
     chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert abs(chi2 - len(counts)) < 6 * (2 * len(counts)) ** 0.5
 
