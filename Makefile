@@ -27,7 +27,7 @@ quickstart: setup  ## Pretrain a small MosaicBERT on Wikipedia leads, or on your
 	$(BIN)/python convert_c4.py --out_root $(RUN)/mds --splits train val --source $(RUN)/text \
 		--tokenizer $(RUN)/tokenizer --max_seq_len 64 --pack chunk --overwrite
 	PATH="$(abspath $(BIN)):$$PATH" composer main.py yamls/quickstart.yaml
-	$(BIN)/python quickstart.py report $(RUN)
+	$(BIN)/python quickstart.py report $(RUN) $(if $(TEXT),--text "$(TEXT)")
 
 test: setup  ## Run the test suite (minutes, no GPU, no network)
 	$(BIN)/python -m pytest -m "not slow"

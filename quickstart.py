@@ -1,7 +1,7 @@
 """The quickstart's two ends: text in, and what came of it. `make quickstart` runs what lies between.
 
 python quickstart.py text OUT [--text PATH]    real text -> C4's own form, held-out documents apart
-python quickstart.py report OUT                loss curve, the loss beside word frequencies alone, filled-in masks
+python quickstart.py report OUT [--text PATH]  loss curve, the loss beside word frequencies alone, filled-in masks
 """
 
 import argparse
@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ HELD_OUT = 20
 
 TRAIN_LOSS, EVAL_LOSS = "loss/train/total", "metrics/eval/LanguageCrossEntropy"
 
-PROMPTS = ("paris is the capital of [MASK] .", "the album was released in [MASK] .", "he was an american [MASK] .")
+PROMPTS = (
+    ("paris is the capital of [MASK] .", "france"),
+    ("it is one of the largest cities in the united [MASK] .", "states"),
+    ("water is a [MASK] compound made of hydrogen and oxygen .", "chemical"),
+)
+"""For the default text, with the word that a reader expects."""
+
 
 
 def default_documents() -> Iterator[str]:
@@ -64,7 +70,7 @@ def write_text(out: Path, source: str | None) -> None:
     print(f"text train={counts['train']} validation={counts['validation']} folder={folder}")
 
 
-def report(out: Path) -> None:
+def report(out: Path, own_text: bool) -> None:
     """Print what the model learnt beside what word frequencies alone give, and draw the loss."""
     import torch
 
@@ -83,7 +89,7 @@ def report(out: Path) -> None:
     model = builders.build_model(run, tokenizer)
     state = torch.load(out / "checkpoints" / "latest-rank0.pt", map_location="cpu")
     model.load_state_dict(state["state"]["model"])
-    fill_masks(model.model.eval(), tokenizer)
+    fill_masks(model.model.eval(), tokenizer, held_out_prompts(out) if own_text else PROMPTS)
     print(
         f"\nHeld-out loss {eval_loss:.2f} nats a masked token; word frequencies alone would give {entropy:.2f}.\n"
         f"The curve: {out / 'loss-curve.png'}\n"
@@ -138,11 +144,23 @@ def draw_curve(lines: list[dict[str, Any]], entropy: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def fill_masks(model: Any, tokenizer: Any) -> None:
-    """Print the five likeliest words for each prompt's [MASK]."""
+def held_out_prompts(out: Path) -> list[tuple[str, str]]:
+    """The beginnings of three held-out documents, the longest of their words masked, and these words."""
+    prompts = []
+    for document in own_documents(str(out / "text" / "c4-validation.00000-of-00001.json.gz")):
+        words = document.split()[:12]
+        longest = max(range(len(words)), key=lambda i: len(words[i]))
+        prompts.append((" ".join([*words[:longest], "[MASK]", *words[longest + 1 :]]), words[longest]))
+        if len(prompts) == 3:
+            break
+    return prompts
+
+
+def fill_masks(model: Any, tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> None:
+    """Print the five likeliest words for each prompt's [MASK], and the word expected."""
     import torch
 
-    for prompt in PROMPTS:
+    for prompt, expected in prompts:
         inputs = tokenizer(prompt.replace("[MASK]", tokenizer.mask_token), return_tensors="pt")
         masked = inputs["input_ids"][0] == tokenizer.mask_token_id
         with torch.no_grad():
@@ -150,7 +168,7 @@ def fill_masks(model: Any, tokenizer: Any) -> None:
         best = logits[: len(tokenizer)].softmax(dim=-1).topk(5)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         words = [f"{tokenizer.decode([i])} {p:.0%}" for i, p in pairs]
-        print(f"{prompt}   {', '.join(words)}")
+        print(f"{prompt}   {', '.join(words)}   (expected: {expected})")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.step == "text":
         write_text(args.out, args.text or None)
     else:
-        report(args.out)
+        report(args.out, own_text=bool(args.text))
 
 
 if __name__ == "__main__":

@@ -208,7 +208,8 @@ class _TorchAttention(torch.autograd.Function):
                 if keep is not None:
                     dropped, dprobs = probs * keep, dprobs.mul_(keep)
                 tile.add_to_keys(dv, dropped.transpose(1, 2) @ do)
-                dscores = torch._softmax_backward_data(dprobs, probs, -1, dtype).mul_(q.shape[-1] ** -0.5)
+                dscores = torch._softmax_backward_data(dprobs, probs, -1, dtype)  # pyright: ignore[reportPrivateImportUsage]
+                dscores.mul_(q.shape[-1] ** -0.5)
                 tile.add_to_keys(dk, dscores.transpose(1, 2) @ tile.queries_of(q, dtype))
                 tile.query_rows(dq).copy_(tile.by_row(dscores @ tile.keys_of(k, dtype)))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None

@@ -59,12 +59,26 @@ def test_report(tmp_path, token_shards, tokenizer_folder, capsys):
     quickstart.main(["report", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert (tmp_path / "loss-curve.png").read_bytes().startswith(b"\x89PNG")
-    for prompt in quickstart.PROMPTS:
-        assert any(line.startswith(prompt) and line.count("%") == 5 for line in lines)
+    for prompt, expected in quickstart.PROMPTS:
+        assert any(
+            line.startswith(prompt) and line.count("%") == 5 and f"(expected: {expected})" in line for line in lines
+        )
     assert lines[-1].startswith("quickstart ")
     fields = dict(field.split("=") for field in lines[-1].split()[1:])
     assert list(fields) == ["eval_loss", "unigram_entropy", "tokens_per_s", "train_seconds"]
     assert fields["eval_loss"] == evaluated and 4 < float(fields["unigram_entropy"]) < 7
+
+
+def test_prompts_of_own_text(tmp_path, documents):
+    """From held-out documents, with the masked word as the answer."""
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    quickstart.main(["text", str(tmp_path), "--text", str(tmp_path / "a.txt")])
+    held_out = texts_of(tmp_path / "text/c4-validation.00000-of-00001.json.gz")
+    prompts = quickstart.held_out_prompts(tmp_path)
+    assert len(prompts) == 3
+    for (prompt, word), text in zip(prompts, held_out, strict=False):
+        assert prompt.count("[MASK]") == 1
+        assert " ".join(text.split()).startswith(prompt.replace("[MASK]", word))
 
 
 def test_unigram_entropy_is_that_of_the_evaluations_targets(token_shards, tokenizer_folder, tokenizer):
