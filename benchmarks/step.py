@@ -40,7 +40,9 @@ def make_batch(S: int, fill: float, tokens: int, masked: float, V: int) -> Batch
     return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
 
 
-def mosaic_bert(layers: int, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Callable[[Batch], torch.Tensor]]:
+def mosaic_bert(
+    layers: int, device: str, dtype: torch.dtype
+) -> tuple[torch.nn.Module, Callable[[Batch], torch.Tensor]]:
     model = BertForMaskedLM(BertConfig(**BASE, num_hidden_layers=layers)).to(device).train()
 
     def loss(batch: Batch) -> torch.Tensor:
