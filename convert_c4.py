@@ -112,7 +112,7 @@ def convert(
     documents: Iterator[Document],
     counts: Counts,
     tokens: Tokens | None,
-    compression: str | None,
+    shards: dict[str, Any],
     overwrite: bool,
 ) -> dict[str, int | float]:
     """Write one split.
@@ -121,7 +121,7 @@ def convert(
         folder: of the split.
         documents: the text; ``counts`` follows it.
         tokens: how to tokenize, or None to write text.
-        compression: streaming's name of one, or None.
+        shards: MDSWriter's ``compression`` and ``size_limit`` (bytes of a shard before compression).
         overwrite: whether an existing split is replaced.
 
     Returns:
@@ -136,7 +136,7 @@ def convert(
     number, length = 0, 0
     with appears_when_complete(folder, overwrite) as out:
         columns = {"tokens": "bytes"} if tokens else {name: "str" for name in COLUMNS if name in first}
-        with MDSWriter(out=str(out), columns=columns, compression=compression, hashes=HASHES) as writer:
+        with MDSWriter(out=str(out), columns=columns, hashes=HASHES, **shards) as writer:
             if tokens is None:
                 for document in documents:
                     writer.write({name: document.get(name, "") for name in columns})
@@ -168,6 +168,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--source", help="folder of C4's files, or file or folder of yours (default: C4 from the hub)")
     parser.add_argument("--compression", help="of the shards, for example zstd or zstd:7 (default: none)")
+    parser.add_argument("--size_limit", default="64mb", help="of a shard, for example 64mb (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each split")
     parser.add_argument("--tokenizer", help="write tokens of this tokenizer (folder or hub name) in place of text")
     parser.add_argument("--max_seq_len", type=int, help="with --tokenizer: longest sample in tokens")
@@ -218,7 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         documents = iter_documents(args.source, part, args.skip_bad, counts)
         limits = [n for n in (limit, args.limit) if n is not None]
         documents = itertools.islice(documents, min(limits)) if limits else documents
-        done = convert(args.out_root / split, documents, counts, tokens, args.compression, args.overwrite)
+        done = convert(
+            args.out_root / split, documents, counts, tokens, args.compression, args.size_limit, args.overwrite
+        )
         if counts.bad:
             print(f"{split}: {counts.bad} bad, left out; the first: {'; '.join(counts.first_bad)}", file=sys.stderr)
         fields = {"split": split, **done, "empty": counts.empty, "bad": counts.bad}

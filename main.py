@@ -82,7 +82,8 @@ def describe(config: RunConfig) -> str:
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit(0 if argv else 2)
     config = load(argv[0], argv[1:])
     trainer = build_trainer(config)
     text = hide_environment(describe(config), argv[0], argv[1:])

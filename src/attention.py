@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -69,7 +70,7 @@ def resolve(impl: str, dropout_p: float = 0.0) -> str:
     Raises:
         ValueError: there is no such implementation, or it cannot drop attention weights and ``dropout_p`` is not 0.
     """
-    name = "torch" if impl == "auto" else impl
+    name = _fastest() if impl == "auto" else impl
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is not there; choose auto, {', '.join(IMPLEMENTATIONS)}")
     if dropout_p > 0 and name not in WITH_DROPOUT:
@@ -78,6 +79,13 @@ def resolve(impl: str, dropout_p: float = 0.0) -> str:
             f"or attention to one of {', '.join(sorted(WITH_DROPOUT))}"
         )
     return name
+
+
+@cache
+def _fastest() -> str:
+    """What ``auto`` means in this process; said once."""
+    log.info("attention: auto is torch")
+    return "torch"
 
 
 def reference(

@@ -366,7 +366,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
     once = data_c4.EachSampleOnce(dataset, config.device_eval_batch_size, dist.get_global_rank(), dist.get_world_size())
     collator = data_c4.MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
     spec = _data_spec(config, once, collator, loader, config.device_eval_batch_size)
-    # Composer names its own default evaluator's metrics so too; "eval" keeps the metrics' usual names.
+    # The label is part of the metrics' names: metrics/eval/LanguageCrossEntropy.
     return [Evaluator(label="eval", dataloader=spec, device_eval_microbatch_size=config.device_eval_batch_size)]
 
 

@@ -17,6 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -116,6 +118,49 @@ def encode_prefix(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class DataError(ValueError):
+    """A dataset is damaged or does not fit the run; the message says what, where and what to do."""
+
+
+def check_shards(folder: Path, complete: bool) -> None:
+    """Compare a split's index.json with its files: 0.1 s for 20,000 shards.
+
+    Args:
+        folder: of the split, with index.json.
+        complete: every shard must be here, with the size that the index states; else (a cache that fills up) only what
+            is here is compared.
+
+    Raises:
+        DataError: the index is broken or names a file outside the folder; shards are missing or of another size.
+    """
+    try:
+        shards = json.loads((folder / "index.json").read_text())["shards"]
+        files = [
+            [info for info in (shard["raw_data"], shard["zip_data"]) if info is not None and info["basename"]]
+            for shard in shards
+        ]
+        total = sum(shard["samples"] for shard in shards)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'index.json'} is broken ({error!r}); convert or copy the split again") from None
+    if not total:
+        raise DataError(f"{folder} is an empty dataset; convert the text again")
+    faults = []
+    for either in files:
+        for info in either:
+            if Path(info["basename"]).name != info["basename"]:
+                raise DataError(f"{folder / 'index.json'} names {info['basename']!r}, outside its folder")
+        sizes = {info["basename"]: info["bytes"] for info in either if (folder / info["basename"]).exists()}
+        if complete and not sizes:
+            faults.append(f"{either[0]['basename']} is missing")
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                faults.append(f"{name} has {found:,} bytes, not {size:,}")
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
+
+
 class Sample(TypedDict):
     """What a dataset yields."""
 
@@ -140,8 +185,8 @@ class StreamingC4(StreamingDataset):
         kwargs: StreamingDataset's.
 
     Raises:
-        ValueError: there is no dataset, or its shards have neither text nor tokens, or tokens of another tokenizer or
-            length.
+        DataError: there is no dataset, or it is damaged, or its shards have neither text nor tokens, or tokens of
+            another tokenizer or length. While iterating: a shard is lost or cannot be fetched.
     """
 
     def __init__(
@@ -157,11 +202,18 @@ class StreamingC4(StreamingDataset):
         source = Path(remote or local)
         if "://" not in str(remote) and not (source / (split or "") / "index.json").is_file():
             there = sorted(p.parent.name for p in source.glob("*/index.json"))
-            raise ValueError(
+            raise DataError(
                 f"{source / (split or '')} holds no dataset (no index.json); "
                 f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
             )
+        here = remote is None or Path(remote) == Path(local)
+        if here:
+            check_shards(folder, complete=True)
         super().__init__(local=local, remote=remote, split=split, **kwargs)
+        if not here:
+            check_shards(folder, complete=False)
+        self.folder = folder
+        self.failure: BaseException | None = None
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
         self.token_dtype = None if description is None else np.dtype(description["dtype"]).newbyteorder("<")
@@ -169,11 +221,36 @@ class StreamingC4(StreamingDataset):
             _check_tokens(description, tokenizer, max_seq_len, folder)
         elif "text" not in self.shards[0].column_names:  # pyright: ignore[reportAttributeAccessIssue]
             columns = ", ".join(self.shards[0].column_names)  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+            raise DataError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch and unpack a shard if need be. When that fails, streaming alone lets the others wait for ever."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self._shard_states[shard_id] = _ShardState.REMOTE  # the others try too, and fail too
+            raise self._damage(shard_id, error) from error
+
+    def on_exception(self, future: Future) -> None:
+        """Called when a thread that fetches shards ends: if it failed, keep the reason and end the other threads."""
+        self.failure = future.exception() or self.failure
+        if self.failure is not None:
+            self._event.set()
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        """Ids as they become ready. When a shard fails, streaming ends the epoch here and says nothing."""
+        yield from super()._each_sample_id(it)
+        if self.failure is not None:
+            raise DataError(str(self.failure))
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its id."""
-        raw = super().get_item(sample_id, retry)
+        try:
+            raw = super().get_item(sample_id, retry)
+        except DataError:
+            raise
+        except Exception as error:
+            raise (self.failure or self._damage(self.spanner[sample_id][0], error)) from error
         if self.token_dtype is not None:
             input_ids = np.frombuffer(raw["tokens"], self.token_dtype)
         else:
@@ -182,18 +259,22 @@ class StreamingC4(StreamingDataset):
         # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
         return Sample(input_ids=input_ids, sample_id=int(sample_id), epoch=max(self.next_epoch - 1, 0))
 
+    def _damage(self, shard_id: int, error: Exception) -> DataError:
+        name = self.shards[shard_id].file_pairs[0][0].basename  # pyright: ignore[reportAttributeAccessIssue]
+        return DataError(f"{self.folder / name} cannot be read or fetched ({error}); copy or convert it again")
+
 
 def _check_tokens(
     description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, folder: Path
 ) -> None:
     """Shards of tokens fit the run: same tokenizer, same length."""
     if description["fingerprint"] != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
+        raise DataError(
             f"{folder} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
             f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again."
         )
     if description["max_seq_len"] != max_seq_len:
-        raise ValueError(
+        raise DataError(
             f"{folder} holds samples of up to {description['max_seq_len']} tokens and max_seq_len is {max_seq_len}. "
             "Set max_seq_len to the former, or convert the text again."
         )

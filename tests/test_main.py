@@ -158,6 +158,20 @@ def test_resume_goes_on_as_if_nothing_had_happened(overrides, tmp_path):
     assert [line.split(",")[:3] for line in again] == [line.split(",")[:3] for line in lines]
 
 
+def test_speed_and_mfu_are_logged(overrides, tmp_path):
+    """Of real tokens; the FLOPs of a step are the model's own count."""
+    monitor = ["callbacks.speed_monitor.window_size=1", "callbacks.speed_monitor.gpu_flops_available=1e12"]
+    quiet = ["save_folder=null", "autoresume=false", "eval_interval=0"]
+    trainer, _, _ = fit("yamls/mosaic_bert.yaml", [*overrides, *monitor, *quiet])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = lines[3]
+    assert 0 < last["throughput/device/mfu"] < 1
+    step = last["seconds"] - lines[2]["seconds"]
+    assert last["throughput/tokens_per_sec"] == pytest.approx((last["token"] - lines[2]["token"]) / step, rel=1e-3)
+    flops = trainer.state.model.flops_per_batch(trainer.state.batch)
+    assert last["throughput/flops_per_sec"] == pytest.approx(flops / step, rel=1e-3)
+
+
 def test_weights_of_another_run(overrides, tmp_path):
     options = [*overrides, "max_duration=2ba"]
     _, _, weights = fit("yamls/quickstart.yaml", [*options, f"save_folder={tmp_path}/a"])

@@ -1,0 +1,147 @@
+"""Damaged and impossible data: each ends in one clear message, none hangs or ends an epoch early unsaid."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from streaming import MDSWriter
+
+import convert_c4
+from src import data_c4
+from src.data_c4 import DataError, EachSampleOnce, MaskingCollator, StreamingC4, build_dataloader
+from tests.conftest import MAX_SEQ_LEN
+
+
+@pytest.fixture
+def shards(documents, tokenizer_folder, tmp_path):
+    """A split of several small shards."""
+    (tmp_path / "a.txt").write_text("\n".join(documents[:120]))
+    tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--size_limit", "4kb"]
+    convert_c4.main(["--out_root", str(tmp_path), "--splits", "val", "--source", str(tmp_path / "a.txt"), *tokens])
+    assert len(list((tmp_path / "val").glob("shard*"))) > 4
+    return tmp_path / "val"
+
+
+def open_dataset(folder, tokenizer, **options):
+    return StreamingC4(tokenizer, MAX_SEQ_LEN, local=str(folder.parent), split=folder.name, **options)
+
+
+def remove(folder):
+    (folder / "shard.00002.mds").unlink()
+
+
+def truncate(folder):
+    path = folder / "shard.00002.mds"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def empty(folder):
+    (folder / "shard.00002.mds").write_bytes(b"")
+
+
+def swap(folder):
+    a, b = folder / "shard.00002.mds", folder / "shard.00003.mds"
+    assert a.stat().st_size != b.stat().st_size
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def edit_index(change):
+    def edit(folder):
+        index = json.loads((folder / "index.json").read_text())
+        change(index)
+        (folder / "index.json").write_text(json.dumps(index))
+
+    return edit
+
+
+def half_an_index(folder):
+    path = folder / "index.json"
+    path.write_text(path.read_text()[:100])
+
+
+def outside(index):
+    index["shards"][0]["raw_data"]["basename"] = "../../secret"
+
+
+def no_index(folder):
+    (folder / "index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove, "shard.00002.mds is missing"),
+        (truncate, r"shard.00002.mds has [\d,]+ bytes, not [\d,]+"),
+        (empty, "shard.00002.mds has 0 bytes"),
+        (swap, "shard.00002.mds has .*; shard.00003.mds has"),
+        (half_an_index, "index.json is broken"),
+        (edit_index(lambda index: index.pop("shards")), "index.json is broken"),
+        (edit_index(outside), "names '../../secret', outside its folder"),
+        (edit_index(lambda index: index["shards"].clear()), "is an empty dataset"),
+        (no_index, r"holds no dataset \(no index.json\); make one with convert_c4.py"),
+        (shutil.rmtree, "holds no dataset"),
+    ],
+)
+def test_damage_is_found_before_the_first_step(damage, message, shards, tokenizer):
+    open_dataset(shards, tokenizer)
+    damage(shards)
+    with pytest.raises(DataError, match=message):
+        open_dataset(shards, tokenizer)
+
+
+def test_many_faults_are_counted(shards, tokenizer):
+    for path in shards.glob("shard*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"is missing; .* and \d+ more"):
+        open_dataset(shards, tokenizer)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_shard_lost_while_running_stops_the_run(num_workers, evaluation, shards, tokenizer):
+    dataset = open_dataset(shards, tokenizer, batch_size=4)
+    samples = EachSampleOnce(dataset, 4, rank=0, world_size=1) if evaluation else dataset
+    loader = build_dataloader(samples, MaskingCollator(tokenizer, 0.15, 1), 4, num_workers, timeout=20)
+    remove(shards)
+    with pytest.raises(DataError, match="shard.00002.mds cannot be read or fetched"):
+        for _ in loader:
+            pass
+
+
+def test_a_remote_that_lost_a_shard(shards, tokenizer, tmp_path):
+    remove(shards)
+    dataset = StreamingC4(
+        tokenizer,
+        MAX_SEQ_LEN,
+        local=str(tmp_path / "cache"),
+        remote=str(shards.parent),
+        split="val",
+        batch_size=4,
+    )
+    loader = build_dataloader(dataset, MaskingCollator(tokenizer, 0.15, 1), 4)
+    with pytest.raises(DataError, match="shard.00002.mds cannot be read or fetched"):
+        for _ in loader:
+            pass
+
+
+def test_columns_of_something_else(tokenizer, tmp_path):
+    with MDSWriter(out=str(tmp_path / "val"), columns={"image": "bytes", "label": "int"}) as writer:
+        writer.write({"image": b"x", "label": 1})
+    with pytest.raises(DataError, match=r"no column 'text' \(image, label\)"):
+        open_dataset(tmp_path / "val", tokenizer)
+
+
+def test_a_document_of_one_character_and_of_none_known(tokenizer, tmp_path):
+    """Shortest samples that can be: they train, with nothing or little masked."""
+    with MDSWriter(out=str(tmp_path / "val"), columns={"text": "str"}) as writer:
+        for text in ("a", "☃", "", " "):
+            writer.write({"text": text})
+    dataset = open_dataset(tmp_path / "val", tokenizer)
+    assert [len(dataset[i]["input_ids"]) for i in range(4)] == [3, 3, 2, 2]
+    batch = MaskingCollator(tokenizer, 0.99, seed=1)([dataset[i] for i in range(4)])
+    assert (batch["labels"] >= 0).sum(dim=1).tolist() == [1, 0, 0, 0]
+    assert sum(part["num_tokens"] for part in data_c4.split_unpadded(batch, 1)) == 10
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([3, 3, 2, 2]))
