@@ -219,9 +219,8 @@ def main(argv: list[str] | None = None) -> None:
         documents = iter_documents(args.source, part, args.skip_bad, counts)
         limits = [n for n in (limit, args.limit) if n is not None]
         documents = itertools.islice(documents, min(limits)) if limits else documents
-        done = convert(
-            args.out_root / split, documents, counts, tokens, args.compression, args.size_limit, args.overwrite
-        )
+        shards = {"compression": args.compression, "size_limit": args.size_limit}
+        done = convert(args.out_root / split, documents, counts, tokens, shards, args.overwrite)
         if counts.bad:
             print(f"{split}: {counts.bad} bad, left out; the first: {'; '.join(counts.first_bad)}", file=sys.stderr)
         fields = {"split": split, **done, "empty": counts.empty, "bad": counts.bad}

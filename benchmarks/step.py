@@ -59,10 +59,9 @@ def make_batch(S: int, tokens: int, masked: float) -> Batch:
     return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
 
 
-def mosaic_bert(
-    layers: int, device: str, dtype: torch.dtype
-) -> tuple[torch.nn.Module, Callable[[Batch], torch.Tensor]]:
-    model = BertForMaskedLM(BertConfig(**BASE, num_hidden_layers=layers, vocab_size=VOCABULARY)).to(device).train()
+def mosaic_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
+    model = BertForMaskedLM(BertConfig(**BASE, num_hidden_layers=layers, vocab_size=VOCABULARY)).train()
+    torch.nn.Module.to(model, device)
 
     def loss(batch: Batch) -> torch.Tensor:
         indices, cu_seqlens, max_seqlen = unpad_layout(batch["attention_mask"])
@@ -81,8 +80,8 @@ def hf_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
     config = transformers.BertConfig(
         **BASE, num_hidden_layers=layers, vocab_size=VOCABULARY, attention_probs_dropout_prob=0.0
     )
-    model: torch.nn.Module = transformers.BertForMaskedLM(config).train()
-    model.to(device)
+    model = transformers.BertForMaskedLM(config).train()
+    torch.nn.Module.to(model, device)
 
     def loss(batch: Batch) -> torch.Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
