@@ -61,7 +61,6 @@ def make_batch(S: int, tokens: int, masked: float) -> Batch:
 
 def mosaic_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
     model = BertForMaskedLM(BertConfig(**BASE, num_hidden_layers=layers, vocab_size=VOCABULARY)).train()
-    torch.nn.Module.to(model, device)
 
     def loss(batch: Batch) -> torch.Tensor:
         indices, cu_seqlens, max_seqlen = unpad_layout(batch["attention_mask"])
@@ -81,7 +80,6 @@ def hf_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
         **BASE, num_hidden_layers=layers, vocab_size=VOCABULARY, attention_probs_dropout_prob=0.0
     )
     model = transformers.BertForMaskedLM(config).train()
-    torch.nn.Module.to(model, device)
 
     def loss(batch: Batch) -> torch.Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -137,6 +135,7 @@ def main() -> None:
     arms = {}
     for name, make in ARMS.items():
         model, loss = make(args.layers, args.device, dtype)
+        model.to(args.device)
         arms[name] = (loss, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
 
     def step(name: str, batch: Batch) -> None:
