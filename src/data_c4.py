@@ -228,13 +228,21 @@ class StreamingC4(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.REMOTE  # the others try too, and fail too
-            raise self._damage(shard_id, error) from error
+            self._shard_states[shard_id] = _ShardState.REMOTE  # other processes try too, and fail too
+            damage = self._damage(shard_id, error)
+            self._fail(damage)
+            raise damage from error
 
     def on_exception(self, future: Future) -> None:
-        """Called when a thread that fetches shards ends: if it failed, keep the reason and end the other threads."""
-        self.failure = future.exception() or self.failure
-        if self.failure is not None:
+        """Called when a thread that fetches shards ends, well or not."""
+        error = future.exception()
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first reason, and end this process's threads, or it could not exit."""
+        self.failure = self.failure or error
+        if hasattr(self, "_event"):  # not before the first iteration
             self._event.set()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
@@ -250,7 +258,8 @@ class StreamingC4(StreamingDataset):
         except DataError:
             raise
         except Exception as error:
-            raise (self.failure or self._damage(self.spanner[sample_id][0], error)) from error
+            self._fail(self._damage(self.spanner[sample_id][0], error))
+            raise DataError(str(self.failure)) from error
         if self.token_dtype is not None:
             input_ids = np.frombuffer(raw["tokens"], self.token_dtype)
         else:

@@ -38,6 +38,33 @@ class LanguageCrossEntropy(Metric):
         return self.sum_loss / self.total_items
 
 
+class LanguagePerplexity(LanguageCrossEntropy):
+    """exp of the mean cross entropy of all masked tokens."""
+
+    def compute(self) -> Tensor:
+        """() fp64; NaN if nothing was masked."""
+        return super().compute().exp()
+
+
+class MaskedTokens(Metric):
+    """Masked tokens that the other metrics are over."""
+
+    full_state_update = False
+    total: Tensor
+
+    def __init__(self, dist_sync_on_step: bool = False):
+        super().__init__(dist_sync_on_step=dist_sync_on_step)
+        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
+        """Add a batch of ``count`` () masked tokens."""
+        self.total += count
+
+    def compute(self) -> Tensor:
+        """() int64."""
+        return self.total
+
+
 class MaskedAccuracy(Metric):
     """Share of masked tokens that are predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
 
@@ -67,8 +94,8 @@ class MaskedLMModel(ComposerModel):
 
     def __init__(self):
         super().__init__()
-        self.train_metrics = _metrics()
-        self.val_metrics = _metrics()
+        self.train_metrics = _by_name(LanguageCrossEntropy(), MaskedAccuracy())
+        self.val_metrics = _by_name(LanguageCrossEntropy(), LanguagePerplexity(), MaskedAccuracy(), MaskedTokens())
 
     def loss(self, outputs: UnpaddedMaskedLMOutput, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """() mean cross entropy of the microbatch's masked tokens; Composer weights it by their number."""
@@ -88,8 +115,8 @@ class MaskedLMModel(ComposerModel):
         metric.update(outputs.loss_sum, outputs.correct, outputs.count)
 
 
-def _metrics() -> dict[str, Metric]:
-    return {metric.__class__.__name__: metric for metric in (LanguageCrossEntropy(), MaskedAccuracy())}
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {type(metric).__name__: metric for metric in metrics}
 
 
 class MosaicBert(MaskedLMModel):

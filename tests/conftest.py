@@ -106,3 +106,36 @@ def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
     convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])
     return str(out)
+
+
+TINY = [
+    "model.model_config.hidden_size=24",
+    "model.model_config.num_hidden_layers=2",
+    "model.model_config.num_attention_heads=3",
+    "model.model_config.intermediate_size=40",
+    "model.model_config.hidden_dropout_prob=0.0",
+]
+
+
+@pytest.fixture
+def overrides(token_shards, tokenizer_folder, tmp_path):
+    """A run of 4 steps of 16 samples on the CPU."""
+    return [
+        *TINY,
+        f"data_local={token_shards}",
+        f"tokenizer_name={tokenizer_folder}",
+        f"max_seq_len={MAX_SEQ_LEN}",
+        "train_loader.num_workers=0",
+        "train_loader.num_canonical_nodes=1",
+        "eval_loader.num_workers=0",
+        "max_duration=4ba",
+        "eval_interval=100ba",
+        "global_train_batch_size=16",
+        "device_train_microbatch_size=16",
+        "device_eval_batch_size=32",
+        "precision=fp32",
+        "progress_bar=false",
+        f"save_folder={tmp_path}/checkpoints",
+        "save_interval=2ba",
+        f"loggers.metrics_file.path={tmp_path}/metrics.jsonl",
+    ]

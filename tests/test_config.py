@@ -58,6 +58,19 @@ def test_defaults_come_from_the_run(write, quickstart):
     assert (other.eval_loader.local, other.eval_loader.remote) == ("elsewhere", None)
 
 
+def test_evaluation_sets_by_name(write, quickstart):
+    sets = {"domain": {"split": "held-out", "local": "elsewhere"}, "c4": {"split": "val", "mlm_probability": 0.2}}
+    run = load(write({**quickstart, "eval_loaders": sets}))
+    assert run.eval_loaders["domain"].local == "elsewhere" and run.eval_loaders["c4"].local == run.data_local
+    assert load(write(config.to_dict(run))) == run
+    with pytest.raises(ConfigError) as error:
+        load(write({**quickstart, "eval_loaders": {"a": {"splt": "x"}, "b": 3}}))
+    for fault in ("eval_loaders.a.splt: unknown", "eval_loaders.a.split: missing", "eval_loaders.b: keys and values"):
+        assert fault in str(error.value)
+    with pytest.raises(ConfigError, match="'eval' is not a name of your own"):
+        load(write({**quickstart, "eval_loaders": {"eval": {"split": "x"}}}))
+
+
 def test_overrides_and_interpolation(write, quickstart, monkeypatch):
     monkeypatch.setenv("MY_FOLDER", "/data/secret-place")
     path = write({**quickstart, "save_folder": "${data_local}/${run_name}", "data_local": "${oc.env:MY_FOLDER}"})
@@ -114,6 +127,7 @@ def test_all_faults_in_one_error(write, quickstart):
         ("callbacks.speed_monitor=3", "callbacks.speed_monitor: keys and values"),
         ("train_loader=3", "train_loader: keys and values are wanted"),
         ("train_loader.num_canonical_nodes=0", "train_loader.num_canonical_nodes: 0 is not positive"),
+        ("time_limit=4hours", "time_limit: '4hours' is not a number with d, h, min or s"),
         ("load_weights_only=true", "load_weights_only: acts only with a load_path"),
     ],
 )
@@ -161,6 +175,11 @@ def test_each_key_misspelt_is_refused(path, write):
 def test_a_file_that_is_no_config(text, fault, write):
     with pytest.raises(ConfigError, match=fault):
         load(write(text))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("4h", 14400), ("1.5min", 90), ("90s", 90), ("2d", 172800)])
+def test_time_limit(text, seconds):
+    assert config.seconds(text) == seconds
 
 
 def test_missing_file_and_bad_override(tmp_path, write, quickstart):

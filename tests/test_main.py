@@ -4,9 +4,9 @@ import datetime
 import json
 import os
 import pickle
-import subprocess
-import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,40 +15,12 @@ from composer.core import Callback
 
 import main
 from src import checkpoint
+from src.bert_layers import BertForMaskedLM
 from src.config import load
+from src.configuration_bert import BertConfig
+from src.data_c4 import MaskingCollator, StreamingC4
+from src.summary import memory, schedule_shares, total_steps
 from tests.conftest import MAX_SEQ_LEN
-
-TINY = [
-    "model.model_config.hidden_size=24",
-    "model.model_config.num_hidden_layers=2",
-    "model.model_config.num_attention_heads=3",
-    "model.model_config.intermediate_size=40",
-    "model.model_config.hidden_dropout_prob=0.0",
-]
-
-
-@pytest.fixture
-def overrides(token_shards, tokenizer_folder, tmp_path):
-    """A run of 4 steps of 16 samples on the CPU."""
-    return [
-        *TINY,
-        f"data_local={token_shards}",
-        f"tokenizer_name={tokenizer_folder}",
-        f"max_seq_len={MAX_SEQ_LEN}",
-        "train_loader.num_workers=0",
-        "train_loader.num_canonical_nodes=1",
-        "eval_loader.num_workers=0",
-        "max_duration=4ba",
-        "eval_interval=100ba",
-        "global_train_batch_size=16",
-        "device_train_microbatch_size=16",
-        "device_eval_batch_size=32",
-        "precision=fp32",
-        "progress_bar=false",
-        f"save_folder={tmp_path}/checkpoints",
-        "save_interval=2ba",
-        f"loggers.metrics_file.path={tmp_path}/metrics.jsonl",
-    ]
 
 
 class Losses(Callback):
@@ -114,6 +86,132 @@ def test_evaluation_does_not_depend_on_batches_workers_or_the_form_of_the_shards
         [f"eval_loader.local={text_shards}"],
     ):
         assert evaluation(fit("yamls/quickstart.yaml", [*options, *change])[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_evaluation_sets_by_name(overrides, text_shards):
+    """Each under its name; on the split that trains, on one that the other set has, and elsewhere."""
+    sets = {
+        "same": "{split: val}",
+        "training": "{split: train}",
+        "text": f"{{split: val, local: {text_shards}}}",
+        "harder": "{split: val, mlm_probability: 0.5}",
+    }
+    options = [*overrides, "save_folder=null", *(f"eval_loaders.{name}={value}" for name, value in sets.items())]
+    trainer, _, _ = fit("yamls/quickstart.yaml", options)
+    values = {
+        label: metrics["LanguageCrossEntropy"].compute().item() for label, metrics in trainer.state.eval_metrics.items()
+    }
+    assert set(values) == {"eval", *sets}
+    assert values["same"] == values["eval"] and values["text"] == pytest.approx(values["eval"], rel=1e-6)
+    assert len({values["eval"], values["training"], values["harder"]}) == 3
+
+
+def test_evaluation_reports_loss_perplexity_accuracy_and_tokens(overrides, token_shards, tokenizer):
+    trainer, _, _ = fit("yamls/quickstart.yaml", [*overrides, "save_folder=null"])
+    values = evaluation(trainer)
+    assert values["LanguagePerplexity"] == pytest.approx(np.exp(values["LanguageCrossEntropy"]))
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
+    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
+    assert values["MaskedTokens"] == (batch["labels"] >= 0).sum()
+
+
+def test_step_monitor(overrides, tmp_path):
+    """Rates of real tokens; a share of waiting that follows a slow loader; the gradient's norm."""
+    options = [*overrides, "save_folder=null", "eval_interval=0", "max_duration=6ba"]
+    monitor = ["callbacks.step_monitor.window_size=3", "callbacks.step_monitor.warmup=1"]
+    _, losses, _ = fit("yamls/quickstart.yaml", [*options, *monitor])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "step/tokens_per_s" not in lines[0] and "step/tokens_per_s" in lines[1]
+    last = lines[-1]
+    assert last["step/grad_norm"] == pytest.approx(losses.gradient.norm().item(), rel=1e-5)
+    tokens = last["token"] - lines[-2]["token"]
+    assert last["step/fill"] == pytest.approx(tokens / (16 * MAX_SEQ_LEN), rel=1e-6)
+    assert 0 < last["step/masked_tokens"] < tokens and 0 < last["step/data_wait_share"] < 1
+    ratio = (last["token"] - lines[2]["token"]) / (last["sample"] - lines[2]["sample"])
+    assert last["step/tokens_per_s"] / last["step/samples_per_s"] == pytest.approx(ratio)
+
+
+def test_waiting_for_data_is_seen(overrides, tmp_path, monkeypatch):
+    collate = MaskingCollator.__call__
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(0.2) or collate(self, samples))
+    monitor = ["callbacks.step_monitor.warmup=1", "eval_interval=0", "save_folder=null"]
+    fit("yamls/quickstart.yaml", [*overrides, *monitor])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step/data_wait_share"] > 0.5
+
+
+def test_time_limit_stops_and_saves_and_the_schedule_goes_on(overrides, tmp_path):
+    options = [*overrides, "max_duration=1000ba", "save_interval=500ba", "save_overwrite=false"]
+    trainer, losses, _ = fit("yamls/quickstart.yaml", [*options, "time_limit=1s"])
+    done = len(losses.losses)
+    assert 0 < done < 1000 and (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
+    lr = trainer.state.optimizers[0].param_groups[0]["lr"]
+    assert lr == pytest.approx(3e-3 * min(1, (done - 1) / 100))  # the last step's, of a warmup over 100 of 1000
+    trainer = main.build_trainer(load("yamls/quickstart.yaml", [*options, "autoresume=true"]))
+    assert trainer.state.timestamp.batch == done and trainer.state.max_duration == "1000ba"
+
+
+def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
+    main.main(
+        [
+            "yamls/quickstart.yaml",
+            *overrides,
+            "--validate",
+            "max_duration=10ep",
+            "model.model_config.num_hidden_layers=4",
+        ]
+    )
+    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    model = BertForMaskedLM(BertConfig(1024, 24, 4, 3, 40))
+    assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
+    assert "190, 10.13 passes" in printed["steps"]
+    assert "10.0% warmup, 90.0% decay" in printed["schedule"]
+    assert "MFLOP a real token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("duration", ["100ba", "1600sp", "5ep"])
+@pytest.mark.parametrize("warmup", ["0.1dur", "10ba"])
+def test_schedule_shares(duration, warmup):
+    """Of 100 steps, whatever their unit; a warmup in batches only where the run is in batches or epochs."""
+    if duration == "1600sp" and warmup == "10ba":
+        warmup = "160sp"
+    run = load("yamls/quickstart.yaml", [f"max_duration={duration}", "global_train_batch_size=16"])
+    scheduler = main.builders.WarmupStableDecayScheduler(warmup, "0.2dur")
+    assert total_steps(run, 320, 30.0) == 100
+    assert schedule_shares(scheduler, run, 100, 320, 30.0) == pytest.approx((0.1, 0.2))
+
+
+def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
+    """Proportional to the microbatch; less with gradient checkpointing."""
+
+    def gib(*options):
+        run = load("yamls/quickstart.yaml", [*overrides, *options])
+        model = main.builders.build_model(run, tokenizer)
+        dataset = SimpleNamespace(tokenizer=tokenizer)
+        text = memory(run, model, 0, dataset)  # pyright: ignore[reportArgumentType]
+        return float(text.split("about ")[1].split()[0])
+
+    many = "device_train_microbatch_size=100000"
+    assert gib(many) == pytest.approx(2 * gib("device_train_microbatch_size=50000"), abs=0.02)
+    assert gib(many, "model.gradient_checkpointing=true") < 0.7 * gib(many)
+
+
+def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, capsys):
+    trainer, _, _ = fit("yamls/quickstart.yaml", overrides)
+    want = evaluation(trainer)["LanguageCrossEntropy"]
+    saved = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
+    load_path = f"load_path={tmp_path}/checkpoints/latest-rank0.pt"
+    main.main(["yamls/quickstart.yaml", "--eval", *overrides, load_path])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("eval LanguageCrossEntropy=")
+    assert float(line.split("=")[1].split()[0]) == pytest.approx(want, rel=1e-5)
+    assert saved == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(main.ConfigError, match="--eval needs a load_path"):
+        main.main(["yamls/quickstart.yaml", "--eval", *overrides])
+    with pytest.raises(main.ConfigError, match="--evla: give a YAML and at most one of"):
+        main.main(["yamls/quickstart.yaml", "--evla"])
 
 
 def test_training_and_evaluation_on_one_split(overrides):
@@ -228,34 +326,3 @@ def test_batch_that_does_not_divide(overrides, monkeypatch):
     monkeypatch.setattr(main.builders.dist, "get_world_size", lambda: 3)
     with pytest.raises(main.ConfigError, match="16 is not a multiple of the 3 devices"):
         main.builders.device_train_batch_size(load("yamls/quickstart.yaml", overrides))
-
-
-def launch(processes, overrides, folder):
-    """Losses of the steps, and the last evaluation, of a run of ``composer -n``."""
-    bin = Path(sys.executable).parent
-    command = [bin / "composer", "-n", str(processes), "main.py", "yamls/quickstart.yaml", *overrides]
-    metrics = f"loggers.metrics_file.path={folder}/metrics.jsonl"
-    env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
-    done = subprocess.run([*command, f"save_folder={folder}", metrics], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
-    return losses, lines[-1]["metrics/eval/LanguageCrossEntropy"], lines[-1]["token"]
-
-
-@pytest.mark.slow
-def test_losses_do_not_depend_on_the_number_of_processes(overrides, tmp_path):
-    """composer -n 1, 2 and 4 on the CPU: the same global batches, losses and evaluation, to fp32 rounding."""
-    options = [*overrides, "global_train_batch_size=32", "device_train_microbatch_size=4", "device_eval_batch_size=7"]
-    want, want_eval, tokens = launch(1, options, tmp_path / "1")
-    assert len(want) == 4
-    for processes in (2, 4):
-        got, got_eval, got_tokens = launch(processes, options, tmp_path / str(processes))
-        assert got == pytest.approx(want, rel=1e-5)
-        assert got_eval == pytest.approx(want_eval, rel=1e-5)
-        assert got_tokens == tokens
-
-
-def test_composer_launches(overrides, tmp_path):
-    losses, _, _ = launch(1, [*overrides, "max_duration=1ba"], tmp_path / "run")
-    assert len(losses) == 1

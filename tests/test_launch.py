@@ -1,0 +1,158 @@
+"""Several processes: one node, two nodes, and nodes that do not meet; and what launches them elsewhere."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+QUICKSTART = "yamls/quickstart.yaml"
+
+
+def environment(**variables):
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **{k: str(v) for k, v in variables.items()}}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def options_in(overrides, folder):
+    return [*overrides, f"save_folder={folder}", f"loggers.metrics_file.path={folder}/metrics.jsonl"]
+
+
+def results_of(folder):
+    """Losses of the steps, the last evaluation, and tokens."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/train/total"] for line in lines if "loss/train/total" in line]
+    return losses, lines[-1]["metrics/eval/LanguageCrossEntropy"], lines[-1]["token"]
+
+
+def launch(processes, overrides, folder):
+    command = ["composer", "-n", str(processes), "main.py", QUICKSTART, *options_in(overrides, folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    return results_of(folder)
+
+
+def two_nodes(overrides, folder, by_environment):
+    """Two launchers of one process each, with a /dev/shm and a TMPDIR of their own, as two hosts have."""
+    port, nodes = free_port(), []
+    for rank in range(2):
+        tmp = folder / f"tmp{rank}"
+        tmp.mkdir(parents=True)
+        place = {"WORLD_SIZE": 2, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = [] if by_environment else [x for k, v in place.items() for x in (f"--{k.lower()}", str(v))]
+        composer = ["composer", "--nproc", "1", *arguments, "main.py", QUICKSTART, *options_in(overrides, folder)]
+        command = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh", *composer]
+        env = environment(TMPDIR=tmp, **(place if by_environment else {}))
+        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env))
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output
+    return results_of(folder)
+
+
+def test_composer_launches(overrides, tmp_path):
+    losses, _, _ = launch(1, [*overrides, "max_duration=1ba"], tmp_path / "run")
+    assert len(losses) == 1
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_processes_and_nodes(overrides, tmp_path):
+    """1, 2 and 4 processes, and 2 nodes by arguments and by environment variables: the same global batches, losses and
+    evaluation, to fp32 rounding."""
+    options = [*overrides, "global_train_batch_size=32", "device_train_microbatch_size=4", "device_eval_batch_size=7"]
+    want, want_eval, tokens = launch(1, options, tmp_path / "1")
+    assert len(want) == 4
+    results = [launch(processes, options, tmp_path / str(processes)) for processes in (2, 4)]
+    assert shutil.which("unshare"), "util-linux is needed"
+    results += [two_nodes(options, tmp_path / f"nodes-{by_env}", by_env) for by_env in (False, True)]
+    for got, got_eval, got_tokens in results:
+        assert got == pytest.approx(want, rel=1e-5)
+        assert got_eval == pytest.approx(want_eval, rel=1e-5)
+        assert got_tokens == tokens
+
+
+@pytest.mark.slow
+def test_torchrun(overrides, tmp_path):
+    command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "main.py", QUICKSTART]
+    env = environment(NODE_RANK=0)
+    done = subprocess.run([*command, *options_in(overrides, tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(results_of(tmp_path)[0]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["peer missing", "wrong address", "port taken"])
+def test_processes_that_do_not_meet(fault, overrides):
+    """One clear message within the time-out, and no traceback."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1] if fault == "port taken" else free_port()
+        address = "127.0.0.2" if fault == "wrong address" else "127.0.0.1"
+        rank = 1 if fault == "wrong address" else 0
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "NODE_RANK": rank}
+        env = environment(**place, MASTER_ADDR=address, MASTER_PORT=port)
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "main.py", QUICKSTART, *overrides, "dist_timeout=5"],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=90,
+        )
+    assert done.returncode == 1 and time.monotonic() - started < 60
+    assert f"main.py: process {rank} of 2 did not meet the others at {address}:{port} within 5 s" in done.stderr
+    assert "Check that node 0" in done.stderr and "Traceback" not in done.stderr
+
+
+# What cannot be run here is held against what is.
+
+
+def test_dockerfile_copies_and_installs_what_there_is():
+    text = Path("Dockerfile").read_text()
+    copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", text, flags=re.M)
+    names = [name for line in copied for name in line.split()]
+    assert "." in names and all(Path(name).exists() for name in names)
+    installed = re.findall(r"-r (\S+\.txt)", text)
+    assert installed and all(Path(name).exists() and name in names for name in installed)
+    base = re.search(r"^FROM pytorch/pytorch:(\S+?)-cuda", text, flags=re.M)
+    pinned = re.search(r"^torch==(\S+)", Path("requirements.txt").read_text(), flags=re.M)
+    assert base and pinned and base[1] == pinned[1]
+    assert re.search(r"^USER (?!root|0)", text, flags=re.M)
+    assert "/opt/venv/.installed" in text and "$(VENV)/.installed" in Path("Makefile").read_text()
+
+
+def test_slurm_script_starts_a_launcher_on_each_node(tmp_path):
+    """With stand-ins for Slurm's commands and for composer, which prints what it was given."""
+    stand_ins = {
+        "scontrol": "printf 'node-a\\nnode-b\\n'",
+        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+        "composer": 'echo "$NODE_RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $*"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_ID": "7",
+    }
+    script = ["bash", "docs/slurm.sbatch", "yamls/mosaic_bert.yaml", "data_local=/data/c4"]
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{rank} of 16 at node-a:20007: --nproc 8 main.py yamls/mosaic_bert.yaml data_local=/data/c4" for rank in (0, 1)
+    ]
