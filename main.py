@@ -6,6 +6,7 @@ python main.py yamls/quickstart.yaml [key=value ...]        one process
 
 import dataclasses
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -84,6 +85,21 @@ def build_trainer(config: RunConfig) -> Trainer:
     )
 
 
+def trainer_or_reason(config: RunConfig) -> Trainer:
+    """``build_trainer``; what can be wrong with a checkpoint in one message."""
+    try:
+        return build_trainer(config)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        text = str(error)
+        if "state_dict" in text:
+            reason = "is of another model; its shape must be that of model.model_config"
+        elif "weights_only" in text.lower() or "unsupported" in text.lower():
+            reason = "holds more than data, and running what it holds is refused"
+        else:
+            raise
+        raise ConfigError(f"{config.load_path or config.save_folder}: the checkpoint {reason}: {text[:300]}") from None
+
+
 def describe(config: RunConfig) -> str:
     """The resolved config as a YAML that can be run again, under comments that say what it ran on."""
     git = subprocess.run(
@@ -107,7 +123,7 @@ def evaluate(config: RunConfig) -> None:
         raise ConfigError("--eval needs a load_path")
     # Weights are all it takes; nothing of the run whose checkpoint this is may be overwritten.
     config = dataclasses.replace(config, load_weights_only=True, autoresume=False, save_folder=None, loggers={})
-    trainer = build_trainer(config)
+    trainer = trainer_or_reason(config)
     trainer.eval()
     print_evaluation(trainer)
     trainer.close()
@@ -137,7 +153,7 @@ def validate(config: RunConfig) -> None:
 
 def train(config: RunConfig, argv: list[str]) -> None:
     """Train, and evaluate at the end."""
-    trainer = build_trainer(config)
+    trainer = trainer_or_reason(config)
     text = hide_environment(describe(config), argv[0], argv[1:])
     if dist.get_global_rank() == 0:
         print(text, file=sys.stderr)

@@ -67,13 +67,17 @@ def build(path: str, table: Mapping[str, Callable[..., Any]], component: Compone
     """``table[name](**options, **given)``; ``given`` comes from the code and is no option of the YAML's.
 
     Raises:
-        ConfigError: the name is not in the table, or options are unknown or missing; by the key's full path.
+        ConfigError: the name is not in the table, options are unknown or missing, or a package that it needs is not
+            installed; by the key's full path.
     """
     if component.name not in table:
         raise ConfigError(f"{path}: unknown {component.name!r}; {nearest(component.name, list(table))}")
     target = table[component.name]
     check_options(f"{path}.{component.name}", target, component.options, given)
-    return target(**component.options, **given)
+    try:
+        return target(**component.options, **given)
+    except ImportError as error:  # Composer's loggers import their service's package when they are made
+        raise ConfigError(f"{path}.{component.name}: a package is not installed: {error}") from None
 
 
 def check_options(path: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str]) -> None:

@@ -61,6 +61,11 @@ def test_components_without_options_take_none_and_those_of_services_any():
     builders.check_options("loggers.neptune", builders.NeptuneLogger, {"anything": 1}, [])
 
 
+def test_a_logger_whose_package_is_not_installed():
+    with pytest.raises(ConfigError, match="loggers.wandb: a package is not installed"):
+        build("loggers", builders.LOGGERS, Component("wandb", {}))
+
+
 def test_the_error_says_what_there_is():
     with pytest.raises(ConfigError) as error:
         build("optimizer", builders.OPTIMIZERS, Component("decoupled_adamw", {"beta2": 0.9}), model=None)

@@ -322,6 +322,29 @@ def test_a_users_mistake_is_one_clear_message(change, message, overrides, capsys
     assert message in str(exit.value) and str(exit.value).startswith("main.py: ")
 
 
+def test_checkpoints_that_do_not_fit(overrides, tmp_path):
+    """Of another shape; a program; not there."""
+    options = ["yamls/quickstart.yaml", *overrides, "max_duration=1ba"]
+    main.main(options)
+    checkpoint_path = f"load_path={tmp_path}/checkpoints/latest-rank0.pt"
+    torch.save({"state": Attack(str(tmp_path / "it-ran")), "rng": None}, tmp_path / "crafted.pt")
+    for changes, message in (
+        ([checkpoint_path, "model.model_config.hidden_size=48"], "the checkpoint is of another model"),
+        ([f"load_path={tmp_path}/crafted.pt"], "the checkpoint holds more than data"),
+        ([f"load_path={tmp_path}/none.pt"], "none.pt"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main.run([*options, "save_folder=null", *changes])
+        assert message in str(exit.value)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_nan_monitor_stops_a_run(overrides):
+    options = [*overrides, "save_folder=null", "callbacks.nan_monitor={}", "optimizer.lr=1e30", "max_duration=20ba"]
+    with pytest.raises(RuntimeError, match="NaN"):
+        fit("yamls/quickstart.yaml", options)
+
+
 def test_batch_that_does_not_divide(overrides, monkeypatch):
     monkeypatch.setattr(main.builders.dist, "get_world_size", lambda: 3)
     with pytest.raises(main.ConfigError, match="16 is not a multiple of the 3 devices"):
