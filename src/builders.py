@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from composer.algorithms import (
-    EMA,
-    SWA,
-    GatedLinearUnits,
-    GradientClipping,
-    LowPrecisionLayerNorm,
-    SeqLengthWarmup,
-)
+from composer.algorithms import EMA, SWA, GradientClipping, LowPrecisionLayerNorm
 from composer.callbacks import (
     EarlyStopper,
     LRMonitor,
@@ -261,10 +254,8 @@ def build_scheduler(config: RunConfig) -> ComposerScheduler:
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "ema": EMA,
-    "gated_linear_units": GatedLinearUnits,
     "gradient_clipping": GradientClipping,
     "low_precision_layernorm": LowPrecisionLayerNorm,
-    "seq_length_warmup": SeqLengthWarmup,
     "swa": SWA,
 }
 REFUSED = {
@@ -273,8 +264,15 @@ REFUSED = {
     ("fused_layernorm", "mosaic_bert"): "Composer has it no longer, and MosaicBERT's LayerNorm is its own",
     ("fused_layernorm", "hf_bert"): "Composer has it no longer",
     ("gated_linear_units", "mosaic_bert"): "MosaicBERT has gated linear units already",
+    ("gated_linear_units", "hf_bert"): "Composer's takes its own HuggingFaceModel only; use model mosaic_bert",
     ("low_precision_layernorm", "mosaic_bert"): "MosaicBERT's LayerNorm keeps its statistics in fp32",
+    (
+        "seq_length_warmup",
+        "mosaic_bert",
+    ): "Composer's takes its own HuggingFaceModel only; convert shorter samples",
+    ("seq_length_warmup", "hf_bert"): "Composer's takes its own HuggingFaceModel only; convert shorter samples",
 }
+"""Algorithms of Composer's that cannot act on a model, and why."""
 CALLBACKS: dict[str, Callable[..., Callback]] = {
     "early_stopper": EarlyStopper,
     "lr_monitor": LRMonitor,

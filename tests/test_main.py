@@ -270,6 +270,50 @@ def test_speed_and_mfu_are_logged(overrides, tmp_path):
     assert last["throughput/flops_per_sec"] == pytest.approx(flops / step, rel=1e-3)
 
 
+ALGORITHMS = {
+    "ema": "{half_life: 2ba}",
+    "gradient_clipping": "{clipping_type: norm, clipping_threshold: 0.01}",
+    "seq_length_warmup": "{duration: 0.6, min_seq_length: 8, max_seq_length: 32, step_size: 8}",
+    "swa": "{swa_start: 0.3dur, swa_end: 0.9dur, update_interval: 1ba, schedule_swa_lr: false}",
+    "low_precision_layernorm": "{}",
+    "gated_linear_units": "{}",
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("yaml", ["yamls/mosaic_bert.yaml", "yamls/hf_bert.yaml"])
+def test_each_algorithm_works_or_is_refused(name, yaml, overrides):
+    options = [*overrides, "save_folder=null", "autoresume=false", f"algorithms.{name}={ALGORITHMS[name]}"]
+    if (name, load(yaml).model.name) in main.builders.REFUSED:
+        with pytest.raises(main.ConfigError, match=f"algorithms.{name}: "):
+            fit(yaml, options)
+        return
+    trainer, losses, weights = fit(yaml, options)
+    assert len(losses.losses) == 4 and weights.isfinite().all()
+    if name == "gradient_clipping":
+        assert losses.gradient.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_all_callbacks_and_local_loggers_at_once(overrides, tmp_path):
+    options = {
+        "early_stopper": "{monitor: LanguageCrossEntropy, dataloader_label: eval}",
+        "threshold_stopper": "{monitor: MaskedAccuracy, dataloader_label: eval, threshold: 0.99}",
+        "memory_snapshot": f"{{folder: {tmp_path}/snapshots}}",
+        "oom_observer": f"{{folder: {tmp_path}/oom}}",
+        "optimizer_monitor": "{batch_log_interval: 1}",
+    }
+    callbacks = [f"callbacks.{name}={options.get(name, '{}')}" for name in main.builders.CALLBACKS]
+    loggers = [f"loggers.tensorboard.log_dir={tmp_path}/tb", f"loggers.file_logger.filename={tmp_path}/log.txt"]
+    run = [*overrides, *callbacks, *loggers, "save_folder=null", "eval_interval=2ba"]
+    trainer, losses, _ = fit("yamls/quickstart.yaml", run)
+    assert len(losses.losses) == 4
+    names = {type(callback).__name__ for callback in trainer.state.callbacks}
+    assert {cls.__name__ for cls in main.builders.CALLBACKS.values()} <= names
+    assert list((tmp_path / "tb").rglob("events*")) and (tmp_path / "log.txt").stat().st_size
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
+    assert "l2_norm/grad/global" in last and "step/fill" in last and any(key.startswith("lr-") for key in last)
+
+
 def test_weights_of_another_run(overrides, tmp_path):
     options = [*overrides, "max_duration=2ba"]
     _, _, weights = fit("yamls/quickstart.yaml", [*options, f"save_folder={tmp_path}/a"])
