@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -102,12 +103,13 @@ def trainer_or_reason(config: RunConfig) -> Trainer:
 
 def describe(config: RunConfig) -> str:
     """The resolved config as a YAML that can be run again, under comments that say what it ran on."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
     runs_on = {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

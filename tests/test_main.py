@@ -389,6 +389,12 @@ def test_nan_monitor_stops_a_run(overrides):
         fit("yamls/quickstart.yaml", options)
 
 
+def test_a_machine_without_git_can_train(monkeypatch):
+    run = load("yamls/quickstart.yaml")
+    monkeypatch.setenv("PATH", "")
+    assert "# commit: unknown" in main.describe(run)
+
+
 def test_batch_that_does_not_divide(overrides, monkeypatch):
     monkeypatch.setattr(main.builders.dist, "get_world_size", lambda: 3)
     with pytest.raises(main.ConfigError, match="16 is not a multiple of the 3 devices"):
