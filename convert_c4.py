@@ -77,22 +77,39 @@ class Tokens:
         }
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise a ValueError where ``folder`` exists and may not be replaced."""
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
+    if folder.exists() and not (folder / "index.json").exists():
+        raise ValueError(f"{folder} holds no dataset (no index.json), so it is not replaced; take another name for it")
+
+
+def settle(folder: Path, replaced: Path) -> None:
+    """End a replacement that may have stopped between its two renames: the old split has its name, or is gone."""
+    if replaced.exists() and folder.exists():
+        shutil.rmtree(replaced)
+    elif replaced.exists():
+        replaced.rename(folder)
+
+
 @contextlib.contextmanager
 def appears_when_complete(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, which takes the name ``folder`` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ValueError: ``folder`` exists and ``overwrite`` is off, or another live process is making it.
+        ValueError: ``folder`` exists and may not be replaced, or another live process is making it.
     """
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, lock_path = folder.with_name(f"{folder.name}.partial"), folder.with_name(f".{folder.name}.lock")
+    replaced = folder.with_name(f".{folder.name}.replaced")
     with lock_path.open("w") as lock:  # free again when its process is killed; never removed, or two could hold it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {folder}; wait for it to end") from None
+        settle(folder, replaced)
+        check_free(folder, overwrite)
         if partial.exists():
             print(f"removing {partial}, which an interrupted conversion left", file=sys.stderr)
             shutil.rmtree(partial)
@@ -100,11 +117,13 @@ def appears_when_complete(folder: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield partial
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(replaced)
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            settle(folder, replaced)
 
 
 def convert(
@@ -145,6 +164,8 @@ def convert(
                 for sample in tokens.samples(documents):
                     writer.write({"tokens": sample.tobytes()})
                     number, length = number + 1, length + len(sample)
+        if not number:
+            raise ValueError(f"{folder.name}: the tokenizer makes no token of any document")
         if tokens is not None:
             index = out / "index.json"
             index.write_text(json.dumps({**json.loads(index.read_text()), TOKENS_KEY: tokens.description()}))
@@ -188,11 +209,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"C4 has no split {', '.join(unknown)}; there are train, val, train_small, val_small")
     elif len(args.splits) != 1:
         raise ValueError(f"{args.source} is one split, and {len(args.splits)} names are given for it")
-    elif Path(args.splits[0]).name != args.splits[0] or args.splits[0].startswith("."):
+    elif Path(args.splits[0]).name != args.splits[0] or args.splits[0].startswith(".") or not args.splits[0]:
         raise ValueError(f"{args.splits[0]!r} is no plain name for a split's folder")
     if len(set(args.splits)) < len(args.splits):
         raise ValueError("a split is named twice")
-    if args.tokenizer is None and (args.max_seq_len or args.pack):
+    if args.tokenizer is None and (args.max_seq_len is not None or args.pack):
         raise ValueError("--max_seq_len and --pack act only with --tokenizer")
     if args.tokenizer is not None and (args.max_seq_len is None or args.max_seq_len < 3):
         raise ValueError("--tokenizer needs a --max_seq_len of 3 or more")
@@ -210,9 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     tokens = None
     if args.tokenizer is not None:
         tokens = Tokens(args.tokenizer, args.max_seq_len, args.pack or ("truncate" if args.c4 else "chunk"))
+        print(f"samples of at most {tokens.max_seq_len} tokens, --pack {tokens.pack}")
     for split in args.splits:
-        if (args.out_root / split).exists() and not args.overwrite:
-            raise ValueError(f"{args.out_root / split} exists; give --overwrite to replace it, or another --out_root")
+        check_free(args.out_root / split, args.overwrite)
     for split in args.splits:
         part, limit = SMALL.get(split, (split, None))
         counts = Counts()

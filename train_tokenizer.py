@@ -22,6 +22,8 @@ from src.text import Counts, iter_documents
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """Ids 0 to 4, in this order."""
 
+FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"}
+"""What is written, and what --overwrite may remove."""
 
 ALPHABET = 1000
 """Characters at most, the most frequent; words with any other are [UNK]. The trainer's own default."""
@@ -96,8 +98,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give --overwrite to replace it, or another --out")
+    if args.out.exists() and (others := {path.name for path in args.out.iterdir()} - FILES):
+        raise ValueError(f"{args.out} holds more than a tokenizer ({min(others)}), so it is not replaced; change --out")
     if args.vocab_size <= len(SPECIAL):
         raise ValueError(f"--vocab_size must be more than the {len(SPECIAL)} special tokens")
+
+    if args.limit is not None and args.limit < 1:
+        raise ValueError("--limit must be at least 1")
 
     started, documents = time.perf_counter(), 0
 
@@ -131,3 +138,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train_tokenizer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train_tokenizer.py: interrupted; no tokenizer is written")

@@ -228,7 +228,8 @@ class StreamingC4(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.REMOTE  # other processes try too, and fail too
+            # Threads and processes that wait for it go on, do not find it either, and stop too.
+            self._shard_states[shard_id] = _ShardState.LOCAL
             damage = self._damage(shard_id, error)
             self._fail(damage)
             raise damage from error

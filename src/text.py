@@ -71,7 +71,10 @@ def iter_documents(
     if source is None:
         raw = _hub_documents(split)
     elif is_c4_folder(source):
-        raw = _file_documents(_c4_files(source, C4_SPLITS[split]), skip_bad, counts)
+        files = _c4_files(source, C4_SPLITS[split])
+        if not files:
+            raise ValueError(f"{source}: of C4's own files, those of this split (c4-{C4_SPLITS[split]}.*) are not here")
+        raw = _file_documents(files, skip_bad, counts)
     else:
         raw = _file_documents(find_files(source), skip_bad, counts)
     for document in raw:
@@ -120,7 +123,7 @@ def _file_documents(files: list[Path], skip_bad: bool, counts: Counts) -> Iterat
 
 def _lines(file: Path) -> Iterator[Document | BadText]:
     """Documents of a file of lines; what cannot be read as a BadText in its place."""
-    parse = _text_line if ".txt" in file.suffixes else _json_line
+    parse = _text_line if file.name.endswith((".txt", ".txt.gz")) else _json_line
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
@@ -143,14 +146,14 @@ def _json_line(line: bytes) -> Document:
         return {"text": ""}
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from None
     return _row(row)
 
 
 def _utf8(line: bytes) -> str:
     try:
-        return line.decode("utf-8")
+        return line.decode("utf-8-sig")  # Windows begins files with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"no UTF-8 ({error.reason} at byte {error.start})") from None
 
@@ -158,22 +161,28 @@ def _utf8(line: bytes) -> str:
 def _row(row: Any) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError("no field 'text' that holds a text")
-    return {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
+    document = {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
+    try:
+        "".join(document.values()).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no file and no tokenizer takes it
+        raise ValueError(f"no Unicode text ({error.reason})") from None
+    return document
 
 
 def _parquet(file: Path) -> Iterator[Document | BadText]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         reader = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        yield BadText(f"{file}:1: no parquet file ({error})")
-        return
-    columns = [name for name in COLUMNS if name in reader.schema_arrow.names]
-    rows = (row for batch in reader.iter_batches(batch_size=1024, columns=columns) for row in batch.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        try:
-            yield _row(row)
-        except ValueError as error:
-            yield BadText(f"{file}:{number}: {error}")
+        columns = [name for name in COLUMNS if name in reader.schema_arrow.names]
+        for batch in reader.iter_batches(batch_size=1024, columns=columns):
+            for i in range(batch.num_rows):
+                number += 1
+                try:
+                    yield _row({name: batch[name][i].as_py() for name in columns})
+                except ValueError as error:
+                    yield BadText(f"{file}:{number}: {error}")
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        yield BadText(f"{file}:{number + 1}: the rest of the file cannot be read as parquet ({error})")

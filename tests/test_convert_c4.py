@@ -1,6 +1,6 @@
 import fcntl
 import json
-import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -82,9 +82,10 @@ def test_truncate_keeps_what_the_tokenizer_would(tmp_path, source, tokenizer_fol
     }
 
 
-def test_chunk_loses_nothing(tmp_path, source, tokenizer_folder, tokenizer):
+def test_chunk_loses_nothing(tmp_path, source, tokenizer_folder, tokenizer, capsys):
     """Own text is cut into chunks unless told otherwise; put together again they are the document."""
     folder = convert(tmp_path, source, "--tokenizer", tokenizer_folder, "--max_seq_len", "20")
+    assert "--pack chunk" in capsys.readouterr().out
     samples = tokens_of(folder)
     assert all(s[0] == tokenizer.cls_token_id and s[-1] == tokenizer.sep_token_id and len(s) <= 20 for s in samples)
     together = [i for s in samples for i in s[1:-1]]
@@ -137,6 +138,37 @@ def test_a_failure_leaves_the_old_split_and_no_new_one(tmp_path, source, monkeyp
     convert(tmp_path, source, split="other")
 
 
+def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, monkeypatch):
+    """Old and new change places by two renames; whatever stops them, a split is there afterwards."""
+    folder = convert(tmp_path, source)
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert StreamingDataset(local=str(folder), batch_size=1).size == 3
+
+    folder.rename(tmp_path / ".mine.replaced")  # as kill -9 between the renames leaves it
+    with pytest.raises(ValueError, match="mine exists; give --overwrite"):
+        convert(tmp_path, source)
+    assert StreamingDataset(local=str(folder), batch_size=1).size == 3
+    convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
+
+
+def test_overwrite_replaces_datasets_only(tmp_path, source):
+    """A split named as the folder of the text would replace the text."""
+    with pytest.raises(ValueError, match=r"texts holds no dataset \(no index.json\)"):
+        convert(tmp_path, source, "--overwrite", split="texts")
+    assert [p.name for p in Path(source).iterdir()] == ["a.txt"]
+
+
 def test_bad_lines(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "x"}\nbroken\n')
@@ -153,6 +185,13 @@ def test_no_documents_is_an_error_that_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"no document \(2 empty, 0 bad\)"):
         convert(tmp_path, str(tmp_path / "a.txt"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_no_tokens_is_an_error_too(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text("\u200b\n")  # no white space, yet BERT's normalizer drops it
+    with pytest.raises(ValueError, match="no token of any document"):
+        convert(tmp_path, str(tmp_path / "a.txt"), "--tokenizer", tokenizer_folder, "--max_seq_len", "8")
+    assert not list(tmp_path.glob("mine*"))
 
 
 def test_a_killed_conversion_is_done_again(tmp_path, source):
@@ -187,6 +226,7 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
         (["--splits", "a", "b"], "is one split, and 2 names"),
         (["--splits", "../a"], "no plain name"),
         (["--splits", ".a"], "no plain name"),
+        (["--splits", ""], "no plain name"),
         (["--splits", "a", "--max_seq_len", "8"], "act only with --tokenizer"),
         (["--splits", "a", "--tokenizer", "x"], "needs a --max_seq_len"),
         (["--splits", "a", "--compression", "rar"], "no compression"),
@@ -205,7 +245,10 @@ def test_c4_has_these_splits_only(tmp_path, c4_folder):
         convert(tmp_path, str(c4_folder), split="test")
 
 
-def test_errors_are_one_line_and_an_exit_code(tmp_path):
-    command = [sys.executable, "convert_c4.py", "--out_root", tmp_path, "--splits", "x", "--source", tmp_path / "none"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 1 and done.stderr.startswith("convert_c4.py: ") and "Traceback" not in done.stderr
+def test_errors_are_one_line_and_an_exit_code(tmp_path, monkeypatch):
+    """A text given to sys.exit is printed to stderr, with exit code 1."""
+    options = ["--out_root", str(tmp_path), "--splits", "x", "--source", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", ["convert_c4.py", *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("convert_c4.py", run_name="__main__")
+    assert end.value.code == f"convert_c4.py: {tmp_path / 'none'}: there is no such file or folder"

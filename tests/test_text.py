@@ -82,9 +82,11 @@ BAD = {
     "x.jsonl": (GOOD + b"{not json}\n" + GOOD, "x.jsonl:2: no JSON", 2),
     "y.jsonl": (GOOD + b'{"txt": 1}\n', "y.jsonl:2: no field 'text'", 1),
     "z.jsonl": (b'["text"]\n' + GOOD, "z.jsonl:1: no field 'text'", 1),
+    "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "half.jsonl:2: no Unicode text", 1),
+    "deep.jsonl": (GOOD + b"[" * 200_000, "deep.jsonl:2: no JSON", 1),
     "u.txt": (b"good\n\xff\xfe\n", "u.txt:2: no UTF-8", 1),
     "n.json.gz": (GOOD, "n.json.gz:1: the rest of the file cannot be unpacked", 0),
-    "p.parquet": (b"no parquet", "p.parquet:1: no parquet file", 0),
+    "p.parquet": (b"no parquet", "p.parquet:1: the rest of the file cannot be read as parquet", 0),
 }
 
 
@@ -108,6 +110,42 @@ def test_a_truncated_gzip_gives_its_beginning_and_the_next_file(tmp_path):
     counts = Counts()
     texts = read(tmp_path, skip_bad=True, counts=counts)
     assert texts[0] == "good" and texts[-1] == "next" and counts.bad == 1
+
+
+def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
+    """Arrow looks at neither while it reads the footer; both are named, and the next file is read."""
+    data = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).buffers()
+    bad_utf8 = pyarrow.StringArray.from_buffers(2, data[1], data[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad_utf8}), tmp_path / "a.parquet")
+    table = pyarrow.table({"text": [f"page {i}" for i in range(2000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", compression="zstd")
+    page = bytearray((tmp_path / "b.parquet").read_bytes())
+    page[1000:1500] = bytes(500)
+    (tmp_path / "b.parquet").write_bytes(page)
+    (tmp_path / "c.txt").write_text("next\n")
+    with pytest.raises(BadText, match="a.parquet:2: "):
+        read(tmp_path)
+    counts = Counts()
+    assert read(tmp_path, skip_bad=True, counts=counts) == ["good", "next"]
+    assert counts.bad == 2 and "b.parquet:1: the rest of the file" in counts.first_bad[1]
+
+
+def test_the_suffix_decides_not_the_rest_of_the_name(tmp_path):
+    (tmp_path / "my.txt.jsonl").write_bytes(json_lines())
+    assert read(tmp_path / "my.txt.jsonl") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    data = "\n".join(TEXTS).encode() if name == "a.txt" else json_lines()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
+    assert read(tmp_path / name) == TEXTS
+
+
+def test_a_c4_folder_without_the_split(tmp_path):
+    (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(GOOD))
+    with pytest.raises(ValueError, match=r"c4-validation\.\*\) are not here"):
+        read(tmp_path, split="val")
 
 
 @pytest.mark.parametrize(

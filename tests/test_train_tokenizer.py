@@ -43,10 +43,11 @@ def test_case_is_kept_when_asked(source, tmp_path):
 
 
 def test_the_same_text_gives_the_same_bytes(source, tmp_path):
-    """In processes of their own: hash tables are seeded anew in each."""
-    for name in ("a", "b", "c"):
-        command = [sys.executable, "train_tokenizer.py", source, "--out", tmp_path / name, "--vocab_size", "900"]
-        subprocess.run(command, check=True, capture_output=True)
+    """Here and in a process of its own: hash tables are seeded anew."""
+    for name in ("a", "b"):
+        train(source, tmp_path / name, size="900")
+    command = [sys.executable, "train_tokenizer.py", source, "--out", tmp_path / "c", "--vocab_size", "900"]
+    subprocess.run(command, check=True, capture_output=True)
     for file in ("tokenizer.json", "vocab.txt"):
         assert len({(tmp_path / name / file).read_bytes() for name in ("a", "b", "c")}) == 1
 
@@ -76,6 +77,12 @@ def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match="exists; give --overwrite"):
         train(source, out)
     assert len(train(source, out, "--overwrite", size="600")) == 600
+    (out / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds more than a tokenizer \(model.safetensors\)"):
+        train(source, out, "--overwrite")
+    assert (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="--limit must be at least 1"):
+        train(source, tmp_path / "u", "--limit", "0")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="no document"):
         train(str(tmp_path / "empty.txt"), tmp_path / "u")
