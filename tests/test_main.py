@@ -133,7 +133,7 @@ def test_step_monitor(overrides, tmp_path):
 
 def test_waiting_for_data_is_seen(overrides, tmp_path, monkeypatch):
     collate = MaskingCollator.__call__
-    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(0.2) or collate(self, samples))
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(1.0) or collate(self, samples))
     monitor = ["callbacks.step_monitor.warmup=1", "eval_interval=0", "save_folder=null"]
     fit("yamls/quickstart.yaml", [*overrides, *monitor])
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
