@@ -15,18 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at tes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
 import quickstart
 
 MAX_SEQ_LEN = 32
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)
