@@ -21,6 +21,7 @@ from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from src import builders, checkpoint
+from src.callbacks import TrainingError
 from src.config import ConfigError, RunConfig, hide_environment, load, to_dict
 from src.data_c4 import load_tokenizer
 from src.summary import summarize
@@ -47,6 +48,7 @@ def meet(timeout: float) -> None:
 def build_trainer(config: RunConfig) -> Trainer:
     """Everything that the config names, put together. Nothing is trained yet."""
     checkpoint.load_as_data()
+    builders.check_device(config)
     meet(config.dist_timeout)
     reproducibility.seed_all(config.seed)  # the same weights on every rank
 
@@ -68,7 +70,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         # Each masked token of the global batch weighs the same, however it is cut into microbatches and ranks.
         accumulate_train_batch_on_tokens=True,
         algorithms=builders.build_algorithms(config),
-        callbacks=builders.build_callbacks(config),
+        callbacks=builders.build_callbacks(config, tokenizer),
         loggers=builders.build_loggers(config),
         progress_bar=config.progress_bar,
         log_to_console=config.log_to_console,
@@ -81,7 +83,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         load_weights_only=config.load_weights_only,
         autoresume=config.autoresume,
         compile_config=config.compile_config,
-        parallelism_config=config.parallelism_config,
+        parallelism_config=builders.build_parallelism(config),
         dist_timeout=config.dist_timeout,
     )
 
@@ -145,8 +147,8 @@ def validate(config: RunConfig) -> None:
     model = builders.build_model(config, tokenizer)
     builders.build_optimizer(config, model)
     builders.build_algorithms(config)
-    builders.build_callbacks(config)
-    builders.device_train_batch_size(config)
+    builders.build_callbacks(config, tokenizer)
+    builders.build_parallelism(config)
     train_data = builders.build_train_data(config, tokenizer)
     builders.build_evaluators(config, tokenizer, train_data)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,7 +191,7 @@ def run(argv: list[str]) -> None:
     """``main``; what a user can cause ends in one message, without a traceback."""
     try:
         main(argv)
-    except (ConfigError, ValueError, OSError) as error:
+    except (TrainingError, ValueError, OSError) as error:  # ConfigError and DataError are ValueErrors
         sys.exit(f"main.py: {error}")
 
 

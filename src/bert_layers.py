@@ -416,6 +416,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         return_logits: bool = False,
+        layout: Layout | None = None,
+        masked_index: Tensor | None = None,
     ) -> UnpaddedMaskedLMOutput | tuple:
         """Padded in; with ``labels`` the loss out, else logits (B, S, V).
 
@@ -423,9 +425,14 @@ class BertForMaskedLM(BertPreTrainedModel):
             labels: (B, S), negative where nothing is to be predicted. The loss is the mean cross entropy of the others.
             return_logits: with labels, compute the logits of all tokens too; without it ``logits`` is None, and the
                 last layer and the head run on the masked tokens only.
+            layout, masked_index: of a batch without padding, which then goes to ``forward_unpadded``; the training step
+                comes in here, because what wraps a module (FSDP, hooks) sees only its ``forward``.
 
         The other arguments, and the errors, are those of ``BertModel.forward``.
         """
+        if layout is not None:
+            assert input_ids is not None and masked_index is not None and labels is not None
+            return self.forward_unpadded(input_ids, layout, masked_index, labels, token_type_ids)
         return_dict = self.config.use_return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -474,7 +481,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         labels: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> UnpaddedMaskedLMOutput:
-        """The training step's way in: a batch without padding, and where its masked tokens are.
+        """A batch without padding, and where its masked tokens are.
 
         Args:
             input_ids: (T,).

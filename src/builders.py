@@ -4,6 +4,7 @@ A name that is in no table, and an option that its class does not take, are erro
 from Composer is Composer's, under its class's name in snake_case.
 """
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -44,10 +45,11 @@ from composer.optim import (
 )
 from composer.optim.scheduler import _convert_time
 from composer.utils import dist
+from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
 from src import data_c4
-from src.callbacks import MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
+from src.callbacks import Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
 from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
 from src.configuration_bert import BertConfig
 from src.hf_bert import HFBert
@@ -311,14 +313,63 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
     return _build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
-def build_callbacks(config: RunConfig) -> list[Callback]:
-    """Composer's callbacks and ours, and those that a scheduled masking rate and a time limit need."""
-    callbacks = _build_all("callbacks", CALLBACKS, config.callbacks)
+def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
+    """The config's callbacks; those that each run has; those that a time limit and a scheduled masking rate need."""
+    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Guard()]
+    if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
+        size = min(config.device_train_microbatch_size, device_train_batch_size(config))
+        largest = data_c4.fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
+        callbacks.append(LargestStep(split_batch(config)(largest, size)[0]))
     if config.time_limit is not None:
         callbacks.append(TimeLimit(seconds(config.time_limit)))
     if isinstance(config.mlm_probability, MaskingSchedule):
         callbacks.append(ScheduledMasking(config.mlm_probability))
     return callbacks
+
+
+STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD"]
+"""FSDP's ways to share the model out."""
+
+
+def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
+    """Composer's ``parallelism_config``: ``{fsdp: {...}}`` with what its FSDPConfig takes; each BertLayer is a unit.
+
+    Composer takes unknown keys in silence. Its mixed precisions by name cast buffers too, and ALiBi's slopes may not
+    be: without ``mixed_precision`` parameters are cast and buffers are not.
+    """
+    options = config.parallelism_config
+    if options is None:
+        return None
+    if list(options) != ["fsdp"] or not isinstance(options["fsdp"], dict):
+        raise ConfigError(f"parallelism_config: {{fsdp: {{...}}}} is what there is, not {options!r}")
+    low = config.precision.removeprefix("amp_")
+    default = {"param_dtype": low, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    given = {"mixed_precision": default, **options["fsdp"]}
+    known = [field.name for field in dataclasses.fields(FSDPConfig) if not field.name.startswith("_")]
+    faults = [f"unexpected {str(name)!r} ({nearest(str(name), known)})" for name in given if name not in known]
+    if given.get("sharding_strategy", STRATEGIES[0]) not in STRATEGIES:
+        faults.append(f"sharding_strategy is one of {', '.join(STRATEGIES)}")
+    mixed = given["mixed_precision"]
+    if low != "fp32" and mixed != "FULL" and not (isinstance(mixed, dict) and mixed.get("buffer_dtype") == "fp32"):
+        faults.append(f"mixed_precision must leave buffers in fp32: FULL, or such as {default}")
+    if faults:
+        raise ConfigError(f"parallelism_config.fsdp: {'; '.join(faults)}")
+    return {"fsdp": given}
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse, in one error, what this machine's device cannot do."""
+    if torch.cuda.is_available():
+        return
+    faults = []
+    if config.precision != "fp32":
+        faults.append(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
+    if config.device_train_microbatch_size == "auto":
+        faults.append("device_train_microbatch_size: auto needs a GPU, and none is found; give a number")
+    if config.parallelism_config is not None:
+        faults.append("parallelism_config: FSDP needs GPUs, and none is found; without it, data parallelism (DDP) runs")
+    if faults:
+        raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
 
 
 def build_loggers(config: RunConfig) -> list[LoggerDestination]:
@@ -375,6 +426,17 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
     return evaluators
 
 
+def highest_rate(config: RunConfig) -> float:
+    """Largest share of tokens that a training batch will have masked."""
+    rate = config.mlm_probability
+    return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
+
+
+def split_batch(config: RunConfig) -> Callable[[data_c4.Batch, int], list[data_c4.Batch]]:
+    """What cuts a padded batch into the model's microbatches."""
+    return data_c4.split_unpadded if config.model.name == "mosaic_bert" else data_c4.split_padded
+
+
 def _folder(loader: LoaderConfig) -> tuple[str | None, str]:
     return loader.local, loader.split
 
@@ -389,6 +451,7 @@ def _streaming_c4(
         local=loader.local,
         remote=loader.remote,
         split=loader.split,
+        verify=config.data_verify,
         predownload=loader.predownload,
         cache_limit=loader.cache_limit,
         download_retry=loader.download_retry,
@@ -415,7 +478,7 @@ def _data_spec(
             timeout=loader.timeout,
             pin_memory=torch.cuda.is_available(),
         ),
-        split_batch=data_c4.split_unpadded if config.model.name == "mosaic_bert" else data_c4.split_padded,  # pyright: ignore
+        split_batch=split_batch(config),  # pyright: ignore
         get_num_samples_in_batch=data_c4.num_samples,
         get_num_tokens_in_batch=data_c4.num_tokens,  # pyright: ignore
     )

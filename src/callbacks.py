@@ -1,18 +1,103 @@
 """Callbacks and loggers that Composer lacks."""
 
 import json
+import math
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from composer.core import Callback, State
+from composer.callbacks import CheckpointSaver
+from composer.callbacks.speed_monitor import get_gpu_flops_available
+from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from src.config import MaskingSchedule
-from src.data_c4 import mask_batch, num_tokens
+from src.data_c4 import Batch, mask_batch, num_tokens
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says what, where and what to do."""
+
+
+class Guard(Callback):
+    """Stop a run that would go wrong in silence: the loss is no number, or an epoch ended before its data did.
+
+    The loss is looked at when Composer has read it anyway, after the step and before anything is saved.
+    """
+
+    def __init__(self) -> None:
+        self.bad: torch.Tensor | None = None
+        self.lr = 0.0
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        assert isinstance(state.loss, torch.Tensor)
+        bad = ~state.loss.detach().isfinite()
+        self.bad = bad if self.bad is None else self.bad | bad  # on the device: nobody waits for it
+        self.lr = state.optimizers[0].param_groups[0]["lr"]
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        loss, bad, self.bad = state.total_loss_dict.get("loss/train/total", 0.0), self.bad, None
+        if math.isfinite(loss):
+            return
+        gathered = dist.all_gather_object(bad is not None and bool(bad.item()))
+        ranks = ", ".join(str(rank) for rank, found in enumerate(gathered) if found) or "none (their sum overflowed)"
+        savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+        saved = [name for saver in savers for name in saver.all_saved_checkpoints_to_timestamp]
+        raise TrainingError(
+            f"the loss is {loss} at step {state.timestamp.batch.value} on ranks {ranks}, learning rate {self.lr:g}. "
+            f"{'Last checkpoint before it: ' + saved[-1] if saved else 'This run has saved no checkpoint before it'}. "
+            "A lower learning rate, a longer warmup or algorithms.gradient_clipping may help"
+        )
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        assert state.previous_timestamp is not None
+        done, want = state.previous_timestamp.batch_in_epoch.value, state.dataloader_len
+        if want is not None and done < want.value:
+            raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want.value} batches")
+
+
+class LargestStep(Callback):
+    """Before the first step, forward and backward once over the largest microbatch that can come, and discard it.
+
+    Too little memory shows at once, and not in the night when long sequences meet. Random states stay as they are.
+
+    Args:
+        microbatch: the largest, with its layout.
+    """
+
+    def __init__(self, microbatch: Batch):
+        self.microbatch = microbatch
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        batch = state.device.batch_to_device(self.microbatch)
+        parameters = [p for p in state.model.parameters() if p.requires_grad]
+        states = state.optimizers[0].state
+        device = parameters[0].device
+        state.model.train()
+        try:
+            # Adam's two moments come into being with the first step.
+            moments = torch.empty(2 * sum(p.numel() for p in parameters if p not in states), device=device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                with get_precision_context(state.precision, state.precision_config):
+                    loss = state.model(batch).loss
+                loss.backward()
+            del moments
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            size, tokens = self.microbatch["num_samples"], self.microbatch["num_tokens"]
+            reason = str(error).splitlines()[0]
+            raise TrainingError(
+                f"too little memory for a microbatch of {size} sequences, {tokens} tokens ({reason}). Lower "
+                "device_train_microbatch_size (the loss stays the same; auto finds what fits), or set "
+                "model.gradient_checkpointing: true"
+            ) from None
+        finally:
+            for p in parameters:
+                p.grad = None
 
 
 class ScheduledMasking(Callback):
@@ -39,6 +124,7 @@ class StepMonitor(Callback):
     ======================= ========================================================================================
     step/tokens_per_s       real tokens of all processes a second: loading, forward, backward, optimizer, nothing else
     step/samples_per_s      sequences of all processes a second, likewise
+    step/mfu                model FLOPs done in that time, of those that the GPU's data sheet promises; GPUs only
     step/data_wait_share    share of that time spent waiting for data
     step/fill               T / (B * S): real tokens among the padded ones, of this process's batch
     step/masked_tokens      tokens that carry loss, of this process's batch
@@ -50,14 +136,19 @@ class StepMonitor(Callback):
     Args:
         window_size: steps that rates and shares are averaged over.
         warmup: first steps of a process, which are left out: they compile, allocate and fill caches.
+        gpu_flops_available: FLOP/s of one GPU in this precision; None takes Composer's table of data sheets.
     """
 
-    def __init__(self, window_size: int = 20, warmup: int = 5):
+    def __init__(self, window_size: int = 20, warmup: int = 5, gpu_flops_available: float | None = None):
         self.warmup = warmup
-        self.steps: deque[tuple[float, float, int, int]] = deque(
-            maxlen=window_size
-        )  # seconds, waiting, tokens, samples
+        # Of each step: seconds, seconds of them waiting, tokens, samples, FLOPs (of this process).
+        self.steps: deque[tuple[float, float, int, int, int]] = deque(maxlen=window_size)
         self.started = self.waited = 0.0
+        self.gpu_flops_available = gpu_flops_available
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.gpu_flops_available is None:
+            self.gpu_flops_available = get_gpu_flops_available(state)  # 0 on a CPU
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self.started = time.perf_counter()
@@ -82,17 +173,18 @@ class StepMonitor(Callback):
             self.warmup -= 1
             return
         assert before is not None, "set with every batch"
-        self.steps.append(
-            (seconds, self.waited, now.token.value - before.token.value, now.sample.value - before.sample.value)
-        )
-        total = [sum(column) for column in zip(*self.steps, strict=True)]
-        logger.log_metrics(
-            {
-                "step/tokens_per_s": total[2] / total[0],
-                "step/samples_per_s": total[3] / total[0],
-                "step/data_wait_share": total[1] / total[0],
-            }
-        )
+        model: Any = state.model.module if state.is_model_ddp else state.model
+        tokens, samples = now.token.value - before.token.value, now.sample.value - before.sample.value
+        self.steps.append((seconds, self.waited, tokens, samples, model.flops_per_batch(state.batch)))
+        time_s, waited, tokens, samples, flops = (sum(column) for column in zip(*self.steps, strict=True))
+        metrics = {
+            "step/tokens_per_s": tokens / time_s,
+            "step/samples_per_s": samples / time_s,
+            "step/data_wait_share": waited / time_s,
+        }
+        if self.gpu_flops_available:
+            metrics["step/mfu"] = flops / time_s / self.gpu_flops_available
+        logger.log_metrics(metrics)
 
 
 class TimeLimit(Callback):

@@ -131,6 +131,9 @@ class RunConfig:
     """Time such as 4h, 30min or 90s after which the run stops and saves; the schedule stays that of the whole run."""
     data_remote: str | None = None
     """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local`` already."""
+    data_verify: Literal["size", "hash", "off"] = "size"
+    """What is checked of the shards before the first step: that each is here with its ``size``; its ``hash`` too, which
+    reads all of the data once, and each shard that is streamed later; or nothing but the index (``off``)."""
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     """Sequences that a device works on at once; the loss does not depend on it. ``auto`` (GPU) finds what fits."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"

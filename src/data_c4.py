@@ -17,17 +17,21 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
+import huggingface_hub
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
+from streaming.base.hashing import get_hash
+from streaming.base.world import World
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
@@ -73,12 +77,13 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
 
 def _hub_tokenizer(name: str) -> Any:
-    """From the local cache, else from the hub, which is said, because offline it takes a minute to fail."""
+    """From the local cache, else from the hub, which is said."""
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face hub", name)
     try:
+        huggingface_hub.model_info(name, timeout=10)  # offline this fails at once; from_pretrained tries for a minute
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -122,16 +127,18 @@ class DataError(ValueError):
     """A dataset is damaged or does not fit the run; the message says what, where and what to do."""
 
 
-def check_shards(folder: Path, complete: bool) -> None:
-    """Compare a split's index.json with its files: 0.1 s for 20,000 shards.
+def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
+    """Compare a split's index.json with its files: 0.1 s for 20,000 shards, unless their hashes are compared too.
 
     Args:
         folder: of the split, with index.json.
         complete: every shard must be here, with the size that the index states; else (a cache that fills up) only what
             is here is compared.
+        verify: ``size``; ``hash`` reads each file, on all cores, under a progress bar; ``off`` compares no files.
 
     Raises:
-        DataError: the index is broken or names a file outside the folder; shards are missing or of another size.
+        DataError: the index is broken or names a file outside the folder; shards are missing, of another size, or of
+            another hash; or the index has no hashes to compare.
     """
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
@@ -144,21 +151,41 @@ def check_shards(folder: Path, complete: bool) -> None:
         raise DataError(f"{folder / 'index.json'} is broken ({error!r}); convert or copy the split again") from None
     if not total:
         raise DataError(f"{folder} is an empty dataset; convert the text again")
-    faults = []
+    faults, sound = [], []
     for either in files:
         for info in either:
             if Path(info["basename"]).name != info["basename"]:
                 raise DataError(f"{folder / 'index.json'} names {info['basename']!r}, outside its folder")
-        sizes = {info["basename"]: info["bytes"] for info in either if (folder / info["basename"]).exists()}
-        if complete and not sizes:
+        here = [info for info in either if (folder / info["basename"]).exists()] if verify != "off" else []
+        if complete and not here and verify != "off":
             faults.append(f"{either[0]['basename']} is missing")
-        for name, size in sizes.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                faults.append(f"{name} has {found:,} bytes, not {size:,}")
+        for info in here:
+            found = (folder / info["basename"]).stat().st_size
+            if found != info["bytes"]:
+                faults.append(f"{info['basename']} has {found:,} bytes, not {info['bytes']:,}")
+            else:
+                sound.append(info)
+    if verify == "hash":
+        faults += _other_hashes(folder, sound)
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
+
+
+def _other_hashes(folder: Path, files: Sequence[dict[str, Any]]) -> list[str]:
+    """Those of ``files`` (of index.json) whose bytes have another hash than the index states."""
+    for info in files:
+        if not info["hashes"]:
+            raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
+
+    def fault(info: dict[str, Any]) -> str | None:
+        algorithm, want = next(iter(info["hashes"].items()))
+        same = get_hash(algorithm, (folder / info["basename"]).read_bytes()) == want
+        return None if same else f"{info['basename']} has other bytes than when it was written"
+
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        progress = tqdm(pool.map(fault, files), desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
+        return [found for found in progress if found is not None]
 
 
 class Sample(TypedDict):
@@ -182,6 +209,7 @@ class StreamingC4(StreamingDataset):
         local: folder of the dataset, or the cache when there is a ``remote``.
         remote: path or object-store URI to stream from; None or the same as ``local`` when the data is here already.
         split: subfolder.
+        verify: what of the shards is checked, as for ``check_shards``; with ``hash``, those fetched later too.
         kwargs: StreamingDataset's.
 
     Raises:
@@ -196,6 +224,7 @@ class StreamingC4(StreamingDataset):
         local: str,
         remote: str | None = None,
         split: str | None = None,
+        verify: str = "size",
         **kwargs: Any,
     ):
         folder = Path(local) / (split or "")
@@ -207,12 +236,16 @@ class StreamingC4(StreamingDataset):
                 f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
             )
         here = remote is None or Path(remote) == Path(local)
+        # The processes of a node share its files; one of them is enough to read them all.
+        check = "size" if verify == "hash" and not World.detect().is_local_leader else verify
         if here:
-            check_shards(folder, complete=True)
+            check_shards(folder, True, check)
         super().__init__(local=local, remote=remote, split=split, **kwargs)
         if not here:
-            check_shards(folder, complete=False)
-        self.folder = folder
+            check_shards(folder, False, check)
+            if verify == "hash":
+                self._verify_downloads(folder)
+        self.folder, self.complete = folder, here
         self.failure: BaseException | None = None
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
@@ -222,6 +255,14 @@ class StreamingC4(StreamingDataset):
         elif "text" not in self.shards[0].column_names:  # pyright: ignore[reportAttributeAccessIssue]
             columns = ", ".join(self.shards[0].column_names)  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+
+    def _verify_downloads(self, folder: Path) -> None:
+        first = json.loads((folder / "index.json").read_text())["shards"][0]
+        hashes = (first["zip_data"] or first["raw_data"])["hashes"]
+        if not hashes:
+            raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
+        for stream in self.streams:
+            stream.validate_hash = next(iter(hashes))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch and unpack a shard if need be. When that fails, streaming alone lets the others wait for ever."""
@@ -496,6 +537,31 @@ def num_tokens(batch: Batch) -> dict[str, int]:
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": masked}
 
 
+def fullest_batch(tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int) -> Batch:
+    """A padded, masked batch (B, S) without padding, T = B * S: the most that a batch can ask of a device."""
+    shape = (batch_size, max_seq_len)
+    ids = torch.full(shape, int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
+    masked = torch.arange(batch_size * max_seq_len).reshape(shape) % 100 < round(100 * rate)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(masked, ids, IGNORED)}
+
+
+class Loader(DataLoader):
+    """torch's DataLoader; what its workers say, and its time-out, as errors of one line."""
+
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            yield from super().__iter__()
+        except DataError as error:  # a worker's comes with its whole traceback as its text
+            raise DataError(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from None
+        except RuntimeError as error:
+            if "timed out" not in str(error) and "exited unexpectedly" not in str(error):
+                raise
+            dataset = self.dataset.dataset if isinstance(self.dataset, EachSampleOnce) else self.dataset
+            if isinstance(dataset, StreamingC4) and dataset.complete:
+                check_shards(dataset.folder, True)  # a lost shard may be why, and is then named
+            raise DataError(f"no batch came: {error}; its limit is the loader's 'timeout'") from None
+
+
 def build_dataloader(
     dataset: StreamingC4 | EachSampleOnce,
     collator: MaskingCollator,
@@ -506,7 +572,7 @@ def build_dataloader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """A DataLoader of padded batches; ``prefetch_factor`` and ``timeout`` (seconds) act with workers only."""
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=batch_size,
         collate_fn=collator,

@@ -1,6 +1,7 @@
 """Hugging Face's BERT as a ComposerModel: the baseline, padded, with its own embeddings of positions."""
 
 from transformers import BertConfig, BertForMaskedLM
+from transformers.models.bert.modeling_bert import BertLayer
 
 from src.bert_layers import UnpaddedMaskedLMOutput, masked_lm_loss
 from src.data_c4 import Batch
@@ -25,6 +26,7 @@ class HFBert(MaskedLMModel):
         else:
             self.model = BertForMaskedLM.from_pretrained(pretrained_model_name, config=config)
         self.config = config
+        self.model.fsdp_wrap_fn = lambda module: isinstance(module, BertLayer)  # pyright: ignore
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 

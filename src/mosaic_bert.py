@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from src.bert_layers import BertForMaskedLM, Layout, UnpaddedMaskedLMOutput
+from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
 from src.configuration_bert import BertConfig
 from src.data_c4 import Batch
 
@@ -132,13 +132,14 @@ class MosaicBert(MaskedLMModel):
         super().__init__()
         self.model: BertForMaskedLM = BertForMaskedLM(config)
         self.config = config
+        self.model.fsdp_wrap_fn = lambda module: isinstance(module, BertLayer)  # pyright: ignore
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
         """A microbatch of ``data_c4.split_unpadded``."""
         layout = Layout(batch["cu_seqlens"], batch["max_seqlen"])
-        return self.model.forward_unpadded(batch["input_ids"], layout, batch["masked_index"], batch["labels"])
+        return self.model(batch["input_ids"], labels=batch["labels"], layout=layout, masked_index=batch["masked_index"])
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.

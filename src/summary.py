@@ -10,8 +10,9 @@ from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 
+from src.builders import highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
-from src.data_c4 import MaskingCollator, StreamingC4, num_tokens, split_padded, split_unpadded
+from src.data_c4 import MaskingCollator, StreamingC4, fullest_batch, num_tokens
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 
@@ -102,12 +103,7 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     if size == "auto":
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
     S = config.max_seq_len
-    ids = torch.full((1, S), int(dataset.tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
-    labels = torch.full((1, S), -100)
-    rate = config.mlm_probability
-    labels[0, : round(S * (rate.initial if isinstance(rate, MaskingSchedule) else rate))] = 0
-    split = split_unpadded if isinstance(model, MosaicBert) else split_padded
-    (part,) = split({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, 1)
+    (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), 1, S), 1)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
