@@ -70,11 +70,9 @@ def build_trainer(config: RunConfig) -> Trainer:
         # Each masked token of the global batch weighs the same, however it is cut into microbatches and ranks.
         accumulate_train_batch_on_tokens=True,
         algorithms=builders.build_algorithms(config),
-        callbacks=builders.build_callbacks(config, tokenizer),
+        callbacks=[*builders.build_callbacks(config, tokenizer), *builders.build_saver(config)],
         loggers=builders.build_loggers(config),
         progress_bar=config.progress_bar,
-        log_to_console=config.log_to_console,
-        console_log_interval=config.console_log_interval,
         save_folder=config.save_folder,
         save_interval=config.save_interval,
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,

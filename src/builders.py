@@ -48,8 +48,8 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import data_c4
-from src.callbacks import Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
+from src import checkpoint, data_c4
+from src.callbacks import ConsoleLine, Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
 from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
 from src.configuration_bert import BertConfig
 from src.hf_bert import HFBert
@@ -73,6 +73,10 @@ def build(path: str, table: Mapping[str, Callable[..., Any]], component: Compone
         return target(**component.options, **given)
     except ImportError as error:  # Composer's loggers import their service's package when they are made
         raise ConfigError(f"{path}.{component.name}: a package is not installed: {error}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}.{component.name}: {error}") from None
 
 
 def check_options(path: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str]) -> None:
@@ -291,6 +295,7 @@ CALLBACKS: dict[str, Callable[..., Callback]] = {
 }
 LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
     "cometml": CometMLLogger,
+    "console_line": ConsoleLine,
     "file_logger": FileLogger,
     "metrics_file": MetricsFile,
     "mlflow": MLFlowLogger,
@@ -325,6 +330,27 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
     if isinstance(config.mlm_probability, MaskingSchedule):
         callbacks.append(ScheduledMasking(config.mlm_probability))
     return callbacks
+
+
+def build_saver(config: RunConfig) -> list[Callback]:
+    """What writes checkpoints to a ``save_folder`` here; to an object store the Trainer's own does.
+
+    (Given one for an object store, the Trainer would look for a checkpoint to resume from in its temporary folder.)
+    """
+    if config.save_folder is None or "://" in config.save_folder:
+        return []
+    name, latest = "ep{epoch}-ba{batch}-rank{rank}.pt", "latest-rank{rank}.pt"
+    saver = checkpoint.Saver(
+        config.save_folder,
+        filename=name,
+        latest_filename=latest,
+        remote_file_name=f"{config.save_folder}/{name}",  # for loggers that keep files too, such as W&B
+        latest_remote_file_name=f"{config.save_folder}/{latest}",
+        save_interval=config.save_interval,
+        overwrite=config.save_overwrite,
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+    )
+    return [saver]
 
 
 STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, TextIO
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.callbacks.speed_monitor import get_gpu_flops_available
-from composer.core import Callback, State, get_precision_context
+from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import dist
+from composer.utils import create_interval_scheduler, dist
 
 from src.config import MaskingSchedule
 from src.data_c4 import Batch, mask_batch, num_tokens
@@ -208,6 +209,61 @@ class TimeLimit(Callback):
         dist.all_reduce(over, reduce_operation="MAX")  # the first clock to run out decides for all
         if over.item():
             state.stop_training()
+
+
+class ConsoleLine(LoggerDestination):
+    """Print a line each ``interval``: step, loss, learning rate, speed, and the time that is left at that speed.
+
+    Speed and gradient norm are StepMonitor's, the learning rate is LRMonitor's; without them, the line lacks them. Each
+    evaluation is a line too. Rank 0 prints, to standard error.
+
+    Args:
+        interval: such as 100ba, 1ep or 60sec.
+    """
+
+    PARTS = (
+        ("lr", "lr {:.2e}"),
+        ("step/grad_norm", "grad {:.2f}"),
+        ("step/tokens_per_s", "{:,.0f} tokens/s"),
+        ("step/mfu", "mfu {:.1%}"),
+        ("step/data_wait_share", "waiting for data {:.1%}"),
+    )
+
+    def __init__(self, interval: str = "100ba"):
+        self.is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})
+        self._metrics: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._metrics.update(metrics)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.BATCH_END):
+            self._training_line(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.EPOCH_END):
+            self._training_line(state)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        prefix = f"metrics/{state.dataloader_label}/"
+        values = [f"{k.removeprefix(prefix)} {v:.5g}" for k, v in self._metrics.items() if k.startswith(prefix)]
+        self._print(state, [f"{state.dataloader_label}:", *values])
+
+    def _training_line(self, state: State) -> None:
+        known = {"lr" if name.startswith("lr-") else name: value for name, value in self._metrics.items()}
+        parts = [text.format(known[name]) for name, text in self.PARTS if name in known]
+        done = state.get_elapsed_duration()
+        if done is not None and 0 < done.value < 1:
+            left = state.timestamp.total_wct * (1 / done.value - 1)
+            parts.append(f"{str(left).split('.')[0]} left")
+        self._print(state, [f"loss {known.get('loss/train/total', math.nan):.4f}", *parts])
+
+    @staticmethod
+    def _print(state: State, parts: list[str]) -> None:
+        if dist.get_global_rank() == 0:
+            done = state.get_elapsed_duration()
+            share = f" ({done.value:.1%})" if done is not None else ""
+            print(f"step {state.timestamp.batch.value:,}{share}  {'  '.join(parts)}", file=sys.stderr, flush=True)
 
 
 class MetricsFile(LoggerDestination):

@@ -67,7 +67,7 @@ class LoaderConfig:
     cache_limit: str | None = None
     """Size such as ``100gb`` above which streamed shards are dropped again. No effect without a remote."""
     download_retry: int = 2
-    """Times that a failed download is tried again. No effect without a remote."""
+    """Times that a download is tried. No effect without a remote."""
     download_timeout: float = 60
     """Seconds that a download may take. No effect without a remote."""
 
@@ -152,10 +152,6 @@ class RunConfig:
     """Composer's loggers by name, with what each takes."""
     progress_bar: bool = True
     """Draw a progress bar."""
-    log_to_console: bool = False
-    """Print metrics, each ``console_log_interval``."""
-    console_log_interval: str = "1ba"
-    """How often to print. No effect without ``log_to_console``."""
     save_folder: str | None = None
     """Where checkpoints and the resolved config go: a path or an object-store URI. None saves nothing."""
     save_interval: str = "1ep"
@@ -386,6 +382,7 @@ def _check(config: RunConfig, faults: list[str]) -> None:
     for path, loader in loaders.items():
         want(loader.num_workers >= 0, f"{path}.num_workers", loader.num_workers, "0 or more")
         want(loader.prefetch_factor > 0, f"{path}.prefetch_factor", loader.prefetch_factor, "positive")
+        want(loader.download_retry > 0, f"{path}.download_retry", loader.download_retry, "positive")
     for name in config.eval_loaders:
         want(name not in ("train", "eval"), "eval_loaders", name, "a name of your own; train and eval are taken")
 
@@ -395,7 +392,7 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         config.max_duration,
         "a number with ba, sp, tok or ep",
     )
-    intervals = {"save_interval": config.save_interval, "console_log_interval": config.console_log_interval}
+    intervals = {"save_interval": config.save_interval}
     if config.eval_interval != 0:
         intervals["eval_interval"] = str(config.eval_interval)
     for path, interval in intervals.items():

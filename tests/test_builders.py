@@ -6,6 +6,7 @@ import torch
 import yaml
 from composer.core import Time, Timestamp
 from composer.loggers import TensorboardLogger
+from composer.utils.parallelism import FSDPConfig
 
 from src import builders, config
 from src.builders import build, padded_vocab_size
@@ -99,7 +100,7 @@ def test_settings_that_cannot_act_are_refused(tokenizer):
         builders.build_algorithms(run)
 
 
-def test_algorithms_callbacks_and_loggers_by_name(tmp_path):
+def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     run = config.load(
         "yamls/mosaic_bert.yaml",
         [
@@ -110,10 +111,55 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path):
         ],
     )
     assert [type(a).__name__ for a in builders.build_algorithms(run)] == ["GradientClipping"]
-    names = [type(c).__name__ for c in builders.build_callbacks(run)]
-    assert names == ["SpeedMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator", "ScheduledMasking"]
+    names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer)]
+    from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
+    assert names == [*from_yaml, "Guard", "LargestStep", "ScheduledMasking"]
     loggers = builders.build_loggers(run)
-    assert isinstance(loggers[1], TensorboardLogger) and loggers[1].log_dir == str(tmp_path)
+    assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
+    assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
+
+
+# FSDP: its options are checked here; it has run nowhere yet.
+
+
+def fsdp(options):
+    return builders.build_parallelism(config.load("yamls/mosaic_bert.yaml", [f"parallelism_config={options}"]))
+
+
+def test_fsdp_options_reach_composer_and_slopes_stay_fp32():
+    assert builders.build_parallelism(config.load("yamls/mosaic_bert.yaml")) is None
+    given = fsdp("{fsdp: {sharding_strategy: SHARD_GRAD_OP}}")
+    FSDPConfig(**given["fsdp"])
+    mixed = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    assert given == {"fsdp": {"sharding_strategy": "SHARD_GRAD_OP", "mixed_precision": mixed}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{}", "is what there is, not {}"),
+        ("{tp: {}}", "is what there is, not {'tp': {}}"),
+        ("{fsdp: {sharding_stratgy: FULL_SHARD}}", "unexpected 'sharding_stratgy' (did you mean 'sharding_strategy'?)"),
+        ("{fsdp: {sharding_strategy: HALF}}", "sharding_strategy is one of FULL_SHARD"),
+        ("{fsdp: {mixed_precision: PURE}}", "must leave buffers in fp32"),
+    ],
+)
+def test_fsdp_options_that_cannot_be(options, message):
+    with pytest.raises(config.ConfigError) as error:
+        fsdp(options)
+    assert message in str(error.value)
+
+
+def test_what_this_machine_cannot_do_is_refused_in_one_message(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = config.load("yamls/mosaic_bert.yaml", ["device_train_microbatch_size=auto", "parallelism_config={fsdp: {}}"])
+    with pytest.raises(config.ConfigError) as error:
+        builders.check_device(run)
+    message = str(error.value)
+    assert "precision: amp_bf16 needs a GPU" in message and "device_train_microbatch_size: auto" in message
+    assert "parallelism_config: FSDP needs GPUs" in message
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    builders.check_device(run)
 
 
 # Optimizers and schedules

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 from streaming import MDSWriter
+from streaming.base.hashing import get_hash
 
 import convert_c4
 from src import data_c4
@@ -90,6 +92,79 @@ def test_damage_is_found_before_the_first_step(damage, message, shards, tokenize
     damage(shards)
     with pytest.raises(DataError, match=message):
         open_dataset(shards, tokenizer)
+
+
+def change_a_byte(folder):
+    path = folder / "shard.00002.mds"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("verify", "message"), [("hash", "shard.00002.mds has other bytes"), ("size", None)])
+def test_changed_bytes_are_found_by_their_hash(verify, message, shards, tokenizer):
+    open_dataset(shards, tokenizer, verify=verify)
+    change_a_byte(shards)
+    if message is None:
+        open_dataset(shards, tokenizer, verify=verify)  # of the same size: only reading it all would tell
+        return
+    with pytest.raises(DataError, match=message):
+        open_dataset(shards, tokenizer, verify=verify)
+
+
+def test_shards_swapped_with_their_sizes_are_found_by_their_hash(shards, tokenizer):
+    a, b = shards / "shard.00002.mds", shards / "shard.00003.mds"
+    size = min(a.stat().st_size, b.stat().st_size)
+    index = json.loads((shards / "index.json").read_text())
+    for path in (a, b):  # as if both had been written with one size
+        path.write_bytes(path.read_bytes()[:size])
+    for info in (shard["raw_data"] for shard in index["shards"]):
+        if info["basename"] in (a.name, b.name):
+            info["bytes"] = size
+            info["hashes"]["sha1"] = get_hash("sha1", (shards / info["basename"]).read_bytes())
+    (shards / "index.json").write_text(json.dumps(index))
+    open_dataset(shards, tokenizer, verify="hash")
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+    with pytest.raises(DataError, match="shard.00002.mds has other bytes.*; shard.00003.mds has other bytes"):
+        open_dataset(shards, tokenizer, verify="hash")
+
+
+def test_hashes_that_are_not_there_cannot_be_compared(shards, tokenizer):
+    edit_index(lambda index: index["shards"][1]["raw_data"].update(hashes={}))(shards)
+    open_dataset(shards, tokenizer)
+    with pytest.raises(DataError, match="has no hashes to compare"):
+        open_dataset(shards, tokenizer, verify="hash")
+
+
+def test_off_looks_at_no_shard(shards, tokenizer):
+    remove(shards)
+    open_dataset(shards, tokenizer, verify="off")
+
+
+@pytest.mark.parametrize("verify", ["hash", "size"])
+def test_a_shard_that_arrives_changed(verify, shards, tokenizer, tmp_path):
+    """Fetched with hashes on, it stops the run; else nobody can know."""
+    change_a_byte(shards)
+    cache = {"local": str(tmp_path / f"cache-{verify}"), "remote": str(shards.parent), "split": "val"}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, **cache, verify=verify, batch_size=4, download_retry=1)
+    loader = build_dataloader(dataset, MaskingCollator(tokenizer, 0.15, 1), 4)
+    if verify == "size":
+        assert len(list(loader)) > 0
+        return
+    with pytest.raises(DataError, match="shard.00002.mds cannot be read or fetched .*[Cc]hecksum"):
+        list(loader)
+
+
+def test_a_loader_that_waits_in_vain_says_so(shards, tokenizer, monkeypatch):
+    """Its worker sleeps: the time-out ends the run with what to change."""
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(60))
+    loader = build_dataloader(
+        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=2
+    )
+    with pytest.raises(DataError, match="no batch came: .*timed out after 2 seconds; its limit is the loader's"):
+        next(iter(loader))
 
 
 def test_many_faults_are_counted(shards, tokenizer):

