@@ -10,7 +10,7 @@ from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 
-from src.builders import highest_rate, split_batch
+from src.builders import build_parallelism, highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
 from src.data_c4 import MaskingCollator, StreamingC4, fullest_batch, num_tokens
 from src.hf_bert import HFBert
@@ -95,10 +95,14 @@ def schedule_shares(
 def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, dataset: StreamingC4) -> str:
     """Bytes of a device at the worst case, every sequence of a microbatch at its longest (T = B * S).
 
-    Weights, gradients and Adam's two moments in fp32 are counted; what the backward pass needs is measured on one
-    sequence and multiplied. A framework's workspace and fragmentation come on top.
+    Weights, gradients and Adam's two moments in fp32 are counted, a device's share of them with FSDP; what the backward
+    pass needs is measured on one sequence and multiplied. A framework's workspace and fragmentation come on top.
     """
-    states = 16 * parameters
+    parallelism = build_parallelism(config)
+    strategy = "NO_SHARD" if parallelism is None else parallelism["fsdp"].get("sharding_strategy", "FULL_SHARD")
+    sharded = {"NO_SHARD": 0, "SHARD_GRAD_OP": 12, "_HYBRID_SHARD_ZERO2": 12}.get(strategy, 16)  # of 16 bytes
+    over = dist.get_local_world_size() if "HYBRID" in strategy else dist.get_world_size()
+    states = (16 - sharded + sharded / over) * parameters
     size = config.device_train_microbatch_size
     if size == "auto":
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
