@@ -12,12 +12,15 @@ As a script it prints what training would see:  python src/data_c4.py REMOTE [LO
 
 import argparse
 import hashlib
+import io
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -199,6 +202,38 @@ class Sample(TypedDict):
     """Pass over the data, from 0; with the sample id it decides what is masked."""
 
 
+class OpenShards:
+    """Raw shards that stay open in this process, so that a sample is one read; streaming opens the file for each.
+
+    Reads, not maps: a file that shrinks ends in an error and not in a killed process.
+
+    Args:
+        limit: files open at once; the least recently opened is closed for the next.
+    """
+
+    def __init__(self, limit: int = 64):
+        self.limit = limit
+        self.process = 0
+        self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
+
+    def read(self, path: str, index: int) -> bytes:
+        """Bytes of a shard's sample (MDS: a count, then the offsets of all samples and of the end, then samples)."""
+        if self.process != os.getpid():  # descriptors that a fork shares are left to the parent
+            self.process, self.files = os.getpid(), {}
+        if path not in self.files:
+            if len(self.files) >= self.limit:
+                self.files.pop(next(iter(self.files)))[0].close()
+            file = io.FileIO(path)
+            (samples,) = np.frombuffer(file.read(4), np.uint32)
+            self.files[path] = file, np.frombuffer(file.read(4 * (int(samples) + 1)), np.uint32)
+        file, offsets = self.files[path]
+        begin, end = offsets[index : index + 2].tolist()
+        data = os.pread(file.fileno(), end - begin, begin)
+        if len(data) != end - begin:
+            raise DataError(f"{path} ends at byte {begin + len(data):,}, within sample {index}")
+        return data
+
+
 class StreamingC4(StreamingDataset):
     """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
 
@@ -247,6 +282,9 @@ class StreamingC4(StreamingDataset):
                 self._verify_downloads(folder)
         self.folder, self.complete = folder, here
         self.failure: BaseException | None = None
+        self._open_shards, self._prepared = OpenShards(), set[int]()
+        for shard_id, shard in enumerate(self.shards):
+            shard.get_sample_data = partial(self._read, shard_id)  # pyright: ignore[reportAttributeAccessIssue]
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
         self.token_dtype = None if description is None else np.dtype(description["dtype"]).newbyteorder("<")
@@ -266,6 +304,10 @@ class StreamingC4(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch and unpack a shard if need be. When that fails, streaming alone lets the others wait for ever."""
+        # Called for each sample, hence without a lock, as streaming reads; an evicted shard is missed and fetched.
+        if shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._shard_access_times[shard_id] = time.time_ns()
+            return
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
@@ -274,6 +316,17 @@ class StreamingC4(StreamingDataset):
             damage = self._damage(shard_id, error)
             self._fail(damage)
             raise damage from error
+        if self._shard_states[shard_id] == _ShardState.LOCAL:  # without ``blocking`` another process may still fetch it
+            self._prepared.add(shard_id)
+
+    def _read(self, shard_id: int, index: int) -> bytes:
+        """A sample's bytes, in place of streaming's own way, which opens the file each time."""
+        shard: Any = self.shards[shard_id]
+        try:
+            return self._open_shards.read(f"{shard.dirname}/{shard.split}/{shard.raw_data.basename}", index)
+        except FileNotFoundError:  # evicted, perhaps; streaming then prepares it again
+            self._prepared.discard(shard_id)
+            raise
 
     def on_exception(self, future: Future) -> None:
         """Called when a thread that fetches shards ends, well or not."""
