@@ -49,9 +49,12 @@ from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
 from src import checkpoint, data_c4
+from src.attention import resolve
+from src.bert_padding import tile_tables
 from src.callbacks import ConsoleLine, Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
 from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
 from src.configuration_bert import BertConfig
+from src.flash_attn_triton import TILE_ROWS
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 
@@ -133,6 +136,8 @@ def mosaic_bert(
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
+    if "attention" in (model_config or {}):
+        raise ConfigError("model.model_config.attention: it is model.attention, beside model_config")
     options = {**(model_config or {}), "attention": attention}
     config = _model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
@@ -460,7 +465,16 @@ def highest_rate(config: RunConfig) -> float:
 
 def split_batch(config: RunConfig) -> Callable[[data_c4.Batch, int], list[data_c4.Batch]]:
     """What cuts a padded batch into the model's microbatches."""
-    return data_c4.split_unpadded if config.model.name == "mosaic_bert" else data_c4.split_padded
+    if config.model.name != "mosaic_bert":
+        return data_c4.split_padded
+    if resolve(config.model.options.get("attention", "auto")) != "triton":
+        return data_c4.split_unpadded
+
+    def split_with_tables(batch: data_c4.Batch, microbatch_size: int) -> list[data_c4.Batch]:
+        parts = data_c4.split_unpadded(batch, microbatch_size)
+        return [{"tables": tile_tables(part["cu_seqlens"], TILE_ROWS), **part} for part in parts]
+
+    return split_with_tables
 
 
 def _folder(loader: LoaderConfig) -> tuple[str | None, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 from src.builders import build_parallelism, highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
@@ -108,6 +108,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
     S = config.max_seq_len
     (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), 1, S), 1)
+    device = get_device()  # the one that will train: each kind of kernel keeps other things
+    model, part = device.module_to_device(model), device.batch_to_device(part)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -118,7 +120,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
         return x
 
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", low, enabled=bool(low)):
+    kind = "cuda" if device.name == "gpu" else "cpu"
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(kind, low, enabled=bool(low)):
         output = model(part)
     activations = size * sum(saved.values())
     del output  # until here, so that no storage's address was used twice

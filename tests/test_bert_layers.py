@@ -399,7 +399,7 @@ def test_a_folder_with_the_source_loads_where_only_transformers_is(tmp_path):
     folder = tmp_path / "exported"
     model.save_pretrained(folder)
     source = Path(bert_layers.__file__).parent
-    for name in ("bert_layers.py", "configuration_bert.py", "bert_padding.py", "attention.py"):
+    for name in ("bert_layers.py", "configuration_bert.py", "bert_padding.py", "attention.py", "flash_attn_triton.py"):
         (folder / name).write_text((source / name).read_text())
     batch = batch_of()
     torch.save(
