@@ -2,9 +2,9 @@
 
     python -m benchmarks.aot [--architectures 80 90] [--head_sizes 64 128] [--dtypes bf16] [--out table.md]
 
-Says for each build the registers of a thread, bytes spilled to local memory, and shared memory of a program, and ends in
-``aot kernels=… spilling=… over_limit=…``; exits with 1 if a build spills or asks for more shared memory than the card
-has. What runs faster is for ``tune_kernels.py`` to say, on the card.
+Says for each build the registers of a thread, bytes spilled to local memory, and shared memory of a program, and ends
+in ``aot kernels=… spilling=… over_limit=…``; exits with 1 if a build spills or asks for more shared memory than the
+card has. What runs faster is for ``tune_kernels.py`` to say, on the card.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from src import flash_attn_triton
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+"""Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, appendix on them)."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}; no GPU is needed, and none of these figures is a time.",
+        f"Triton {triton.__version__}, torch {torch.__version__}; no GPU was used, and no figure here is a time.",
         "",
         "| card | kernel | dtype | variant | warps | stages | registers | spilled | shared memory |",
         "|---|---|---|---|---|---|---|---|---|",

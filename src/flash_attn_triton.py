@@ -382,16 +382,72 @@ def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors_TNH for stride in x.stride()[:2])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """out (T, N, H) and lse (N, T) fp32, base 2."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (T, N, H) and lse (N, T) fp32, base 2; with another tile than the table's of TILES if it is given."""
     T, N, H = q.shape
-    tile = tiles_for(H, q.dtype, _architecture(q.device)).forward
+    tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
     out = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
     lse = torch.empty(N, T, dtype=torch.float32, device=q.device)
     if T:
         args = (q, k, v, out, lse, slopes, table, *_strides(q, k, v, out), T, N, H**-0.5 * LOG2E)
         _launch(_forward_kernel, len(table), N, args, tile, **_shape_constants(q, tile))
     return out, lse
+
+
+def _delta(out: Tensor, do: Tensor) -> Tensor:
+    """(N, T) fp32: the sum over H of do * out."""
+    T, N, H = out.shape
+    delta = torch.empty(N, T, dtype=torch.float32, device=out.device)
+    constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": DELTA_ROWS}
+    _launch(_delta_kernel, -(-T // DELTA_ROWS), N, (out, do, delta, *_strides(out, do), T, N, T), None, **constants)
+    return delta
+
+
+def _launch_dkdv(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    tile: Tile,
+) -> None:
+    """Writes dk and dv (T, N, H)."""
+    T, N, H = q.shape
+    sizes = (*_strides(q, k, v, do, dk, dv), T, N, H**-0.5, H**-0.5 * LOG2E)
+    args = (q, k, v, do, dk, dv, lse, delta, slopes, table, *sizes)
+    _launch(_dkdv_kernel, len(table), N, args, tile, **_shape_constants(q, tile))
+
+
+def _launch_dq(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+    dq: Tensor,
+    tile: Tile,
+) -> None:
+    """Writes dq (T, N, H)."""
+    T, N, H = q.shape
+    sizes = (*_strides(q, k, v, do, dq), T, N, H**-0.5, H**-0.5 * LOG2E)
+    _launch(
+        _dq_kernel,
+        len(table),
+        N,
+        (q, k, v, do, dq, lse, delta, slopes, table, *sizes),
+        tile,
+        **_shape_constants(q, tile),
+    )
 
 
 def _backward(
@@ -409,22 +465,14 @@ def _backward(
     dv: Tensor,
 ) -> None:
     """Writes dq, dk, dv (T, N, H)."""
-    T, N, H = q.shape
+    T, _, H = q.shape
     if not T:
         return
     tiles = tiles_for(H, q.dtype, _architecture(q.device))
     do = do if do.stride(2) == 1 and 0 not in do.stride() else do.contiguous()  # an expanded gradient has stride 0
-    delta = torch.empty(N, T, dtype=torch.float32, device=q.device)
-    constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": DELTA_ROWS}
-    args = (out, do, delta, *_strides(out, do), T, N, T)
-    _launch(_delta_kernel, -(-T // DELTA_ROWS), N, args, None, **constants)
-    scale = H**-0.5
-    args = (q, k, v, do, dk, dv, lse, delta, slopes, dkdv_table, *_strides(q, k, v, do, dk, dv), T, N)
-    _launch(
-        _dkdv_kernel, len(dkdv_table), N, (*args, scale, scale * LOG2E), tiles.dkdv, **_shape_constants(q, tiles.dkdv)
-    )
-    args = (q, k, v, do, dq, lse, delta, slopes, dq_table, *_strides(q, k, v, do, dq), T, N)
-    _launch(_dq_kernel, len(dq_table), N, (*args, scale, scale * LOG2E), tiles.dq, **_shape_constants(q, tiles.dq))
+    delta = _delta(out, do)
+    _launch_dkdv(do, q, k, v, lse, delta, slopes, dkdv_table, dk, dv, tiles.dkdv)
+    _launch_dq(do, q, k, v, lse, delta, slopes, dq_table, dq, tiles.dq)
 
 
 class _FlashAttention(torch.autograd.Function):
