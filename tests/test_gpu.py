@@ -38,9 +38,9 @@ def test_a_step_waits_for_nothing(attention):
     except ValueError as reason:
         pytest.skip(str(reason))
     model, batch = model_of(attention=attention).train(), microbatch([100, 7, 128, 33])
-    for _ in range(2):  # the first compiles
+    for mode in ("default", "error"):  # the first compiles
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.autocast("cuda", torch.bfloat16):
                 output = model.forward_unpadded(*batch)
