@@ -490,7 +490,8 @@ def _fill(config: RunConfig) -> RunConfig:
         return dataclasses.replace(loader, **more)
 
     train, seed = config.train_loader, config.train_loader.shuffle_seed
-    streams = {name: fill(stream, split=stream.split or train.split) for name, stream in train.streams.items()}
+    # By name, so that the order of samples, and their ids, do not hang on the order of lines.
+    streams = {name: fill(stream, split=stream.split or train.split) for name, stream in sorted(train.streams.items())}
     order = {"shuffle_seed": config.seed if seed is None else seed, "streams": streams}
     return dataclasses.replace(
         config,

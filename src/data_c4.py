@@ -391,7 +391,16 @@ class StreamingC4(StreamingDataset):
         check = "size" if verify == "hash" and not World.detect().is_local_leader else verify
         for source in self.sources.values():
             source.check(check)
-        super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
+        try:
+            super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
+        except Exception as error:  # each object store has errors of its own
+            remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
+            if isinstance(error, ValueError) or not remotes:
+                raise
+            raise DataError(
+                f"{', '.join(remotes)}: index.json cannot be fetched ({_first_line(error)}). Check the address, that "
+                "credentials are set, and the network"
+            ) from error
         for source, stream in zip(self.sources.values(), self.streams, strict=True):
             if not source.complete:
                 check_shards(source.folder, False, check)
