@@ -51,8 +51,27 @@ from transformers import PreTrainedTokenizerFast
 from src import checkpoint, data_c4
 from src.attention import resolve
 from src.bert_padding import tile_tables
-from src.callbacks import ConsoleLine, Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
-from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
+from src.callbacks import (
+    ConsoleLine,
+    Guard,
+    LargestStep,
+    MetricsFile,
+    ScheduledMasking,
+    StepMonitor,
+    StreamShares,
+    TimeLimit,
+)
+from src.config import (
+    Component,
+    ConfigError,
+    LoaderConfig,
+    MaskingSchedule,
+    Named,
+    RunConfig,
+    StreamConfig,
+    nearest,
+    seconds,
+)
 from src.configuration_bert import BertConfig
 from src.flash_attn_triton import TILE_ROWS
 from src.hf_bert import HFBert
@@ -324,7 +343,7 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
-    """The config's callbacks; those that each run has; those that a time limit and a scheduled masking rate need."""
+    """The config's callbacks; what each run has; what a time limit, mixed data and a scheduled rate need."""
     callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Guard()]
     if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
@@ -332,6 +351,8 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
         callbacks.append(LargestStep(split_batch(config)(largest, size)[0]))
     if config.time_limit is not None:
         callbacks.append(TimeLimit(seconds(config.time_limit)))
+    if config.train_loader.streams:
+        callbacks.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
         callbacks.append(ScheduledMasking(config.mlm_probability))
     return callbacks
@@ -435,6 +456,8 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
         shuffle=loader.shuffle,
         shuffle_seed=loader.shuffle_seed,
         num_canonical_nodes=loader.num_canonical_nodes,
+        length_window=loader.length_window,
+        predownload=loader.predownload,
     )
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = data_c4.MaskingCollator(tokenizer, rate, config.seed)
@@ -444,10 +467,16 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
     """The held-out data, each sample once; labels are part of metrics' names: metrics/eval/LanguageCrossEntropy."""
     # Streaming allows one dataset a folder, and evaluation only indexes it, so those on the same folder share it.
-    datasets: dict[Any, Any] = {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
+    alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    datasets: dict[Any, Any] = alone
     evaluators = []
     for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
         batch_size, folder = config.device_eval_batch_size, _folder(loader)
+        if folder in streams:
+            raise ConfigError(
+                f"{label}: evaluates on train_loader.streams.{streams[folder]} itself; take another split"
+            )
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
         once = data_c4.EachSampleOnce(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
@@ -477,25 +506,24 @@ def split_batch(config: RunConfig) -> Callable[[data_c4.Batch, int], list[data_c
     return split_with_tables
 
 
-def _folder(loader: LoaderConfig) -> tuple[str | None, str]:
-    return loader.local, loader.split
+def _folder(source: LoaderConfig | StreamConfig) -> tuple[str | None, str | None]:
+    return source.local, source.split
 
 
 def _streaming_c4(
     config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
 ) -> data_c4.StreamingC4:
-    assert loader.local is not None, "config.load fills it in"
+    streams = config.train_loader.streams if loader is config.train_loader else {}
+    sources = {name: data_c4.Source(**vars(stream)) for name, stream in streams.items()}
+    one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
+    downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
     return data_c4.StreamingC4(
         tokenizer,
         config.max_seq_len,
-        local=loader.local,
-        remote=loader.remote,
-        split=loader.split,
+        **({"sources": sources} if sources else one),
         verify=config.data_verify,
-        predownload=loader.predownload,
         cache_limit=loader.cache_limit,
-        download_retry=loader.download_retry,
-        download_timeout=loader.download_timeout,
+        **{name: value for name, value in downloads.items() if value is not None},  # None leaves it to streaming
         **order,
     )
 
@@ -515,6 +543,7 @@ def _data_spec(
             batch_size,
             num_workers=loader.num_workers,
             prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
             timeout=loader.timeout,
             pin_memory=torch.cuda.is_available(),
         ),
