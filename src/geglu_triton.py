@@ -9,17 +9,25 @@ gelu and the mask again, and writes the packed gradient (T, 2I), without a conca
 Launch: tiles of ROWS x BLOCK of the output, row by row in a one-dimensional grid; see ``tile``.
 """
 
+# pyright: reportOptionalMemberAccess=false
+
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of, triton
+from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # see kernels.py
+    triton = None
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def geglu_forward(
@@ -101,7 +109,7 @@ def tile(I: int) -> dict[str, int]:  # noqa: E741
     return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": 4}
 
 
-def _launch(kernel: Any, tensors: list[Tensor], gate_and_up: Tensor, dropout_p: float) -> None:
+def _launch(kernel: Any, gate_and_up: Tensor, dropout_p: float, *tensors: Tensor) -> None:
     (T, width), options, threshold = gate_and_up.shape, tile(gate_and_up.shape[1] // 2), dropout_threshold(dropout_p)
     columns = triton.cdiv(width // 2, options["BLOCK"])
     launch(
@@ -124,21 +132,25 @@ def _forward(gate_and_up: Tensor, key: Tensor | None, dropout_p: float) -> Tenso
     T, width = gate_and_up.shape
     out = torch.empty(T, width // 2, dtype=gate_and_up.dtype, device=gate_and_up.device)
     # Without dropout the key is a pointer that is not read.
-    _launch(geglu_forward, [gate_and_up, gate_and_up if key is None else key, out], gate_and_up, dropout_p)
+    _launch(geglu_forward, gate_and_up, dropout_p, gate_and_up, gate_and_up if key is None else key, out)
     return out
 
 
 def _backward(dout: Tensor, gate_and_up: Tensor, key: Tensor | None, dropout_p: float) -> Tensor:
     """(T, 2I)."""
     grad = torch.empty(gate_and_up.shape, dtype=gate_and_up.dtype, device=gate_and_up.device)
-    pointers = [dout.contiguous(), gate_and_up, gate_and_up if key is None else key, grad]
-    _launch(geglu_backward, pointers, gate_and_up, dropout_p)
+    tensors = (gate_and_up, gate_and_up if key is None else key, grad)
+    _launch(geglu_backward, gate_and_up, dropout_p, dout.contiguous(), *tensors)
     return grad
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate_and_up, key, ctx.dropout_p = inputs
     ctx.save_for_backward(gate_and_up, key)
+
+
+def _gradient(ctx: Any, backward: Callable[..., Tensor], dout: Tensor) -> Tensor:
+    return backward(dout, *ctx.saved_tensors, ctx.dropout_p)
 
 
 class _Geglu(torch.autograd.Function):
@@ -153,7 +165,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(dout, *ctx.saved_tensors, ctx.dropout_p), None, None
+        return _gradient(ctx, _backward, dout), None, None
 
 
 # For torch.compile, as in layer_norm_triton.py.
@@ -174,9 +186,7 @@ def _(dout, gate_and_up, key, dropout_p):
     return gate_and_up.new_empty(gate_and_up.shape)
 
 
-_forward_op.register_autograd(
-    lambda ctx, dout: (_backward_op(dout, *ctx.saved_tensors, ctx.dropout_p), None, None), setup_context=_save
-)
+_forward_op.register_autograd(lambda ctx, dout: (_gradient(ctx, _backward_op, dout), None, None), setup_context=_save)
 
 
 def geglu(gate_and_up: Tensor, dropout_p: float = 0.0, key: Tensor | None = None) -> Tensor:
@@ -200,6 +210,5 @@ def geglu(gate_and_up: Tensor, dropout_p: float = 0.0, key: Tensor | None = None
         raise ValueError("dropout in the GEGLU kernel needs a key: kernels.draw_key(x)")
     if gate_and_up.shape[-1] % 2:
         raise ValueError(f"the GEGLU kernel takes a gate and an up of one width, not {gate_and_up.shape[-1]} columns")
-    run = _forward_op if torch.compiler.is_compiling() else _Geglu.apply
-    out = run(rows_of(gate_and_up), key, dropout_p)
-    return out.view(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)  # pyright: ignore
+    run: Any = _forward_op if torch.compiler.is_compiling() else _Geglu.apply
+    return run(rows_of(gate_and_up), key, dropout_p).unflatten(0, gate_and_up.shape[:-1])

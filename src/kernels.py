@@ -14,7 +14,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # triton is not made for every platform
-    triton = tl = None
+    triton = None
 
 CHOICES = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,7 +41,7 @@ if triton is not None:
             threshold: an element goes if its 16 bits are below.
         """
         zero = (row[:, None] + group[None, :]) * 0
-        a, b, c, d = tl.philox(key, group[None, :] + zero, row[:, None] + zero, zero, zero, 7)
+        a, b, c, d = tl.philox(key, group[None, :] + zero, row[:, None] + zero, zero, zero, 7)  # pyright: ignore
         bits = tl.join(tl.join(a, b), tl.join(c, d))
         bits = tl.join(bits & 0xFFFF, bits >> 16)
         return tl.reshape(bits, (row.shape[0], BLOCK)).to(tl.int32) >= threshold
@@ -112,5 +112,5 @@ def dropout_scale(threshold: int) -> float:
 
 
 def draw_key(x: Tensor) -> Tensor:
-    """A fresh key for dropout, (1,) int64, on the device of ``x`` and from its generator: no value leaves the device."""
+    """A fresh key for dropout, (1,) int64, from the generator of the device of ``x``, which it never leaves."""
     return torch.randint(2**62, (1,), device=x.device)

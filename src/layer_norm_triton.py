@@ -13,6 +13,8 @@ and torch adds up the (P, D) partial sums: no atomics, so the same bits each tim
 Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dimensional grid; see ``tile``.
 """
 
+# pyright: reportOptionalMemberAccess=false
+
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +23,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of, triton
+from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # see kernels.py
+    triton = None
 
 if triton is not None:
-    import triton.language as tl
 
     @triton.jit
     def layer_norm_forward(
@@ -346,6 +353,6 @@ def layer_norm(
         raise ValueError("dropout in the LayerNorm kernel needs a key: kernels.draw_key(x)")
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    run = _forward_op if torch.compiler.is_compiling() else _LayerNorm.apply
-    y = run(rows_of(x), None if residual is None else rows_of(residual), weight, bias, key, eps, dropout_p, out_dtype)
-    return (y[0] if isinstance(y, tuple) else y).view(x.shape)
+    inputs = (rows_of(x), None if residual is None else rows_of(residual), weight, bias, key, eps, dropout_p, out_dtype)
+    y: Any = _forward_op(*inputs)[0] if torch.compiler.is_compiling() else _LayerNorm.apply(*inputs)
+    return y.view(x.shape)

@@ -15,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at tes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import quickstart
 
