@@ -53,14 +53,14 @@ def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator
     others = {"lse_ptr": "fp32", "delta_ptr": "fp32", "slopes_ptr": "fp32", "tiles_ptr": "i32"}
     shape = {"H": head_size, "BLOCK_H": F.padded_head_size(head_size)}
     for kernel, tile in (
-        (F._forward_kernel, tiles.forward),
-        (F._dkdv_kernel, tiles.dkdv),
-        (F._dq_kernel, tiles.dq),
+        (F.flash_attn_forward, tiles.forward),
+        (F.flash_attn_dkdv, tiles.dkdv),
+        (F.flash_attn_dq, tiles.dq),
     ):
         constants = {**shape, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
         variant = f"H={head_size}, {tile.rows} x {tile.cols}"
         yield Build(kernel, variant, others, dtype, constants, tile.warps, tile.stages)
-    yield Build(F._delta_kernel, f"H={head_size}", others, dtype, {**shape, "ROWS": F.DELTA_ROWS})
+    yield Build(F.flash_attn_delta, f"H={head_size}", others, dtype, {**shape, "ROWS": F.DELTA_ROWS})
 
 
 def compile_for(build: Build, architecture: int) -> dict[str, int]:
@@ -120,8 +120,14 @@ def main(argv: list[str]) -> int:
                     kernels += 1
                     spilling += usage["spilled"] > 0
                     over_limit += usage["shared"] > SHARED_MEMORY[architecture]
-                    name = f"{build.kernel.__module__.split('.')[-1]}.{build.kernel.__name__.strip('_')}"
-                    cells = (f"sm_{architecture}", name, dtype, build.variant, build.num_warps, build.num_stages)
+                    cells = (
+                        f"sm_{architecture}",
+                        build.kernel.__name__,
+                        dtype,
+                        build.variant,
+                        build.num_warps,
+                        build.num_stages,
+                    )
                     lines.append(f"| {' | '.join(map(str, (*cells, *usage.values())))} |")
                     print(lines[-1], flush=True)
     lines += ["", f"aot kernels={kernels} spilling={spilling} over_limit={over_limit}"]

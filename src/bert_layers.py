@@ -10,7 +10,6 @@ input is unpadded on the way in and padded again on the way out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -31,6 +30,14 @@ from .bert_padding import (
 )
 from .configuration_bert import BertConfig
 from .flash_attn_triton import TILE_ROWS
+from .fused_torch import dropout
+from .fused_torch import geglu as geglu_torch
+from .fused_torch import layer_norm as layer_norm_torch
+from .geglu_triton import geglu as geglu_triton
+from .kernels import draw_key, use_triton
+from .kernels import resolve as resolve_kernels
+from .layer_norm_triton import layer_norm as layer_norm_triton
+from .masked_lm_loss import masked_lm_head_loss, masked_lm_loss
 
 
 @dataclass
@@ -56,24 +63,24 @@ class LayerNorm(nn.LayerNorm):
     Under autocast the result has the autocast dtype, so that the residual stream stays in it.
     """
 
+    def __init__(self, config: BertConfig):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        self.kernels = resolve_kernels(config.kernels)
+
     def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-        device = input.device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        x = F.dropout(input, dropout_p, self.training)
-        with torch.autocast(device, enabled=False):
-            dtype = torch.promote_types(self.weight.dtype, torch.promote_types(x.dtype, torch.float32))
-            x = x.to(dtype)
-            if residual is not None:
-                x = x + residual
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps).to(
-                out_dtype
-            )
+        p = dropout_p if self.training else 0.0
+        if not use_triton(self.kernels, input):
+            return layer_norm_torch(input, self.weight, self.bias, self.eps, residual, p)
+        key = draw_key(input) if p else None
+        return layer_norm_triton(input, self.weight, self.bias, self.eps, residual, p, key)
 
 
-def geglu(gate_and_up: Tensor, dropout_p: float, training: bool) -> Tensor:
+def geglu(gate_and_up: Tensor, dropout_p: float, training: bool, kernels: str = "auto") -> Tensor:
     """dropout(gelu(gate) * up), (T, I), from the packed product (T, 2I) whose first half is the gate. Exact GELU."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.dropout(F.gelu(gate) * up, dropout_p, training)
+    p = dropout_p if training else 0.0
+    if not use_triton(kernels, gate_and_up):
+        return geglu_torch(gate_and_up, p)
+    return geglu_triton(gate_and_up, p, draw_key(gate_and_up) if p else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +107,7 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config)
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, input_ids: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -109,7 +116,7 @@ class BertEmbeddings(nn.Module):
             x = x + self.token_type_embeddings.weight[0]
         else:
             x = x + self.token_type_embeddings(token_type_ids)
-        return F.dropout(self.LayerNorm(x), self.dropout_p, self.training)
+        return dropout(self.LayerNorm(x), self.dropout_p, self.training)
 
 
 class AlibiSlopes(nn.Module):
@@ -162,7 +169,7 @@ class BertSelfOutput(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config)
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -189,11 +196,11 @@ class BertGatedLinearUnitMLP(nn.Module):
         super().__init__()
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout_p = config.hidden_dropout_prob
+        self.layernorm = LayerNorm(config)
+        self.dropout_p, self.kernels = config.hidden_dropout_prob, resolve_kernels(config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = geglu(self.gated_layers(x), self.dropout_p, self.training)  # (T, I)
+        hidden = geglu(self.gated_layers(x), self.dropout_p, self.training, self.kernels)  # (T, I)
         return self.layernorm(self.wo(hidden), residual=x)
 
 
@@ -374,7 +381,7 @@ class BertPredictionHeadTransform(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.LayerNorm(F.gelu(self.dense(x)))
@@ -507,19 +514,9 @@ class BertForMaskedLM(BertPreTrainedModel):
             labels: (M,), what stood there.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
-        return UnpaddedMaskedLMOutput(**masked_lm_loss(self.cls(states[-1]), labels))  # logits (M, V)
-
-
-def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Loss fields of an UnpaddedMaskedLMOutput from the masked tokens' logits (M, V) and labels (M,); M may be 0."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-    return {
-        "loss": loss_sum / max(len(labels), 1),
-        "loss_sum": loss_sum,
-        "correct": (logits.detach().argmax(dim=-1) == labels).sum(),
-        "count": torch.full((), len(labels), dtype=torch.int64, device=labels.device),
-    }
+        head = self.cls.predictions
+        x = head.transform(states[-1])  # (M, D)
+        return UnpaddedMaskedLMOutput(**masked_lm_head_loss(x, head.decoder.weight, head.decoder.bias, labels))
 
 
 class BertForSequenceClassification(BertPreTrainedModel):

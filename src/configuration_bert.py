@@ -22,6 +22,7 @@ class BertConfig(PretrainedConfig):
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: epsilon of every LayerNorm.
         attention: implementation of attention, a name known to ``attention.py``, or ``auto``.
+        kernels: of LayerNorm and GLU: ``triton``, ``torch``, or ``auto``, which is triton on a GPU and torch elsewhere.
         classifier_dropout: dropout before the classification head; None means ``hidden_dropout_prob``.
         pad_token_id: id of [PAD]; padding never enters the model, only ``pad_token_id`` of the tokenizer is recorded.
         kwargs: what every Hugging Face config takes, ``num_labels`` for one.
@@ -45,6 +46,7 @@ class BertConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-12,
         attention: str = "auto",
+        kernels: str = "auto",
         classifier_dropout: float | None = None,
         pad_token_id: int = 0,
         **kwargs: Any,
@@ -66,4 +68,5 @@ class BertConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.attention = attention
+        self.kernels = kernels
         self.classifier_dropout = classifier_dropout

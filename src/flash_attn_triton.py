@@ -18,13 +18,13 @@ Eager code goes through autograd.Function; torch.compile sees the custom ops ``m
 """
 
 import math
-import os
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kernels import DTYPES, interpreted, launch
 
 try:
     import triton
@@ -33,16 +33,7 @@ except ImportError:  # machines for which torch brings no Triton; ``available`` 
     triton = None
 
 LOG2E = math.log2(math.e)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 128
-
-launches: Counter[str] = Counter()
-"""Kernels launched by this process, by name: what a test asks to know which path ran."""
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on the CPU: TRITON_INTERPRET=1 when it was imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable(device_type: str) -> str | None:
@@ -157,7 +148,7 @@ if triton is not None:
         tl.store(x_ptr + tokens[:, None] * stride_t + dims[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _forward_kernel(
+    def flash_attn_forward(
         q_ptr,
         k_ptr,
         v_ptr,
@@ -211,7 +202,7 @@ if triton is not None:
         tl.store(lse_ptr + head * stride_lse + start + rows, lse, mask=rows < length)
 
     @triton.jit
-    def _delta_kernel(
+    def flash_attn_delta(
         out_ptr,
         do_ptr,
         delta_ptr,
@@ -235,7 +226,7 @@ if triton is not None:
         tl.store(delta_ptr + head * stride_delta + rows, tl.sum(out * do, 1), mask=rows < num_tokens)
 
     @triton.jit
-    def _dkdv_kernel(
+    def flash_attn_dkdv(
         q_ptr,
         k_ptr,
         v_ptr,
@@ -296,7 +287,7 @@ if triton is not None:
         _store(dv_ptr + head * stride_dvn, stride_dvt, start, rows, length, dims, dv, H)
 
     @triton.jit
-    def _dq_kernel(
+    def flash_attn_dq(
         q_ptr,
         k_ptr,
         v_ptr,
@@ -359,15 +350,8 @@ if triton is not None:
 DELTA_ROWS = 64
 
 
-def _launch(kernel: Any, num_tiles: int, num_heads: int, args: tuple, tile: Tile | None, **constants: Any) -> None:
-    # One dimension: the second would end at 65,535. Triton launches on the current device, whatever the tensors'.
-    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    with torch.cuda.device_of(args[0]):
-        kernel[(num_tiles * num_heads,)](*args, **constants, **options)
-    launches[kernel.__name__.strip("_")] += 1
-
-
-def _shape_constants(q: Tensor, tile: Tile) -> dict[str, Any]:
+def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
+    """What a kernel is compiled for."""
     H = q.shape[2]
     return {
         "H": H,
@@ -375,6 +359,8 @@ def _shape_constants(q: Tensor, tile: Tile) -> dict[str, Any]:
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "UPCAST": interpreted() and q.dtype == torch.bfloat16,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
 
 
@@ -392,7 +378,7 @@ def _forward(
     lse = torch.empty(N, T, dtype=torch.float32, device=q.device)
     if T:
         args = (q, k, v, out, lse, slopes, table, *_strides(q, k, v, out), T, N, H**-0.5 * LOG2E)
-        _launch(_forward_kernel, len(table), N, args, tile, **_shape_constants(q, tile))
+        launch(flash_attn_forward, len(table) * N, *args, **_options(q, tile))
     return out, lse
 
 
@@ -401,7 +387,7 @@ def _delta(out: Tensor, do: Tensor) -> Tensor:
     T, N, H = out.shape
     delta = torch.empty(N, T, dtype=torch.float32, device=out.device)
     constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": DELTA_ROWS}
-    _launch(_delta_kernel, -(-T // DELTA_ROWS), N, (out, do, delta, *_strides(out, do), T, N, T), None, **constants)
+    launch(flash_attn_delta, -(-T // DELTA_ROWS) * N, out, do, delta, *_strides(out, do), T, N, T, **constants)
     return delta
 
 
@@ -422,7 +408,7 @@ def _launch_dkdv(
     T, N, H = q.shape
     sizes = (*_strides(q, k, v, do, dk, dv), T, N, H**-0.5, H**-0.5 * LOG2E)
     args = (q, k, v, do, dk, dv, lse, delta, slopes, table, *sizes)
-    _launch(_dkdv_kernel, len(table), N, args, tile, **_shape_constants(q, tile))
+    launch(flash_attn_dkdv, len(table) * N, *args, **_options(q, tile))
 
 
 def _launch_dq(
@@ -440,14 +426,8 @@ def _launch_dq(
     """Writes dq (T, N, H)."""
     T, N, H = q.shape
     sizes = (*_strides(q, k, v, do, dq), T, N, H**-0.5, H**-0.5 * LOG2E)
-    _launch(
-        _dq_kernel,
-        len(table),
-        N,
-        (q, k, v, do, dq, lse, delta, slopes, table, *sizes),
-        tile,
-        **_shape_constants(q, tile),
-    )
+    args = (q, k, v, do, dq, lse, delta, slopes, table, *sizes)
+    launch(flash_attn_dq, len(table) * N, *args, **_options(q, tile))
 
 
 def _backward(

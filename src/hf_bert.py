@@ -3,8 +3,9 @@
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
-from src.bert_layers import UnpaddedMaskedLMOutput, masked_lm_loss
+from src.bert_layers import UnpaddedMaskedLMOutput
 from src.data_c4 import Batch
+from src.masked_lm_loss import masked_lm_loss
 from src.mosaic_bert import MaskedLMModel
 
 

@@ -1,5 +1,6 @@
 """The unpadded model against a plain, padded re-statement of it, and what Hugging Face's users expect of it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import bert_layers
+from src import bert_layers, fused_torch
 from src.attention import alibi_slopes
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel, Layout
 from src.configuration_bert import BertConfig
@@ -139,16 +140,15 @@ def test_dropout_acts_in_three_places_and_nowhere_else(monkeypatch):
     model = model_of(hidden_dropout_prob=0.3).train()
     batch = batch_of(rate=0.5)
     (part,) = split_unpadded(batch, 100)
-    recorded = []
+    recorded, keep_mask = [], fused_torch.keep_mask
 
-    def dropout(x, p=0.5, training=True, inplace=False):
-        if not training or p == 0:
-            return x
-        keep = (torch.rand(x.shape, dtype=x.dtype) >= p) / (1 - p)
-        recorded.append(keep)
-        return x * keep
+    def recording(x, threshold):
+        keep = keep_mask(x, threshold)
+        recorded.append(keep.to(x.dtype) / (1 - threshold / 2**16))
+        return keep
 
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(fused_torch, "keep_mask", recording)
+    monkeypatch.setattr(F, "dropout", None)  # nothing goes round it
     got_loss = unpadded(model, batch)
     got = gradients(model, got_loss)
     L = model.config.num_hidden_layers
@@ -399,7 +399,10 @@ def test_a_folder_with_the_source_loads_where_only_transformers_is(tmp_path):
     folder = tmp_path / "exported"
     model.save_pretrained(folder)
     source = Path(bert_layers.__file__).parent
-    for name in ("bert_layers.py", "configuration_bert.py", "bert_padding.py", "attention.py", "flash_attn_triton.py"):
+    siblings = {
+        f"{name}.py" for name in re.findall(r"^from \.(\w+) import", (source / "bert_layers.py").read_text(), re.M)
+    }
+    for name in {"bert_layers.py", *siblings}:
         (folder / name).write_text((source / name).read_text())
     batch = batch_of()
     torch.save(

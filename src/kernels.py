@@ -1,0 +1,116 @@
+"""What the Triton kernels share: whether they can run, how they are started and counted, and dropout's mask.
+
+A machine without triton can import this, and runs the plain torch path. TRITON_INTERPRET=1, set before triton is first
+imported, runs the kernels on the CPU, slowly, to test them.
+"""
+
+import collections
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # triton is not made for every platform
+    triton = None
+
+CHOICES = ("auto", "triton", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MASK_BITS = 16
+"""Random bits that decide over an element: a probability of dropout is rounded down to a multiple of 2^-16."""
+
+launches: collections.Counter[str] = collections.Counter()
+"""Launches in this process by the kernel's name, so that a test can prove which path ran."""
+
+if triton is not None:
+
+    @triton.jit
+    def keep_mask(key, row, group, threshold, BLOCK: tl.constexpr):
+        """(ROWS, BLOCK), true where dropout keeps, from the key and the place alone: a backward draws it again.
+
+        Philox (Salmon et al., 2011, Parallel Random Numbers: As Easy as 1, 2, 3) with the counter (group, row), 7
+        rounds, the fewest that pass BigCrush there. One call gives 128 bits, 16 for each of 8 neighbours in a row.
+
+        Args:
+            key: int64 scalar.
+            row: (ROWS,) int32.
+            group: (BLOCK // 8,) int32, which eight columns. int32 counters in forward and backward alike: Philox on 64
+                bits is another stream, and slower.
+            threshold: an element goes if its 16 bits are below.
+        """
+        zero = (row[:, None] + group[None, :]) * 0
+        a, b, c, d = tl.philox(key, group[None, :] + zero, row[:, None] + zero, zero, zero, 7)  # pyright: ignore
+        bits = tl.join(tl.join(a, b), tl.join(c, d))
+        bits = tl.join(bits & 0xFFFF, bits >> 16)
+        return tl.reshape(bits, (row.shape[0], BLOCK)).to(tl.int32) >= threshold
+
+
+def resolve(kernels: str) -> str:
+    """``kernels``, checked when a model is built. ``auto`` means triton for tensors on a GPU, torch elsewhere.
+
+    Raises:
+        ValueError: there is no such choice, or it is triton and no kernel can run here.
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"kernels {kernels!r} is not there; choose one of {', '.join(CHOICES)}")
+    if kernels == "triton":
+        missing = "the package triton is not installed" if triton is None else "no GPU is found"
+        if triton is None or not (torch.cuda.is_available() or interpreted()):
+            raise ValueError(f"kernels 'triton' cannot run: {missing}; choose auto or torch")
+    return kernels
+
+
+def use_triton(kernels: str, x: Tensor) -> bool:
+    """Whether a tensor goes to the Triton kernels."""
+    return kernels == "triton" or (kernels == "auto" and x.is_cuda and triton is not None)
+
+
+def interpreted() -> bool:
+    """Whether triton interprets the kernels, on any device."""
+    return triton is not None and not isinstance(keep_mask, triton.JITFunction)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` (..., D) as (T, D) with neighbours in memory along D; a copy only if it must be.
+
+    Raises:
+        TypeError: the dtype is none that the kernels know.
+        ValueError: the tensor is on a device where they cannot run.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"the Triton kernels take fp16, bf16 and fp32, not {x.dtype}; set kernels to torch")
+    if not (x.is_cuda or interpreted()):
+        raise ValueError(f"the Triton kernels need a tensor on a GPU, not on {x.device}; set kernels to auto or torch")
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **options: Any) -> None:
+    """Start ``programs`` of a kernel on the device of ``x``, its first argument; with none there is nothing to do."""
+    if programs:
+        launches[kernel.__name__] += 1
+        with torch.cuda.device_of(x):  # triton takes the current device, not the tensor's
+            kernel[(programs,)](x, *args, **options)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """``dropout_p`` in units of 2^-16, rounded down: what an element's random bits must reach to be kept.
+
+    Raises:
+        ValueError: not in [0, 1).
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout probability {dropout_p}: it must be at least 0 and below 1")
+    return int(dropout_p * 2**MASK_BITS)
+
+
+def dropout_scale(threshold: int) -> float:
+    """What kept elements are multiplied by: 1 over the true share that is kept."""
+    return 2**MASK_BITS / (2**MASK_BITS - threshold)
+
+
+def draw_key(x: Tensor) -> Tensor:
+    """A fresh key for dropout, (1,) int64, from the generator of the device of ``x``, which it never leaves."""
+    return torch.randint(2**62, (1,), device=x.device)

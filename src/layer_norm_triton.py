@@ -1,0 +1,358 @@
+"""LayerNorm(residual + dropout(x)) in one pass over memory, forward and backward, in Triton.
+
+LayerNorm: Ba et al., 2016, arXiv 1607.06450. Sum and statistics are in fp32, whatever the inputs' dtypes. Letters: T
+rows, D hidden size, P programs.
+
+Kept for the backward: x (T, D), which nothing else keeps; the residual (T, D), which is also the input of the product
+before it and kept for that anyhow; mean and 1/std, (T,) fp32 each: 8 T bytes; the parameters; dropout's key, 8 bytes.
+No mask and no normalised x: the backward computes them again while it reads x.
+
+dweight and dbias are sums over rows. Each of a fixed number of programs adds up its own rows in registers, in order,
+and torch adds up the (P, D) partial sums: no atomics, so the same bits each time.
+
+Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dimensional grid; see ``tile``.
+"""
+
+# pyright: reportOptionalMemberAccess=false
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # see kernels.py
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def layer_norm_forward(
+        x_ptr,  # (T, D)
+        residual_ptr,  # (T, D)
+        weight_ptr,  # (D,)
+        bias_ptr,  # (D,)
+        key_ptr,  # (1,) int64
+        y_ptr,  # (T, D), contiguous
+        mean_ptr,  # (T,) fp32
+        rstd_ptr,  # (T,) fp32
+        x_stride,
+        residual_stride,
+        T,
+        D,
+        eps,
+        threshold,
+        scale,
+        RESIDUAL: tl.constexpr,
+        DROPOUT: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        """One tile of rows."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row64 = row.to(tl.int64)[:, None]  # T * D may pass 2^31
+        column = tl.arange(0, BLOCK_D)[None, :]
+        real = (row[:, None] < T) & (column < D)
+        z = tl.load(x_ptr + row64 * x_stride + column, mask=real, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep = keep_mask(tl.load(key_ptr), row, tl.arange(0, BLOCK_D // 8), threshold, BLOCK_D)
+            z = tl.where(keep, z * scale, 0.0)
+        if RESIDUAL:
+            z += tl.load(residual_ptr + row64 * residual_stride + column, mask=real, other=0.0).to(tl.float32)
+        mean = tl.sum(z, axis=1) / D
+        centred = tl.where(real, z - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+        weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+        y = centred * rstd[:, None] * weight + bias
+        tl.store(y_ptr + row64 * D + column, y, mask=real)
+        tl.store(mean_ptr + row, mean, mask=row < T)
+        tl.store(rstd_ptr + row, rstd, mask=row < T)
+
+    @triton.jit
+    def layer_norm_backward(
+        dy_ptr,  # (T, D), contiguous
+        x_ptr,  # (T, D)
+        residual_ptr,  # (T, D)
+        weight_ptr,  # (D,)
+        key_ptr,  # (1,) int64
+        mean_ptr,  # (T,) fp32
+        rstd_ptr,  # (T,) fp32
+        dx_ptr,  # (T, D), contiguous
+        dresidual_ptr,  # (T, D), contiguous
+        partial_ptr,  # (2, P, D) fp32: this program's part of dweight and of dbias
+        x_stride,
+        residual_stride,
+        T,
+        D,
+        tiles,
+        threshold,
+        scale,
+        RESIDUAL: tl.constexpr,
+        WRITE_DRESIDUAL: tl.constexpr,
+        DROPOUT: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        """Every P-th tile of rows, ``tiles`` of them at most.
+
+        With n = (z - mean) * rstd and g = dy * weight: dz = rstd * (g - mean(g) - n * mean(g * n)).
+        """
+        program, programs = tl.program_id(0), tl.num_programs(0)
+        column = tl.arange(0, BLOCK_D)[None, :]
+        weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+        dweight = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+        dbias = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+        for i in range(tiles):
+            row = (i * programs + program) * ROWS + tl.arange(0, ROWS)
+            row64 = row.to(tl.int64)[:, None]
+            real = (row[:, None] < T) & (column < D)
+            z = tl.load(x_ptr + row64 * x_stride + column, mask=real, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row64 * D + column, mask=real, other=0.0).to(tl.float32)
+            if DROPOUT:
+                keep = keep_mask(tl.load(key_ptr), row, tl.arange(0, BLOCK_D // 8), threshold, BLOCK_D)
+                z = tl.where(keep, z * scale, 0.0)
+            if RESIDUAL:
+                z += tl.load(residual_ptr + row64 * residual_stride + column, mask=real, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)[:, None]
+            n = (z - mean) * rstd  # beyond D it is no 0, but dy is
+            dweight += dy * n
+            dbias += dy
+            g = dy * weight
+            dz = rstd * (g - tl.sum(g, axis=1)[:, None] / D - n * (tl.sum(g * n, axis=1)[:, None] / D))
+            if WRITE_DRESIDUAL:
+                tl.store(dresidual_ptr + row64 * D + column, dz, mask=real)
+            if DROPOUT:
+                dz = tl.where(keep, dz * scale, 0.0)
+            tl.store(dx_ptr + row64 * D + column, dz, mask=real)
+        offset = program.to(tl.int64) * D + tl.arange(0, BLOCK_D)
+        mask = tl.arange(0, BLOCK_D) < D
+        tl.store(partial_ptr + offset, tl.sum(dweight, axis=0), mask=mask)
+        tl.store(partial_ptr + programs.to(tl.int64) * D + offset, tl.sum(dbias, axis=0), mask=mask)
+
+
+MAX_D = 4096
+"""A row lies in one program's registers; from 8,192 on the backward spills."""
+PROGRAMS = 512
+"""Of the backward, at most: four on each multiprocessor of the largest cards. The same on every card, and so are the
+bits of dweight and dbias."""
+TILES = {
+    "forward": {"elements": 1024, "per_warp": 1024, "max_warps": 4},
+    "backward": {"elements": 1024, "per_warp": 256, "max_warps": 16},
+}
+"""``elements`` in a tile while D is small, and ``per_warp``. Forward: up to D = 1,024 a row is one warp's, 32 elements
+a thread, so that its sums need no barrier. Backward: 8 elements a thread, because each takes 10 registers with the sums
+over rows; with 16, a D of 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; no GPU has timed it yet."""
+
+
+def tile(D: int, kind: str) -> dict[str, int]:
+    """Shape of a tile and warps, for ``kind`` forward or backward.
+
+    Raises:
+        ValueError: D is more than MAX_D.
+    """
+    if D > MAX_D:
+        raise ValueError(f"hidden size {D}: the LayerNorm kernel takes at most {MAX_D}; set kernels to torch")
+    block, choice = max(16, triton.next_power_of_2(D)), TILES[kind]
+    rows = max(1, choice["elements"] // block)
+    warps = min(choice["max_warps"], max(1, rows * block // choice["per_warp"]))
+    return {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    key: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (T, D), mean (T,), 1/std (T,)."""
+    T, D = x.shape
+    y = torch.empty(T, D, dtype=out_dtype, device=x.device)
+    mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
+    options, threshold = tile(D, "forward"), dropout_threshold(dropout_p)
+    launch(
+        layer_norm_forward,
+        triton.cdiv(T, options["ROWS"]),
+        x,
+        x if residual is None else residual,  # a pointer that is not read
+        weight,
+        bias,
+        x if key is None else key,
+        y,
+        mean,
+        rstd,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        T,
+        D,
+        eps,
+        threshold,
+        dropout_scale(threshold),
+        RESIDUAL=residual is not None,
+        DROPOUT=threshold > 0,
+        **options,
+    )
+    return y, mean, rstd
+
+
+def _new_dresidual(x: Tensor, residual: Tensor | None, threshold: int) -> Tensor:
+    """Memory for dresidual (T, D); (0,) if there is no residual, or its gradient is dx to the bit."""
+    if residual is None or (not threshold and residual.dtype == x.dtype):
+        return x.new_empty(0)
+    return torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    key: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (T, D), dresidual (T, D) or (0,) as ``_new_dresidual`` says, dweight (D,), dbias (D,)."""
+    T, D = x.shape
+    dy = dy.contiguous()  # it may be an expanded scalar
+    options, threshold = tile(D, "backward"), dropout_threshold(dropout_p)
+    dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
+    dresidual = _new_dresidual(x, residual, threshold)
+    tiles = triton.cdiv(T, options["ROWS"])
+    programs = min(PROGRAMS, tiles)
+    partial = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
+    launch(
+        layer_norm_backward,
+        programs,
+        dy,
+        x,
+        x if residual is None else residual,
+        weight,
+        x if key is None else key,
+        mean,
+        rstd,
+        dx,
+        dresidual,
+        partial,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        T,
+        D,
+        triton.cdiv(tiles, max(programs, 1)),
+        threshold,
+        dropout_scale(threshold),
+        RESIDUAL=residual is not None,
+        WRITE_DRESIDUAL=dresidual.ndim == 2,
+        DROPOUT=threshold > 0,
+        **options,
+    )
+    dweight, dbias = (part.sum(0).to(weight.dtype) for part in partial)
+    return dx, dresidual, dweight, dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
+    x, residual, weight, _, key, _, dropout_p, _ = inputs
+    ctx.save_for_backward(x, residual, weight, mean, rstd, key)
+    ctx.dropout_p = dropout_p
+
+
+def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of each argument of ``_forward``."""
+    residual = ctx.saved_tensors[1]
+    dx, dresidual, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.dropout_p)
+    if residual is None:
+        dresidual = None
+    elif dresidual.ndim == 1:
+        dresidual = dx
+    return dx, dresidual, dweight, dbias, None, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """For eager mode, where it costs less than a custom op."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, mean, rstd = _forward(*inputs)
+        _save(ctx, inputs, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gradients(ctx, _backward, dy)
+
+
+# For torch.compile, which cannot look into a launch: the same two functions as operators. Their names carry this
+# module's, because Hugging Face's loader may import a second copy of it into the same process.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+_forward_op = torch.library.custom_op(f"{_NAMESPACE}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+_backward_op = torch.library.custom_op(
+    f"{_NAMESPACE}::backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
+)
+
+
+@_forward_op.register_fake
+def _(x, residual, weight, bias, key, eps, dropout_p, out_dtype):
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), statistics, torch.empty_like(statistics)
+
+
+@_backward_op.register_fake
+def _(dy, x, residual, weight, mean, rstd, key, dropout_p):
+    dresidual = _new_dresidual(x, residual, dropout_threshold(dropout_p))
+    return x.new_empty(x.shape), dresidual, torch.empty_like(weight), torch.empty_like(weight)
+
+
+_forward_op.register_autograd(
+    lambda ctx, dy, *_: _gradients(ctx, _backward_op, dy),
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, *output[1:]),
+)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)) over the last dimension.
+
+    Args:
+        x: (..., D) in fp16, bf16 or fp32; rows may be strided.
+        weight, bias: (D,).
+        eps: added to the variance.
+        residual: of the shape of ``x``, any of the three dtypes.
+        dropout_p: probability with which an element of ``x`` is dropped, rounded down to a multiple of 2^-16; what
+            stays is scaled by 1 over the share that is kept.
+        key: (1,) int64 on the device of ``x``, what dropout's mask is drawn from: one key, one mask. Needed if
+            ``dropout_p`` is not 0.
+
+    Returns:
+        The shape of ``x``, contiguous, in the dtype of autocast, or of ``x`` where there is none.
+
+    Raises:
+        TypeError: a dtype that the kernels do not take.
+        ValueError: no key, D above MAX_D, a probability that is none, or a device where no kernel can run.
+    """
+    if dropout_p and key is None:
+        raise ValueError("dropout in the LayerNorm kernel needs a key: kernels.draw_key(x)")
+    device = x.device.type
+    out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    inputs = (rows_of(x), None if residual is None else rows_of(residual), weight, bias, key, eps, dropout_p, out_dtype)
+    y: Any = _forward_op(*inputs)[0] if torch.compiler.is_compiling() else _LayerNorm.apply(*inputs)
+    return y.view(x.shape)

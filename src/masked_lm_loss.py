@@ -1,0 +1,122 @@
+"""The masked-language-model loss: projection of the masked tokens to the vocabulary and cross entropy, as one function.
+
+The logits (M, V) are the largest tensor of a step: at base size 61 KB a masked token in bf16. Between forward and
+backward they lie in memory once, in the dtype of the product, and the backward writes their gradient over them; neither
+an fp32 copy nor a softmax of that size exists, only one of a block of rows. Without gradients (evaluation) the logits
+too are made a block of rows at a time, and nothing is kept.
+
+Letters: M masked tokens, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""The label of a row that has none: no loss, no gradient, not counted. Any negative label is taken for it."""
+BLOCK_ELEMENTS = 2**24
+"""Logits in one block, 64 MB in fp32; a large card is busy with one, and it is little beside what training keeps."""
+
+
+def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Cross entropy of ``x @ weight.T + bias`` with ``labels``, without keeping more than the logits.
+
+    Args:
+        x: (M, D), M may be 0.
+        weight: (V, D), the decoder's.
+        bias: (V,).
+        labels: (M,) int64, negative where there is none.
+
+    Returns:
+        loss: () fp32, ``loss_sum / max(count, 1)``.
+        loss_sum: () fp32, summed over the rows with a label.
+        correct: () int64, rows with a label whose highest logit is the label.
+        count: () int64, rows with a label.
+
+        fp64 in place of fp32 for a model in fp64. The product is taken in the dtype of autocast, all else in fp32. The
+        weight's gradient is added up in fp32 within the product; where torch cannot hand that out, as
+        ``_weight_grad`` says, its entries are rounded once to the product's dtype, as each nn.Linear's under autocast.
+
+    Raises:
+        RuntimeError: a label is V or more (on a GPU, an assertion on the device).
+    """
+    if torch.compiler.is_compiling():  # a compiler fuses the passes over the logits itself
+        return masked_lm_loss(F.linear(x, weight, bias), labels)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    loss_sum, correct = _HeadLoss.apply(x, weight, bias, labels, dtype, torch.is_grad_enabled())  # pyright: ignore
+    return _fields(loss_sum, correct, labels)
+
+
+def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The same from logits (M, V) that are wanted for themselves; plain torch."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.where(labels >= 0, IGNORED)
+    loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return _fields(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum(), labels)
+
+
+def _fields(loss_sum: Tensor, correct: Tensor, labels: Tensor) -> dict[str, Any]:
+    count = (labels >= 0).sum()
+    return {"loss": loss_sum / count.clamp(min=1), "loss_sum": loss_sum, "correct": correct, "count": count}
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Keeps x and the weight in the product's dtype, the logits, and log-sum-exp (M,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, dtype: torch.dtype, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor]:
+        keep = grad_enabled and any(ctx.needs_input_grad)
+        exact = torch.promote_types(dtype, torch.float32)
+        ctx.dtypes = x.dtype, weight.dtype, bias.dtype
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        logits = torch.addmm(bias, x, weight.t()) if keep else None
+        lse, picked = x.new_empty(len(x), dtype=exact), x.new_empty(len(x), dtype=exact)
+        best = labels.new_empty(len(x))
+        for rows in _blocks(len(x), len(weight)):
+            block = (torch.addmm(bias, x[rows], weight.t()) if logits is None else logits[rows]).to(exact)
+            torch.logsumexp(block, dim=1, out=lse[rows])
+            torch.argmax(block, dim=1, out=best[rows])
+            picked[rows] = block.gather(1, labels[rows, None].clamp(min=0)).squeeze(1)
+        labelled = labels >= 0
+        ctx.save_for_backward(x, weight, labels, logits, lse)
+        ctx.set_materialize_grads(False)
+        correct = (best == labels).sum()
+        ctx.mark_non_differentiable(correct)
+        return (lse - picked).where(labelled, 0.0).sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if dloss is None:
+            return (None,) * 6
+        x, weight, labels, logits, lse = ctx.saved_tensors  # a second backward ends here: logits were written over
+        scale = dloss.to(lse.dtype) * (labels >= 0)  # (M,)
+        for rows in _blocks(len(x), len(weight)):
+            block = logits[rows].to(lse.dtype)  # the logits themselves, if they have that dtype
+            block.sub_(lse[rows, None]).exp_()
+            block.scatter_add_(1, labels[rows, None].clamp(min=0), block.new_full((1, 1), -1.0).expand(len(block), 1))
+            torch.mul(block, scale[rows, None], out=logits[rows])
+        with torch.autocast(x.device.type, enabled=False):
+            dx = torch.mm(logits, weight)
+            dweight = _weight_grad(logits, x)
+            dbias = logits.sum(0, dtype=lse.dtype)
+        grads = (grad.to(dtype) for grad, dtype in zip((dx, dweight, dbias), ctx.dtypes, strict=True))
+        return (*grads, None, None, None)
+
+
+def _blocks(rows: int, V: int) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // V)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _weight_grad(dlogits: Tensor, x: Tensor) -> Tensor:
+    """(V, D), in fp32 where the product can be had in it: on a GPU, by a torch (2.8 or later) with ``out_dtype``."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(dlogits.t(), x, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+    return torch.mm(dlogits.t(), x)
