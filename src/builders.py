@@ -48,8 +48,18 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import checkpoint, data_c4
-from src.callbacks import ConsoleLine, Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
+from src import checkpoint, data_c4, processes
+from src.callbacks import (
+    ConsoleLine,
+    Guard,
+    LargestStep,
+    MetricsFile,
+    Reseed,
+    ScheduledMasking,
+    StepMonitor,
+    StopOnSignal,
+    TimeLimit,
+)
 from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
 from src.configuration_bert import BertConfig
 from src.hf_bert import HFBert
@@ -320,7 +330,7 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
     """The config's callbacks; those that each run has; those that a time limit and a scheduled masking rate need."""
-    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Guard()]
+    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), Guard()]
     if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = data_c4.fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
@@ -332,25 +342,24 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
     return callbacks
 
 
-def build_saver(config: RunConfig) -> list[Callback]:
-    """What writes checkpoints to a ``save_folder`` here; to an object store the Trainer's own does.
+def local_save_folder(config: RunConfig) -> str | None:
+    """The ``save_folder`` if it is one on this machine or a file system that it mounts."""
+    if config.save_folder is None or "://" in config.save_folder:
+        return None
+    return config.save_folder.format(run_name=config.run_name)
+
+
+def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool) -> list[Callback]:
+    """What writes checkpoints to a ``save_folder`` here, also when a signal comes; to an object store the Trainer's.
 
     (Given one for an object store, the Trainer would look for a checkpoint to resume from in its temporary folder.)
     """
-    if config.save_folder is None or "://" in config.save_folder:
-        return []
-    name, latest = "ep{epoch}-ba{batch}-rank{rank}.pt", "latest-rank{rank}.pt"
-    saver = checkpoint.Saver(
-        config.save_folder,
-        filename=name,
-        latest_filename=latest,
-        remote_file_name=f"{config.save_folder}/{name}",  # for loggers that keep files too, such as W&B
-        latest_remote_file_name=f"{config.save_folder}/{latest}",
-        save_interval=config.save_interval,
-        overwrite=config.save_overwrite,
-        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-    )
-    return [saver]
+    path = local_save_folder(config)
+    if path is None:
+        return [StopOnSignal()]
+    # Later checkpoints than the one that the run goes on from are its own, of before it was killed.
+    overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
+    return [checkpoint.Saver(folder, path, config.save_interval, overwrite, keep), StopOnSignal()]
 
 
 STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD"]
@@ -471,7 +480,7 @@ def _streaming_c4(
     config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
 ) -> data_c4.StreamingC4:
     assert loader.local is not None, "config.load fills it in"
-    return data_c4.StreamingC4(
+    dataset = data_c4.StreamingC4(
         tokenizer,
         config.max_seq_len,
         local=loader.local,
@@ -484,6 +493,9 @@ def _streaming_c4(
         download_timeout=loader.download_timeout,
         **order,
     )
+    if dist.get_local_rank() == 0:
+        processes.own_shared_memory(dataset._shm_prefix_int, dataset._filelock_root)
+    return dataset
 
 
 def _data_spec(
@@ -503,6 +515,7 @@ def _data_spec(
             prefetch_factor=loader.prefetch_factor,
             timeout=loader.timeout,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=processes.settle_worker,
         ),
         split_batch=split_batch(config),  # pyright: ignore
         get_num_samples_in_batch=data_c4.num_samples,

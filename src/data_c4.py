@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -623,8 +623,9 @@ def build_dataloader(
     prefetch_factor: int = 2,
     timeout: float = 0,
     pin_memory: bool = False,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """A DataLoader of padded batches; ``prefetch_factor`` and ``timeout`` (seconds) act with workers only."""
+    """A DataLoader of padded batches; ``timeout`` in seconds, without effect when there are no workers."""
     return Loader(
         dataset,
         batch_size=batch_size,
@@ -633,6 +634,7 @@ def build_dataloader(
         prefetch_factor=prefetch_factor if num_workers else None,
         timeout=timeout if num_workers else 0,
         pin_memory=pin_memory,
+        worker_init_fn=worker_init_fn,
     )
 
 
