@@ -82,8 +82,17 @@ def build_trainer(config: RunConfig) -> Trainer:
     if dist.get_local_rank() == 0:
         processes.remove_stale_shared_memory()
     folder, found = find_checkpoint(config)
-    reproducibility.seed_all(config.seed)  # the same weights on every rank
+    try:
+        return assemble(config, folder, found)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
 
+
+def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str | None) -> Trainer:
+    """The Trainer, which goes on from the checkpoint ``found`` if there is one."""
+    reproducibility.seed_all(config.seed)  # the same weights on every rank
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
     train_data = builders.build_train_data(config, tokenizer)

@@ -97,7 +97,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other runs in."""
-        self._lock.close()
+        if not self._lock.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # for workers too, which a fork gave the file
+            self._lock.close()
 
     def saved(self, until: float = float("inf")) -> list[Path]:
         """Checkpoints of steps up to ``until``, by name, the oldest first."""
@@ -122,7 +124,7 @@ class RunFolder:
         for path in reversed(candidates):
             reason = fault(path)
             if reason is None:
-                if path != latest:
+                if path != latest and (not latest.is_symlink() or os.readlink(latest) != path.name):
                     self.point_latest(path)
                 return str(path)
             log.warning("%s is damaged (%s): it is now %s, and the one before is taken", path, reason, DAMAGED)

@@ -328,6 +328,11 @@ class StreamingC4(StreamingDataset):
             self._prepared.discard(shard_id)
             raise
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where a checkpoint's run goes on; after an epoch's end, streaming alone would begin that same epoch again."""
+        state = super().state_dict(num_samples, from_beginning)
+        return state if num_samples else {**state, "epoch": self.next_epoch}
+
     def on_exception(self, future: Future) -> None:
         """Called when a thread that fetches shards ends, well or not."""
         error = future.exception()
