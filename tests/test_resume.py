@@ -20,6 +20,7 @@ from src import checkpoint, processes
 from src.callbacks import Interrupted
 from src.config import ConfigError, load, settings
 from src.resume import ResumeCheck, dataset_fingerprint
+from tests.test_launch import environment, free_port, options_in
 
 QUICKSTART = "yamls/quickstart.yaml"
 
@@ -91,13 +92,16 @@ RESTARTS = {
 
 def test_a_restart_changes_nothing(options, tmp_path):
     """Bit for bit, with dropout; a second time with a rate of masking that falls."""
-    for masking, cases in (("0.3", RESTARTS), ("{initial: 0.3, final: 0.1}", ["within an epoch"])):
+    for name, masking, cases in (
+        ("constant", "0.3", RESTARTS),
+        ("falling", "{initial: 0.3, final: 0.1}", ["within an epoch"]),
+    ):
         run = [*options, f"mlm_probability={masking}"]
         want, weights = fit([*run, "save_folder=null", "autoresume=false"])
         assert len(want) == 6
         for case in cases:
             save, kills, workers = RESTARTS[case]
-            saved = [f"save_folder={tmp_path}/{masking} {case}", f"save_interval={save}"]
+            saved = [f"save_folder={tmp_path}/{name} {case}", f"save_interval={save}"]
             for kill_at, number in zip([*kills, None], workers, strict=True):
                 got, same = fit([*run, *saved, f"train_loader.num_workers={number}"], kill_at)
                 assert got == {step: want[step] for step in got}, (case, kill_at)
@@ -510,3 +514,124 @@ def test_those_whose_parent_is_killed_end(tmp_path):
     while lives():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launched: several processes and nodes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start(place, options, folder):
+    """Launchers in a session of their own, one a node; ``place`` is a number of processes, or ``nodes``."""
+    folder.mkdir(exist_ok=True)
+    arguments = ["main.py", QUICKSTART, *options_in(options, folder)]
+    commands = [(["composer", "-n", str(place), *arguments], environment())]
+    if place == "nodes":  # each with its /dev/shm and TMPDIR, as two hosts have
+        port, commands = free_port(), []
+        for rank in range(2):
+            tmp = folder / f"tmp{rank}"
+            tmp.mkdir(exist_ok=True)
+            apart = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh", "composer"]
+            node = {"WORLD_SIZE": 2, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            commands.append(([*apart, "--nproc", "1", *arguments], environment(TMPDIR=tmp, **node)))
+    output = (folder / "output.txt").open("a")
+    return [subprocess.Popen(c, stdout=output, stderr=output, env=e, start_new_session=True) for c, e in commands]
+
+
+def launched(folder):
+    """Losses by step, as the metrics file has them."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return {line["batch"]: line["loss/train/total"] for line in lines if "loss/train/total" in line}
+
+
+def finish(launchers, folder):
+    assert [launcher.wait(timeout=300) for launcher in launchers] == [0] * len(launchers), (
+        folder / "output.txt"
+    ).read_text()
+    model = torch.load(folder / "latest-rank0.pt", mmap=True, weights_only=True)["state"]["model"]
+    return launched(folder), torch.cat([value.flatten() for value in model.values()])
+
+
+def wait_for(step, launchers, folder):
+    while max(launched(folder), default=0) < step:
+        assert all(launcher.poll() is None for launcher in launchers), (folder / "output.txt").read_text()
+        time.sleep(0.005)
+
+
+def ranks_of(launchers):
+    """Processes that the launchers started, and their workers."""
+    sessions = {str(launcher.pid) for launcher in launchers}
+    stats = [path.read_text().rsplit(")")[1].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [stat for stat in stats if stat[3] in sessions and stat[0] != "Z"]
+
+
+@pytest.fixture
+def long_options(overrides):
+    """80 steps, 4 epochs; with dropout and a loader's worker."""
+    checkpoint.load_as_data()
+    return [
+        *overrides,
+        "model.model_config.hidden_dropout_prob=0.1",
+        "train_loader.num_workers=1",
+        "device_train_microbatch_size=4",
+        "max_duration=80ba",
+        "save_interval=8ba",
+        "save_num_checkpoints_to_keep=2",
+        "autoresume=true",
+        "save_overwrite=false",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [2, 4, "nodes"])
+def test_processes_that_are_killed_and_started_again(place, long_options, tmp_path):
+    """kill -9 of all at once, then of one; SIGTERM to the launchers: the same losses and weights, bit for bit."""
+    want, weights = finish(start(place, long_options, tmp_path / "whole"), tmp_path / "whole")
+    assert len(want) == 80
+    folder = tmp_path / "killed"
+
+    launchers = start(place, long_options, folder)
+    wait_for(12, launchers, folder)
+    for launcher in launchers:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+    launchers = start(place, long_options, folder)
+    wait_for(30, launchers, folder)
+    for launcher in launchers:  # the launchers alone: their processes must not live on
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    deadline = time.monotonic() + 10
+    while ranks_of(launchers):
+        assert time.monotonic() < deadline, ranks_of(launchers)
+        time.sleep(0.1)
+
+    launchers = start(place, long_options, folder)
+    wait_for(50, launchers, folder)
+    for launcher in launchers:
+        os.kill(launcher.pid, signal.SIGTERM)
+    assert [launcher.wait(timeout=60) for launcher in launchers] == [processes.EXIT_INTERRUPTED] * len(launchers)
+    stopped = max(launched(folder))
+    assert (
+        torch.load(folder / "latest-rank0.pt", weights_only=True)["state"]["timestamp"]["Timestamp"]["batch"] == stopped
+    )
+
+    got, same = finish(start(place, long_options, folder), folder)
+    assert got == want and torch.equal(same, weights)
+
+
+@pytest.mark.slow
+def test_a_restart_on_other_processes(long_options, tmp_path):
+    """1, 2 and 4 processes in turn, no dropout: the same global batches and masks, losses to fp32 rounding."""
+    options = [*long_options, "model.model_config.hidden_dropout_prob=0.0"]
+    want, weights = finish(start(1, options, tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "killed"
+    for place, step in ((1, 12), (2, 30), (4, 50)):
+        launchers = start(place, options, folder)
+        wait_for(step, launchers, folder)
+        os.killpg(launchers[0].pid, signal.SIGKILL)
+        launchers[0].wait()
+    got, same = finish(start(2, options, folder), folder)
+    assert got == pytest.approx(want, rel=2e-5)
+    torch.testing.assert_close(same, weights, rtol=1e-3, atol=1e-4)
