@@ -20,10 +20,11 @@ import yaml
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
-from src import builders, checkpoint
-from src.callbacks import TrainingError
-from src.config import ConfigError, RunConfig, hide_environment, load, to_dict
-from src.data_c4 import load_tokenizer
+from src import builders, checkpoint, processes
+from src.callbacks import Interrupted, TrainingError
+from src.config import ConfigError, RunConfig, hide_environment, load, settings, to_dict
+from src.data_c4 import load_tokenizer, tokenizer_fingerprint
+from src.resume import ResumeCheck, dataset_fingerprint
 from src.summary import summarize
 
 
@@ -45,16 +46,61 @@ def meet(timeout: float) -> None:
         ) from None
 
 
+def find_checkpoint(config: RunConfig) -> tuple[checkpoint.RunFolder | None, str | None]:
+    """The run's folder, on rank 0, and the checkpoint in it to go on from, the same on every rank.
+
+    Raises:
+        ConfigError: another run lives in the folder, all checkpoints in it are damaged, or a node does not see it.
+    """
+    folder, path = None, builders.local_save_folder(config)
+    found: list[Any] = [None, None]
+    if path is not None and dist.get_global_rank() == 0:
+        try:
+            folder = checkpoint.RunFolder(path)
+            found[0] = folder.newest() if config.autoresume else None
+        except (ConfigError, OSError) as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise ConfigError(found[1])
+    blind = (
+        [] if found[0] is None else dist.all_gather_object(None if Path(found[0]).exists() else dist.get_node_rank())
+    )
+    if any(node is not None for node in blind):
+        raise ConfigError(
+            f"nodes {sorted({node for node in blind if node is not None})} do not see {found[0]}, which node 0 goes on "
+            "from: save_folder must be on a file system that all nodes share, or that file be copied to each"
+        )
+    return folder, found[0]
+
+
 def build_trainer(config: RunConfig) -> Trainer:
     """Everything that the config names, put together. Nothing is trained yet."""
     checkpoint.load_as_data()
     builders.check_device(config)
     meet(config.dist_timeout)
-    reproducibility.seed_all(config.seed)  # the same weights on every rank
+    if dist.get_local_rank() == 0:
+        processes.remove_stale_shared_memory()
+    folder, found = find_checkpoint(config)
+    try:
+        return assemble(config, folder, found)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
 
+
+def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str | None) -> Trainer:
+    """The Trainer, which goes on from the checkpoint ``found`` if there is one."""
+    reproducibility.seed_all(config.seed)  # the same weights on every rank
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
     train_data = builders.build_train_data(config, tokenizer)
+    dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+    fingerprints = {"dataset": dataset_fingerprint(dataset), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    check = ResumeCheck({**settings(config), **fingerprints}, config.resume.allow)
+    if found is not None:
+        check.compare(checkpoint.settings_of(found), found)  # before weights of another shape are tried
     return Trainer(
         run_name=config.run_name,
         seed=config.seed,
@@ -70,16 +116,20 @@ def build_trainer(config: RunConfig) -> Trainer:
         # Each masked token of the global batch weighs the same, however it is cut into microbatches and ranks.
         accumulate_train_batch_on_tokens=True,
         algorithms=builders.build_algorithms(config),
-        callbacks=[*builders.build_callbacks(config, tokenizer), *builders.build_saver(config)],
+        callbacks=[
+            *builders.build_callbacks(config, tokenizer),
+            check,
+            *builders.build_savers(config, folder, found is not None),
+        ],
         loggers=builders.build_loggers(config),
         progress_bar=config.progress_bar,
         save_folder=config.save_folder,
         save_interval=config.save_interval,
         save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
         save_overwrite=config.save_overwrite,
-        load_path=config.load_path,
-        load_weights_only=config.load_weights_only,
-        autoresume=config.autoresume,
+        load_path=found or config.load_path,
+        load_weights_only=config.load_weights_only and found is None,
+        autoresume=config.autoresume and builders.local_save_folder(config) is None,
         compile_config=config.compile_config,
         parallelism_config=builders.build_parallelism(config),
         dist_timeout=config.dist_timeout,
@@ -156,14 +206,24 @@ def validate(config: RunConfig) -> None:
 def train(config: RunConfig, argv: list[str]) -> None:
     """Train, and evaluate at the end."""
     trainer = trainer_or_reason(config)
+    done, end = trainer.state.timestamp, trainer.state.max_duration
+    assert end is not None
+    if done >= end:
+        if dist.get_global_rank() == 0:
+            print(f"{config.run_name} is finished: {done.batch.value} steps, max_duration={config.max_duration}")
+        trainer.close()
+        return
     text = hide_environment(describe(config), argv[0], argv[1:])
     if dist.get_global_rank() == 0:
         print(text, file=sys.stderr)
-        if config.save_folder and "://" not in config.save_folder:
-            folder = Path(config.save_folder.format(run_name=config.run_name))
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text)
-    trainer.fit()
+        folder = builders.local_save_folder(config)
+        if folder is not None:
+            (Path(folder) / "config.yaml").write_text(text)
+    try:
+        trainer.fit()
+    except Interrupted:
+        trainer.close()
+        raise
     print_evaluation(trainer)
     trainer.close()
 
@@ -187,10 +247,17 @@ def main(argv: list[str]) -> None:
 
 def run(argv: list[str]) -> None:
     """``main``; what a user can cause ends in one message, without a traceback."""
+    if "LOCAL_RANK" in os.environ:  # a launcher's
+        processes.die_with_parent()
     try:
         main(argv)
+    except Interrupted as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(processes.EXIT_INTERRUPTED)
     except (TrainingError, ValueError, OSError) as error:  # ConfigError and DataError are ValueErrors
         sys.exit(f"main.py: {error}")
+    finally:
+        processes.end_workers()
 
 
 if __name__ == "__main__":

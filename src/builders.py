@@ -48,7 +48,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import checkpoint, data_c4
+from src import checkpoint, data_c4, processes
 from src.attention import resolve
 from src.bert_padding import tile_tables
 from src.callbacks import (
@@ -56,8 +56,10 @@ from src.callbacks import (
     Guard,
     LargestStep,
     MetricsFile,
+    Reseed,
     ScheduledMasking,
     StepMonitor,
+    StopOnSignal,
     StreamShares,
     TimeLimit,
 )
@@ -344,7 +346,7 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
     """The config's callbacks; what each run has; what a time limit, mixed data and a scheduled rate need."""
-    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Guard()]
+    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), Guard()]
     if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = data_c4.fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
@@ -358,25 +360,24 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
     return callbacks
 
 
-def build_saver(config: RunConfig) -> list[Callback]:
-    """What writes checkpoints to a ``save_folder`` here; to an object store the Trainer's own does.
+def local_save_folder(config: RunConfig) -> str | None:
+    """The ``save_folder`` if it is one on this machine or a file system that it mounts."""
+    if config.save_folder is None or "://" in config.save_folder:
+        return None
+    return config.save_folder.format(run_name=config.run_name)
+
+
+def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool) -> list[Callback]:
+    """What writes checkpoints to a ``save_folder`` here, also when a signal comes; to an object store the Trainer's.
 
     (Given one for an object store, the Trainer would look for a checkpoint to resume from in its temporary folder.)
     """
-    if config.save_folder is None or "://" in config.save_folder:
-        return []
-    name, latest = "ep{epoch}-ba{batch}-rank{rank}.pt", "latest-rank{rank}.pt"
-    saver = checkpoint.Saver(
-        config.save_folder,
-        filename=name,
-        latest_filename=latest,
-        remote_file_name=f"{config.save_folder}/{name}",  # for loggers that keep files too, such as W&B
-        latest_remote_file_name=f"{config.save_folder}/{latest}",
-        save_interval=config.save_interval,
-        overwrite=config.save_overwrite,
-        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-    )
-    return [saver]
+    path = local_save_folder(config)
+    if path is None:
+        return [StopOnSignal()]
+    # Later checkpoints than the one that the run goes on from are its own, of before it was killed.
+    overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
+    return [checkpoint.Saver(folder, path, config.save_interval, overwrite, keep), StopOnSignal()]
 
 
 STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD"]
@@ -517,7 +518,7 @@ def _streaming_c4(
     sources = {name: data_c4.Source(**vars(stream)) for name, stream in streams.items()}
     one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
     downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
-    return data_c4.StreamingC4(
+    dataset = data_c4.StreamingC4(
         tokenizer,
         config.max_seq_len,
         **({"sources": sources} if sources else one),
@@ -526,6 +527,9 @@ def _streaming_c4(
         **{name: value for name, value in downloads.items() if value is not None},  # None leaves it to streaming
         **order,
     )
+    if dist.get_local_rank() == 0:
+        processes.own_shared_memory(dataset._shm_prefix_int, dataset._filelock_root)
+    return dataset
 
 
 def _data_spec(
@@ -546,6 +550,7 @@ def _data_spec(
             persistent_workers=loader.persistent_workers,
             timeout=loader.timeout,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=processes.settle_worker,
         ),
         split_batch=split_batch(config),  # pyright: ignore
         get_num_samples_in_batch=data_c4.num_samples,

@@ -2,12 +2,15 @@
 
 import json
 import math
+import random
+import signal
 import sys
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.callbacks.speed_monitor import get_gpu_flops_available
@@ -21,6 +24,77 @@ from src.data_c4 import Batch, StreamingC4, mask_batch, num_tokens
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says what, where and what to do."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a step that is saved; the message says which, and how to go on."""
+
+
+class Reseed(Callback):
+    """Seed all random generators at each step's begin, by the run's seed, the step and the rank.
+
+    Dropout is then a function of these three: a restart need not have seen the steps before. Composer restores random
+    states only between epochs, and to where they were when the checkpoint was written, not where its data begins.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        source = np.random.SeedSequence([self.seed, state.timestamp.batch.value, dist.get_global_rank()])
+        for_torch, for_numpy, for_python = source.generate_state(3).tolist()
+        torch.manual_seed(for_torch)  # the GPU's generators too
+        np.random.seed(for_numpy)
+        random.seed(for_python)
+
+
+class StopOnSignal(Callback):
+    """At SIGTERM or SIGINT, end all processes after the step that runs, with a checkpoint of it.
+
+    One process that got the signal is enough. Before the first step and after the last one a signal ends the process
+    at once, and so does a second one; but not within ``ECHO`` seconds, because a launcher that was signalled with its
+    processes hands its own signal on to them.
+
+    Raises:
+        Interrupted: from fit, in all processes, after the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    ECHO = 3.0
+
+    def __init__(self) -> None:
+        self.received: tuple[str, float] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number).name, time.monotonic()
+            print(f"{self.received[0]}: ending after this step; once more ends at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.received[1] > self.ECHO:
+            sys.exit(128 + number)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        stop = torch.tensor([int(self.received is not None)], dtype=torch.uint8)
+        stop = state.device.tensor_to_device(stop)
+        dist.all_reduce(stop, reduce_operation="MAX")
+        if not stop.item():
+            return
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a launcher ends those that are later than the first
+        step, savers = state.timestamp.batch, [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
+        for saver in savers:
+            if saver.last_checkpoint_batch != step:
+                saver._save_checkpoint(state, logger)
+            saver.fit_end(state, logger)  # what goes to an object store has arrived
+        kept = "its checkpoint is written, and the same command with autoresume: true goes on"
+        raise Interrupted(f"stopped by a signal after step {step.value}; {kept if savers else 'nothing is saved'}")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Guard(Callback):

@@ -121,6 +121,15 @@ class EvalLoaderConfig(LoaderConfig):
     """Share of tokens masked; 15% whatever training takes, so that losses compare."""
 
 
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What may change when a run goes on from a checkpoint."""
+
+    allow: list[str] = field(default_factory=list)
+    """Settings, by path (``optimizer.lr``, ``max_duration``, a section such as ``optimizer``, ``dataset``,
+    ``tokenizer``), that may differ from the checkpoint's; else a difference that would change the run is refused."""
+
+
 Named = dict[str, Component]
 
 
@@ -185,7 +194,8 @@ class RunConfig:
     save_interval: str = "1ep"
     """How often to save; the end of the run is always saved. No effect without ``save_folder``."""
     save_num_checkpoints_to_keep: int = -1
-    """How many of the latest to keep; -1 keeps all. No effect without ``save_folder``."""
+    """How many of the latest to keep, 2 or more, so that one may be damaged; -1 keeps all. No effect without
+    ``save_folder``."""
     save_overwrite: bool = False
     """Whether checkpoints of an earlier run in the same folder may be overwritten."""
     load_path: str | None = None
@@ -194,6 +204,8 @@ class RunConfig:
     """Take only the weights from ``load_path`` and begin a new run with them."""
     autoresume: bool = False
     """Go on from the latest checkpoint in ``save_folder`` if there is one."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """What may differ from the checkpoint that the run goes on from."""
     compile_config: dict[str, Any] | None = None
     """Arguments of torch.compile; ``{}`` compiles with its defaults. None does not compile."""
     parallelism_config: dict[str, Any] | None = None
@@ -201,6 +213,17 @@ class RunConfig:
     dist_timeout: float = 1800
     """Seconds after which a process that waits for another gives up."""
 
+
+FREE = (
+    *("run_name", "data_local", "data_remote", "data_verify", "tokenizer_name"),  # what is in them is compared instead
+    *(f"train_loader.{f.name}" for f in dataclasses.fields(LoaderConfig)),
+    *("eval_loader", "eval_loaders", "device_eval_batch_size", "eval_interval"),
+    *("device_train_microbatch_size", "time_limit", "callbacks", "loggers", "progress_bar"),
+    *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite"),
+    *("load_path", "load_weights_only", "autoresume", "resume", "dist_timeout"),
+    *("compile_config", "parallelism_config", "model.attention", "model.gradient_checkpointing"),
+)
+"""Settings, and sections of them, that do not change what a run computes, but for rounding; all others do."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
@@ -266,6 +289,28 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
         return value
 
     return plain(config)
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What decides a run's result, by path, ``{"optimizer.lr": 5e-4, ...}``: all of the config but what is FREE."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if any(is_within(path, free) for free in FREE):
+            return
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                walk(inner, f"{path}.{name}" if path else name)
+        else:
+            flat[path] = value
+
+    walk(to_dict(config), "")
+    return flat
+
+
+def is_within(path: str, section: str) -> bool:
+    """Whether a path is that of a section or of something in it."""
+    return path == section or path.startswith(f"{section}.")
 
 
 def hide_environment(text: str, path: str, overrides: Sequence[str] = ()) -> str:
@@ -339,6 +384,9 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
+    elif origin is list:
+        if isinstance(value, list) and all(isinstance(item, args[0]) for item in value):
+            return value
     elif isinstance(value, origin or hint):
         return value
     faults.append(f"{path}: {value!r} is not {_describe(hint)}")
@@ -353,7 +401,7 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in typing.get_args(hint))
-    return "keys and values"
+    return "a list of texts" if typing.get_origin(hint) is list else "keys and values"
 
 
 def _component(value: Any, path: str, faults: list[str]) -> Component | None:
@@ -439,6 +487,14 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         want(bool(TIME.fullmatch(config.time_limit)), "time_limit", config.time_limit, "a number with d, h, min or s")
     if config.autoresume and config.save_folder is None:
         faults.append("autoresume: there is nothing to resume from without a save_folder")
+    keep = config.save_num_checkpoints_to_keep
+    want(keep == -1 or keep >= 2, "save_num_checkpoints_to_keep", keep, "-1 (all) or at least 2: one may be damaged")
+    known = [f.name for f in dataclasses.fields(RunConfig)] + ["dataset", "tokenizer"]
+    for name in config.resume.allow:
+        if name.split(".")[0] not in known:
+            faults.append(f"resume.allow: {name!r} is no setting; {nearest(name.split('.')[0], known)}")
+        elif any(is_within(name, free) for free in FREE):
+            faults.append(f"resume.allow: {name!r} may always change")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: acts only with a load_path")
 

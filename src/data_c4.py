@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -513,6 +513,11 @@ class StreamingC4(StreamingDataset):
             self._prepared.discard(shard_id)
             raise
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where a checkpoint's run goes on; after an epoch's end, streaming alone would begin that same epoch again."""
+        state = super().state_dict(num_samples, from_beginning)
+        return state if num_samples else {**state, "epoch": self.next_epoch}
+
     def on_exception(self, future: Future) -> None:
         """Called when a thread that fetches shards ends, well or not."""
         error = future.exception()
@@ -831,6 +836,7 @@ def build_dataloader(
     persistent_workers: bool = False,
     timeout: float = 0,
     pin_memory: bool = False,
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader:
     """A DataLoader of padded batches; ``timeout`` (seconds) acts with workers only."""
     return Loader(
@@ -842,6 +848,7 @@ def build_dataloader(
         persistent_workers=persistent_workers,
         timeout=timeout if num_workers else 0,
         pin_memory=pin_memory,
+        worker_init_fn=worker_init_fn,
     )
 
 
