@@ -332,8 +332,7 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
     tokenizer = data_c4.load_tokenizer(args.tokenizer)
     arms = Arms(folder / "text", folder / "tokens", tokenizer)
     summary = loaders(say, arms, args.rounds, args.batches)
-    for dataset in arms.datasets:
-    
+
     say("")
     (folder / "c4").mkdir()
     pretend(folder / "c4", args.samples, args.tokenizer)
