@@ -367,7 +367,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.update(ONE_THREAD)
     if args.start:
-        start(args.start, args.tokenizer)
+        return start(args.start, args.tokenizer)
     args.documents, args.workers, args.batches = None, (1, 2), {"tokens": 200, "text": 40, "plain": 20}
     if args.quick:
         args.documents, args.workers, args.batches = 600, (1,), {"tokens": 4, "text": 2, "plain": 2}
