@@ -130,10 +130,11 @@ def mosaic_bert(
     max_seq_len: int,
     model_config: dict[str, Any] | None = None,
     attention: str = "auto",
+    kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
-    options = {**(model_config or {}), "attention": attention}
+    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
     config = _model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
