@@ -2,7 +2,10 @@
 
 Letters: T real tokens of the batch, N heads, H head size, L length of one sequence; q_TNH is q as (T, N, H).
 
-    attention(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p=0.0, impl="auto") -> (T, N, H)
+    attention(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p=0.0, impl="auto", tables=None) -> (T, N, H)
+
+    reference   padded, explicit bias; any device        torch       ragged tiles of plain products; any device
+    triton      our kernels; CUDA                        flash_attn  the flash-attn package's; CUDA, if installed
 
 ``reference`` is the meaning, written to be read; every other implementation is tested against it. Scores are
 q.k * H^-0.5 - slope * |i - j| (Press et al., 2021, arXiv 2108.12409; symmetric, as in MosaicBERT, arXiv 2312.17482),
@@ -14,11 +17,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import flash_attn_triton
+from .bert_padding import tile_tables
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ def attention(
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
     impl: str = "auto",
+    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention within each sequence of an unpadded batch, ALiBi added.
 
@@ -54,25 +62,35 @@ def attention(
         alibi_slopes: (N,) fp32.
         dropout_p: probability with which an attention weight is dropped; 0 outside training.
         impl: a name that ``resolve`` accepts.
+        tables: tables of tiles by their rows (``bert_padding.tile_tables``), which only ``triton`` reads; without them
+            it makes them, for which a GPU waits.
 
     Returns:
         (T, N, H) in the dtype of q.
     """
-    run = IMPLEMENTATIONS[resolve(impl, dropout_p)]
+    run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
     # Under autocast the products below would be taken in bf16; the contract is fp32 scores.
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p)
+        return run(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p, tables)
 
 
-def resolve(impl: str, dropout_p: float = 0.0) -> str:
-    """The implementation that runs for ``impl``: itself, or for ``auto`` the fastest that there is.
+def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -> str:
+    """The implementation that runs for ``impl``: itself, or for ``auto`` triton on CUDA and torch elsewhere.
+
+    Without ``device_type``, for the device that this machine has.
 
     Raises:
-        ValueError: there is no such implementation, or it cannot drop attention weights and ``dropout_p`` is not 0.
+        ValueError: there is no such implementation, it cannot run on the device, or it cannot drop attention weights
+            and ``dropout_p`` is not 0.
     """
-    name = _fastest() if impl == "auto" else impl
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    name = _fastest(device_type) if impl == "auto" else impl
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is not there; choose auto, {', '.join(IMPLEMENTATIONS)}")
+    missing = MISSING[name](device_type) if name in MISSING else None
+    if missing is not None:
+        raise ValueError(f"attention {name!r} cannot run here: {missing}; attention: auto takes what can")
     if dropout_p > 0 and name not in WITH_DROPOUT:
         raise ValueError(
             f"attention {name!r} has no dropout: set attention_probs_dropout_prob to 0, "
@@ -82,10 +100,11 @@ def resolve(impl: str, dropout_p: float = 0.0) -> str:
 
 
 @cache
-def _fastest() -> str:
-    """What ``auto`` means in this process; said once."""
-    log.info("attention: auto is torch")
-    return "torch"
+def _fastest(device_type: str) -> str:
+    """What ``auto`` means on such a device; said once."""
+    name = "triton" if device_type == "cuda" else "torch"
+    log.info("attention: auto is %s on %s", name, device_type)
+    return name
 
 
 def reference(
@@ -96,6 +115,7 @@ def reference(
     max_seqlen: int,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
+    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Padded, with an explicit (N, S, S) bias: what attention means here. Memory grows as B * N * S^2."""
     T, _, H = q_TNH.shape
@@ -258,6 +278,7 @@ def torch_ragged(
     max_seqlen: int,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
+    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Plain matrix products over the ragged batch, no padding; memory grows with T, not with B * N * S^2.
 
@@ -268,5 +289,75 @@ def torch_ragged(
     return _TorchAttention.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes, dropout_p, seed)  # pyright: ignore
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference, "torch": torch_ragged}
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def triton_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    alibi_slopes: Tensor,
+    dropout_p: float = 0.0,
+    tables: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """The kernels of ``flash_attn_triton``; nothing is padded, nothing of size S^2 is stored."""
+    if tables is None:
+        tables = tile_tables(cu_seqlens, flash_attn_triton.TILE_ROWS)
+    return flash_attn_triton.flash_attn(q, k, v, alibi_slopes, tables)
+
+
+def flash_attn_package(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    alibi_slopes: Tensor,
+    dropout_p: float = 0.0,
+    tables: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """flash_attn_varlen_func of the flash-attn package (2.4 and later know slopes); fp16 and bf16 only.
+
+    Its backward adds dq by atomics unless ``torch.use_deterministic_algorithms`` is on.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"attention 'flash_attn' cannot run here: {error}") from error
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention 'flash_attn' takes fp16 and bf16, not {q.dtype}; set precision to amp_bf16")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        alibi_slopes=alibi_slopes,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _flash_attn_missing(device_type: str) -> str | None:
+    if find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (requirements-gpu.txt)"
+    return None if device_type == "cuda" else f"flash-attn needs a CUDA device, and this is {device_type}"
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "torch": torch_ragged,
+    "triton": triton_kernels,
+    "flash_attn": flash_attn_package,
+}
 WITH_DROPOUT = {"reference", "torch"}
+MISSING: dict[str, Callable[[str], str | None]] = {
+    "triton": flash_attn_triton.unavailable,
+    "flash_attn": _flash_attn_missing,
+}
+"""Why an implementation cannot run on a type of device, or None; those that are not named always can."""

@@ -19,8 +19,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 
 from .attention import alibi_slopes, attention, resolve
-from .bert_padding import index_first_axis, pad_input, scatter_first_axis, unpad_input, unpad_layout
+from .bert_padding import (
+    index_first_axis,
+    pad_input,
+    scatter_first_axis,
+    tile_tables,
+    unpack_heads,
+    unpad_input,
+    unpad_layout,
+)
 from .configuration_bert import BertConfig
+from .flash_attn_triton import TILE_ROWS
 from .fused_torch import dropout
 from .fused_torch import geglu as geglu_torch
 from .fused_torch import layer_norm as layer_norm_torch
@@ -87,6 +96,8 @@ class Layout:
     """(B + 1,) int32, cumulated lengths."""
     max_seqlen: int
     """Length of the longest sequence."""
+    tables: dict[int, Tensor] | None = None
+    """Tables of tiles for the kernels, by rows of a tile; without them each layer's attention makes its own."""
 
 
 class BertEmbeddings(nn.Module):
@@ -139,14 +150,16 @@ class BertSelfAttention(nn.Module):
         """(T, D) -> (T, D), or (M, D) when only the queries at ``rows`` (M,) are wanted."""
         D, heads = x.shape[-1], (self.num_heads, -1)
         if rows is None:
-            q, k, v = self.Wqkv(x).unflatten(-1, (3, *heads)).unbind(dim=1)  # each (T, N, H)
+            q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # each (T, N, H)
         else:
             weight, bias = self.Wqkv.weight, self.Wqkv.bias
             q = F.linear(index_first_axis(x, rows), weight[:D], bias[:D])  # (M, D)
             q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)
-            k, v = F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)).unbind(dim=1)
+            k, v = unpack_heads(F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)))
         dropout_p = self.dropout_p if self.training else 0.0
-        out = attention(q, k, v, layout.cu_seqlens, layout.max_seqlen, slopes, dropout_p, self.impl).flatten(1)
+        out = attention(
+            q, k, v, layout.cu_seqlens, layout.max_seqlen, slopes, dropout_p, self.impl, layout.tables
+        ).flatten(1)
         return out if rows is None else index_first_axis(out, rows)
 
 
@@ -284,6 +297,11 @@ class BertModel(BertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
+    def layout(self, cu_seqlens: Tensor, max_seqlen: int) -> Layout:
+        """The layout of a batch, with what this model's attention reads of it."""
+        needs_tables = resolve(self.config.attention, device_type=cu_seqlens.device.type) == "triton"
+        return Layout(cu_seqlens, max_seqlen, tile_tables(cu_seqlens, TILE_ROWS) if needs_tables else None)
+
     def encode(
         self,
         input_ids: Tensor | None,
@@ -338,9 +356,8 @@ class BertModel(BertPreTrainedModel):
         def unpad(x: Tensor | None) -> Tensor | None:
             return None if x is None else unpad_input(x, indices)
 
-        states = self.encode(
-            unpad(input_ids), Layout(cu_seqlens, max_seqlen), unpad(token_type_ids), unpad(inputs_embeds)
-        )
+        layout = self.layout(cu_seqlens, max_seqlen)
+        states = self.encode(unpad(input_ids), layout, unpad(token_type_ids), unpad(inputs_embeds))
         last = pad_input(states[-1], indices, B, S)
         pooled = None
         if self.pooler is not None:
@@ -452,7 +469,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             masked_index = (labels_T >= 0).nonzero().squeeze(1)
             output = self.forward_unpadded(
                 unpad_input(input_ids, indices),
-                Layout(cu_seqlens, max_seqlen),
+                self.bert.layout(cu_seqlens, max_seqlen),
                 masked_index,
                 labels_T[masked_index],
                 None if token_type_ids is None else unpad_input(token_type_ids, indices),

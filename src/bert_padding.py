@@ -7,6 +7,7 @@ Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) in
 b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,40 @@ def scatter_first_axis(x: Tensor, index: Tensor, rows: int) -> Tensor:
     return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
 
 
+class _UnpackHeads(torch.autograd.Function):
+    """unbind, whose backward takes gradients that already lie beside each other as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
+        return packed.unbind(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        parts, first = len(grads), grads[0]
+        T, N, H = first.shape
+        strides = (parts * N * H, H, 1)
+        beside = all(
+            grad.stride() == strides
+            and grad.dtype == first.dtype
+            and grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and grad.storage_offset() == first.storage_offset() + i * N * H
+            for i, grad in enumerate(grads)
+        )
+        if beside:
+            return first.as_strided((T, parts, N, H), (parts * N * H, N * H, H, 1))
+        return torch.stack(grads, dim=1)
+
+
+def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys, values (T, N, H) of a packed product (T, 3, N, H), as views; or keys and values of (T, 2, N, H).
+
+    ``unbind(1)``, but for the backward, which copies nothing where an attention wrote its gradients side by side.
+    """
+    if torch.compiler.is_compiling():  # which finds such copies itself, and cannot follow a test of addresses
+        return packed.unbind(1)
+    return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
+
+
 def unpad_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
     """Where the real tokens of a padded batch are.
 
@@ -54,6 +89,28 @@ def unpad_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     max_seqlen = int(lengths.max()) if lengths.numel() else 0
     return mask.flatten().nonzero().squeeze(1), cu_seqlens, max_seqlen
+
+
+def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Cut each sequence into tiles of ``rows`` tokens, for a kernel that takes one a program.
+
+    Returns:
+        (n, 3) int32: the first token of the tile's sequence, the sequence's length, the tile's first row in it. Long
+        sequences come first, so that the programs that take longest do not start last. On a GPU this waits for the
+        device; the training loop calls it on the CPU, in ``split_batch``.
+    """
+    lengths = cu_seqlens.diff()
+    tiles = (lengths + rows - 1) // rows
+    order = lengths.argsort(descending=True, stable=True)
+    sequence = order.repeat_interleave(tiles[order])
+    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
+    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
+    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
+
+
+def tile_tables(cu_seqlens: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
+    """``tile_table`` for tiles of each size, by size."""
+    return {rows: tile_table(cu_seqlens, rows) for rows in sizes}
 
 
 def unpad_input(x: Tensor, indices: Tensor) -> Tensor:

@@ -49,9 +49,31 @@ from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
 from src import checkpoint, data_c4
-from src.callbacks import ConsoleLine, Guard, LargestStep, MetricsFile, ScheduledMasking, StepMonitor, TimeLimit
-from src.config import Component, ConfigError, LoaderConfig, MaskingSchedule, Named, RunConfig, nearest, seconds
+from src.attention import resolve
+from src.bert_padding import tile_tables
+from src.callbacks import (
+    ConsoleLine,
+    Guard,
+    LargestStep,
+    MetricsFile,
+    ScheduledMasking,
+    StepMonitor,
+    StreamShares,
+    TimeLimit,
+)
+from src.config import (
+    Component,
+    ConfigError,
+    LoaderConfig,
+    MaskingSchedule,
+    Named,
+    RunConfig,
+    StreamConfig,
+    nearest,
+    seconds,
+)
 from src.configuration_bert import BertConfig
+from src.flash_attn_triton import TILE_ROWS
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 
@@ -134,6 +156,9 @@ def mosaic_bert(
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
     options = {**(model_config or {}), "attention": attention, "kernels": kernels}
     config = _model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
@@ -320,7 +345,7 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
-    """The config's callbacks; those that each run has; those that a time limit and a scheduled masking rate need."""
+    """The config's callbacks; what each run has; what a time limit, mixed data and a scheduled rate need."""
     callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Guard()]
     if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
@@ -328,6 +353,8 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
         callbacks.append(LargestStep(split_batch(config)(largest, size)[0]))
     if config.time_limit is not None:
         callbacks.append(TimeLimit(seconds(config.time_limit)))
+    if config.train_loader.streams:
+        callbacks.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
         callbacks.append(ScheduledMasking(config.mlm_probability))
     return callbacks
@@ -431,6 +458,8 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
         shuffle=loader.shuffle,
         shuffle_seed=loader.shuffle_seed,
         num_canonical_nodes=loader.num_canonical_nodes,
+        length_window=loader.length_window,
+        predownload=loader.predownload,
     )
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = data_c4.MaskingCollator(tokenizer, rate, config.seed)
@@ -440,10 +469,16 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
     """The held-out data, each sample once; labels are part of metrics' names: metrics/eval/LanguageCrossEntropy."""
     # Streaming allows one dataset a folder, and evaluation only indexes it, so those on the same folder share it.
-    datasets: dict[Any, Any] = {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
+    alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    datasets: dict[Any, Any] = alone
     evaluators = []
     for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
         batch_size, folder = config.device_eval_batch_size, _folder(loader)
+        if folder in streams:
+            raise ConfigError(
+                f"{label}: evaluates on train_loader.streams.{streams[folder]} itself; take another split"
+            )
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
         once = data_c4.EachSampleOnce(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
@@ -461,28 +496,36 @@ def highest_rate(config: RunConfig) -> float:
 
 def split_batch(config: RunConfig) -> Callable[[data_c4.Batch, int], list[data_c4.Batch]]:
     """What cuts a padded batch into the model's microbatches."""
-    return data_c4.split_unpadded if config.model.name == "mosaic_bert" else data_c4.split_padded
+    if config.model.name != "mosaic_bert":
+        return data_c4.split_padded
+    if resolve(config.model.options.get("attention", "auto")) != "triton":
+        return data_c4.split_unpadded
+
+    def split_with_tables(batch: data_c4.Batch, microbatch_size: int) -> list[data_c4.Batch]:
+        parts = data_c4.split_unpadded(batch, microbatch_size)
+        return [{"tables": tile_tables(part["cu_seqlens"], TILE_ROWS), **part} for part in parts]
+
+    return split_with_tables
 
 
-def _folder(loader: LoaderConfig) -> tuple[str | None, str]:
-    return loader.local, loader.split
+def _folder(source: LoaderConfig | StreamConfig) -> tuple[str | None, str | None]:
+    return source.local, source.split
 
 
 def _streaming_c4(
     config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
 ) -> data_c4.StreamingC4:
-    assert loader.local is not None, "config.load fills it in"
+    streams = config.train_loader.streams if loader is config.train_loader else {}
+    sources = {name: data_c4.Source(**vars(stream)) for name, stream in streams.items()}
+    one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
+    downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
     return data_c4.StreamingC4(
         tokenizer,
         config.max_seq_len,
-        local=loader.local,
-        remote=loader.remote,
-        split=loader.split,
+        **({"sources": sources} if sources else one),
         verify=config.data_verify,
-        predownload=loader.predownload,
         cache_limit=loader.cache_limit,
-        download_retry=loader.download_retry,
-        download_timeout=loader.download_timeout,
+        **{name: value for name, value in downloads.items() if value is not None},  # None leaves it to streaming
         **order,
     )
 
@@ -502,6 +545,7 @@ def _data_spec(
             batch_size,
             num_workers=loader.num_workers,
             prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
             timeout=loader.timeout,
             pin_memory=torch.cuda.is_available(),
         ),

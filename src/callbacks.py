@@ -16,7 +16,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
 from src.config import MaskingSchedule
-from src.data_c4 import Batch, mask_batch, num_tokens
+from src.data_c4 import Batch, StreamingC4, mask_batch, num_tokens
 
 
 class TrainingError(RuntimeError):
@@ -117,6 +117,48 @@ class ScheduledMasking(Callback):
         rate = self.schedule.initial + (self.schedule.final - self.schedule.initial) * elapsed.value
         state.batch = mask_batch(state.batch, rate)
         logger.log_metrics({"masking/rate": rate})
+
+
+class StreamShares(Callback):
+    """How much of training each of several mixed datasets is.
+
+    Logs, by the dataset's name:
+        data/sample_share/<name>: share of the samples that an epoch draws; once.
+        data/token_share/<name>: share of the real tokens of all processes since it was last logged; every ``steps``
+            steps, and at the end of an epoch.
+
+    Args:
+        steps: batches between two counts, each of which waits for all processes.
+    """
+
+    def __init__(self, steps: int = 100):
+        self.steps = steps
+        self.names: list[str] = []
+        self.tokens = torch.zeros(0)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        dataset: Any = state.train_dataloader.dataset  # pyright: ignore
+        assert isinstance(dataset, StreamingC4)
+        self.names, self.tokens = list(dataset.shares), torch.zeros(len(dataset.shares), dtype=torch.int64)
+        logger.log_metrics({f"data/sample_share/{name}": share for name, share in dataset.shares.items()})
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        lengths = state.batch["attention_mask"].sum(dim=1)
+        self.tokens.index_add_(0, state.batch["stream"][:, 0], lengths)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value % self.steps == 0:
+            self._log(state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._log(state, logger)
+
+    def _log(self, state: State, logger: Logger) -> None:
+        total = state.device.tensor_to_device(self.tokens)
+        dist.all_reduce(total, reduce_operation="SUM")
+        shares = (total / total.sum().clamp(min=1)).tolist()
+        logger.log_metrics({f"data/token_share/{n}": share for n, share in zip(self.names, shares, strict=True)})
+        self.tokens = torch.zeros_like(self.tokens)
 
 
 class StepMonitor(Callback):

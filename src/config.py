@@ -58,18 +58,38 @@ class LoaderConfig:
     """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing is streamed."""
     num_workers: int = 0
     """Processes that load, tokenize and mask. The batches are the same for any number."""
-    prefetch_factor: int = 2
-    """Batches that each worker keeps ready. No effect without workers."""
+    prefetch_factor: int | None = None
+    """Batches that each worker keeps ready. None: 2. Refused without workers."""
+    persistent_workers: bool = False
+    """Keep the workers from one pass to the next, in place of starting them anew. Refused without workers."""
     timeout: float = 1800
     """Seconds to wait for a batch before giving up, so that a dead stream is no hang. With workers only."""
-    predownload: int | None = None
-    """Samples to download ahead of each worker; None leaves it to streaming. No effect without a remote."""
     cache_limit: str | None = None
-    """Size such as ``100gb`` above which streamed shards are dropped again. No effect without a remote."""
-    download_retry: int = 2
-    """Times that a download is tried. No effect without a remote."""
-    download_timeout: float = 60
-    """Seconds that a download may take. No effect without a remote."""
+    """Size such as ``100gb`` above which streamed shards are dropped again, the one used longest ago first: at least 4
+    shards. None keeps all. Refused without a remote."""
+    download_retry: int | None = None
+    """Times that a download is tried. None: 2. Refused without a remote."""
+    download_timeout: float | None = None
+    """Seconds that a download may take. None: 60. Refused without a remote."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """One of several datasets that training mixes. All of them are weighted alike: by ``proportion``, or by ``repeat``
+    or ``choose``; one without a weight is drawn once. A sample drawn twice in an epoch is masked differently."""
+
+    split: str | None = None
+    """Subfolder of the dataset. None: the loader's ``split``."""
+    local: str | None = None
+    """Folder of the dataset, or the cache when there is a remote. None: the run's ``data_local``."""
+    remote: str | None = None
+    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing is streamed."""
+    proportion: float | None = None
+    """Share of an epoch's samples, relative to the others'. An epoch has as many samples as all datasets together."""
+    repeat: float | None = None
+    """Times that an epoch draws each sample; 0.5 draws half of them, another half each epoch."""
+    choose: int | None = None
+    """Samples that an epoch draws."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,14 @@ class TrainLoaderConfig(LoaderConfig):
     """Whether samples come in random order, another one each epoch."""
     shuffle_seed: int | None = None
     """Seed of that order. None: the run's ``seed``. No effect without shuffle."""
+    length_window: int = 0
+    """Global batches, 64 for example, within which the shuffled order is grouped by length: a batch then holds samples
+    of like length, and ranks equally many tokens (docs/data.md says what that does). 0 does not group. Needs shuffle,
+    shards of tokens with their lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
+    predownload: int | None = None
+    """Samples to download ahead of each worker. None: 8 batches. Refused without a remote."""
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    """Datasets to mix, by name, in place of the one of ``local`` and ``remote``."""
 
 
 @dataclass(frozen=True)
@@ -381,8 +409,17 @@ def _check(config: RunConfig, faults: list[str]) -> None:
     want(nodes > 0, "train_loader.num_canonical_nodes", nodes, "positive")
     for path, loader in loaders.items():
         want(loader.num_workers >= 0, f"{path}.num_workers", loader.num_workers, "0 or more")
-        want(loader.prefetch_factor > 0, f"{path}.prefetch_factor", loader.prefetch_factor, "positive")
-        want(loader.download_retry > 0, f"{path}.download_retry", loader.download_retry, "positive")
+        for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
+            value = getattr(loader, name, None)
+            want(value is None or value > 0, f"{path}.{name}", value, "positive")
+        streams = loader.streams.values() if isinstance(loader, TrainLoaderConfig) else ()
+        for name in ("prefetch_factor", "persistent_workers"):
+            if getattr(loader, name) and not loader.num_workers:
+                faults.append(f"{path}.{name}: acts only with num_workers")
+        for name in ("predownload", "cache_limit", "download_retry", "download_timeout"):
+            if getattr(loader, name, None) is not None and not any(_remote(config, x) for x in streams or [loader]):
+                faults.append(f"{path}.{name}: acts only on data that is streamed from a remote")
+    _check_order(config, faults)
     for name in config.eval_loaders:
         want(name not in ("train", "eval"), "eval_loaders", name, "a name of your own; train and eval are taken")
 
@@ -406,18 +443,59 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("load_weights_only: acts only with a load_path")
 
 
+def _remote(config: RunConfig, source: LoaderConfig | StreamConfig) -> str | None:
+    """Where a dataset is streamed from: its own remote, or the run's where it names no folder of its own."""
+    return source.remote or (config.data_remote if source.local is None else None)
+
+
+def _check_order(config: RunConfig, faults: list[str]) -> None:
+    """Which samples training draws, and in which order."""
+    loader = config.train_loader
+    window, nodes = loader.length_window, loader.num_canonical_nodes
+    if window < 0:
+        faults.append(f"train_loader.length_window: {window} is not 0 or more")
+    if window and not loader.shuffle:
+        faults.append("train_loader.length_window: acts only with shuffle")
+    if window and nodes > 0 and config.global_train_batch_size % nodes:
+        faults.append(
+            f"train_loader.length_window: needs a global_train_batch_size that is a multiple of num_canonical_nodes; "
+            f"{config.global_train_batch_size} is none of {nodes}"
+        )
+    if loader.streams and (loader.local or loader.remote):
+        faults.append("train_loader: local and remote are given by each of the streams, or without streams")
+    seen: dict[Any, str] = {}
+    kinds = set()
+    for name, stream in loader.streams.items():
+        path = f"train_loader.streams.{name}"
+        weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
+        kinds.add("proportion" if weights == ["proportion"] else "repeat or choose")
+        for kind in weights:
+            if getattr(stream, kind) <= 0:
+                faults.append(f"{path}.{kind}: {getattr(stream, kind)!r} is not positive")
+        if len(weights) > 1:
+            faults.append(f"{path}: {' and '.join(weights)}: one weight is enough")
+        folder = stream.local or config.data_local, stream.split or loader.split
+        if folder in seen:
+            faults.append(f"{path}: is the same folder as streams.{seen[folder]}; raise its weight instead")
+        seen[folder] = name
+    if len(kinds) > 1:
+        faults.append("train_loader.streams: all of them take a proportion, or none does")
+
+
 def _fill(config: RunConfig) -> RunConfig:
     """The run with what one key takes from another written out."""
 
     def fill(loader: Any, **more: Any) -> Any:
-        if loader.local is None:
-            more |= {"local": config.data_local, "remote": loader.remote or config.data_remote}
+        more |= {"local": loader.local or config.data_local, "remote": _remote(config, loader)}
         return dataclasses.replace(loader, **more)
 
     train, seed = config.train_loader, config.train_loader.shuffle_seed
+    # By name, so that the order of samples, and their ids, do not hang on the order of lines.
+    streams = {name: fill(stream, split=stream.split or train.split) for name, stream in sorted(train.streams.items())}
+    order = {"shuffle_seed": config.seed if seed is None else seed, "streams": streams}
     return dataclasses.replace(
         config,
-        train_loader=fill(train, shuffle_seed=config.seed if seed is None else seed),
+        train_loader=dataclasses.replace(train, **order) if streams else fill(train, **order),
         eval_loader=fill(config.eval_loader),
         eval_loaders={name: fill(loader) for name, loader in config.eval_loaders.items()},
     )

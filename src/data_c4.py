@@ -1,6 +1,7 @@
 """The data's way: MDS shards -> samples -> masked, padded batches -> unpadded microbatches. Imports no other file here.
 
-    StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens
+    StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens; one dataset
+                           or several, mixed; in streaming's order, or with samples of like length together
     EachSampleOnce         evaluation's view of it: no sample repeated, none left out
     MaskingCollator        samples -> padded (B, S) batch, masked as a pure function of seed, epoch, sample, position
     split_unpadded         batch -> microbatches without padding, with their layout; split_padded for padded models
@@ -11,6 +12,7 @@ As a script it prints what training would see:  python src/data_c4.py REMOTE [LO
 """
 
 import argparse
+import bisect
 import hashlib
 import io
 import json
@@ -18,19 +20,23 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import huggingface_hub
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming import StreamingDataset
+from streaming import Stream, StreamingDataset
+from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
+from streaming.base.shuffle import get_shuffle
+from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -46,6 +52,9 @@ IGNORED = -100
 
 TOKENS_KEY = "mosaic_bert_tokens"
 """Key of index.json that describes shards of tokens; streaming reads past it. Shards of text have none."""
+
+LENGTHS = "lengths.bin"
+"""File beside the index.json of shards of tokens: each sample's length, little-endian uint16, in the index's order."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,9 +206,12 @@ class Sample(TypedDict):
     input_ids: NDArray[Any]
     """(length,) ids, [CLS] and [SEP] included, any integer type."""
     sample_id: int
-    """Position in the dataset, the same for any shuffle and world size."""
+    """Position in the dataset, the same for any shuffle and world size; in a mixture the datasets follow each other. A
+    sample that an epoch draws more than once counts on by the dataset's size, so that it is masked otherwise."""
     epoch: int
     """Pass over the data, from 0; with the sample id it decides what is masked."""
+    stream: NotRequired[int]
+    """Which of the mixed datasets it comes from; only where there are several."""
 
 
 class OpenShards:
@@ -221,8 +233,9 @@ class OpenShards:
         if self.process != os.getpid():  # descriptors that a fork shares are left to the parent
             self.process, self.files = os.getpid(), {}
         if path not in self.files:
-            if len(self.files) >= self.limit:
-                self.files.pop(next(iter(self.files)))[0].close()
+            for opened, (file, _) in list(self.files.items()):  # an evicted shard takes up disk while it is open
+                if len(self.files) >= self.limit or not os.fstat(file.fileno()).st_nlink:
+                    self.files.pop(opened)[0].close()
             file = io.FileIO(path)
             (samples,) = np.frombuffer(file.read(4), np.uint32)
             self.files[path] = file, np.frombuffer(file.read(4 * (int(samples) + 1)), np.uint32)
@@ -234,6 +247,110 @@ class OpenShards:
         return data
 
 
+class Locator:
+    """Where samples lie, in place of streaming's Spanner: a binary search, and no memory for each sample.
+
+    Ids past the end begin again at the first sample: they are later drawings of the same samples in an epoch.
+    """
+
+    def __init__(self, samples_per_shard: NDArray[np.int64]):
+        self.starts = [0, *np.cumsum(samples_per_shard).tolist()]
+        self.num_samples = self.starts.pop()
+
+    def __getitem__(self, sample_id: int) -> tuple[int, int]:
+        """Shard, and position in it."""
+        index = int(sample_id) % self.num_samples
+        shard_id = bisect.bisect_right(self.starts, index) - 1
+        return shard_id, index - self.starts[shard_id]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset, alone or one of several that are mixed. At most one of the weights is given, of one kind for all."""
+
+    local: str
+    """Folder of the dataset, or the cache when there is a ``remote``."""
+    remote: str | None = None
+    """Path or object-store URI to stream from; None or the same as ``local`` when the data is here already."""
+    split: str | None = None
+    """Subfolder."""
+    proportion: float | None = None
+    """Share of an epoch's samples, relative to the other sources'; an epoch is as long as all of them together."""
+    repeat: float | None = None
+    """Times that an epoch draws each sample: 0.5 draws half of them, 2 each of them twice."""
+    choose: int | None = None
+    """Samples that an epoch draws."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the split, with index.json, here or in the cache."""
+        return Path(self.local) / (self.split or "")
+
+    @property
+    def complete(self) -> bool:
+        """Whether all the data is here, and not in a cache that fills up."""
+        return self.remote is None or Path(self.remote) == Path(self.local)
+
+    def check(self, verify: str) -> None:
+        """Before streaming looks at it: there is a dataset; if all of it must be here, it is."""
+        source = Path(self.remote or self.local)
+        if "://" not in str(self.remote) and not (source / (self.split or "") / "index.json").is_file():
+            there = sorted(p.parent.name for p in source.glob("*/index.json"))
+            raise DataError(
+                f"{source / (self.split or '')} holds no dataset (no index.json); "
+                f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
+            )
+        if self.complete:
+            check_shards(self.folder, True, verify)
+
+    def stream(self) -> Stream:
+        """As streaming takes it."""
+        weights = {"proportion": self.proportion, "repeat": self.repeat, "choose": self.choose}
+        given = {name: weight for name, weight in weights.items() if weight is not None}
+        return Stream(local=self.local, remote=self.remote, split=self.split, **given)  # pyright: ignore
+
+
+def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each id stood before in ``ids``: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
+    order = np.argsort(ids, kind="stable")  # merges runs, which these are: quick
+    ranked = ids[order]
+    first = np.flatnonzero(np.diff(ranked, prepend=ranked[:1] - 1))
+    counts = np.empty_like(ids)
+    counts[order] = np.arange(len(ids)) - np.repeat(first, np.diff(first, append=len(ids)))
+    return counts
+
+
+def group_lengths(
+    lengths: NDArray[np.uint16], nodes: int, batch: int, window: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """An order in which global batches are of like length: the (N,) positions of a shuffled epoch, permuted.
+
+    Streaming deals the epoch out in equal parts to ``nodes`` canonical nodes, and a global batch takes the next few
+    samples of each. So each part is cut into windows of ``window`` batches and sorted by length in each window (ties
+    stay as they were shuffled); then a window's batches are permuted, in the same way for all nodes, so that what a
+    batch takes from each is of like length. Its samples stay sorted, and are dealt out to the ranks in turn: their
+    tokens differ by less than the batch's lengths do. What fills no batch stays at the end.
+
+    Args:
+        lengths: (N,) of samples in shuffled order.
+        nodes: canonical nodes.
+        batch: samples of a canonical node in a global batch.
+        window: batches, as many as to sort together.
+        rng: orders the batches of a window.
+    """
+    samples = len(lengths)
+    order = np.arange(samples)
+    batches = samples // nodes // batch
+    for first in range(0, batches, window):
+        count = min(window, batches - first)
+        permuted = rng.permutation(count)
+        for node in range(nodes):
+            begin = samples * node // nodes + first * batch
+            sorted_ = np.argsort(lengths[begin : begin + count * batch], kind="stable")
+            order[begin : begin + count * batch] = begin + sorted_.reshape(count, batch)[permuted].ravel()
+    return order
+
+
 class StreamingC4(StreamingDataset):
     """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
 
@@ -241,66 +358,134 @@ class StreamingC4(StreamingDataset):
         tokenizer: from ``load_tokenizer``.
         max_seq_len: longest sample in tokens, special tokens included. Texts are truncated to it; shards of tokens must
             have been written for just this length.
-        local: folder of the dataset, or the cache when there is a ``remote``.
-        remote: path or object-store URI to stream from; None or the same as ``local`` when the data is here already.
-        split: subfolder.
+        local, remote, split: of the one dataset, as for ``Source``.
+        sources: several datasets to mix, by name, in place of the one.
         verify: what of the shards is checked, as for ``check_shards``; with ``hash``, those fetched later too.
+        length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
+            not group. Needs ``shuffle``, shards of tokens, and the lengths that convert_c4.py writes beside them.
         kwargs: StreamingDataset's.
 
     Raises:
-        DataError: there is no dataset, or it is damaged, or its shards have neither text nor tokens, or tokens of
-            another tokenizer or length. While iterating: a shard is lost or cannot be fetched.
+        DataError: there is no dataset, or it is damaged or cannot be fetched, or its shards have neither text nor
+            tokens, or tokens of another tokenizer or length, or no lengths. While iterating: a shard is lost or cannot
+            be fetched.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
         max_seq_len: int,
-        local: str,
+        local: str | None = None,
         remote: str | None = None,
         split: str | None = None,
+        sources: Mapping[str, Source] | None = None,
         verify: str = "size",
+        length_window: int = 0,
         **kwargs: Any,
     ):
-        folder = Path(local) / (split or "")
-        source = Path(remote or local)
-        if "://" not in str(remote) and not (source / (split or "") / "index.json").is_file():
-            there = sorted(p.parent.name for p in source.glob("*/index.json"))
-            raise DataError(
-                f"{source / (split or '')} holds no dataset (no index.json); "
-                f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
-            )
-        here = remote is None or Path(remote) == Path(local)
+        if sources is None:
+            assert local is not None, "one dataset, or several sources"
+            sources = {"": Source(local, remote, split)}
+        self.sources = dict(sources)
         # The processes of a node share its files; one of them is enough to read them all.
         check = "size" if verify == "hash" and not World.detect().is_local_leader else verify
-        if here:
-            check_shards(folder, True, check)
-        super().__init__(local=local, remote=remote, split=split, **kwargs)
-        if not here:
-            check_shards(folder, False, check)
-            if verify == "hash":
-                self._verify_downloads(folder)
-        self.folder, self.complete = folder, here
+        for source in self.sources.values():
+            source.check(check)
+        try:
+            super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
+        except Exception as error:  # each object store has errors of its own
+            remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
+            if isinstance(error, ValueError) or not remotes:
+                raise
+            raise DataError(
+                f"{', '.join(remotes)}: index.json cannot be fetched ({_first_line(error)}). Check the address, that "
+                "credentials are set, and the network"
+            ) from error
+        for source, stream in zip(self.sources.values(), self.streams, strict=True):
+            if not source.complete:
+                check_shards(source.folder, False, check)
+                if verify == "hash":
+                    stream.validate_hash = _hash_of_downloads(source.folder)
+        self.spanner: Any = Locator(self.samples_per_shard)
         self.failure: BaseException | None = None
         self._open_shards, self._prepared = OpenShards(), set[int]()
         for shard_id, shard in enumerate(self.shards):
             shard.get_sample_data = partial(self._read, shard_id)  # pyright: ignore[reportAttributeAccessIssue]
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
-        description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
-        self.token_dtype = None if description is None else np.dtype(description["dtype"]).newbyteorder("<")
-        if description is not None:
-            _check_tokens(description, tokenizer, max_seq_len, folder)
-        elif "text" not in self.shards[0].column_names:  # pyright: ignore[reportAttributeAccessIssue]
-            columns = ", ".join(self.shards[0].column_names)  # pyright: ignore[reportAttributeAccessIssue]
-            raise DataError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+        self.token_dtypes = [
+            self._token_dtype(source.folder, self.shards[first])
+            for source, first in zip(self.sources.values(), self.shard_offset_per_stream, strict=True)
+        ]
+        """Of each source: type of the ids on disk; None where it is text."""
+        self.length_window = length_window
+        if length_window:
+            assert self.shuffle, "an order by length is made from a shuffled one"
+            # In resample_streams the order is made whole; streaming would shuffle it again.
+            self.shuffle = False
+            self.lengths = [self._open_lengths(i) for i in range(self.num_streams)]
 
-    def _verify_downloads(self, folder: Path) -> None:
-        first = json.loads((folder / "index.json").read_text())["shards"][0]
-        hashes = (first["zip_data"] or first["raw_data"])["hashes"]
-        if not hashes:
-            raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
-        for stream in self.streams:
-            stream.validate_hash = next(iter(hashes))
+    def _token_dtype(self, folder: Path, shard: Any) -> np.dtype[Any] | None:
+        """Of the ids in a split's shards, if they fit the run; None if these hold text."""
+        description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
+        if description is not None:
+            _check_tokens(description, self.tokenizer, self.max_seq_len, folder)
+            return np.dtype(description["dtype"]).newbyteorder("<")
+        if "text" not in shard.column_names:
+            columns = ", ".join(shard.column_names)
+            raise DataError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
+        return None
+
+    def _open_lengths(self, stream_id: int) -> NDArray[np.uint16]:
+        """The lengths of a source's samples, mapped, so that the processes of a node share them; fetched if need be."""
+        source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
+        path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
+        if self.token_dtypes[stream_id] is None:
+            raise DataError(
+                f"{source.folder} holds text, whose lengths in tokens are not known: set train_loader.length_window to "
+                "0, or convert it to tokens (convert_c4.py --tokenizer)"
+            )
+        try:
+            if not source.complete and not path.exists():
+                if World.detect().is_local_leader:
+                    os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+                else:
+                    wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
+            found = path.stat().st_size
+        except Exception as error:  # of any object store
+            raise DataError(
+                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be had "
+                f"({_first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
+            ) from error
+        if found != 2 * samples:
+            raise DataError(
+                f"{path} has {found:,} bytes, not 2 for each of {samples:,} samples; copy or convert the split again"
+            )
+        return np.memmap(path, "<u2", "r")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each source in the samples that an epoch draws."""
+        return {name: stream.choose / self.epoch_size for name, stream in zip(self.sources, self.streams, strict=True)}
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What an epoch draws, called by streaming once an epoch on each node: sizes of parts of shards, sample ids.
+
+        Ids of repeated samples count on (see ``Sample``). Grouped by length, they are in the order of training.
+        """
+        units, ids = super().resample_streams(epoch, stream_id)
+        if any(stream.choose > size for stream, size in zip(self.streams, self.samples_per_stream, strict=True)):
+            ids = ids + occurrences(ids) * self.size
+        if self.length_window:
+            assert self.num_canonical_nodes and self.batch_size and self.shuffle_block_size, (
+                "set before the first epoch"
+            )
+            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
+            ids = ids[get_shuffle(self.shuffle_algo, units, nodes, seed, epoch, self.shuffle_block_size)]
+            lengths = np.concatenate(self.lengths)[ids % self.size]
+            batch = self.batch_size * self._parallel_rank_world.num_ranks // nodes
+            rng = np.random.default_rng([seed, epoch])
+            ids = ids[group_lengths(lengths, nodes, batch, self.length_window, rng)]
+        return units, ids
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch and unpack a shard if need be. When that fails, streaming alone lets the others wait for ever."""
@@ -355,17 +540,36 @@ class StreamingC4(StreamingDataset):
         except Exception as error:
             self._fail(self._damage(self.spanner[sample_id][0], error))
             raise DataError(str(self.failure)) from error
-        if self.token_dtype is not None:
-            input_ids = np.frombuffer(raw["tokens"], self.token_dtype)
+        stream = 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
+        dtype = self.token_dtypes[stream]
+        if dtype is not None:
+            input_ids = np.frombuffer(raw["tokens"], dtype)
         else:
             ids = encode_prefix(self.tokenizer, raw["text"], self.max_seq_len - 2)
             input_ids = np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
         # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
-        return Sample(input_ids=input_ids, sample_id=int(sample_id), epoch=max(self.next_epoch - 1, 0))
+        sample = Sample(input_ids=input_ids, sample_id=int(sample_id), epoch=max(self.next_epoch - 1, 0))
+        if self.num_streams > 1:
+            sample["stream"] = stream
+        return sample
 
     def _damage(self, shard_id: int, error: Exception) -> DataError:
-        name = self.shards[shard_id].file_pairs[0][0].basename  # pyright: ignore[reportAttributeAccessIssue]
-        return DataError(f"{self.folder / name} cannot be read or fetched ({error}); copy or convert it again")
+        shard: Any = self.shards[shard_id]
+        path = Path(shard.dirname) / shard.split / shard.file_pairs[0][0].basename
+        return DataError(f"{path} cannot be read or fetched ({error}); copy or convert it again")
+
+
+def _hash_of_downloads(folder: Path) -> str:
+    """Name of the hash that a split's index has of its shards."""
+    first = json.loads((folder / "index.json").read_text())["shards"][0]
+    hashes = (first["zip_data"] or first["raw_data"])["hashes"]
+    if not hashes:
+        raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
+    return next(iter(hashes))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _check_tokens(
@@ -458,7 +662,7 @@ class MaskingCollator:
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch; with
         ``rate=None`` instead of labels ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
-        (B, S) int64, the id that a masked position would get.
+        (B, S) int64, the id that a masked position would get. Of mixed datasets also ``stream`` (B, 1) int64.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
@@ -492,6 +696,8 @@ class MaskingCollator:
             labels[masked] = ids[masked]
             inputs[masked] = self._replacements(ids[masked], bits[masked])
             fields = {"input_ids": pad(inputs, self.pad_token_id), "labels": pad(labels, IGNORED)}
+        if "stream" in samples[0]:
+            fields["stream"] = torch.tensor([[sample.get("stream", 0)] for sample in samples])
         return {**fields, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
     def _replacements(self, ids: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -508,7 +714,7 @@ def mask_batch(batch: Batch, rate: float) -> Batch:
     return {
         "input_ids": torch.where(masked, batch["replacement"], batch["input_ids"]),
         "labels": torch.where(masked, batch["input_ids"], IGNORED),
-        "attention_mask": batch["attention_mask"],
+        **{name: x for name, x in batch.items() if name not in ("input_ids", "mask_u", "replacement")},
     }
 
 
@@ -610,8 +816,9 @@ class Loader(DataLoader):
             if "timed out" not in str(error) and "exited unexpectedly" not in str(error):
                 raise
             dataset = self.dataset.dataset if isinstance(self.dataset, EachSampleOnce) else self.dataset
-            if isinstance(dataset, StreamingC4) and dataset.complete:
-                check_shards(dataset.folder, True)  # a lost shard may be why, and is then named
+            for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():
+                if source.complete:
+                    check_shards(source.folder, True)  # a lost shard may be why, and is then named
             raise DataError(f"no batch came: {error}; its limit is the loader's 'timeout'") from None
 
 
@@ -620,17 +827,19 @@ def build_dataloader(
     collator: MaskingCollator,
     batch_size: int,
     num_workers: int = 0,
-    prefetch_factor: int = 2,
+    prefetch_factor: int | None = None,
+    persistent_workers: bool = False,
     timeout: float = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A DataLoader of padded batches; ``prefetch_factor`` and ``timeout`` (seconds) act with workers only."""
+    """A DataLoader of padded batches; ``timeout`` (seconds) acts with workers only."""
     return Loader(
         dataset,
         batch_size=batch_size,
         collate_fn=collator,
         num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
         timeout=timeout if num_workers else 0,
         pin_memory=pin_memory,
     )
@@ -664,7 +873,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
     dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
-    print(f"{dataset.size:,} samples of {'text' if dataset.token_dtype is None else 'tokens'} in {local}/{args.split}")
+    print(
+        f"{dataset.size:,} samples of {'text' if dataset.token_dtypes == [None] else 'tokens'} in {local}/{args.split}"
+    )
 
     each_once = EachSampleOnce(dataset, args.batch_size, rank=0, world_size=1)
     collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)

@@ -137,8 +137,8 @@ class MosaicBert(MaskedLMModel):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
-        """A microbatch of ``data_c4.split_unpadded``."""
-        layout = Layout(batch["cu_seqlens"], batch["max_seqlen"])
+        """A microbatch of ``builders.split_batch``."""
+        layout = Layout(batch["cu_seqlens"], batch["max_seqlen"], batch.get("tables"))
         return self.model(batch["input_ids"], labels=batch["labels"], layout=layout, masked_index=batch["masked_index"])
 
     def flops_per_batch(self, batch: Batch) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 from src.builders import build_parallelism, highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
@@ -33,24 +33,46 @@ def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC
     collator = MaskingCollator(
         dataset.tokenizer, rate.initial if isinstance(rate, MaskingSchedule) else rate, config.seed
     )
-    picked = np.unique(np.linspace(0, dataset.size - 1, SAMPLES).astype(int))
+    picked = sample_ids(dataset)
     batch = collator([dataset[i] for i in picked])
     tokens = num_tokens(batch)
     per_sample = tokens["total"] / len(picked)
-    steps = total_steps(config, dataset.size, per_sample)
+    steps = total_steps(config, dataset.epoch_size, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
-    warmup, decay = schedule_shares(scheduler, config, steps, dataset.size, per_sample)
+    warmup, decay = schedule_shares(scheduler, config, steps, dataset.epoch_size, per_sample)
     lines = {
         "parameters": f"{parameters:,}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
+        **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
         "global batch": f"{config.global_train_batch_size:,} samples, about "
         f"{per_sample * config.global_train_batch_size:,.0f} tokens, over {dist.get_world_size()} devices",
-        "steps": f"{steps:,}, {steps * config.global_train_batch_size / dataset.size:.2f} passes over the data",
+        "steps": f"{steps:,}, {steps * config.global_train_batch_size / dataset.epoch_size:.2f} passes over the data",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
         "work": f"{model.flops_per_batch(batch) / tokens['total'] / 1e6:,.1f} MFLOP a real token, forward and backward",
         "memory": memory(config, model, parameters, dataset),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
+
+
+def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:
+    """About ``SAMPLES`` ids, evenly spread over the data; of mixed datasets, of each its share."""
+    parts = zip(dataset.sample_offset_per_stream, dataset.samples_per_stream, dataset.shares.values(), strict=True)
+    return np.concatenate(
+        [
+            first + np.unique(np.linspace(0, samples - 1, max(1, round(SAMPLES * share))).astype(int))
+            for first, samples, share in parts
+        ]
+    )
+
+
+def mixture(dataset: StreamingC4) -> str:
+    """Share and number of draws of each of the mixed datasets in an epoch."""
+    draws = zip(dataset.shares.items(), dataset.streams, dataset.samples_per_stream, strict=True)
+    parts = (
+        f"{name} {share:.1%} ({stream.choose:,} draws of {samples:,} samples)"
+        for (name, share), stream, samples in draws
+    )
+    return f"{', '.join(parts)}; an epoch is {dataset.epoch_size:,} samples"
 
 
 def total_steps(config: RunConfig, samples: int, tokens_per_sample: float) -> int:
@@ -108,6 +130,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
     S = config.max_seq_len
     (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), 1, S), 1)
+    device = get_device()  # the one that will train: each kind of kernel keeps other things
+    model, part = device.module_to_device(model), device.batch_to_device(part)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -118,7 +142,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
         return x
 
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", low, enabled=bool(low)):
+    kind = "cuda" if device.name == "gpu" else "cpu"
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(kind, low, enabled=bool(low)):
         output = model(part)
     activations = size * sum(saved.values())
     del output  # until here, so that no storage's address was used twice

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
 
 import quickstart
 

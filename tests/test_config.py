@@ -58,6 +58,17 @@ def test_defaults_come_from_the_run(write, quickstart):
     assert (other.eval_loader.local, other.eval_loader.remote) == ("elsewhere", None)
 
 
+def test_datasets_to_mix_by_name(write, quickstart):
+    streams = {"wiki": {"proportion": 0.9}, "own": {"proportion": 0.1, "local": "own", "remote": "s3://own"}}
+    quickstart["train_loader"] = {"streams": streams, "predownload": 8, **quickstart["train_loader"]}
+    run = load(write(quickstart))
+    assert list(run.train_loader.streams) == ["own", "wiki"]  # whatever the order of the lines
+    own, wiki = run.train_loader.streams.values()
+    assert (wiki.local, wiki.remote, wiki.split) == (run.data_local, None, "train")
+    assert (own.local, own.remote, own.split, own.proportion) == ("own", "s3://own", "train", 0.1)
+    assert load(write(config.to_dict(run))) == run
+
+
 def test_evaluation_sets_by_name(write, quickstart):
     sets = {"domain": {"split": "held-out", "local": "elsewhere"}, "c4": {"split": "val", "mlm_probability": 0.2}}
     run = load(write({**quickstart, "eval_loaders": sets}))
@@ -128,6 +139,26 @@ def test_all_faults_in_one_error(write, quickstart):
         ("train_loader=3", "train_loader: keys and values are wanted"),
         ("train_loader.num_canonical_nodes=0", "train_loader.num_canonical_nodes: 0 is not positive"),
         ("train_loader.download_retry=0", "train_loader.download_retry: 0 is not positive"),
+        ("train_loader.predownload=0", "train_loader.predownload: 0 is not positive"),
+        ("train_loader.prefetch_factor=4", "train_loader.prefetch_factor: acts only with num_workers"),
+        ("eval_loader.persistent_workers=true", "eval_loader.persistent_workers: acts only with num_workers"),
+        ("train_loader.predownload=8", "train_loader.predownload: acts only on data that is streamed from a remote"),
+        ("train_loader.cache_limit=1gb", "train_loader.cache_limit: acts only on data that is streamed"),
+        ("eval_loader.download_retry=3", "eval_loader.download_retry: acts only on data that is streamed"),
+        ("eval_loader.predownload=8", "eval_loader.predownload: unknown"),
+        ("train_loader.length_window=-1", "train_loader.length_window: -1 is not 0 or more"),
+        ("train_loader={length_window: 8, shuffle: false}", "train_loader.length_window: acts only with shuffle"),
+        ("train_loader={length_window: 8, num_canonical_nodes: 7}", "is none of 7"),
+        ("train_loader.streams={a: {weight: 2}}", "train_loader.streams.a.weight: unknown"),
+        ("train_loader.streams={a: {proportion: 0}}", "train_loader.streams.a.proportion: 0.0 is not positive"),
+        ("train_loader.streams={a: {choose: -5}}", "train_loader.streams.a.choose: -5 is not positive"),
+        ("train_loader.streams={a: {repeat: 2, choose: 5}}", "streams.a: repeat and choose: one weight is enough"),
+        (
+            "train_loader.streams={a: {proportion: 2}, b: {local: x, repeat: 2}}",
+            "streams: all of them take a proportion, or none does",
+        ),
+        ("train_loader.streams={a: {}, b: {split: train}}", "streams.b: is the same folder as streams.a"),
+        ("train_loader={local: x, streams: {a: {}}}", "train_loader: local and remote are given by each of the"),
         ("time_limit=4hours", "time_limit: '4hours' is not a number with d, h, min or s"),
         ("load_weights_only=true", "load_weights_only: acts only with a load_path"),
     ],

@@ -1,11 +1,16 @@
+import gc
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from streaming.base.batching.random import generate_work_random_batching
+from streaming.base.spanner import Spanner
 from transformers import BertTokenizer
 
 from src import data_c4
@@ -165,6 +170,212 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
     assert sorted(ids) == list(range(91))
     fillers = [s for s in samples if s["sample_id"] >= 91]
     assert all(s["input_ids"].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id] for s in fillers)
+
+
+# Mixing
+
+
+def mixed(text_shards, token_shards, tokenizer, weights, **options):
+    """The same 91 documents as tokens, and 300 others as text."""
+    sources = {
+        "tokens": data_c4.Source(token_shards, split="val", **weights[0]),
+        "text": data_c4.Source(text_shards, split="train", **weights[1]),
+    }
+    options = {"shuffle": True, "batch_size": 8, "num_canonical_nodes": 1, **options}
+    return StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources, **options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "draws"),
+    [
+        (({}, {}), (91, 300)),
+        (({"proportion": 3}, {"proportion": 1}), (293, 98)),
+        (({"repeat": 2.5}, {"choose": 10}), (227, 10)),
+    ],
+)
+def test_datasets_are_mixed_by_weight(weights, draws, text_shards, token_shards, tokenizer):
+    dataset = mixed(text_shards, token_shards, tokenizer, weights)
+    samples = list(dataset)
+    drawn = np.bincount([sample["stream"] for sample in samples])
+    assert abs(drawn - draws).max() <= 1 and drawn.sum() == dataset.epoch_size  # a proportion is rounded at random
+    assert dataset.shares == pytest.approx({"tokens": drawn[0] / drawn.sum(), "text": drawn[1] / drawn.sum()})
+    alone = StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val"), 0
+    other = StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train"), 91
+    for sample in samples:
+        part, first = other if sample["stream"] else alone
+        want = part[sample["sample_id"] % dataset.size - first]["input_ids"]
+        assert np.array_equal(sample["input_ids"], want)
+
+
+def test_each_drawing_of_a_sample_has_masks_of_its_own(text_shards, token_shards, tokenizer):
+    dataset = mixed(text_shards, token_shards, tokenizer, ({"repeat": 3}, {"repeat": 0.5}))
+    epochs = [list(dataset), list(dataset)]
+    for epoch, samples in enumerate(epochs):
+        ids = [sample["sample_id"] for sample in samples]
+        assert len(set(ids)) == len(ids) == 3 * 91 + 150 and {sample["epoch"] for sample in samples} == {epoch}
+        of_one = sorted((s for s in samples if s["sample_id"] % 391 == 7), key=lambda s: s["sample_id"])
+        assert [s["sample_id"] for s in of_one] == [7, 7 + 391, 7 + 2 * 391]
+        labels = MaskingCollator(tokenizer, 0.3, seed=17)(of_one)["labels"]
+        assert not torch.equal(labels[0], labels[1]) and not torch.equal(labels[1], labels[2])
+    halves = [{s["sample_id"] for s in samples if s["stream"] == 1} for samples in epochs]
+    assert halves[0] != halves[1]  # another half each epoch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_masks_of_repeats_depend_on_no_worker(num_workers, text_shards, token_shards, tokenizer):
+    dataset = mixed(text_shards, token_shards, tokenizer, ({"repeat": 2}, {}), shuffle=False, batch_size=10)
+    loader = data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, seed=17), 10, num_workers)
+    batches = list(loader)
+    samples = [dataset[i] for i in [*range(91), *range(391, 391 + 91), *range(91, 391)]]  # shard after shard
+    for i, batch in enumerate(batches):
+        want = MaskingCollator(tokenizer, 0.3, seed=17)(samples[10 * i : 10 * i + 10])
+        assert all(torch.equal(batch[name], want[name]) for name in want)
+    assert sum(len(batch["labels"]) for batch in batches) == 2 * 91 + 300
+
+
+def test_ids_count_on_for_each_occurrence():
+    ids = np.array([7, 5, 7, 7, 0, 5])
+    assert data_c4.occurrences(ids).tolist() == [0, 0, 1, 2, 0, 1]
+
+
+def test_a_sample_is_found_where_streaming_finds_it():
+    sizes = np.array([5, 1, 1030, 3])
+    ours, theirs = data_c4.Locator(sizes), Spanner(sizes)
+    assert all(ours[i] == theirs[i] for i in range(1039))
+    assert ours[1039 + 6] == theirs[6]
+
+
+def test_each_mixed_dataset_is_checked(text_shards, token_shards, tokenizer, tokenizer_folder, tmp_path):
+    here = data_c4.Source(text_shards, split="val")
+    with pytest.raises(ValueError, match="nothing holds no dataset .*splits there: train, val"):
+        sources = {"a": here, "b": data_c4.Source(text_shards, split="nothing")}
+        StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources)
+    other = data_c4.load_tokenizer(tokenizer_folder)
+    other.add_tokens(["naloxone"])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        StreamingC4(other, MAX_SEQ_LEN, sources={"a": here, "b": data_c4.Source(token_shards, split="val")})
+    damaged = tmp_path / "damaged"
+    shutil.copytree(Path(token_shards) / "val", damaged / "val")
+    next(damaged.glob("val/*.mds")).write_bytes(b"short")
+    with pytest.raises(ValueError, match="damaged/val: shard.00000.mds has 5 bytes"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, sources={"a": here, "b": data_c4.Source(str(damaged), split="val")})
+
+
+# Order by length
+
+
+@pytest.fixture
+def with_lengths(token_shards, tmp_path):
+    """The 300 training documents with lengths beside them: of all sizes, as the real ones (nearly all 32) are not."""
+    shutil.copytree(Path(token_shards) / "train", tmp_path / "train")
+    lengths = np.random.default_rng(0).integers(3, 500, 300).astype("<u2")
+    lengths.tofile(tmp_path / "train" / data_c4.LENGTHS)
+    return str(tmp_path), lengths
+
+
+def global_batches(dataset, batch, nodes, ranks, workers, first=0, epoch=0):
+    """Sample ids of an epoch from sample ``first`` on, in the order of training: (steps, ranks of all nodes, B)."""
+    dataset.batch_size = batch // (nodes * ranks)
+    dataset._parallel_rank_world = SimpleNamespace(num_ranks=nodes * ranks)
+    dataset._set_shuffle_block_size(dataset._unique_rank_world)
+    dataset.initial_physical_nodes = None
+    world = SimpleNamespace(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers)
+    work = generate_work_random_batching(dataset, world, epoch, first)  # (nodes, ranks, workers, batches, B)
+    return work.transpose(3, 2, 0, 1, 4).reshape(-1, nodes * ranks, dataset.batch_size)
+
+
+@pytest.mark.parametrize("canonical", [1, 4])
+def test_batches_by_length_are_the_same_for_any_shape_of_the_run(canonical, with_lengths, tokenizer):
+    folder, lengths = with_lengths
+    options = {"shuffle": True, "num_canonical_nodes": canonical, "length_window": 3}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+    want = global_batches(dataset, 24, 1, 1, 1)
+    whole = want[: 300 // 24]
+    assert np.unique(whole).size == whole.size == 288 and set(want.ravel()) == {-1, *range(300)}
+    options["length_window"] = 0
+    plain = global_batches(StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options), 24, 1, 1, 1)
+    for window in range(0, 12, 3):  # what a window holds is what streaming's shuffle put there
+        assert set(want[window : window + 3].ravel()) == set(plain[window : window + 3].ravel())
+    assert np.ptp(lengths[whole], axis=(1, 2)).mean() < 0.6 * np.ptp(lengths[plain[:12]], axis=(1, 2)).mean()
+    for nodes, ranks, workers in ((1, 2, 1), (2, 1, 3), (4, 2, 2), (1, 3, 2)):
+        got = global_batches(dataset, 24, nodes, ranks, workers)
+        assert all(set(a.ravel()) == set(b.ravel()) for a, b in zip(got[:12], whole, strict=True))
+        resumed = global_batches(dataset, 24, nodes, ranks, workers, first=5 * 24)
+        assert all(set(a.ravel()) == set(b.ravel()) for a, b in zip(resumed[:7], whole[5:], strict=True))
+    other = global_batches(dataset, 24, 1, 1, 1, epoch=1)
+    assert not np.array_equal(other[:12], whole) and np.unique(other[:12]).size == 288
+
+
+def test_ranks_get_equally_many_tokens(with_lengths, tokenizer):
+    folder, lengths = with_lengths
+    spread = {}
+    for window in (0, 4):
+        options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": window}
+        dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+        batches = global_batches(dataset, 24, 1, 4, 1)[:12]
+        tokens = lengths[batches].sum(axis=2)  # (steps, ranks)
+        spread[window] = np.mean(tokens.max(axis=1) / tokens.mean(axis=1))
+        if window:  # dealt out in turn from the sorted batch: ranks differ by less than the batch's lengths
+            assert (np.ptp(tokens, axis=1) <= np.ptp(lengths[batches], axis=(1, 2))).all()
+    assert spread[4] - 1 < 0.5 * (spread[0] - 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_by_length_goes_on_where_it_stopped(num_workers, with_lengths, tokenizer):
+    folder, _ = with_lengths
+
+    def loader():
+        options = {"shuffle": True, "num_canonical_nodes": 2, "length_window": 3, "batch_size": 20}
+        dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+        return dataset, data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, 17), 20, num_workers)
+
+    dataset, whole = loader()
+    _, want = list(whole), list(whole)  # the second epoch
+    state = dataset.state_dict(4 * 20, True)
+    del dataset, whole
+    gc.collect()
+    dataset, rest = loader()
+    dataset.load_state_dict(state)
+    got = list(rest)
+    assert len(want) == 15 and len(got) == 11
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
+
+
+def test_without_lengths_there_is_no_order_by_length(with_lengths, text_shards, tokenizer):
+    options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
+    with pytest.raises(ValueError, match="holds text, whose lengths in tokens are not known"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train", **options)
+    folder, _ = with_lengths
+    path = Path(folder) / "train" / data_c4.LENGTHS
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"lengths.bin has 598 bytes, not 2 for each of 300 samples"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train: lengths.bin cannot be had .*Convert again"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+
+
+def test_lengths_come_to_the_cache(with_lengths, tokenizer, tmp_path):
+    folder, lengths = with_lengths
+    options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3, "batch_size": 20}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), folder, "train", **options)
+    assert np.array_equal(dataset.lengths[0], lengths) and len(list(dataset)) == 300
+
+
+# Cache
+
+
+def test_a_shard_that_was_dropped_is_closed(tmp_path, token_shards):
+    shards = []
+    for i in range(3):
+        shards.append(str(tmp_path / f"{i}.mds"))
+        shutil.copy(next(Path(token_shards).glob("val/*.mds")), shards[-1])
+    files = data_c4.OpenShards()
+    data = [files.read(path, 3) for path in shards[:2]]
+    Path(shards[0]).unlink()
+    assert files.read(shards[0], 3) == data[0]  # still open, so the bytes are there
+    files.read(shards[2], 3)
+    assert list(files.files) == shards[1:]
 
 
 # Masking

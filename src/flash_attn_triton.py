@@ -1,0 +1,551 @@
+"""FlashAttention over unpadded sequences, ALiBi computed inside the tile: forward and backward, in Triton.
+
+Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135), the split of the
+backward into one kernel per gradient and the parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691),
+ALiBi from Press et al., 2021 (arXiv 2108.12409). docs/kernels.md derives it on paper.
+
+Letters: T real tokens, N heads, H head size; q_TNH is q as (T, N, H).
+
+Each program takes one tile (some rows of one sequence) of one head; the tiles come as a table (n, 3) int32 of
+(sequence's first token, its length, tile's first row), made by ``bert_padding.tile_table``. Padding, idle programs, an
+(S, S) bias and a limit on length do not exist. Nothing is added by atomics: the same input gives the same bits.
+
+Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
+lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
+
+Eager code goes through autograd.Function; torch.compile sees the custom ops ``mosaic_bert::flash_attn`` and
+``mosaic_bert::flash_attn_backward`` (which cost some 60 us a call more, and hence not everywhere).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import DTYPES, interpreted, launch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # machines for which torch brings no Triton; ``available`` says so
+    triton = None
+
+LOG2E = math.log2(math.e)
+MAX_HEAD_SIZE = 128
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why these kernels cannot run on such a device, or None if they can."""
+    if triton is None:
+        return "triton is not installed (torch brings it on Linux)"
+    if device_type != "cuda" and not interpreted():
+        return f"Triton's kernels need a CUDA device, and this is {device_type}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work."""
+
+    rows: int
+    """Rows of its own: queries in the forward and for dq, keys for dk and dv. The table of tiles is made for them."""
+    cols: int
+    """Rows of the other side that one step of the loop takes."""
+    warps: int
+    stages: int
+    """Steps of the loop whose loads are in flight."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels that have any."""
+
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+
+
+# By (architecture, largest padded head size, bytes of an element); the first that fits is taken, in this order. Chosen
+# so that the compiler reports no spilled register and shared memory fits the card (benchmarks/results/kernels_aot.md);
+# speed is for benchmarks/tune_kernels.py to say, on the card. Architectures: 90 is H100 (227 KiB of shared memory a
+# program), 80 is A100 (163 KiB), 0 is every other one, which may have 99 KiB.
+TILES: dict[tuple[int, int, int], Tiles] = {
+    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (80, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),
+    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+}
+TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
+"""Every number of rows for which a kernel may want a table of tiles."""
+
+
+def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
+    """The tiles for heads of this size in this dtype on this architecture (80 for compute capability 8.0)."""
+    for (arch, largest, itemsize), tiles in TILES.items():
+        if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
+            return tiles
+    raise ValueError(
+        f"flash_attn_triton takes heads of at most {MAX_HEAD_SIZE} in {DTYPES}, not {head_size} in {dtype}"
+    )
+
+
+def padded_head_size(head_size: int) -> int:
+    """The power of two, 16 at least, that a tile holds a head in; what is added is zero."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ----------------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _dot(a, b, UPCAST: tl.constexpr):
+        """a @ b in fp32. The interpreter's product of bf16 is garbage, hence UPCAST there."""
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, input_precision="ieee")
+
+    @triton.jit
+    def _tile_of(tiles_ptr, num_heads, ROWS: tl.constexpr) -> Any:
+        """This program's (sequence's first token, its length, rows of the tile, head)."""
+        head = tl.program_id(0) % num_heads
+        entry_ptr = tiles_ptr + 3 * (tl.program_id(0) // num_heads)
+        rows = tl.load(entry_ptr + 2) + tl.arange(0, ROWS)
+        return tl.load(entry_ptr), tl.load(entry_ptr + 1), rows, head.to(tl.int64)
+
+    @triton.jit
+    def _load(x_ptr, stride_t, start, rows, length, dims, H: tl.constexpr):
+        """Rows of one head of a (T, N, H) tensor as (ROWS, BLOCK_H), zero beyond the sequence and beyond H."""
+        tokens = (start + rows).to(tl.int64)
+        mask = (rows < length)[:, None] & (dims < H)[None, :]
+        return tl.load(x_ptr + tokens[:, None] * stride_t + dims[None, :], mask=mask, other=0.0)
+
+    @triton.jit
+    def _store(x_ptr, stride_t, start, rows, length, dims, x, H: tl.constexpr):
+        """The inverse of _load."""
+        tokens = (start + rows).to(tl.int64)
+        mask = (rows < length)[:, None] & (dims < H)[None, :]
+        tl.store(x_ptr + tokens[:, None] * stride_t + dims[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def flash_attn_forward(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        out_ptr,
+        lse_ptr,
+        slopes_ptr,
+        tiles_ptr,
+        stride_qt,
+        stride_qn,
+        stride_kt,
+        stride_kn,
+        stride_vt,
+        stride_vn,
+        stride_ot,
+        stride_on,
+        stride_lse,
+        num_heads,
+        scale_log2,
+        H: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """out and lse for ROWS queries: a pass over the sequence's keys with the online softmax."""
+        start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
+        dims = tl.arange(0, BLOCK_H)
+        slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
+        q = _load(q_ptr + head * stride_qn, stride_qt, start, rows, length, dims, H)
+
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        for first in range(0, length, COLS):
+            cols = first + tl.arange(0, COLS)
+            k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)
+            v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
+            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
+            scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+            # Key 0 is real in every sequence, so the first step makes the maximum finite, for rows of padding too.
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            correction = tl.exp2(highest - new_highest)
+            probs = tl.exp2(scores - new_highest[:, None])
+            total = total * correction + tl.sum(probs, 1)
+            acc = acc * correction[:, None] + _dot(probs.to(v.dtype), v, UPCAST)
+            highest = new_highest
+
+        _store(out_ptr + head * stride_on, stride_ot, start, rows, length, dims, acc / total[:, None], H)
+        lse = highest + tl.log2(total)
+        tl.store(lse_ptr + head * stride_lse + start + rows, lse, mask=rows < length)
+
+    @triton.jit
+    def flash_attn_delta(
+        out_ptr,
+        do_ptr,
+        delta_ptr,
+        stride_ot,
+        stride_on,
+        stride_dot,
+        stride_don,
+        stride_delta,
+        num_heads,
+        num_tokens,
+        H: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """delta = sum over H of do * out, fp32: what the softmax's gradient subtracts from each row."""
+        head = (tl.program_id(0) % num_heads).to(tl.int64)
+        rows = tl.program_id(0) // num_heads * ROWS + tl.arange(0, ROWS)
+        dims = tl.arange(0, BLOCK_H)
+        out = _load(out_ptr + head * stride_on, stride_ot, 0, rows, num_tokens, dims, H).to(tl.float32)
+        do = _load(do_ptr + head * stride_don, stride_dot, 0, rows, num_tokens, dims, H).to(tl.float32)
+        tl.store(delta_ptr + head * stride_delta + rows, tl.sum(out * do, 1), mask=rows < num_tokens)
+
+    @triton.jit
+    def flash_attn_dkdv(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        do_ptr,
+        dk_ptr,
+        dv_ptr,
+        lse_ptr,
+        delta_ptr,
+        slopes_ptr,
+        tiles_ptr,
+        stride_qt,
+        stride_qn,
+        stride_kt,
+        stride_kn,
+        stride_vt,
+        stride_vn,
+        stride_dot,
+        stride_don,
+        stride_dkt,
+        stride_dkn,
+        stride_dvt,
+        stride_dvn,
+        stride_lse,
+        num_heads,
+        scale,
+        scale_log2,
+        H: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """dk and dv for ROWS keys: a pass over the sequence's queries. Everything is transposed: (keys, queries)."""
+        start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
+        dims = tl.arange(0, BLOCK_H)
+        slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
+        k = _load(k_ptr + head * stride_kn, stride_kt, start, rows, length, dims, H)
+        v = _load(v_ptr + head * stride_vn, stride_vt, start, rows, length, dims, H)
+
+        dk = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        dv = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        for first in range(0, length, COLS):
+            cols = first + tl.arange(0, COLS)
+            q = _load(q_ptr + head * stride_qn, stride_qt, start, cols, length, dims, H)
+            do = _load(do_ptr + head * stride_don, stride_dot, start, cols, length, dims, H)
+            # A query beyond the end: lse = +inf makes its probabilities 0.
+            offset = head * stride_lse + start + cols
+            lse = tl.load(lse_ptr + offset, mask=cols < length, other=float("inf"))
+            delta = tl.load(delta_ptr + offset, mask=cols < length, other=0.0)
+            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
+            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * distance
+            probs = tl.exp2(scores - lse[None, :])
+            dv += _dot(probs.to(do.dtype), do, UPCAST)
+            dscores = probs * (_dot(v, tl.trans(do), UPCAST) - delta[None, :])
+            dk += _dot(dscores.to(q.dtype), q, UPCAST)
+
+        _store(dk_ptr + head * stride_dkn, stride_dkt, start, rows, length, dims, dk * scale, H)
+        _store(dv_ptr + head * stride_dvn, stride_dvt, start, rows, length, dims, dv, H)
+
+    @triton.jit
+    def flash_attn_dq(
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        do_ptr,
+        dq_ptr,
+        lse_ptr,
+        delta_ptr,
+        slopes_ptr,
+        tiles_ptr,
+        stride_qt,
+        stride_qn,
+        stride_kt,
+        stride_kn,
+        stride_vt,
+        stride_vn,
+        stride_dot,
+        stride_don,
+        stride_dqt,
+        stride_dqn,
+        stride_lse,
+        num_heads,
+        scale,
+        scale_log2,
+        H: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """dq for ROWS queries: a pass over the sequence's keys."""
+        start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
+        dims = tl.arange(0, BLOCK_H)
+        slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
+        q = _load(q_ptr + head * stride_qn, stride_qt, start, rows, length, dims, H)
+        do = _load(do_ptr + head * stride_don, stride_dot, start, rows, length, dims, H)
+        offset = head * stride_lse + start + rows
+        lse = tl.load(lse_ptr + offset, mask=rows < length, other=float("inf"))
+        delta = tl.load(delta_ptr + offset, mask=rows < length, other=0.0)
+
+        dq = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        for first in range(0, length, COLS):
+            cols = first + tl.arange(0, COLS)
+            # Keys beyond the end are zero: their scores may be anything finite, they add nothing to dq.
+            k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)
+            v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
+            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
+            scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+            probs = tl.exp2(scores - lse[:, None])
+            dscores = probs * (_dot(do, tl.trans(v), UPCAST) - delta[:, None])
+            dq += _dot(dscores.to(k.dtype), k, UPCAST)
+
+        _store(dq_ptr + head * stride_dqn, stride_dqt, start, rows, length, dims, dq * scale, H)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launches
+# ----------------------------------------------------------------------------------------------------------------------
+
+DELTA_ROWS = 64
+
+
+def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    H = q.shape[2]
+    return {
+        "H": H,
+        "BLOCK_H": padded_head_size(H),
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "UPCAST": interpreted() and q.dtype == torch.bfloat16,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors_TNH for stride in x.stride()[:2])
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (T, N, H) and lse (N, T) fp32, base 2; with another tile than the table's of TILES if it is given."""
+    T, N, H = q.shape
+    tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
+    out = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
+    lse = torch.empty(N, T, dtype=torch.float32, device=q.device)
+    if T:
+        args = (q, k, v, out, lse, slopes, table, *_strides(q, k, v, out), T, N, H**-0.5 * LOG2E)
+        launch(flash_attn_forward, len(table) * N, *args, **_options(q, tile))
+    return out, lse
+
+
+def _delta(out: Tensor, do: Tensor) -> Tensor:
+    """(N, T) fp32: the sum over H of do * out."""
+    T, N, H = out.shape
+    delta = torch.empty(N, T, dtype=torch.float32, device=out.device)
+    constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": DELTA_ROWS}
+    launch(flash_attn_delta, -(-T // DELTA_ROWS) * N, out, do, delta, *_strides(out, do), T, N, T, **constants)
+    return delta
+
+
+def _launch_dkdv(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    tile: Tile,
+) -> None:
+    """Writes dk and dv (T, N, H)."""
+    T, N, H = q.shape
+    sizes = (*_strides(q, k, v, do, dk, dv), T, N, H**-0.5, H**-0.5 * LOG2E)
+    args = (q, k, v, do, dk, dv, lse, delta, slopes, table, *sizes)
+    launch(flash_attn_dkdv, len(table) * N, *args, **_options(q, tile))
+
+
+def _launch_dq(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+    dq: Tensor,
+    tile: Tile,
+) -> None:
+    """Writes dq (T, N, H)."""
+    T, N, H = q.shape
+    sizes = (*_strides(q, k, v, do, dq), T, N, H**-0.5, H**-0.5 * LOG2E)
+    args = (q, k, v, do, dq, lse, delta, slopes, table, *sizes)
+    launch(flash_attn_dq, len(table) * N, *args, **_options(q, tile))
+
+
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes: Tensor,
+    dkdv_table: Tensor,
+    dq_table: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes dq, dk, dv (T, N, H)."""
+    T, _, H = q.shape
+    if not T:
+        return
+    tiles = tiles_for(H, q.dtype, _architecture(q.device))
+    do = do if do.stride(2) == 1 and 0 not in do.stride() else do.contiguous()  # an expanded gradient has stride 0
+    delta = _delta(out, do)
+    _launch_dkdv(do, q, k, v, lse, delta, slopes, dkdv_table, dk, dv, tiles.dkdv)
+    _launch_dq(do, q, k, v, lse, delta, slopes, dq_table, dq, tiles.dq)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Keeps q, k, v, out and lse; the probabilities are computed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, dkdv_table: Tensor, dq_table: Tensor
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, slopes, table)
+        ctx.save_for_backward(q, k, v, out, lse, slopes, dkdv_table, dq_table)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, slopes, dkdv_table, dq_table = ctx.saved_tensors
+        T, N, H = q.shape
+        # One buffer for the three: bert_padding's unpack_heads hands it on as the packed product's gradient, uncopied.
+        dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
+        _backward(grads[0], q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
+        return dq, dk, dv, None, None, None, None
+
+
+@torch.library.custom_op("mosaic_bert::flash_attn", mutates_args=())
+def _flash_attn_op(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, dkdv_table: Tensor, dq_table: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, slopes, table)
+
+
+@_flash_attn_op.register_fake
+def _(q, k, v, slopes, table, dkdv_table, dq_table):
+    T, N, H = q.shape
+    return q.new_empty(T, N, H), q.new_empty(N, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("mosaic_bert::flash_attn_backward", mutates_args=())
+def _flash_attn_backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slopes: Tensor,
+    dkdv_table: Tensor,
+    dq_table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _backward(do, q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
+    return dq, dk, dv
+
+
+@_flash_attn_backward_op.register_fake
+def _(do, q, k, v, out, lse, slopes, dkdv_table, dq_table):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, slopes, _, dkdv_table, dq_table = inputs
+    ctx.save_for_backward(q, k, v, *output, slopes, dkdv_table, dq_table)
+
+
+def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return *_flash_attn_backward_op(do, *ctx.saved_tensors), None, None, None, None
+
+
+_flash_attn_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, alibi_slopes: Tensor, tables: dict[int, Tensor]) -> Tensor:
+    """Softmax attention within each sequence, ALiBi added; no dropout.
+
+    Args:
+        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, of one dtype, H at most 128, views included. Also under autocast they
+            are computed on as they come; accumulation, softmax and bias are fp32.
+        alibi_slopes: (N,) fp32.
+        tables: tables of tiles (n, 3) by rows of a tile, for ``TILE_ROWS``, as ``bert_padding.tile_tables`` makes them.
+
+    Returns:
+        (T, N, H), contiguous, in the dtype of q.
+
+    Raises:
+        ValueError: a dtype or a head size that the kernels do not take.
+    """
+    if not q_TNH.dtype == k_TNH.dtype == v_TNH.dtype or q_TNH.dtype not in DTYPES:
+        given = ", ".join(str(x.dtype) for x in (q_TNH, k_TNH, v_TNH))
+        raise ValueError(f"attention 'triton' takes q, k, v of one dtype of fp16, bf16, fp32, not {given}")
+    if alibi_slopes.dtype != torch.float32:
+        raise ValueError(f"attention 'triton' takes slopes in fp32, not {alibi_slopes.dtype}")
+    tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TNH, v_TNH))
+    args = (q, k, v, alibi_slopes, *(tables[tile.rows] for tile in (tiles.forward, tiles.dkdv, tiles.dq)))
+    if torch.compiler.is_compiling():
+        return _flash_attn_op(*args)[0]
+    return _FlashAttention.apply(*args)  # pyright: ignore[reportReturnType]

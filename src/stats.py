@@ -1,0 +1,110 @@
+"""What a conversion counts: of each share of work, added up for a split."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
+
+FIRST = 5
+"""So many unreadable lines are quoted."""
+
+
+def rounded(length: int) -> int:
+    """``length`` with its 4 leading bits kept, the others 0: at most 12.5% less, and few different values."""
+    shift = max(0, length.bit_length() - 4)
+    return length >> shift << shift
+
+
+@dataclass
+class Stats:
+    """Counts that can be added, and written as JSON."""
+
+    documents: int = 0
+    """Read, empty and unreadable ones not among them."""
+    empty: int = 0
+    bad: int = 0
+    first_bad: list[str] = field(default_factory=list)
+    duplicate: int = 0
+    """Documents dropped because an earlier one has the same text."""
+    contaminated: int = 0
+    """Documents dropped because they share words with an evaluation set."""
+    characters: int = 0
+    """Of the documents kept."""
+    cut_characters: int = 0
+    """Of these, what lies behind the last token of a truncated document."""
+    samples: int = 0
+    tokens: int = 0
+    """[CLS] and [SEP] included; 0 for shards of text."""
+    bytes: int = 0
+    """Of the shards, as they lie on disk."""
+    document_characters: Counter[int] = field(default_factory=Counter)
+    """``rounded`` characters: documents."""
+    sample_tokens: Counter[int] = field(default_factory=Counter)
+    """Tokens, [CLS] and [SEP] included: samples."""
+
+    def add(self, other: "Stats") -> None:
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        del self.first_bad[FIRST:]
+
+    def add_lengths(self, lengths: np.ndarray[Any, Any]) -> None:
+        """Count samples of these numbers of tokens."""
+        self.tokens += int(lengths.sum(dtype=np.int64))
+        self.sample_tokens.update(dict(zip(*(x.tolist() for x in np.unique(lengths, return_counts=True)), strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Stats":
+        """JSON's keys are texts; lengths become numbers again."""
+        counters = ("document_characters", "sample_tokens")
+        return cls(**{**record, **{name: Counter({int(k): v for k, v in record[name].items()}) for name in counters}})
+
+    def report(self, max_seq_len: int | None) -> dict[str, Any]:
+        """What stats.json holds; nothing in it depends on time or machine.
+
+        Args:
+            max_seq_len: of shards of tokens; None for text.
+        """
+        report: dict[str, Any] = {
+            "documents": self.documents,
+            "empty": self.empty,
+            "bad": self.bad,
+            "first_bad": self.first_bad,
+            "dropped": {"duplicate": self.duplicate, "contaminated": self.contaminated},
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "characters": self.characters,
+            "document_characters": distribution(self.document_characters),
+        }
+        if max_seq_len is not None:
+            report |= {
+                "tokens": self.tokens,
+                "cut_share": self.cut_characters / max(self.characters, 1),
+                "fill": self.tokens / (self.samples * max_seq_len),
+                "bytes_per_token": self.bytes / self.tokens,
+                "characters_per_token": (self.characters - self.cut_characters) / self.tokens,
+                "sample_tokens": distribution(self.sample_tokens),
+            }
+        return report
+
+
+def distribution(counts: Mapping[int, int]) -> dict[str, Any]:
+    """Mean, percentiles and histogram of the values whose numbers ``counts`` holds."""
+    values = np.array(sorted(counts), dtype=np.int64)
+    numbers = np.array([counts[v] for v in values.tolist()], dtype=np.int64)
+    if not len(values):
+        return {"mean": 0.0, "percentiles": {}, "histogram": {}}
+    ranks = np.ceil(np.array(PERCENTILES) / 100 * numbers.sum())
+    at = values[np.searchsorted(np.cumsum(numbers), ranks)].tolist()
+    return {
+        "mean": float((values * numbers).sum() / numbers.sum()),
+        "percentiles": dict(zip(map(str, PERCENTILES), at, strict=True)),
+        "histogram": {str(v): n for v, n in zip(values.tolist(), numbers.tolist(), strict=True)},
+    }

@@ -1,0 +1,86 @@
+"""What only a GPU can show; skipped where there is none. The kernels' own tests run on a GPU as they are."""
+
+import pytest
+import torch
+
+from src.attention import resolve
+from src.bert_layers import BertForMaskedLM, Layout
+from src.bert_padding import tile_tables
+from src.configuration_bert import BertConfig
+from src.flash_attn_triton import TILE_ROWS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def microbatch(lengths, vocab_size=1024):
+    """Ids, layout, masked positions and labels on the GPU, as the training loop sends them."""
+    T = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tables = {rows: table.cuda() for rows, table in tile_tables(cu_seqlens, TILE_ROWS).items()}
+    ids = torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(0)).cuda()
+    masked_index = torch.arange(0, T, 3).cuda()
+    return ids, Layout(cu_seqlens.cuda(), max(lengths), tables), masked_index, ids[masked_index]
+
+
+def model_of(**options):
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(1024, 128, 3, 2, 256, **options)).cuda()
+
+
+@pytest.mark.parametrize("attention", ["triton", "flash_attn"])
+def test_a_step_waits_for_nothing(attention):
+    """Forward, loss and backward start their kernels and wait for none of them."""
+    try:
+        resolve(attention, device_type="cuda")
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    model, batch = model_of(attention=attention).train(), microbatch([100, 7, 128, 33])
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                output = model.forward_unpadded(*batch)
+            output.loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert output.loss.isfinite()
+
+
+def test_a_training_step_gives_the_same_bits():
+    """Kernels, dropout and the head: from one seed, one loss and one gradient."""
+    results = []
+    for _ in range(2):
+        model = model_of().train()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.forward_unpadded(*microbatch([100, 7, 128, 33])).loss
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(results[0][0], results[1][0])
+    # The word embeddings' gradient is PyTorch's own, which adds by atomics unless deterministic algorithms are on.
+    for (name, _), a, b in zip(model.named_parameters(), results[0][1], results[1][1], strict=False):
+        if "word_embeddings" not in name:
+            assert torch.equal(a, b), name
+
+
+def test_kernels_and_reference_train_alike():
+    """Twenty steps in bf16 on one batch: the losses go down together."""
+    curves = {}
+    for name, options in {"kernels": {}, "plain": {"attention": "reference", "kernels": "torch"}}.items():
+        model = model_of(hidden_dropout_prob=0.0, **options).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        batch, curve = microbatch([100, 7, 128, 33]), []
+        for _ in range(20):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model.forward_unpadded(*batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves[name] = torch.tensor(curve)
+    assert curves["kernels"][-1] < curves["kernels"][0] - 1
+    torch.testing.assert_close(curves["kernels"], curves["plain"], rtol=0.02, atol=0.02)
