@@ -154,12 +154,14 @@ def mosaic_bert(
     max_seq_len: int,
     model_config: dict[str, Any] | None = None,
     attention: str = "auto",
+    kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
-    if "attention" in (model_config or {}):
-        raise ConfigError("model.model_config.attention: it is model.attention, beside model_config")
-    options = {**(model_config or {}), "attention": attention}
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
+    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
     config = _model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of
+from .kernels import dropout_scale, dropout_threshold, launch, rows_of
 
 try:
     import triton
@@ -28,6 +28,7 @@ except ImportError:  # see kernels.py
     triton = None
 
 if triton is not None:
+    from .kernels import keep_mask
 
     @triton.jit
     def geglu_forward(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, keep_mask, launch, rows_of
+from .kernels import dropout_scale, dropout_threshold, launch, rows_of
 
 try:
     import triton
@@ -32,6 +32,7 @@ except ImportError:  # see kernels.py
     triton = None
 
 if triton is not None:
+    from .kernels import keep_mask
 
     @triton.jit
     def layer_norm_forward(
@@ -270,8 +271,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None
 
 def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of each argument of ``_forward``."""
-    residual = ctx.saved_tensors[1]
-    dx, dresidual, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.dropout_p)
+    saved = ctx.saved_tensors  # asked for once: checkpointing computes the layer again here
+    residual = saved[1]
+    dx, dresidual, dweight, dbias = backward(dy, *saved, ctx.dropout_p)
     if residual is None:
         dresidual = None
     elif dresidual.ndim == 1:

@@ -65,7 +65,10 @@ def _fields(loss_sum: Tensor, correct: Tensor, labels: Tensor) -> dict[str, Any]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Keeps x and the weight in the product's dtype, the logits, and log-sum-exp (M,)."""
+    """Keeps x and the weight in the product's dtype, the logits, and of each row its maximum and its sum of exp.
+
+    Those two apart, not log-sum-exp: the difference to a maximum of 1,000 is exact, to a rounded logarithm it is not.
+    """
 
     @staticmethod
     def forward(
@@ -76,36 +79,39 @@ class _HeadLoss(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         logits = torch.addmm(bias, x, weight.t()) if keep else None
-        lse, picked = x.new_empty(len(x), dtype=exact), x.new_empty(len(x), dtype=exact)
+        top, total, picked = (x.new_empty(len(x), dtype=exact) for _ in range(3))
         best = labels.new_empty(len(x))
         for rows in _blocks(len(x), len(weight)):
             block = (torch.addmm(bias, x[rows], weight.t()) if logits is None else logits[rows]).to(exact)
-            torch.logsumexp(block, dim=1, out=lse[rows])
-            torch.argmax(block, dim=1, out=best[rows])
+            torch.max(block, dim=1, out=(top[rows], best[rows]))
             picked[rows] = block.gather(1, labels[rows, None].clamp(min=0)).squeeze(1)
-        labelled = labels >= 0
-        ctx.save_for_backward(x, weight, labels, logits, lse)
+            total[rows] = (block - top[rows, None]).exp_().sum(1)
+        ctx.save_for_backward(x, weight, labels, logits, top, total)
         ctx.set_materialize_grads(False)
+        ctx.spent = False
         correct = (best == labels).sum()
         ctx.mark_non_differentiable(correct)
-        return (lse - picked).where(labelled, 0.0).sum(), correct
+        return (total.log() - (picked - top)).where(labels >= 0, 0.0).sum(), correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if dloss is None:
             return (None,) * 6
-        x, weight, labels, logits, lse = ctx.saved_tensors  # a second backward ends here: logits were written over
-        scale = dloss.to(lse.dtype) * (labels >= 0)  # (M,)
+        if ctx.spent:
+            raise RuntimeError("the masked-language-model loss has one backward: its logits have been written over")
+        ctx.spent = True
+        x, weight, labels, logits, top, total = ctx.saved_tensors
+        scale = dloss.to(top.dtype) * (labels >= 0)  # (M,)
         for rows in _blocks(len(x), len(weight)):
-            block = logits[rows].to(lse.dtype)  # the logits themselves, if they have that dtype
-            block.sub_(lse[rows, None]).exp_()
+            block = logits[rows].to(top.dtype)  # the logits themselves, if they have that dtype
+            block.sub_(top[rows, None]).exp_().div_(total[rows, None])
             block.scatter_add_(1, labels[rows, None].clamp(min=0), block.new_full((1, 1), -1.0).expand(len(block), 1))
             torch.mul(block, scale[rows, None], out=logits[rows])
         with torch.autocast(x.device.type, enabled=False):
             dx = torch.mm(logits, weight)
             dweight = _weight_grad(logits, x)
-            dbias = logits.sum(0, dtype=lse.dtype)
+            dbias = logits.sum(0, dtype=top.dtype)
         grads = (grad.to(dtype) for grad, dtype in zip((dx, dweight, dbias), ctx.dtypes, strict=True))
         return (*grads, None, None, None)
 

@@ -93,6 +93,8 @@ def test_settings_that_cannot_act_are_refused(tokenizer):
         builders.hf_bert(tokenizer, 512, {"max_position_embeddings": 128})
     with pytest.raises(ConfigError, match="'nope' is not there"):
         builders.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1}, attention="nope")
+    with pytest.raises(ConfigError, match="kernels 'nope' is not there; choose one of auto, triton, torch"):
+        builders.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1}, kernels="nope")
     with pytest.raises(ConfigError, match="not a multiple"):
         builders.mosaic_bert(tokenizer, 128, {"hidden_size": 10})
     run = config.load("yamls/quickstart.yaml", ["algorithms.low_precision_layernorm.apply_at=init"])
