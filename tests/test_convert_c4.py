@@ -1,6 +1,7 @@
 import contextlib
 import fcntl
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -348,7 +349,7 @@ def test_a_conversion_can_be_stopped_at_any_rename(tmp_path, documents, monkeypa
             published = (out / "mine").exists()  # what is left then is in nobody's way
             convert(out, str(source), "--num_workers", "1", *(["--overwrite"] if published else []))
             assert bytes_of(out / "mine") == whole and not (out / "mine.partial").exists(), f"{name} {stop}"
-        assert stop > (12 if name == "rename" else 3)
+        assert stop > (12 if name == "rename" else 1)
 
 
 def test_other_settings_or_sources_do_not_go_on(tmp_path, many, monkeypatch):
@@ -382,24 +383,39 @@ def wait_for(condition, process):
         assert process.poll() is None
 
 
+def convert_and_die(moment, *args):
+    """Convert in this process, which is killed at a moment counted in samples, syncs and renames."""
+    calls = itertools.count(1)
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    MDSWriter.write, os.fsync, os.rename = mortal(MDSWriter.write), mortal(os.fsync), mortal(os.rename)
+    convert(*args)
+
+
 def test_kill_9_at_many_moments(tmp_path, many):
     """One process, killed and begun again until it comes to an end."""
     whole = convert(tmp_path / "whole", many, "--num_workers", "1")
-    complete, kills = set(), 0
+    random, complete, kills = np.random.default_rng(0), set(), 0
     while not (tmp_path / "mine").exists():
+        moment = int(random.integers(1, 120))
         process = multiprocessing.get_context("fork").Process(
-            target=convert, args=(tmp_path, many, "--num_workers", "1"), daemon=True
+            target=convert_and_die, args=(moment, tmp_path, many, "--num_workers", "1")
         )
         process.start()
-        process.join(0.15 + 0.05 * kills)
-        process.kill()
         process.join()
-        kills += 1
-        units_folder = tmp_path / "mine.partial" / "units"
-        now = {path.name for path in units_folder.glob("??????")}
-        assert not units_folder.exists() or now >= complete
-        complete = now
-    assert kills > 1 and bytes_of(tmp_path / "mine") == bytes_of(whole)
+        kills += process.exitcode == -signal.SIGKILL
+        if not (tmp_path / "mine").exists():
+            now = {path.name for path in (tmp_path / "mine.partial" / "units").glob("??????")}
+            assert now >= complete
+            complete = now
+    assert kills > 3 and bytes_of(tmp_path / "mine") == bytes_of(whole)
 
 
 @pytest.mark.slow
