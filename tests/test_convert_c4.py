@@ -22,7 +22,7 @@ from src import convert as units
 from src import filters
 from src.data_c4 import TOKENS_KEY, encode_prefix, tokenizer_fingerprint
 from src.stats import Stats
-from src.text import iter_documents
+from src.text import PIECE, iter_documents, pieces
 
 LONG = "the cat sat on the mat and looked at the moon . " * 40
 
@@ -616,6 +616,6 @@ def test_long_documents_are_tokenized_in_pieces(tokenizer):
     together = [i for sample in samples for i in sample[1:-1].tolist()]
     assert together == [i for text in (ODD[0], ODD[2]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert [len(sample) for sample in samples[:600]] == [16] * 600
-    assert all("".join(p for p, _ in units.pieces(text)) == text for text in ODD)
-    assert max(len(piece) for text in ODD for piece, _ in units.pieces(text)) == units.PIECE
-    assert [last for _, last in units.pieces(ODD[1])] == [False, False, True]
+    assert all("".join(p for p, _ in pieces(text)) == text for text in ODD)
+    assert max(len(piece) for text in ODD for piece, _ in pieces(text)) == PIECE
+    assert [last for _, last in pieces(ODD[1])] == [False, False, True]
