@@ -41,7 +41,7 @@ MOST_TEXT = 200_000_000
 SHOWN = 20
 """Words that --compare prints."""
 
-COMPARED = 20_000_000
+COMPARED = 5_000_000
 """Words that --compare looks at: the first of the text."""
 
 ALPHABET = 1000
@@ -138,12 +138,15 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrained
     """Print how two tokenizers cut the words of the texts, and the words that gain most: count * pieces saved."""
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
+    total = 0
     for text in texts:
         for piece, _ in pieces(text):
-            counts.update(word for word, _ in splitter.pre_tokenize_str(piece))
-        if counts.total() >= COMPARED:
+            words = [word for word, _ in splitter.pre_tokenize_str(piece)]
+            counts.update(words)
+            total += len(words)
+        if total >= COMPARED:
             break
-    words, total = list(counts), max(counts.total(), 1)
+    words, total = list(counts), max(total, 1)
     cut = {}
     for column, backend, unknown in ((0, ours, "[UNK]"), (1, other.backend_tokenizer, other.unk_token)):
         # The blank before makes it the beginning of a word to tokenizers that look at it; BERT's do not.
@@ -158,7 +161,7 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrained
             times[" ".join(a), " ".join(b)] += counts[word]
     best = sorted(times, key=lambda ab: (times[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:SHOWN]
     if best:
-        print(f"{'times':>9}  {'this tokenizer':28}  {name}")
+        print(f"{'times':>9}  {'this tokenizer':28}  {Path(name).name}")
     for ab in best:
         print(f"{times[ab]:9,}  {ab[0]:28}  {ab[1]}")
 
