@@ -11,13 +11,17 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from src.text import Counts, iter_documents
+from src.text import Counts, iter_documents, pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """Ids 0 to 4, in this order."""
@@ -25,17 +29,60 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"}
 """What is written, and what --overwrite may remove."""
 
+MOST_WORDS = 2_000_000
+"""Different words kept; the trainer takes about 1 kB for each."""
+
+LONGEST = 100
+"""Characters of a word. WordPiece takes longer ones as unknown, so nothing is learnt from them."""
+
+MOST_TEXT = 200_000_000
+"""Words given to the trainer, repetitions included; beyond, counts are divided and rounded down."""
+
+SHOWN = 20
+"""Words that --compare prints."""
+
+COMPARED = 5_000_000
+"""Words that --compare looks at: the first of the text."""
+
 ALPHABET = 1000
 """Characters at most, the most frequent; words with any other are [UNK]. The trainer's own default."""
 
 
-def alphabet_of(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
-    """The most frequent characters of the texts, sorted."""
+def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Counter[str]:
+    """What stands between white space in the normalized texts, and how often.
+
+    Memory is bounded: of more than twice ``MOST_WORDS`` different words only the more frequent half is kept, a form of
+    lossy counting (Manku and Motwani, 2002). Up to then, the counts are exact.
+    """
     counts: Counter[str] = Counter()
+    splitter = pre_tokenizers.BertPreTokenizer()
     for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    return sorted(characters[:ALPHABET])
+        for piece, _ in pieces(text):
+            words = normalizer.normalize_str(piece).split()
+            if len(max(words, key=len, default="")) > LONGEST:  # scripts without blanks, tables, addresses
+                parts = (part for word in words for part, _ in splitter.pre_tokenize_str(word))
+                words = [part for part in parts if len(part) <= LONGEST]
+            counts.update(words)
+        if len(counts) > 2 * MOST_WORDS:
+            counts = Counter(dict(counts.most_common()[:MOST_WORDS]))
+    return Counter(dict(counts.most_common()[:MOST_WORDS]))
+
+
+def alphabet_of(words: Counter[str]) -> list[str]:
+    """The most frequent characters of the words, sorted."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
+
+
+def repeated(words: Counter[str]) -> Iterator[str]:
+    """Texts in which each word stands as often as it was counted; more than ``MOST_TEXT`` words are scaled down."""
+    scale = -(-words.total() // MOST_TEXT)
+    for word, count in words.items():
+        for start in range(0, count // scale, 1000):
+            yield " ".join([word] * min(1000, count // scale - start))
 
 
 def continues_words(character: str) -> bool:
@@ -44,15 +91,15 @@ def continues_words(character: str) -> bool:
     return len(first.pre_tokenize_str(second.normalize_str(f"a{character}"))) == 1
 
 
-def train(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Tokenizer:
+def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     """WordPiece as BERT has it (Devlin et al., 2019): split at white space and punctuation, continuations with ##.
 
-    The same texts give the same tokenizer. The library's trainer alone does not: it numbers the continuing characters
-    in the order of a randomly seeded hash table, and ties between merges follow these numbers. Hence a first pass
-    that collects the characters, which are then given to it in order.
+    The same words give the same tokenizer. The library's trainer alone does not: it numbers the continuing characters
+    in the order of a randomly seeded hash table, and ties between merges follow these numbers. Hence the characters
+    are collected before, and given to it in order.
 
     Args:
-        texts: gives the texts anew at each call; they are read twice and not kept.
+        words: from ``count_words``, with the normalizer of ``lowercase``.
         vocab_size: entries at most, special tokens included.
         lowercase: lower the case and strip accents, as bert-base-uncased.
 
@@ -60,7 +107,7 @@ def train(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) 
         ValueError: the vocabulary has no room for the characters.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    alphabet = alphabet_of(texts(), normalizer)
+    alphabet = alphabet_of(words)
     first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if continues_words(c))]
     if vocab_size < len(first):
         raise ValueError(f"--vocab_size {vocab_size} has no room for the text's characters; take {len(first)} or more")
@@ -74,7 +121,7 @@ def train(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) 
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    trained.train_from_iterator(texts(), trainer)
+    trained.train_from_iterator(repeated(words), trainer)
 
     # To the trainer all of `first` was special; in the tokenizer only SPECIAL is.
     tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
@@ -87,13 +134,46 @@ def train(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) 
     return tokenizer
 
 
+def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrainedTokenizerFast") -> None:
+    """Print how two tokenizers cut the words of the texts, and the words that gain most: count * pieces saved."""
+    splitter = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    total = 0
+    for text in texts:
+        for piece, _ in pieces(text):
+            words = [word for word, _ in splitter.pre_tokenize_str(piece)]
+            counts.update(words)
+            total += len(words)
+        if total >= COMPARED:
+            break
+    words, total = list(counts), max(total, 1)
+    cut = {}
+    for column, backend, unknown in ((0, ours, "[UNK]"), (1, other.backend_tokenizer, other.unk_token)):
+        # The blank before makes it the beginning of a word to tokenizers that look at it; BERT's do not.
+        cut[column] = [e.tokens for e in backend.encode_batch([f" {word}" for word in words], add_special_tokens=False)]
+        tokens = sum(counts[word] * len(parts) for word, parts in zip(words, cut[column], strict=True))
+        lost = sum(counts[word] for word, parts in zip(words, cut[column], strict=True) if unknown in parts)
+        label = ("this tokenizer", name)[column]
+        print(f"{label}: {tokens / total:.3f} tokens a word, {lost / total:.3%} of {total:,} words unknown")
+    times: Counter[tuple[str, str]] = Counter()  # words that differ in case alone are one where both ignore it
+    for word, a, b in zip(words, cut[0], cut[1], strict=True):
+        if len(a) < len(b):
+            times[" ".join(a), " ".join(b)] += counts[word]
+    best = sorted(times, key=lambda ab: (times[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:SHOWN]
+    if best:
+        print(f"{'times':>9}  {'this tokenizer':28}  {Path(name).name}")
+    for ab in best:
+        print(f"{times[ab]:9,}  {ab[0]:28}  {ab[1]}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a file or folder: .json.gz, .jsonl, .txt, .parquet, or a folder of C4's files")
+    parser.add_argument("source", help="whatever convert_c4.py reads: files of text, C4's files, a split of MDS shards")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, required=True, help="entries at most, the 5 special ones included")
     parser.add_argument("--no-lowercase", action="store_false", dest="lowercase", help="keep case and accents")
     parser.add_argument("--limit", type=int, help="only the first so many documents")
+    parser.add_argument("--compare", metavar="TOKENIZER", help="print how this one (folder or hub name) cuts the text")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     args = parser.parse_args(argv)
     if args.out.exists() and not args.overwrite:
@@ -106,19 +186,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.limit is not None and args.limit < 1:
         raise ValueError("--limit must be at least 1")
 
-    started, documents = time.perf_counter(), 0
+    other = None
+    if args.compare is not None:
+        from src.data_c4 import load_tokenizer  # takes seconds to import, and fails before the work is done
 
-    def texts() -> Iterator[str]:
-        nonlocal documents
-        counts = Counts()
+        other = load_tokenizer(args.compare)
+
+    started, counts = time.perf_counter(), Counts()
+
+    def texts(counts: Counts) -> Iterator[str]:
         source = itertools.islice(iter_documents(args.source, counts=counts), args.limit)
         for document in tqdm(source, desc="train_tokenizer", unit="doc", unit_scale=True, mininterval=1):
             yield document["text"]
-        documents = counts.documents
-        if not documents:
-            raise ValueError(f"{args.source}: the source has no document")
 
-    tokenizer = train(texts, args.vocab_size, args.lowercase)
+    words = count_words(texts(counts), normalizers.BertNormalizer(lowercase=args.lowercase))
+    if not counts.documents:
+        raise ValueError(f"{args.source}: the source has no document")
+    tokenizer = train(words, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
         print(f"the text has pieces for {size} entries only, not for {args.vocab_size}", file=sys.stderr)
@@ -130,7 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase).save_pretrained(partial)
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)
-    print(f"tokenizer vocab_size={size} documents={documents} seconds={time.perf_counter() - started:.1f}")
+    if other is not None:
+        compare(texts(Counts()), tokenizer, args.compare, other)
+    print(f"tokenizer vocab_size={size} documents={counts.documents} seconds={time.perf_counter() - started:.1f}")
 
 
 if __name__ == "__main__":

@@ -22,16 +22,13 @@ from src import filters
 from src.data_c4 import tokenizer_fingerprint
 from src.pool import Beat
 from src.stats import Stats, rounded
-from src.text import Counts, Document, Span, read
+from src.text import Counts, Document, Span, end_of_prefix, pieces, read
 
 HASHES = ["sha1"]
 """Written for each shard, so that damage can be found."""
 
 BATCH = 256
 """Pieces of text tokenized at once."""
-
-PIECE = 1 << 14
-"""Characters. Longer documents are tokenized in pieces, which end at white space where there is any."""
 
 BEAT = 256
 """Documents between two signs of life."""
@@ -42,31 +39,6 @@ uint16, shards of tokens only); the documents that filters dropped."""
 
 SHOWN = 80
 """Characters of a dropped document that are listed."""
-
-
-def end_of_prefix(text: str, characters: int) -> int:
-    """Where the first ``characters`` of ``text`` end if no word may be cut: at white space, where tokenizers cut too.
-
-    White space is looked for backwards, then forwards up to ``PIECE``; without any the cut is there.
-    """
-    if characters >= len(text):
-        return len(text)
-    end = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
-    if end > 0:
-        return end
-    ahead = max(characters, PIECE)
-    found = [at for at in (text.find(" ", characters, ahead), text.find("\n", characters, ahead)) if at > 0]
-    return min([*found, ahead, len(text)])
-
-
-def pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Consecutive parts of at most ``PIECE`` characters, each with whether it is the last."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = start + end_of_prefix(text[start : start + PIECE + 1], PIECE)
-        yield text[start:end], False
-        start = end
-    yield text[start:], True
 
 
 class Tokens:

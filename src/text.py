@@ -32,6 +32,9 @@ C4_SPLITS = {"train": "train", "val": "validation"}
 MAX_LINE = 1 << 31
 """Bytes. A longer line is bad: it would be held in memory several times over."""
 
+PIECE = 1 << 14
+"""Characters. Longer documents are tokenized in pieces, which end at white space where there is any."""
+
 TEXT_BYTES = {".gz": 3, ".parquet": 2}
 """Bytes of text in a byte of such a file, roughly: it shares out work and decides nothing else."""
 
@@ -397,3 +400,33 @@ def _mds_documents(path: Path) -> Iterator[Item]:
         if at != end:
             raise ValueError(f"{path}:{number}: the sample ends at byte {at:,} and not at {end:,}: damaged")
         yield f"{path}:{number}", _row(row)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cutting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def end_of_prefix(text: str, characters: int) -> int:
+    """Where the first ``characters`` of ``text`` end if no word may be cut: at white space, where tokenizers cut too.
+
+    White space is looked for backwards, then forwards up to ``PIECE``; without any the cut is there.
+    """
+    if characters >= len(text):
+        return len(text)
+    end = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
+    if end > 0:
+        return end
+    ahead = max(characters, PIECE)
+    found = [at for at in (text.find(" ", characters, ahead), text.find("\n", characters, ahead)) if at > 0]
+    return min([*found, ahead, len(text)])
+
+
+def pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Consecutive parts of at most ``PIECE`` characters, each with whether it is the last."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = start + end_of_prefix(text[start : start + PIECE + 1], PIECE)
+        yield text[start:end], False
+        start = end
+    yield text[start:], True

@@ -1,11 +1,16 @@
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from streaming import MDSWriter
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
 
 import train_tokenizer
+from src.text import iter_documents
 
 
 @pytest.fixture
@@ -66,6 +71,57 @@ def test_continuations_are_what_may_stand_inside_a_word():
 def test_limit(source, tmp_path, capsys):
     train(source, tmp_path / "t", "--limit", "10")
     assert "documents=10" in capsys.readouterr().out
+
+
+def test_a_split_of_shards_is_a_source(source, tmp_path):
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"text": "str"}) as writer:
+        for document in iter_documents(source):
+            writer.write(document)
+    train(source, tmp_path / "a")
+    train(str(tmp_path / "mds"), tmp_path / "b")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_words_are_counted_in_bounded_memory(monkeypatch):
+    """Rare words go, frequent ones stay with their counts; what WordPiece cannot know is not kept at all."""
+    monkeypatch.setattr(train_tokenizer, "MOST_WORDS", 10)
+    normalizer = BertNormalizer()
+    texts = [f"The the cat, rare{i} sat " + "x" * 101 for i in range(100)]
+    counts = train_tokenizer.count_words(texts, normalizer)
+    assert len(counts) == 10 and (counts["the"], counts["cat"], counts["sat"]) == (200, 100, 100)
+    assert max(map(len, counts)) < 10
+    assert train_tokenizer.count_words(["b a", "a b b"], normalizer) == {"a": 2, "b": 3}
+
+
+def test_the_trainer_sees_the_counts(monkeypatch):
+    words = Counter({"often": 2500, "twice": 2, "once": 1})
+    text = " ".join(train_tokenizer.repeated(words)).split()
+    assert Counter(text) == words
+    monkeypatch.setattr(train_tokenizer, "MOST_TEXT", 1300)
+    assert Counter(" ".join(train_tokenizer.repeated(words)).split()) == {"often": 1250, "twice": 1}
+
+
+def test_compare(source, tmp_path, capsys):
+    """The domain's word first, whole here and in pieces there."""
+    (tmp_path / "other.txt").write_text("nana lolo xonxon ee the cat " * 9)
+    train(str(tmp_path / "other.txt"), tmp_path / "other", size="60")
+    capsys.readouterr()
+    tokenizer = train(source, tmp_path / "t", "--compare", str(tmp_path / "other"))
+    lines = capsys.readouterr().out.splitlines()
+    words = [word for d in iter_documents(source) for word, _ in BertPreTokenizer().pre_tokenize_str(d["text"])]
+    pieces = sum(len(tokenizer.tokenize(word)) for word in words)
+    unknown = sum("[UNK]" in tokenizer.tokenize(word) for word in words)
+    assert lines[0] == (
+        f"this tokenizer: {pieces / len(words):.3f} tokens a word, "
+        f"{unknown / len(words):.3%} of {len(words):,} words unknown"
+    )
+    assert lines[1].startswith(f"{tmp_path / 'other'}: ") and lines[2].split()[:3] == ["times", "this", "tokenizer"]
+    table = {line.split()[1]: line.split() for line in lines[3:-1]}
+    other = AutoTokenizer.from_pretrained(tmp_path / "other")
+    assert table["naloxone"] == ["30", "naloxone", *other.tokenize("naloxone")] and len(table["naloxone"]) > 5
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train(source, tmp_path / "u", "--compare", str(tmp_path / "none"))
+    assert not (tmp_path / "u").exists()
 
 
 def test_refusals(source, tmp_path):
