@@ -145,7 +145,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
     Args:
         folder: of the split, with index.json.
         complete: every shard must be here, with the size that the index states; else (a cache that fills up) only what
-            is here is compared.
+            is here is compared, and what is damaged is deleted, with a warning, to be fetched again.
         verify: ``size``; ``hash`` reads each file, on all cores, under a progress bar; ``off`` compares no files.
 
     Raises:
@@ -163,7 +163,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
         raise DataError(f"{folder / 'index.json'} is broken ({error!r}); convert or copy the split again") from None
     if not total:
         raise DataError(f"{folder} is an empty dataset; convert the text again")
-    faults, sound = [], []
+    faults, damaged, sound = [], [], []
     for either in files:
         for info in either:
             if Path(info["basename"]).name != info["basename"]:
@@ -175,29 +175,36 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
             found = (folder / info["basename"]).stat().st_size
             if found != info["bytes"]:
                 faults.append(f"{info['basename']} has {found:,} bytes, not {info['bytes']:,}")
+                damaged.append(info)
             else:
                 sound.append(info)
     if verify == "hash":
-        faults += _other_hashes(folder, sound)
+        others = _other_hashes(folder, sound)
+        faults += [f"{info['basename']} has other bytes than when it was written" for info in others]
+        damaged += others
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        if not complete:
+            log.warning("%s: %s. Fetching again what is damaged", folder, shown)
+            for info in damaged:
+                (folder / info["basename"]).unlink()
+            return
         raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
 
 
-def _other_hashes(folder: Path, files: Sequence[dict[str, Any]]) -> list[str]:
+def _other_hashes(folder: Path, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of ``files`` (of index.json) whose bytes have another hash than the index states."""
     for info in files:
         if not info["hashes"]:
             raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
 
-    def fault(info: dict[str, Any]) -> str | None:
+    def differs(info: dict[str, Any]) -> bool:
         algorithm, want = next(iter(info["hashes"].items()))
-        same = get_hash(algorithm, (folder / info["basename"]).read_bytes()) == want
-        return None if same else f"{info['basename']} has other bytes than when it was written"
+        return get_hash(algorithm, (folder / info["basename"]).read_bytes()) != want
 
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
-        progress = tqdm(pool.map(fault, files), desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
-        return [found for found in progress if found is not None]
+        progress = tqdm(pool.map(differs, files), desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
+        return [info for info, found in zip(files, progress, strict=True) if found]
 
 
 class Sample(TypedDict):
@@ -245,6 +252,11 @@ class OpenShards:
         if len(data) != end - begin:
             raise DataError(f"{path} ends at byte {begin + len(data):,}, within sample {index}")
         return data
+
+    def forget(self, path: str) -> None:
+        """Close a shard; the next read opens what is then there."""
+        if path in self.files:
+            self.files.pop(path)[0].close()
 
 
 class Locator:
@@ -388,9 +400,11 @@ class StreamingC4(StreamingDataset):
             sources = {"": Source(local, remote, split)}
         self.sources = dict(sources)
         # The processes of a node share its files; one of them is enough to read them all.
-        check = "size" if verify == "hash" and not World.detect().is_local_leader else verify
+        leads = World.detect().is_local_leader
         for source in self.sources.values():
-            source.check(check)
+            source.check("size" if verify == "hash" and not leads else verify)
+            if not source.complete and leads and (source.folder / "index.json").is_file():
+                check_shards(source.folder, False, verify)  # before streaming notes what is in the cache
         try:
             super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
         except Exception as error:  # each object store has errors of its own
@@ -403,10 +417,11 @@ class StreamingC4(StreamingDataset):
             ) from error
         for source, stream in zip(self.sources.values(), self.streams, strict=True):
             if not source.complete:
-                check_shards(source.folder, False, check)
+                check_shards(source.folder, False, "off")  # the names in an index that has just come
                 if verify == "hash":
                     stream.validate_hash = _hash_of_downloads(source.folder)
         self.spanner: Any = Locator(self.samples_per_shard)
+        self._fetched_again = set[int]()
         self.failure: BaseException | None = None
         self._open_shards, self._prepared = OpenShards(), set[int]()
         for shard_id, shard in enumerate(self.shards):
@@ -540,11 +555,16 @@ class StreamingC4(StreamingDataset):
         """One sample by its id."""
         try:
             raw = super().get_item(sample_id, retry)
-        except DataError:
-            raise
         except Exception as error:
-            self._fail(self._damage(self.spanner[sample_id][0], error))
-            raise DataError(str(self.failure)) from error
+            shard_id = int(self.spanner[sample_id][0])
+            streamed = not list(self.sources.values())[int(self.stream_per_shard[shard_id])].complete
+            if self.failure is None and streamed and shard_id not in self._fetched_again:
+                self._fetch_again(shard_id, error)
+                return self.get_item(sample_id, retry)
+            if not isinstance(error, DataError):
+                error = self._damage(shard_id, error)
+            self._fail(error)
+            raise error from None
         stream = 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
         dtype = self.token_dtypes[stream]
         if dtype is not None:
@@ -557,6 +577,15 @@ class StreamingC4(StreamingDataset):
         if self.num_streams > 1:
             sample["stream"] = stream
         return sample
+
+    def _fetch_again(self, shard_id: int, error: Exception) -> None:
+        """Drop a damaged shard from the cache, once in this process; it is fetched when it is read next."""
+        shard: Any = self.shards[shard_id]
+        log.warning("%s in the cache is damaged (%s). Fetching it again", shard.raw_data.basename, error)
+        self._fetched_again.add(shard_id)
+        self._prepared.discard(shard_id)
+        self._open_shards.forget(f"{shard.dirname}/{shard.split}/{shard.raw_data.basename}")
+        self.evict_shard(shard_id)
 
     def _damage(self, shard_id: int, error: Exception) -> DataError:
         shard: Any = self.shards[shard_id]

@@ -1,6 +1,7 @@
 """Damaged and impossible data: each ends in one clear message, none hangs or ends an epoch early unsaid."""
 
 import json
+import re
 import shutil
 import time
 
@@ -204,6 +205,51 @@ def test_a_remote_that_lost_a_shard(shards, tokenizer, tmp_path):
     with pytest.raises(DataError, match="shard.00002.mds cannot be read or fetched"):
         for _ in loader:
             pass
+
+
+def cached(folder, tokenizer, local, **options):
+    """All samples of a dataset that is streamed through a cache."""
+    place = {"local": str(local), "remote": str(folder.parent), "split": folder.name}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, **place, batch_size=4, **options)
+    return dataset, [dataset[i]["input_ids"].tolist() for i in range(dataset.size)]
+
+
+def release(dataset):
+    """As when its process ends: streaming allows one dataset a cache."""
+    dataset._locals_shm.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("damage", "verify", "message"),
+    [
+        (truncate, "size", r"shard.00002.mds has [\d,]+ bytes, not [\d,]+. Fetching again"),
+        (change_a_byte, "hash", "shard.00002.mds has other bytes than when it was written. Fetching again"),
+    ],
+)
+def test_a_damaged_shard_in_the_cache_is_fetched_again_at_the_start(
+    damage, verify, message, shards, tokenizer, tmp_path, caplog
+):
+    dataset, want = cached(shards, tokenizer, tmp_path / "cache")
+    release(dataset)
+    damage(tmp_path / "cache" / "val")
+    _, got = cached(shards, tokenizer, tmp_path / "cache", verify=verify)
+    assert got == want and re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty])
+def test_a_shard_that_is_damaged_in_the_cache_while_running_is_fetched_again_once(
+    damage, shards, tokenizer, tmp_path, caplog
+):
+    dataset, want = cached(shards, tokenizer, tmp_path / "cache")
+    shard_id = next(i for i, shard in enumerate(dataset.shards) if "00002" in shard.raw_data.basename)
+    last = int(dataset.shard_offset_per_stream[0] + dataset.samples_per_shard[: shard_id + 1].sum()) - 1
+    damage(tmp_path / "cache" / "val")
+    assert dataset[last]["input_ids"].tolist() == want[last]
+    assert "shard.00002.mds in the cache is damaged" in caplog.text
+    damage(tmp_path / "cache" / "val")
+    dataset._open_shards.files.clear()
+    with pytest.raises(DataError, match="shard.00002.mds"):
+        dataset[last]
 
 
 def test_columns_of_something_else(tokenizer, tmp_path):
