@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)
     if other is not None:
+        assert args.compare is not None
         compare(texts(Counts()), tokenizer, args.compare, other)
     print(f"tokenizer vocab_size={size} documents={counts.documents} seconds={time.perf_counter() - started:.1f}")
 

@@ -82,7 +82,8 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
 
     def through(impl: str) -> Implementation:
         def run(qkv: Tensor) -> Tensor:
-            return A.attention(*unpack_heads(qkv), cu_seqlens, longest, slopes, impl=impl, tables=tables)
+            q, k, v = unpack_heads(qkv)
+            return A.attention(q, k, v, cu_seqlens, longest, slopes, impl=impl, tables=tables)
 
         return run
 
@@ -213,14 +214,15 @@ def measure(case: Case, chosen: dict[str, Implementation], rounds: int, device: 
             torch.autograd.grad(run(*case.inputs), case.inputs, grad)
             return 1e3 * (time.perf_counter() - started)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.record(torch.cuda.current_stream())
         torch.autograd.grad(run(*case.inputs), case.inputs, grad)
-        end.record()
+        end.record(torch.cuda.current_stream())
         end.synchronize()
         return start.elapsed_time(end)
 
     for run in chosen.values():  # compile and warm
-        once(run), once(run)
+        once(run)
+        once(run)
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(rounds):
         for name, run in chosen.items():
@@ -235,9 +237,9 @@ def peaks(dtype: torch.dtype) -> tuple[float, float]:
         times = []
         for _ in range(10):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(torch.cuda.current_stream())
             run()
-            end.record()
+            end.record(torch.cuda.current_stream())
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         return min(times)

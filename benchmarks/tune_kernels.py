@@ -69,9 +69,9 @@ def tune(head_size: int, dtype: torch.dtype, tokens: int, length: int, rounds: i
         for _ in range(rounds):
             for tile in valid:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+                start.record(torch.cuda.current_stream())
                 run(tile)
-                end.record()
+                end.record(torch.cuda.current_stream())
                 end.synchronize()
                 times[tile].append(start.elapsed_time(end))
         median = {tile: statistics.median(ms) for tile, ms in times.items()}
