@@ -324,10 +324,9 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
         write_json_lines(large, recombined(texts, int(args.gigabytes * 1e9)))
         for kind, workers in runs:
             numbers, peak = convert(large, folder / "large", workers, *kinds[kind])
-            say(
-                f"{args.gigabytes} GB to {kind}, {workers} worker{'s' * (workers > 1)}: "
-                f"{numbers['documents']:,.0f} documents in {numbers['seconds']:,.0f} s, peak memory {peak / 2**20:,.0f} MiB"
-            )
+            label = f"{args.gigabytes} GB to {kind}, {workers} worker{'s' * (workers > 1)}"
+            done, took = f"{numbers['documents']:,.0f} documents", f"{numbers['seconds']:,.0f} s"
+            say(f"{label}: {done} in {took}, peak memory {peak / 2**20:,.0f} MiB")
         large.unlink()
 
     say("")
