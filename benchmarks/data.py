@@ -10,9 +10,10 @@ requirements-data.txt, with bert-base-uncased's vocabulary; samples have up to 1
    Hugging Face's collator mask them, also through streaming. Real tokens a second of the core, which leaves out what
    other programs take of it, from minima; ratios are medians over rounds, of that too; beside them the clock on the
    wall, the same on an idle machine. What a GPU would wait at 500,000 tokens a second is calculated, for 8 workers.
-2. convert_c4.py in a process of its own, which tells its time without the start of Python: text and tokens, with 1 and
-   2 workers, each of one thread. Then its memory (sum of its processes' proportional set sizes, sampled) over
-   ``--gigabytes`` of text: sentences of the same documents, recombined at random to documents of 1 to 40 sentences.
+2. convert_c4.py, which tells its own time, without the start of Python but with that of its workers: text and tokens
+   of the documents, four times over, with 1 and 2 workers of one thread each. Then its memory (sum of its processes'
+   proportional set sizes, sampled) over ``--gigabytes`` of text: sentences of the same documents, recombined at random
+   to documents of 1 to 40 sentences.
 3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same one, in a process of its own.
 """
 
@@ -49,6 +50,7 @@ from src import data_c4
 
 ROOT = Path(__file__).parent.parent
 MAX_SEQ_LEN, BATCH, RATE = 128, 128, 0.3
+REPEATS = 4
 C4_SAMPLES = 364_868_892
 GPU_TOKENS_PER_S, GPU_WORKERS = 500_000, 8
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -296,36 +298,35 @@ def start(folder: str, tokenizer_folder: str) -> None:
 def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
     """Everything; what the last line tells."""
     texts = documents()[: args.documents]
-    source = folder / "source.jsonl"
+    source, repeated = folder / "source.jsonl", folder / "repeated.jsonl"
     write_json_lines(source, texts)
+    write_json_lines(repeated, REPEATS * texts)
     tokenized = ["--tokenizer", args.tokenizer, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
     kinds: dict[str, list[str]] = {"text": [], "tokens": tokenized}
 
     say(f"{'conversion':34}{'documents/s':>12}{'MB of text/s':>14}{'x one worker':>14}")
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    count, megabytes = REPEATS * len(texts), REPEATS * sum(len(text.encode()) for text in texts) / 1e6
     runs = [(kind, workers) for kind in kinds for workers in args.workers]
     seconds: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
-    last: dict[str, dict[str, float]] = {}
     for _ in range(args.conversions):
         for kind, workers in runs:
-            last[kind], _ = convert(source, folder / kind, workers, *kinds[kind])
-            seconds[kind, workers].append(max(last[kind]["seconds"], 0.1))  # told in tenths
+            numbers, _ = convert(repeated, folder / "repeated", workers, *kinds[kind])
+            seconds[kind, workers].append(max(numbers["seconds"], 0.1))  # told in tenths
     for (kind, workers), times in seconds.items():
         gain = min(seconds[kind, 1]) / min(times)
         say(
-            f"{f'{kind}, {workers} worker' + 's' * (workers > 1):34}{len(texts) / min(times):12,.0f}"
+            f"{f'{kind}, {workers} worker' + 's' * (workers > 1):34}{count / min(times):12,.0f}"
             f"{megabytes / min(times):14.1f}{gain:14.2f}"
         )
-    of_tokens = last["tokens"]
+    written = {kind: convert(source, folder / kind, 1, *options)[0] for kind, options in kinds.items()}["tokens"]
     if args.gigabytes:
         large = folder / "large.jsonl"
         write_json_lines(large, recombined(texts, int(args.gigabytes * 1e9)))
-        for kind, options in kinds.items():
-            numbers, peak = convert(large, folder / f"large-{kind}", 2, *options)
-            say(
-                f"{args.gigabytes} GB to {kind}, 2 workers: {numbers['documents']:,.0f} documents in "
-                f"{numbers['seconds']:,.0f} s, peak memory {peak / 2**20:,.0f} MiB"
-            )
+        for kind, workers in runs:
+            numbers, peak = convert(large, folder / "large", workers, *kinds[kind])
+            label = f"{args.gigabytes} GB to {kind}, {workers} worker{'s' * (workers > 1)}"
+            done, took = f"{numbers['documents']:,.0f} documents", f"{numbers['seconds']:,.0f} s"
+            say(f"{label}: {done} in {took}, peak memory {peak / 2**20:,.0f} MiB")
         large.unlink()
 
     say("")
@@ -347,8 +348,8 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
     )
     return {
         **summary,
-        "convert_docs_per_s": round(len(texts) / min(seconds["tokens", 1])),
-        "bytes_per_token": round(of_tokens["bytes"] / of_tokens["tokens"], 3),
+        "convert_docs_per_s": round(count / min(seconds["tokens", 1])),
+        "bytes_per_token": round(written["bytes"] / written["tokens"], 3),
     }
 
 

@@ -340,8 +340,9 @@ def group_lengths(
     Streaming deals the epoch out in equal parts to ``nodes`` canonical nodes, and a global batch takes the next few
     samples of each. So each part is cut into windows of ``window`` batches and sorted by length in each window (ties
     stay as they were shuffled); then a window's batches are permuted, in the same way for all nodes, so that what a
-    batch takes from each is of like length. Its samples stay sorted, and are dealt out to the ranks in turn: their
-    tokens differ by less than the batch's lengths do. What fills no batch stays at the end.
+    batch takes from each is of like length. A node's samples stay sorted, and are dealt out to its ranks in turn: with
+    one canonical node the tokens of two ranks differ by less than two samples of a batch do. What fills no batch stays
+    at the end.
 
     Args:
         lengths: (N,) of samples in shuffled order.
