@@ -46,34 +46,6 @@ def meet(timeout: float) -> None:
         ) from None
 
 
-def find_checkpoint(config: RunConfig) -> tuple[checkpoint.RunFolder | None, str | None]:
-    """The run's folder, on rank 0, and the checkpoint in it to go on from, the same on every rank.
-
-    Raises:
-        ConfigError: another run lives in the folder, all checkpoints in it are damaged, or a node does not see it.
-    """
-    folder, path = None, builders.local_save_folder(config)
-    found: list[Any] = [None, None]
-    if path is not None and dist.get_global_rank() == 0:
-        try:
-            folder = checkpoint.RunFolder(path)
-            found[0] = folder.newest() if config.autoresume else None
-        except (ConfigError, OSError) as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise ConfigError(found[1])
-    blind = (
-        [] if found[0] is None else dist.all_gather_object(None if Path(found[0]).exists() else dist.get_node_rank())
-    )
-    if any(node is not None for node in blind):
-        raise ConfigError(
-            f"nodes {sorted({node for node in blind if node is not None})} do not see {found[0]}, which node 0 goes on "
-            "from: save_folder must be on a file system that all nodes share, or that file be copied to each"
-        )
-    return folder, found[0]
-
-
 def build_trainer(config: RunConfig) -> Trainer:
     """Everything that the config names, put together. Nothing is trained yet."""
     checkpoint.load_as_data()
@@ -81,7 +53,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     meet(config.dist_timeout)
     if dist.get_local_rank() == 0:
         processes.remove_stale_shared_memory()
-    folder, found = find_checkpoint(config)
+    folder, found = checkpoint.find(builders.local_save_folder(config), config.autoresume)
     try:
         return assemble(config, folder, found)
     except BaseException:

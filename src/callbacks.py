@@ -407,8 +407,10 @@ class MetricsFile(LoggerDestination):
             done = state.timestamp.batch.value
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["batch"] <= done] if done else []
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w")
-            self._file.writelines(f"{line}\n" for line in kept)
+            swap = self.path.with_name(f"{self.path.name}.partial")  # a kill may not take the kept lines with it
+            swap.write_text("".join(f"{line}\n" for line in kept))
+            swap.replace(self.path)
+            self._file = self.path.open("a")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._write(state)

@@ -151,6 +151,37 @@ class RunFolder:
             path.unlink()
 
 
+def find(path: str | None, resume: bool) -> tuple[RunFolder | None, str | None]:
+    """Claim a run's folder, on rank 0, and find the checkpoint in it to go on from, the same on every rank.
+
+    Args:
+        path: of the folder; None when there is none here.
+        resume: whether to look for a checkpoint.
+
+    Raises:
+        ConfigError: another run lives in the folder, all checkpoints in it are damaged, or a node does not see it.
+    """
+    folder = None
+    found: list[str | None] = [None, None]  # the checkpoint, and what is wrong
+    if path is not None and dist.get_global_rank() == 0:
+        try:
+            folder = RunFolder(path)
+            found[0] = folder.newest() if resume else None
+        except (ConfigError, OSError) as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise ConfigError(found[1])
+    sees = found[0] is None or Path(found[0]).exists()
+    blind = {node for node in dist.all_gather_object(None if sees else dist.get_node_rank()) if node is not None}
+    if blind:
+        raise ConfigError(
+            f"node {', '.join(map(str, sorted(blind)))} does not see {found[0]}, which node 0 goes on from: "
+            "save_folder must be on a file system that all nodes share, or that file be copied to each"
+        )
+    return folder, found[0]
+
+
 def settings_of(path: str) -> dict[str, Any] | None:
     """What a checkpoint states of the run that it is of (``ResumeCheck``); its tensors are not read.
 

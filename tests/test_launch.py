@@ -150,11 +150,12 @@ def test_dockerfile_copies_and_installs_what_there_is():
     assert "/opt/venv/.installed" in text and "$(VENV)/.installed" in Path("Makefile").read_text()
 
 
-def test_slurm_script_starts_a_launcher_on_each_node(tmp_path):
-    """With stand-ins for Slurm's commands and for composer, which prints what it was given."""
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_slurm_script_starts_a_launcher_on_each_node(code, tmp_path):
+    """With stand-ins for Slurm's commands and for composer, which prints what it was given. 75 puts it in the queue."""
     stand_ins = {
-        "scontrol": "printf 'node-a\\nnode-b\\n'",
-        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+        "scontrol": f"[ $1 = show ] && printf 'node-a\\nnode-b\\n' || echo $* > {tmp_path}/asked",
+        "srun": f'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done; exit {code}',
         "composer": 'echo "$NODE_RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $*"',
     }
     for name, body in stand_ins.items():
@@ -168,7 +169,9 @@ def test_slurm_script_starts_a_launcher_on_each_node(tmp_path):
     }
     script = ["bash", "docs/slurm.sbatch", "yamls/mosaic_bert.yaml", "data_local=/data/c4"]
     done = subprocess.run(script, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if code == 75 else "")
     assert done.stdout.splitlines() == [
         f"{rank} of 16 at node-a:20007: --nproc 8 main.py yamls/mosaic_bert.yaml data_local=/data/c4" for rank in (0, 1)
     ]

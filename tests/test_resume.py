@@ -315,6 +315,17 @@ def test_another_dataset_and_another_tokenizer_are_refused(stopped, text_shards,
     assert min(got) == 3
 
 
+def test_a_kill_before_the_first_step_keeps_the_lines_of_the_metrics_file(stopped, tmp_path):
+    """Read before anything is closed: a killed process closes nothing."""
+    metrics = tmp_path / "metrics.jsonl"
+    before = metrics.read_text().splitlines()
+    trainer = main.build_trainer(load(QUICKSTART, stopped))
+    logger = next(c for c in trainer.state.callbacks if type(c).__name__ == "MetricsFile")
+    logger.fit_start(trainer.state, trainer.logger)
+    assert metrics.read_text().splitlines() == before[:2]
+    trainer.close()
+
+
 def test_what_may_always_change(stopped, tmp_path, token_shards):
     """Where the data lies, workers, microbatch, intervals, loggers: the same run."""
     want, weights = fit([*stopped, "save_folder=null", "autoresume=false"])
