@@ -30,7 +30,7 @@ quickstart: setup  ## Pretrain a small MosaicBERT on Wikipedia leads, or on your
 	$(BIN)/python quickstart.py report $(RUN) $(if $(TEXT),--text "$(TEXT)")
 
 test: setup  ## Run the test suite (minutes, no GPU, no network)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup  ## Run the tests that take longer: launchers, whole runs
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,8 @@ As a script it prints what training would see:  python src/data_c4.py REMOTE [LO
 
 import argparse
 import bisect
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NotRequired, TypedDict
 
 import huggingface_hub
@@ -364,6 +367,19 @@ def group_lengths(
     return order
 
 
+@contextlib.contextmanager
+def alone_on_node() -> Iterator[None]:
+    """Hold a lock of the node and the user while streaming's shared memory is made or removed.
+
+    Streaming looks for the first number that is free and then takes it, so that of two runs that start in the same
+    moment one would fail.
+    """
+    folder = Path("/dev/shm")
+    with open((folder if folder.is_dir() else Path(gettempdir())) / f"streaming-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class StreamingC4(StreamingDataset):
     """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
 
@@ -407,7 +423,8 @@ class StreamingC4(StreamingDataset):
             if not source.complete and leads and (source.folder / "index.json").is_file():
                 check_shards(source.folder, False, verify)  # before streaming notes what is in the cache
         try:
-            super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
+            with alone_on_node() if leads else contextlib.nullcontext():
+                super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
         except Exception as error:  # each object store has errors of its own
             remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
             if isinstance(error, ValueError) or not remotes:

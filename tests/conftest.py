@@ -24,6 +24,16 @@ import quickstart
 
 MAX_SEQ_LEN = 32
 
+LONGEST = ("test_resume", "test_main", "test_launch", "test_flash_attn_triton")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With ``-n 2 --dist loadgroup`` a file goes to one process, and the files that take longest come first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def release_shared_memory(monkeypatch):
@@ -32,6 +42,8 @@ def release_shared_memory(monkeypatch):
         yield
         return
     from streaming.base.shared.memory import SharedMemory
+
+    from src.data_c4 import alone_on_node
 
     opened, init = [], SharedMemory.__init__
 
@@ -42,9 +54,10 @@ def release_shared_memory(monkeypatch):
     monkeypatch.setattr(SharedMemory, "__init__", recorded)
     yield
     gc.collect()
-    for memory in opened:
-        with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on
-            memory.cleanup()
+    with alone_on_node():  # tests run in two processes
+        for memory in opened:
+            with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on
+                memory.cleanup()
 
 
 @pytest.fixture(scope="session")

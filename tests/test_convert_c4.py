@@ -20,7 +20,7 @@ from streaming import MDSWriter, StreamingDataset
 import convert_c4
 from src import convert as units
 from src import filters
-from src.data_c4 import TOKENS_KEY, encode_prefix, tokenizer_fingerprint
+from src.data_c4 import TOKENS_KEY, alone_on_node, encode_prefix, tokenizer_fingerprint
 from src.stats import Stats
 from src.text import PIECE, iter_documents, pieces
 
@@ -40,14 +40,19 @@ def convert(out, source, *options, split="mine"):
     return Path(out) / split
 
 
+def opened(**kwargs):
+    with alone_on_node():  # tests run in two processes
+        return StreamingDataset(**kwargs)
+
+
 def tokens_of(folder):
     dtype = json.loads((folder / "index.json").read_text())[TOKENS_KEY]["dtype"]
-    return [np.frombuffer(s["tokens"], dtype).tolist() for s in StreamingDataset(local=str(folder), batch_size=1)]
+    return [np.frombuffer(s["tokens"], dtype).tolist() for s in opened(local=str(folder), batch_size=1)]
 
 
 def test_text(tmp_path, source, capsys):
     folder = convert(tmp_path, source)
-    dataset = StreamingDataset(local=str(folder), batch_size=1)
+    dataset = opened(local=str(folder), batch_size=1)
     assert [s["text"] for s in dataset] == ["a short one", LONG, "the album"]
     index = json.loads((folder / "index.json").read_text())
     assert TOKENS_KEY not in index and all("sha1" in shard["raw_data"]["hashes"] for shard in index["shards"])
@@ -61,19 +66,19 @@ def test_c4_splits_and_columns(tmp_path, c4_folder, documents):
     names = ["train", "val", "val_small"]
     convert_c4.main(["--out_root", str(tmp_path), "--splits", *names, "--source", str(c4_folder), "--limit", "95"])
     for name, want in zip(names, (documents[:95], documents[300:], documents[300:]), strict=True):
-        assert [s["text"] for s in StreamingDataset(local=str(tmp_path / name), batch_size=1)] == want
+        assert [s["text"] for s in opened(local=str(tmp_path / name), batch_size=1)] == want
 
 
 def test_small_splits_have_their_size(monkeypatch, tmp_path, c4_folder):
     assert convert_c4.SMALL == {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
     monkeypatch.setattr(convert_c4, "SMALL", {"train_small": ("train", 7)})
     convert(tmp_path, str(c4_folder), split="train_small")
-    assert StreamingDataset(local=str(tmp_path / "train_small"), batch_size=1).size == 7
+    assert opened(local=str(tmp_path / "train_small"), batch_size=1).size == 7
 
 
 def test_columns_where_present(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "u", "other": 1}\n{"text": "y"}\n')
-    samples = list(StreamingDataset(local=str(convert(tmp_path, str(tmp_path / "a.jsonl"))), batch_size=1))
+    samples = list(opened(local=str(convert(tmp_path, str(tmp_path / "a.jsonl"))), batch_size=1))
     assert samples == [{"text": "x", "url": "u"}, {"text": "y", "url": ""}]
 
 
@@ -122,7 +127,7 @@ def test_compression(tmp_path, source):
     folder = convert(tmp_path, source, "--compression", "zstd:7")
     assert [p.name for p in folder.glob("shard*")] == ["shard.00000.mds.zstd"]
     cache = tmp_path / "cache"
-    samples = list(StreamingDataset(local=str(cache), remote=str(folder), batch_size=1))
+    samples = list(opened(local=str(cache), remote=str(folder), batch_size=1))
     assert samples[1]["text"] == LONG
 
 
@@ -133,7 +138,7 @@ def test_existing_output_is_not_overwritten_unless_asked(tmp_path, source):
         convert(tmp_path, source, "--limit", "1")
     assert (folder / "shard.00000.mds").read_bytes() == before
     convert(tmp_path, source, "--limit", "1", "--overwrite")
-    assert StreamingDataset(local=str(folder), batch_size=1).size == 1
+    assert opened(local=str(folder), batch_size=1).size == 1
 
 
 def test_a_failure_leaves_the_old_split_and_goes_on_later(tmp_path, source, monkeypatch):
@@ -147,7 +152,7 @@ def test_a_failure_leaves_the_old_split_and_goes_on_later(tmp_path, source, monk
         for options in (["--overwrite"], []):
             with pytest.raises(OSError, match="No space left"):
                 convert(tmp_path, source, *options, split="mine" if options else "other")
-    assert StreamingDataset(local=str(folder), batch_size=1).size == 3
+    assert opened(local=str(folder), batch_size=1).size == 3
     assert not (tmp_path / "other").exists()
     convert(tmp_path, source, split="other")
     assert not (tmp_path / "other.partial").exists()
@@ -167,12 +172,12 @@ def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, mon
         patched.setattr(Path, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path, source, "--limit", "1", "--overwrite")
-    assert StreamingDataset(local=str(folder), batch_size=1).size == 3
+    assert opened(local=str(folder), batch_size=1).size == 3
 
     folder.rename(tmp_path / ".mine.replaced")  # as kill -9 between the renames leaves it
     with pytest.raises(ValueError, match="mine exists; give --overwrite"):
         convert(tmp_path, source)
-    assert StreamingDataset(local=str(folder), batch_size=1).size == 3
+    assert opened(local=str(folder), batch_size=1).size == 3
     convert(tmp_path, source, "--limit", "1", "--overwrite")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
 
@@ -456,7 +461,7 @@ def test_a_worker_that_dies_ends_the_conversion(tmp_path, many, monkeypatch):
             with pytest.raises(error, match=message):
                 convert(tmp_path, many, "--num_workers", "2")
     assert any((tmp_path / "mine.partial" / "units").glob("??????"))
-    assert StreamingDataset(local=str(convert(tmp_path, many)), batch_size=1).size == 241
+    assert opened(local=str(convert(tmp_path, many)), batch_size=1).size == 241
 
 
 def test_parts_are_put_together_to_the_same_split(tmp_path, many, capsys):
@@ -535,7 +540,7 @@ def test_dedup(workers, tmp_path, many):
     first.write_text("Two  Words\n" + first.read_text() + "\nUnique here")
     last.write_text(f"two words \n{line}\nﬁne\nfine\nunlike\n")
     folder = convert(tmp_path, many, "--dedup", "--num_workers", workers)
-    texts = [sample["text"] for sample in StreamingDataset(local=str(folder), batch_size=1)]
+    texts = [sample["text"] for sample in opened(local=str(folder), batch_size=1)]
     assert len(texts) == 2 + 241 + 2 and texts[0] == "Two  Words" and texts[-2:] == ["ﬁne", "unlike"]
     assert [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()] == [
         {"reason": "duplicate", "place": f"{last}:1", "text": "two words "},
@@ -577,7 +582,7 @@ def test_decontaminate(tmp_path, many):
         "place": place,
         "text": text[:80],
     }
-    assert StreamingDataset(local=str(folder), batch_size=1).size == 240
+    assert opened(local=str(folder), batch_size=1).size == 240
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match="no text has 13 words"):
         convert(tmp_path, many, "--decontaminate", str(tmp_path / "short.txt"), split="other")
