@@ -137,7 +137,7 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return math.ceil(len(tokenizer) / 64) * 64
 
 
-def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
+def build_model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
     """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
     check_options(path, kind.__init__, options, ["self"])
     options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
@@ -162,7 +162,7 @@ def mosaic_bert(
         if name in (model_config or {}):
             raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
     options = {**(model_config or {}), "attention": attention, "kernels": kernels}
-    config = _model_config(BertConfig, tokenizer, options, "model.model_config")
+    config = build_model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
     except ValueError as error:
@@ -177,7 +177,7 @@ def hf_bert(
     gradient_checkpointing: bool = False,
 ) -> HFBert:
     """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
-    config = _model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
+    config = build_model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
     if max_seq_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "

@@ -285,7 +285,7 @@ def seconds(time: str) -> float:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved config as plain values, components as they stand in a YAML. ``read`` of it gives the config again."""
+    """A resolved config as plain values, components as they stand in a YAML. ``read`` of it gives the config again."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Component):

@@ -1,0 +1,235 @@
+"""Fine-tune a pretrained model: tasks of GLUE, or your own labelled files.
+
+python finetune.py yamls/finetune_glue.yaml model.pretrained=runs/mine/checkpoints [key=value ...]
+python finetune.py yamls/finetune_own.yaml model.pretrained=runs/mine/checkpoints [key=value ...]
+
+A run is a task with a seed. Each is a process of its own, on a GPU of its own as they become free, or one after another
+on the CPU. Finished runs are not run again. At the end: a table of all of them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from src import builders, classifier, glue, hub, jobs, processes, results
+from src.callbacks import TrainingError
+from src.config import Component, ConfigError, read, to_dict
+from src.convert import write_text
+from src.data_c4 import tokenizer_fingerprint
+from src.finetune_config import FinetuneConfig, LabelledData, RunSpec, load, selected
+from src.finetune_run import MODEL, RESULT, run
+from src.labelled import classes_of, file_hash, read_sets
+from src.pretrained import WEIGHTS
+from src.work_folder import locked
+
+SPEC = "run.yaml"
+"""In a run's folder, what the process that does it reads."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(config: FinetuneConfig) -> list[RunSpec]:
+    """The runs of the selected tasks, those that others start from before them.
+
+    Raises:
+        ConfigError, ValueError: a file, the model or the tokenizer is not there, or not as it must be.
+    """
+    config = at_hand(config)
+    source = classifier.read_pretrained(config.model)
+    tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
+    shared = to_dict(dataclasses.replace(config, tasks={}))
+    for name in (
+        "run_name",
+        "folder",
+        "tasks",
+        "only",
+        "glue_folder",
+        "eval_batch_size",
+        "eval_interval",
+        "save_models",
+    ):
+        del shared[name]  # they do not change what a run gives
+    shared["tokenizer_name"] = tokenizer_fingerprint(tokenizer)
+    shared["model"]["pretrained"] = None if source is None else weights_hash(source.path)
+    specs: dict[str, list[RunSpec]] = {}
+    left = selected(config)
+    while left:
+        name = next(name for name, task in left.items() if task.starts_from is None or task.starts_from in specs)
+        task = left.pop(name)
+        start = None if task.starts_from is None else specs[task.starts_from][0]
+        needed = any(other.starts_from == name for other in config.tasks.values())
+        settings = {"shared": shared, "task": settings_of(config, name), "start": start.key if start else None}
+        specs[name] = [
+            RunSpec(
+                task=name,
+                seed=seed,
+                key=hashlib.sha256(json.dumps({**settings, "seed": seed}, sort_keys=True).encode()).hexdigest(),
+                encoder=f"{start.folder}/{MODEL}" if start else None,
+                save_model=config.save_models or (needed and seed == task.seeds[0]),
+                config=dataclasses.replace(config, tasks={name: task}),
+            )
+            for seed in task.seeds
+        ]
+    return [spec for name in specs for spec in specs[name]]
+
+
+def at_hand(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with all that it names on this machine, by absolute path: model, GLUE's files as ``data``."""
+    options = dict(config.model.options)
+    name = options.get("pretrained")
+    if isinstance(name, str):
+        path = Path(name)
+        options["pretrained"] = str(path.resolve()) if path.exists() else hub_model(name)
+    of_glue = [name for name, task in selected(config).items() if task.data is None]
+    tasks = dict(config.tasks)
+    if of_glue:
+        folder = Path(config.glue_folder).resolve() if config.glue_folder else glue.download(of_glue)
+        for name in of_glue:
+            data = LabelledData(**glue.TASKS[name], **glue.files(name, folder))
+            tasks[name] = dataclasses.replace(tasks[name], data=data)
+    return dataclasses.replace(config, model=Component(config.model.name, options), tasks=tasks)
+
+
+def hub_model(name: str) -> str:
+    """The folder of a model of the hub."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model.pretrained: {name}: there is no such file or folder")
+
+    def complete(folder: Path) -> bool:
+        return (folder / "config.json").exists() and any((folder / file).exists() for file in WEIGHTS)
+
+    try:
+        return str(hub.folder(name, "model", ["|".join(WEIGHTS), "*.json", "vocab.txt"], complete))
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained: no file, no folder, and {error}") from None
+
+
+def weights_hash(path: Path) -> list[str]:
+    """Hashes of a checkpoint, or of what decides a Hugging Face folder's model."""
+    files = [path] if path.is_file() else [path / name for name in ("config.json", *WEIGHTS) if (path / name).exists()]
+    return [digest for file in files for digest in file_hash(str(file))]
+
+
+def settings_of(config: FinetuneConfig, name: str) -> dict[str, Any]:
+    """What decides a task's runs beside the seed: options, and the contents of its files in place of their names."""
+    settings = to_dict(config.tasks[name])
+    data = settings["data"]
+    validation = data["validation"]
+    data["train"] = file_hash(data["train"])
+    if isinstance(validation, dict):
+        data["validation"] = {label: file_hash(files) for label, files in validation.items()}
+    elif isinstance(validation, str):
+        data["validation"] = file_hash(validation)
+    data["test"] = None if data["test"] is None else file_hash(data["test"])
+    del settings["seeds"], settings["starts_from"]
+    return settings
+
+
+def is_finished(spec: RunSpec) -> bool:
+    """Whether a run's result is there, and its model if that is wanted."""
+    folder = Path(spec.folder)
+    return (folder / RESULT).exists() and (not spec.save_model or (folder / MODEL).exists())
+
+
+def check(specs: list[RunSpec]) -> None:
+    """Find what is wrong with data, models and options now, and not after hours of other runs."""
+    config = specs[0].config
+    if config.precision != "fp32" and not torch.cuda.is_available():
+        raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
+    source = classifier.read_pretrained(config.model)
+    tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
+    builders.build("scheduler", builders.SCHEDULERS, config.scheduler)
+    for spec in {spec.task: spec for spec in specs}.values():
+        task = spec.config.tasks[spec.task]
+        assert task.data is not None, "plan fills it in"
+        try:
+            classes = classes_of(task.data, read_sets(task.data))
+            names = task.data.label_names or classes
+            model = classifier.build_model(config.model, tokenizer, source, task.data.kind, names, config.max_seq_len)
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{spec.task}: {error}") from None
+        builders.build("optimizer", builders.OPTIMIZERS, config.optimizer, model=model, lr=task.lr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs and table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Do the runs that are not finished, and print the table; the number of runs that failed."""
+    specs = plan(config)
+    todo = [spec for spec in specs if not is_finished(spec)]
+    if todo:
+        check(todo)
+    if len(todo) < len(specs):
+        jobs.say(f"{len(specs) - len(todo)} of {len(specs)} runs are finished already")
+    by_encoder = {f"{spec.folder}/{MODEL}": spec.name for spec in specs}
+    for spec in todo:
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
+        write_text(Path(spec.folder) / SPEC, yaml.safe_dump(to_dict(spec), sort_keys=False))
+    queue = [
+        jobs.Job(
+            name=spec.name,
+            command=[sys.executable, __file__, "--run", spec.folder],
+            log=Path(spec.folder) / "log.txt",
+            needs=by_encoder[spec.encoder] if spec.encoder else None,
+        )
+        for spec in todo
+    ]
+    failed = jobs.run(queue, jobs.devices_of(torch.cuda.device_count()), jobs.say)
+    finished = [json.loads((Path(spec.folder) / RESULT).read_text()) for spec in specs if is_finished(spec)]
+    write_table(config, finished, failed)
+    return len(failed)
+
+
+def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: dict[str, str]) -> None:
+    """Print the table, and write it as text, JSON and Markdown."""
+    aggregated = results.aggregate(finished)
+    lines = results.rows(aggregated)
+    devices = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
+    notes = [f"{config.run_name}: {len(finished)} runs on {'; '.join(devices) or 'nothing'}; intervals are over seeds."]
+    notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
+    folder = Path(config.folder)
+    text = results.as_text(lines) + "\n" + "\n".join(notes) + "\n"
+    write_text(folder / "table.txt", text)
+    write_text(folder / "table.md", results.as_markdown(lines) + "\n" + "\n\n".join(notes) + "\n")
+    held = {"run_name": config.run_name, "model": to_dict(config)["model"], **aggregated, "failed": failed}
+    write_text(folder / "table.json", json.dumps(held, indent=1))
+    average = "none" if aggregated["average"] is None else f"{aggregated['average']:.4f}"
+    print(f"{text}finetune runs={len(finished)} failed={len(failed)} average={average} table={folder / 'table.md'}")
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--run":  # one of the processes that finetune() starts
+        processes.die_with_parent()
+        run(read(RunSpec, f"{argv[1]}/{SPEC}", [], lambda spec, faults: None))
+        return
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError("start it with python, without a launcher: it starts a process for each run itself")
+    config = load(argv[0], argv[1:])
+    with locked(Path(config.folder)):
+        if finetune(config):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (TrainingError, ValueError, OSError) as error:  # ConfigError and DataError are ValueErrors
+        sys.exit(f"finetune.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("finetune.py: interrupted; finished runs are kept, and the same command goes on")
