@@ -32,6 +32,9 @@ from src.work_folder import locked
 SPEC = "run.yaml"
 """In a run's folder, what the process that does it reads."""
 
+FREE = ("run_name", "folder", "tasks", "only", "glue_folder", "eval_batch_size", "eval_interval", "save_models")
+"""Keys that do not change what a run gives, or that are looked at task by task."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plan
@@ -48,17 +51,8 @@ def plan(config: FinetuneConfig) -> list[RunSpec]:
     source = classifier.read_pretrained(config.model)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     shared = to_dict(dataclasses.replace(config, tasks={}))
-    for name in (
-        "run_name",
-        "folder",
-        "tasks",
-        "only",
-        "glue_folder",
-        "eval_batch_size",
-        "eval_interval",
-        "save_models",
-    ):
-        del shared[name]  # they do not change what a run gives
+    for name in FREE:
+        del shared[name]
     shared["tokenizer_name"] = tokenizer_fingerprint(tokenizer)
     shared["model"]["pretrained"] = None if source is None else weights_hash(source.path)
     specs: dict[str, list[RunSpec]] = {}

@@ -174,9 +174,8 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
     want(config.eval_batch_size > 0, "eval_batch_size", config.eval_batch_size, "positive")
     size = config.device_train_microbatch_size
     want(size is None or size > 0, "device_train_microbatch_size", size, "positive")
-    want(
-        bool(INTERVAL.fullmatch(config.eval_interval)), "eval_interval", config.eval_interval, "a number with ba, ep …"
-    )
+    interval = config.eval_interval
+    want(bool(INTERVAL.fullmatch(interval)), "eval_interval", interval, "a number with ba, sp, tok, ep, sec or dur")
     if not config.tasks:
         faults.append("tasks: there is none")
     for name in config.only or []:

@@ -59,6 +59,8 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """By name on the hub: columns, labels as the files have them (numbers) and as they are called, metrics."""
 
+SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
+
 SPLITS = {"mnli": {"matched": "validation_matched", "mismatched": "validation_mismatched"}}
 """Sets to evaluate on, each with its split, where there is more than ``validation``."""
 
@@ -71,16 +73,12 @@ def files(task: str, folder: Path) -> dict[str, Any]:
     """
 
     def pattern(split: str) -> str:
-        # A shard on the hub is SPLIT-00000-of-00001.parquet.
-        for name in (
-            f"{split}-*.parquet",
-            *(f"{split}.{suffix}" for suffix in ("parquet", "csv", "tsv", "json", "jsonl")),
-        ):
+        for name in (f"{split}-*.parquet", *(f"{split}{suffix}" for suffix in SUFFIXES)):
             if any((folder / task).glob(name)):
                 return str(folder / task / name)
         raise ValueError(
-            f"{folder / task}: there is no {split}-*.parquet as {REPOSITORY} on the hub has it, nor {split}.parquet, "
-            ".csv, .tsv, .json or .jsonl"
+            f"{folder / task}: there is no {split}-*.parquet, as {REPOSITORY} on the hub has it, and no {split} with "
+            f"{', '.join(SUFFIXES)}"
         )
 
     sets = SPLITS.get(task)

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +47,7 @@ def files_of(pattern: str) -> list[str]:
     Raises:
         ConfigError: there is none.
     """
-    found = (
-        [pattern] if Path(pattern).is_file() else sorted(path for path in glob.glob(pattern) if Path(path).is_file())
-    )
+    found = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if not found:
         raise ConfigError(f"{pattern}: there is no such file")
     return found
@@ -91,9 +90,8 @@ def _separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterator[tu
             header = next(reader, [])
             for values in reader:
                 if values and len(values) != len(header):
-                    raise ConfigError(
-                        f"{path}:{reader.line_num}: {len(values)} values for the {len(header)} columns of the first line"
-                    )
+                    found = f"{len(values)} values for the {len(header)} columns of the first line"
+                    raise ConfigError(f"{path}:{reader.line_num}: {found}")
                 if values:
                     yield reader.line_num, dict(zip(header, values, strict=True))
         except csv.Error as error:
@@ -273,7 +271,7 @@ def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
 def read_sets(data: LabelledData) -> dict[str, Rows]:
     """All sets of a task by name: ``train``, ``validation`` or those that have names of their own, ``test``."""
     train = read_set(data.train, data)
-    if isinstance(data.validation, float):
+    if isinstance(data.validation, (int, float)):
         train, held_out = hold_out(train, data.validation)
         sets = {"train": train, "validation": held_out}
     else:
