@@ -342,6 +342,9 @@ def encode(
 
     A word's number stands at its first piece, IGNORED at the others. Of a pair that is too long, the longer text loses
     its end first.
+
+    Raises:
+        ConfigError: none of a row's words has a piece.
     """
     number = {name: i for i, name in enumerate(classes)}
     examples: list[Example] = []
@@ -364,6 +367,11 @@ def encode(
             label = rows.labels[start + i]
             if kind == "tokens":
                 example["labels"], seen = _first_pieces(encoding.word_ids, [number[tag] for tag in label])
+                if not seen:
+                    words = " ".join(rows.texts[start + i])
+                    raise ConfigError(
+                        f"row {start + i + 1}: the tokenizer makes no piece of any of its words: {words!r}"
+                    )
                 unread += len(label) - seen
             else:
                 example["labels"] = label if kind == "regression" else number[label]

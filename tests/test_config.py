@@ -9,8 +9,7 @@ import yaml
 
 from src import config
 from src.config import ConfigError, MaskingSchedule, load
-
-YAMLS = sorted(Path("yamls").glob("*.yaml"))
+from tests.conftest import YAMLS
 
 
 def paths_of(tree, prefix=""):

@@ -20,7 +20,7 @@ from src.config import load
 from src.configuration_bert import BertConfig
 from src.data_c4 import MaskingCollator, StreamingC4
 from src.summary import memory, schedule_shares, total_steps
-from tests.conftest import MAX_SEQ_LEN
+from tests.conftest import MAX_SEQ_LEN, YAMLS
 
 
 class Losses(Callback):
@@ -50,7 +50,7 @@ def evaluation(trainer):
     return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["eval"].items()}
 
 
-@pytest.mark.parametrize("yaml", sorted(Path("yamls").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
 def test_each_yaml_runs_shrunk(yaml, overrides, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "tensorboard" in (Path(main.__file__).parent / yaml).read_text():
