@@ -81,9 +81,9 @@ def files(task: str, folder: Path) -> dict[str, Any]:
             f"{', '.join(SUFFIXES)}"
         )
 
-    sets = SPLITS.get(task)
+    train, sets = pattern("train"), SPLITS.get(task)
     validation = pattern("validation") if sets is None else {name: pattern(split) for name, split in sets.items()}
-    return {"train": pattern("train"), "validation": validation}
+    return {"train": train, "validation": validation}
 
 
 def download(tasks: list[str]) -> Path:
