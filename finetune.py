@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,10 +221,15 @@ def main(argv: list[str]) -> None:
             sys.exit(1)
 
 
+def interrupted(number: int, frame: Any) -> None:
+    """A signal's handler: the runs that are going on end with this process."""
+    sys.exit("finetune.py: interrupted; finished runs are kept, and the same command goes on")
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
     try:
         main(sys.argv[1:])
     except (TrainingError, ValueError, OSError) as error:  # ConfigError and DataError are ValueErrors
         sys.exit(f"finetune.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("finetune.py: interrupted; finished runs are kept, and the same command goes on")

@@ -78,7 +78,7 @@ METRICS: dict[str, Callable[[list[str]], Metric]] = {
     "f1": lambda classes: BinaryF1Score(),
     "macro_f1": lambda classes: MulticlassF1Score(len(classes), average="macro", ignore_index=IGNORED),
     "matthews": lambda classes: MulticlassMatthewsCorrCoef(len(classes)),
-    "pearson": lambda classes: PearsonCorrCoef(),
+    "pearson": lambda classes: PearsonCorrCoef().set_dtype(torch.float64),
     "spearman": lambda classes: SpearmanCorrCoef(),
 }
 """torchmetrics' by our names; each is given the classes."""

@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
@@ -121,6 +122,18 @@ def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
     convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])
     return str(out)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config, given as text or as values, to a YAML and returns its path."""
+
+    def write(tree):
+        path = tmp_path / "run.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return str(path)
+
+    return write
 
 
 TINY = [

@@ -28,16 +28,6 @@ def misspell(tree, path):
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(tree):
-        path = tmp_path / "run.yaml"
-        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
 def quickstart():
     return yaml.safe_load(Path("yamls/quickstart.yaml").read_text())
 
