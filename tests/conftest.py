@@ -145,9 +145,8 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def overrides(token_shards, tokenizer_folder, tmp_path):
-    """A run of 4 steps of 16 samples on the CPU."""
+def tiny_run(token_shards, tokenizer_folder, folder):
+    """Overrides for a run of 4 steps of 16 samples on the CPU, which writes to ``folder``."""
     return [
         *TINY,
         f"data_local={token_shards}",
@@ -163,7 +162,24 @@ def overrides(token_shards, tokenizer_folder, tmp_path):
         "device_eval_batch_size=32",
         "precision=fp32",
         "progress_bar=false",
-        f"save_folder={tmp_path}/checkpoints",
+        f"save_folder={folder}/checkpoints",
         "save_interval=2ba",
-        f"loggers.metrics_file.path={tmp_path}/metrics.jsonl",
+        f"loggers.metrics_file.path={folder}/metrics.jsonl",
     ]
+
+
+@pytest.fixture
+def overrides(token_shards, tokenizer_folder, tmp_path):
+    """A run of 4 steps of 16 samples on the CPU."""
+    return tiny_run(token_shards, tokenizer_folder, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(token_shards, tokenizer_folder, tmp_path_factory):
+    """The checkpoints' folder of a small MosaicBERT after 4 steps."""
+    import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    quiet = [f"loggers.tensorboard.log_dir={folder}/tensorboard", "optimizer.lr=0.01"]
+    main.main(["yamls/quickstart.yaml", *tiny_run(token_shards, tokenizer_folder, folder), *quiet])
+    return folder / "checkpoints"
