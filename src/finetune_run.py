@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.callbacks import LRMonitor
 from composer.core import DataSpec, Evaluator
 from composer.utils import reproducibility
 from torch.utils.data import DataLoader
@@ -93,7 +94,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         precision=config.precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch weighs the same
-        callbacks=[Reseed(spec.seed), Guard()],
+        callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
         loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
         progress_bar=False,
     )
