@@ -24,7 +24,7 @@ from src.callbacks import TrainingError
 from src.config import ConfigError, read
 from src.finetune_config import RunSpec, load
 from src.finetune_run import MODEL, RESULT, data_spec
-from src.labelled import Encoded
+from src.labelled import Encoded, read_sets
 from src.pretrained import load_pretrained
 from tests.test_glue import snapshot_in, write_task
 from tests.test_labelled import write as write_rows
@@ -95,6 +95,7 @@ def here(monkeypatch):
                 failed[job.name] = str(error)
         return failed
 
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
     monkeypatch.setattr(jobs, "run", run)
     monkeypatch.setattr("src.processes.die_with_parent", lambda: None)
     return done
@@ -117,6 +118,13 @@ def go(tree, write, here):
     return go
 
 
+def data_of(tree):
+    """The task's data as the config has it."""
+    data = load_tree(tree).tasks["mine"].data
+    assert data is not None
+    return data
+
+
 def losses_in(folder):
     lines = [
         json.loads(line) for path in Path(folder).glob("*/metrics.jsonl") for line in path.read_text().splitlines()
@@ -137,19 +145,18 @@ LEARNING = {
 
 @pytest.mark.parametrize("what", LEARNING)
 def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
-    """On held-out rows, far better than by chance; and what a run leaves."""
+    """On held-out rows, far better than by chance; and what a run leaves. The test set is no part of the score."""
     model, options = LEARNING[what]
     data = tree["tasks"]["mine"]["data"]
-    data |= {**options, "test": data["validation"]}
+    data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
     data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
     tree["model"] |= {"name": model, "model_config": {**MODEL_OF[model], **NO_DROPOUT}}
     result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}")["mine-seed1"]
     assert result["score"] > 0.9
     metrics = result["metrics"]["validation"]
-    assert metrics == result["metrics"]["test"] and result["score"] == pytest.approx(
-        sum(metrics.values()) / len(metrics)
-    )
-    assert result["rows"] == {"train": 200, "validation": 30, "test": 30} and result["steps"] == 4 * 13
+    assert list(metrics) == list(result["metrics"]["test"])
+    assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
+    assert result["rows"] == {"train": 200, "validation": 30, "test": 9} and result["steps"] == 4 * 13
 
     (folder,) = (path.parent for path in Path(tree["folder"]).glob("*/result.json"))
     held_out = rows(30, 1)
@@ -195,6 +202,21 @@ def test_order_of_rows(tokenizer):
     assert sum(epochs(None)[0], []) == list(range(23))
 
 
+def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkeypatch):
+    seeds, build = [], data_spec
+
+    def recorded(encoded, tokenizer, batch_size, shuffle_seed=None):
+        seeds.append((len(encoded.examples), shuffle_seed))
+        return build(encoded, tokenizer, batch_size, shuffle_seed)
+
+    monkeypatch.setattr(finetune_run, "data_spec", recorded)
+    tree["tasks"]["mine"]["data"]["validation"] = 0.3
+    go("tasks.mine.seeds=[7]")
+    sizes = {seed: size for size, seed in seeds}
+    assert set(sizes) == {None, 7} and len(seeds) == 2
+    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"].texts)
+
+
 @pytest.mark.parametrize("kind", ["classification", "tokens"])
 def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
     """Nor does the result on how evaluation is done; a row weighs the same as any, and so does a labelled word."""
@@ -216,7 +238,7 @@ def test_the_same_seed_gives_the_same_run(tree, go, tmp_path):
         for path in sorted((tmp_path / "out").glob("*/metrics.jsonl"))
     )
     tree["folder"] = str(tmp_path / "again")
-    go()
+    go("eval_interval=1ba")  # evaluation moves no random state of training
     assert losses_in(tree["folder"]) == one != two
 
 
