@@ -76,8 +76,8 @@ def run(spec: RunSpec) -> dict[str, Any]:
     composer_model = classifier.Classifier(model, data.kind, metrics)
     encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
 
-    specs = {name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in encoded.items()}
-    del specs["train"]
+    held_out = {name: part for name, part in encoded.items() if name != "train"}
+    specs = {name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in held_out.items()}
     evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in specs.items()}
     decay = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
     optimizer = Component(config.optimizer.name, {**config.optimizer.options, **decay})
