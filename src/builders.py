@@ -48,7 +48,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import checkpoint, data_c4, processes
+from src import checkpoint, data_c4, pretrained, processes
 from src.attention import resolve
 from src.bert_padding import tile_tables
 from src.callbacks import (
@@ -192,6 +192,16 @@ MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MosaicBert | HFBert:
     """The model, with fresh weights, on the CPU."""
     return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+
+
+def load_pretrained(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the weights of ``config.pretrained``, if there is one, into the model."""
+    if config.pretrained is None:
+        return
+    source = pretrained.read(config.pretrained)
+    pretrained.check_kind(source, type(model.model))
+    pretrained.check_tokenizer(source, tokenizer)
+    pretrained.load_weights(model.model, source)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
