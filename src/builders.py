@@ -173,7 +173,6 @@ def hf_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
     model_config: dict[str, Any] | None = None,
-    pretrained_model_name: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> HFBert:
     """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
@@ -183,7 +182,7 @@ def hf_bert(
             f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
             "(model.model_config.max_position_embeddings)"
         )
-    return HFBert(config, pretrained_model_name, gradient_checkpointing)
+    return HFBert(config, gradient_checkpointing)
 
 
 MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}

@@ -500,13 +500,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
             faults.append(f"resume.allow: {name!r} may always change")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: acts only with a load_path")
-    others = {
-        "load_path with load_weights_only": config.load_weights_only,
-        "model.pretrained_model_name": config.model.options.get("pretrained_model_name") is not None,
-    }
-    for other, gives_weights in others.items():
-        if gives_weights and config.pretrained is not None:
-            faults.append(f"pretrained: {other} gives weights too; take one of them")
+    if config.load_weights_only and config.pretrained is not None:
+        faults.append("pretrained: load_path with load_weights_only gives weights too; take one of them")
 
 
 def _remote(config: RunConfig, source: LoaderConfig | StreamConfig) -> str | None:

@@ -161,14 +161,18 @@ def test_all_faults_in_one_error(write, quickstart):
         ("train_loader={local: x, streams: {a: {}}}", "train_loader: local and remote are given by each of the"),
         ("time_limit=4hours", "time_limit: '4hours' is not a number with d, h, min or s"),
         ("load_weights_only=true", "load_weights_only: acts only with a load_path"),
-        ("{}", "pretrained: load_path with load_weights_only gives weights too"),
-        ("{}", "pretrained: model.pretrained_model_name gives weights too"),
     ],
 )
 def test_each_kind_of_fault(override, fault, write, quickstart):
     with pytest.raises(ConfigError) as error:
         load(write(quickstart), [override])
     assert fault in str(error.value)
+
+
+def test_two_origins_of_weights(write, quickstart):
+    with pytest.raises(ConfigError, match="pretrained: load_path with load_weights_only gives weights too"):
+        load(write(quickstart), ["pretrained=a", "load_path=b", "load_weights_only=true"])
+    assert load(write(quickstart), ["pretrained=a", "load_path=b"]).pretrained == "a"  # a checkpoint to go on from
 
 
 def test_a_value_that_must_be_given(write, quickstart):
