@@ -39,6 +39,12 @@ LENGTHS = (1, 7, 33, 127, 2)
 """Of the sequences of random tokens that the exported model is compared on."""
 TEXT = "Paris is the capital of France; naloxone is a drug. 東京 éà 123"
 """That the exported tokenizer is compared on."""
+FILES = {
+    *("config.json", "model.safetensors", "model.onnx", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+}
+"""What an exported folder holds, beside the source."""
 LOAD = """
 import sys
 import torch
@@ -102,19 +108,19 @@ class Outputs:
     mask: Tensor
     """(B, S), of what is no padding."""
     exact: list[Tensor]
-    """Logits, or states of a model without a head, of each sequence by itself, in fp64."""
+    """Logits, or states of a model without a head, of each sequence by itself, in fp64: (length, n) or (n,)."""
     rounding: float
     """Largest difference from ``exact`` in fp32; large weights magnify it."""
 
     def difference(self, got: Tensor, what: str) -> float:
-        """Largest difference of outputs (B, S, ...), or (B, ...) of a sequence's classes, from ``exact``.
+        """Largest difference of outputs (B, S, n), or (B, n) if a sequence has one, from ``exact``.
 
         Raises:
             ConfigError: it is more than rounding, which is measured on this model, or outputs are no numbers.
         """
-        per_token = len(self.exact[0]) == self.mask[0].sum() and got.shape[:2] == self.mask.shape
-        rows = [row[real.bool()] if per_token else row for row, real in zip(got, self.mask, strict=True)]
-        worst = max(float((a - b).abs().max()) for a, b in zip(self.exact, rows, strict=True))
+        if got.dim() == 3:
+            got = got[self.mask.bool()]
+        worst = float((torch.cat([x.reshape(-1, x.shape[-1]) for x in self.exact]) - got).abs().max())
         largest = max(float(x.abs().max()) for x in self.exact)
         if not worst <= max(8 * self.rounding, 1e-5 * largest):
             raise ConfigError(
@@ -126,7 +132,11 @@ class Outputs:
 
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel) -> Outputs:
-    """The model on a batch of random tokens, in sequences of LENGTHS; the model is afterwards as it was."""
+    """The model on random tokens, in sequences of LENGTHS.
+
+    Raises:
+        ConfigError: it computes no numbers, as after a diverged training.
+    """
     config = model.config
     longest = getattr(config, "max_position_embeddings", max(LENGTHS))
     lengths = torch.tensor([min(length, longest) for length in LENGTHS])
@@ -137,6 +147,10 @@ def outputs_of(model: PreTrainedModel) -> Outputs:
         return [model(row[real.bool()][None])[0][0] for row, real in zip(ids, mask, strict=True)]
 
     exact = alone(copy.deepcopy(model).double())
+    if not all(x.isfinite().all() for x in exact):
+        raise ConfigError(
+            "the checkpoint computes NaN or infinity, so nothing was exported; take one of an earlier step"
+        )
     rounding = max(float((a - b).abs().max()) for a, b in zip(exact, alone(model), strict=True))
     return Outputs(ids, mask, exact, rounding)
 
@@ -165,12 +179,15 @@ def check_free(out: Path, overwrite: bool) -> None:
     """Refuse to replace what may not be replaced.
 
     Raises:
-        ConfigError: ``out`` exists, and ``overwrite`` is not given or it is no exported model.
+        ConfigError: ``out`` exists, and ``overwrite`` is not given or it holds more than an exported model.
     """
-    if out.exists() and not overwrite:
+    if not out.exists():
+        return
+    if not overwrite:
         raise ConfigError(f"{out} exists; give --overwrite to replace it, or another OUT")
-    if out.exists() and not ((out / "config.json").is_file() and (out / "README.md").is_file()):
-        raise ConfigError(f"{out} is no exported model, so it is not replaced; take another OUT")
+    others = [path.name for path in out.iterdir() if path.suffix != ".py" and path.name not in FILES]
+    if others:
+        raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Fine-tune a pretrained model: tasks of GLUE, or your own labelled files.
 
-python finetune.py yamls/finetune_glue.yaml model.pretrained=runs/mine/checkpoints [key=value ...]
-python finetune.py yamls/finetune_own.yaml model.pretrained=runs/mine/checkpoints [key=value ...]
+python finetune.py yamls/finetune_glue.yaml pretrained=runs/mine/checkpoints [key=value ...]
+python finetune.py yamls/finetune_own.yaml pretrained=runs/mine/checkpoints [key=value ...]
 
 A run is a task with a seed. Each is a process of its own, on a GPU of its own as they become free, or one after another
 on the CPU. Finished runs are not run again. At the end: a table of all of them.
@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import yaml
 
-from src import builders, classifier, glue, hub, jobs, processes, results
+from src import builders, classifier, glue, hub, jobs, pretrained, processes, results
 from src.callbacks import TrainingError
-from src.config import Component, ConfigError, read, to_dict
+from src.config import ConfigError, read, to_dict
 from src.convert import write_text
 from src.data_c4 import tokenizer_fingerprint
 from src.finetune_config import FinetuneConfig, LabelledData, RunSpec, load, selected
 from src.finetune_run import MODEL, RESULT, run
 from src.labelled import classes_of, file_hash, read_sets
-from src.pretrained import WEIGHTS
 from src.work_folder import locked
 
 SPEC = "run.yaml"
@@ -49,13 +48,13 @@ def plan(config: FinetuneConfig) -> list[RunSpec]:
         ConfigError, ValueError: a file, the model or the tokenizer is not there, or not as it must be.
     """
     config = at_hand(config)
-    source = classifier.read_pretrained(config.model)
+    source = None if config.pretrained is None else pretrained.read(config.pretrained)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     shared = to_dict(dataclasses.replace(config, tasks={}))
     for name in FREE:
         del shared[name]
     shared["tokenizer_name"] = tokenizer_fingerprint(tokenizer)
-    shared["model"]["pretrained"] = None if source is None else weights_hash(source.path)
+    shared["pretrained"] = None if source is None else weights_hash(source.path)
     specs: dict[str, list[RunSpec]] = {}
     left = selected(config)
     while left:
@@ -80,11 +79,9 @@ def plan(config: FinetuneConfig) -> list[RunSpec]:
 
 def at_hand(config: FinetuneConfig) -> FinetuneConfig:
     """The config with all that it names on this machine, by absolute path: model, GLUE's files as ``data``."""
-    options = dict(config.model.options)
-    name = options.get("pretrained")
-    if isinstance(name, str):
-        path = Path(name)
-        options["pretrained"] = str(path.resolve()) if path.exists() else hub_model(name)
+    path = config.pretrained
+    if path is not None:
+        path = str(Path(path).resolve()) if Path(path).exists() else hub_model(path)
     of_glue = [name for name, task in selected(config).items() if task.data is None]
     tasks = dict(config.tasks)
     if of_glue:
@@ -92,26 +89,30 @@ def at_hand(config: FinetuneConfig) -> FinetuneConfig:
         for name in of_glue:
             data = LabelledData(**glue.TASKS[name], **glue.files(name, folder))
             tasks[name] = dataclasses.replace(tasks[name], data=data)
-    return dataclasses.replace(config, model=Component(config.model.name, options), tasks=tasks)
+    return dataclasses.replace(config, pretrained=path, tasks=tasks)
 
 
 def hub_model(name: str) -> str:
     """The folder of a model of the hub."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model.pretrained: {name}: there is no such file or folder")
+        raise ConfigError(f"pretrained: {name}: there is no such file or folder")
 
     def complete(folder: Path) -> bool:
-        return (folder / "config.json").exists() and any((folder / file).exists() for file in WEIGHTS)
+        return (folder / "config.json").exists() and any((folder / file).exists() for file in pretrained.WEIGHTS)
 
     try:
-        return str(hub.folder(name, "model", ["|".join(WEIGHTS), "*.json", "vocab.txt"], complete))
+        return str(hub.folder(name, "model", ["|".join(pretrained.WEIGHTS), "*.json", "vocab.txt"], complete))
     except ValueError as error:
-        raise ConfigError(f"model.pretrained: no file, no folder, and {error}") from None
+        raise ConfigError(f"pretrained: no file, no folder, and {error}") from None
 
 
 def weights_hash(path: Path) -> list[str]:
     """Hashes of a checkpoint, or of what decides a Hugging Face folder's model."""
-    files = [path] if path.is_file() else [path / name for name in ("config.json", *WEIGHTS) if (path / name).exists()]
+    files = (
+        [path]
+        if path.is_file()
+        else [path / name for name in ("config.json", *pretrained.WEIGHTS) if (path / name).exists()]
+    )
     return [digest for file in files for digest in file_hash(str(file))]
 
 
@@ -141,7 +142,7 @@ def check(specs: list[RunSpec]) -> None:
     config = specs[0].config
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
-    source = classifier.read_pretrained(config.model)
+    source = None if config.pretrained is None else pretrained.read(config.pretrained)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     builders.build("scheduler", builders.SCHEDULERS, config.scheduler)
     for spec in {spec.task: spec for spec in specs}.values():
@@ -199,7 +200,8 @@ def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: 
     text = results.as_text(lines) + "\n" + "\n".join(notes) + "\n"
     write_text(folder / "table.txt", text)
     write_text(folder / "table.md", results.as_markdown(lines) + "\n" + "\n\n".join(notes) + "\n")
-    held = {"run_name": config.run_name, "model": to_dict(config)["model"], **aggregated, "failed": failed}
+    model = {"pretrained": config.pretrained, **to_dict(config)["model"]}
+    held = {"run_name": config.run_name, "model": model, **aggregated, "failed": failed}
     write_text(folder / "table.json", json.dumps(held, indent=1))
     average = "none" if aggregated["average"] is None else f"{aggregated['average']:.4f}"
     print(f"{text}finetune runs={len(finished)} failed={len(failed)} average={average} table={folder / 'table.md'}")

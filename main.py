@@ -62,6 +62,8 @@ def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str 
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
+    if found is None and config.load_path is None:
+        builders.load_pretrained(config, model, tokenizer)
     train_data = builders.build_train_data(config, tokenizer)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
     fingerprints = {"dataset": dataset_fingerprint(dataset), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -126,9 +128,9 @@ def describe(config: RunConfig) -> str:
 
 
 def evaluate(config: RunConfig) -> None:
-    """Evaluate ``load_path`` on all held-out data."""
-    if config.load_path is None:
-        raise ConfigError("--eval needs a load_path")
+    """Evaluate ``load_path``, or else ``pretrained``, on all held-out data."""
+    if config.load_path is None and config.pretrained is None:
+        raise ConfigError("--eval needs a load_path, or pretrained")
     # Weights are all it takes; nothing of the run whose checkpoint this is may be overwritten.
     config = dataclasses.replace(config, load_weights_only=True, autoresume=False, save_folder=None, loggers={})
     trainer = trainer_or_reason(config)
@@ -149,6 +151,7 @@ def validate(config: RunConfig) -> None:
     """Build what training would build, and print what it would do and need."""
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
+    builders.load_pretrained(config, model, tokenizer)
     builders.build_optimizer(config, model)
     builders.build_algorithms(config)
     builders.build_callbacks(config, tokenizer)

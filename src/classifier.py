@@ -1,7 +1,6 @@
 """Fine-tuned models as ComposerModels: a pretrained encoder, a head for a task, and its metrics."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src import pretrained as weights
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
-from src.builders import build, build_model_config
+from src.builders import build, build_model_config, with_kernels
 from src.config import Component, ConfigError
 from src.configuration_bert import BertConfig
 from src.data_c4 import IGNORED, Batch, load_tokenizer
@@ -142,14 +141,13 @@ def mosaic_bert(
     source: weights.Pretrained | None,
     kind: str,
     head: dict[str, Any],
-    pretrained: str | None,
     model_config: dict[str, Any] | None = None,
     attention: str = "auto",
     kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, over the pretrained one's."""
-    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
+    options = with_kernels(model_config, attention, kernels)
     return _load(HEADS[kind][0], BertConfig, tokenizer, source, options, head, gradient_checkpointing)
 
 
@@ -158,7 +156,6 @@ def hf_bert(
     source: weights.Pretrained | None,
     kind: str,
     head: dict[str, Any],
-    pretrained: str | None,
     model_config: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
@@ -220,14 +217,6 @@ def build_model(
     if max_seq_len > positions:
         raise ConfigError(f"max_seq_len: {max_seq_len} is more than this model's {positions} positions")
     return model
-
-
-def read_pretrained(component: Component) -> weights.Pretrained | None:
-    """The weights that ``model.pretrained`` names; None where it is null."""
-    path = component.options.get("pretrained")
-    if path is not None and not isinstance(path, str):
-        raise ConfigError(f"model.pretrained: {path!r} is not a path")
-    return None if path is None else weights.read(Path(path))
 
 
 def read_tokenizer(source: weights.Pretrained | None, name: str | None) -> PreTrainedTokenizerFast:

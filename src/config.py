@@ -202,6 +202,9 @@ class RunConfig:
     """Checkpoint to begin from."""
     load_weights_only: bool = False
     """Take only the weights from ``load_path`` and begin a new run with them."""
+    pretrained: str | None = None
+    """Weights to begin a new run with: a checkpoint or its folder, or a Hugging Face folder. All of the model's must be
+    there, and shape and tokenizer be the run's. Not read when the run goes on from a checkpoint, which has weights."""
     autoresume: bool = False
     """Go on from the latest checkpoint in ``save_folder`` if there is one."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
@@ -507,6 +510,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
             faults.append(f"resume.allow: {name!r} may always change")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: acts only with a load_path")
+    if config.load_weights_only and config.pretrained is not None:
+        faults.append("pretrained: load_path with load_weights_only gives weights too; take one of them")
 
 
 def _remote(config: RunConfig, source: LoaderConfig | StreamConfig) -> str | None:

@@ -1,6 +1,6 @@
 """What a fine-tuning is: frozen dataclasses, read from one YAML and ``key=value`` overrides. Imports no torch.
 
-    load("yamls/finetune_glue.yaml", ["model.pretrained=runs/mine/checkpoints", "only=[rte]"]) -> FinetuneConfig
+    load("yamls/finetune_glue.yaml", ["pretrained=runs/mine/checkpoints", "only=[rte]"]) -> FinetuneConfig
 
 Read as src/config.py reads a pretraining run: all faults in one error, the only place with defaults.
 """
@@ -87,8 +87,10 @@ class FinetuneConfig:
     folder: str
     """Where the runs' results, models and the table go. Runs that are finished there are not run again."""
     model: Component
-    """``mosaic_bert`` or ``hf_bert``, with ``pretrained``: a checkpoint of main.py, or a Hugging Face folder; for
-    hf_bert also a name on the hub; null for fresh weights."""
+    """``mosaic_bert`` or ``hf_bert``; ``model_config`` takes settings over those of the pretrained model."""
+    pretrained: str | None
+    """Weights to begin with: a checkpoint or its folder, a Hugging Face folder, or a name on the hub; null for fresh
+    ones, which need ``tokenizer_name`` and a whole ``model_config``."""
     tasks: dict[str, TaskConfig]
     """Tasks by name: those of GLUE (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb), and your own with ``data``. Runs
     start in this order, on each device that is free."""
@@ -128,7 +130,7 @@ class RunSpec:
     key: str
     """Hash of all that decides the result."""
     encoder: str | None
-    """Folder of the model whose encoder it begins with. None: ``model.pretrained``."""
+    """Folder of the model whose encoder it begins with. None: ``pretrained``."""
     save_model: bool
     """Whether the fine-tuned model is kept."""
     config: FinetuneConfig

@@ -66,7 +66,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
 
     sets = read_sets(data)
     classes = classes_of(data, sets)
-    source = classifier.read_pretrained(config.model)
+    source = None if config.pretrained is None else pretrained.read(config.pretrained)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     if spec.encoder is not None:
         source = pretrained.read(spec.encoder)

@@ -188,7 +188,7 @@ def load_pretrained(
     """
     if not isinstance(source, Pretrained):
         source = read(source)
-    _check_kind(model_class, source)
+    check_kind(source, model_class)
     model = model_class(_overridden(source, overrides))
     load_weights(model, source, fresh_classifier)
     return model.eval()
@@ -205,7 +205,9 @@ def _overridden(source: Pretrained, overrides: dict[str, Any]) -> Any:
     return _config(type(config), {**options, **overrides}, source.path)
 
 
-def _check_kind(model_class: type, source: Pretrained) -> None:
+def check_kind(source: Pretrained, model_class: type[PreTrainedModel]) -> None:
+    """Refuse weights of a MosaicBERT for Hugging Face's BERT, and the reverse, with the reason (ConfigError)."""
+    assert model_class.config_class is not None
     ours, theirs = issubclass(model_class.config_class, BertConfig), isinstance(source.config, BertConfig)
     if ours and not theirs:
         raise ConfigError(
@@ -224,7 +226,7 @@ def load_weights(model: PreTrainedModel, source: Pretrained, fresh_classifier: b
         ConfigError: weights are missing, left over, of another shape or, tied, contradict each other; a setting that no
             shape shows differs; the weights are of another kind of model. All of it in one message.
     """
-    _check_kind(type(model), source)
+    check_kind(source, type(model))
     prefix = "" if hasattr(model, "bert") else "bert."  # of BertModel, whose names have none
     places = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     state = source.state

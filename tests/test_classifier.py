@@ -111,7 +111,7 @@ def test_entity_f1():
 
 
 def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **options):
-    component = Component(name, {"pretrained": None, "model_config": SHAPE, **options})
+    component = Component(name, {"model_config": SHAPE, **options})
     return build_model(component, tokenizer, source, kind, classes, max_seq_len)
 
 
@@ -183,10 +183,12 @@ def test_attention_dropout(tokenizer):
 
 
 def test_refusals(tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="unexpected 'pretrain' .did you mean 'pretrained'"):
-        build_model(Component("mosaic_bert", {"pretrain": 1}), tokenizer, None, "regression", [], 32)
+    with pytest.raises(ConfigError, match="unexpected 'kernel' .did you mean 'kernels'"):
+        build_model(Component("mosaic_bert", {"kernel": 1}), tokenizer, None, "regression", [], 32)
     with pytest.raises(ConfigError, match="model: unknown 'bert'"):
         build_model(Component("bert", {}), tokenizer, None, "regression", [], 32)
+    with pytest.raises(ConfigError, match="model.model_config.attention: it is model.attention"):
+        model_of("mosaic_bert", "regression", [], tokenizer, model_config={**SHAPE, "attention": "torch"})
     with pytest.raises(ConfigError, match="unexpected 'hiden_size'"):
         model_of("mosaic_bert", "regression", [], tokenizer, model_config={"hiden_size": 8})
     with pytest.raises(ConfigError, match="max_seq_len: 64 is more than this model's 40 positions"):
@@ -202,8 +204,6 @@ def test_refusals(tokenizer, tmp_path):
     model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="Take model hf_bert"):
         model_of("mosaic_bert", "regression", [], tokenizer, pretrained.read(tmp_path), model_config={})
-    with pytest.raises(ConfigError, match="model.pretrained: 3 is not a path"):
-        classifier.read_pretrained(Component("mosaic_bert", {"pretrained": 3}))
     with pytest.raises(ConfigError, match="tokenizer_name: missing"):
         classifier.read_tokenizer(None, None)
     assert isinstance(model_of("hf_bert", "tokens", ["a", "b"], tokenizer), transformers.BertForTokenClassification)

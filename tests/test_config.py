@@ -158,6 +158,12 @@ def test_each_kind_of_fault(override, fault, write, quickstart):
     assert fault in str(error.value)
 
 
+def test_two_origins_of_weights(write, quickstart):
+    with pytest.raises(ConfigError, match="pretrained: load_path with load_weights_only gives weights too"):
+        load(write(quickstart), ["pretrained=a", "load_path=b", "load_weights_only=true"])
+    assert load(write(quickstart), ["pretrained=a", "load_path=b"]).pretrained == "a"  # a checkpoint to go on from
+
+
 def test_a_value_that_must_be_given(write, quickstart):
     path = write({**quickstart, "run_name": "???"})
     with pytest.raises(ConfigError, match="run_name: missing"):

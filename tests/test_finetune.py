@@ -61,7 +61,8 @@ def tree(tmp_path, tokenizer_folder):
     return {
         "run_name": "test",
         "folder": str(tmp_path / "out"),
-        "model": {"name": "mosaic_bert", "pretrained": None, "model_config": {**MODEL_OF["mosaic_bert"], **NO_DROPOUT}},
+        "pretrained": None,
+        "model": {"name": "mosaic_bert", "model_config": {**MODEL_OF["mosaic_bert"], **NO_DROPOUT}},
         "tokenizer_name": tokenizer_folder,
         "max_seq_len": 16,
         "precision": "fp32",
@@ -399,22 +400,20 @@ def test_glue_from_a_folder(tree, tmp_path, here):
 def test_from_a_checkpoint(tree, trained, write, here):
     """Of main.py: its shape, its tokenizer; as the encoder of any task."""
     del tree["tokenizer_name"], tree["model"]["model_config"]
-    config = load(write(tree), [f"model.pretrained={trained}"])
+    config = load(write(tree), [f"pretrained={trained}"])
     assert finetune.finetune(config) == 0
     (spec,) = finetune.plan(config)
     model = json.loads((Path(spec.folder) / MODEL / "config.json").read_text())
     assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
     assert (Path(spec.folder) / MODEL / "tokenizer.json").exists()
-    assert finetune.plan(load(write(tree), [f"model.pretrained={trained}/latest-rank0.pt"]))[0].key == spec.key
+    assert finetune.plan(load(write(tree), [f"pretrained={trained}/latest-rank0.pt"]))[0].key == spec.key
 
 
 def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     """From the hub's cache; what is not there is named at once."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    tree["model"] = {"name": "hf_bert", "pretrained": "somebody/bert"}
-    with pytest.raises(
-        ConfigError, match="model.pretrained: no file, no folder, and somebody/bert: neither cached nor"
-    ):
+    tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
+    with pytest.raises(ConfigError, match="pretrained: no file, no folder, and somebody/bert: neither cached nor"):
         finetune.plan(load(write(tree)))
     folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
     source = finetune_run.classifier.transformers.BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
@@ -422,9 +421,9 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(folder)
     del tree["tokenizer_name"]
     (spec,) = finetune.plan(load(write(tree)))
-    assert spec.config.model.options["pretrained"] == str(folder)
-    with pytest.raises(ConfigError, match="model.pretrained: ./none: there is no such file or folder"):
-        finetune.plan(load(write(tree), ["model.pretrained=./none"]))
+    assert spec.config.pretrained == str(folder)
+    with pytest.raises(ConfigError, match="pretrained: ./none: there is no such file or folder"):
+        finetune.plan(load(write(tree), ["pretrained=./none"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,7 +441,7 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
         ("optimizer.beta=1", "optimizer.adamw: unexpected 'beta'"),
         ("optimizer.lr=1", "optimizer.adamw: unexpected 'lr'"),
         ("scheduler.name=linear", "scheduler: unknown 'linear'"),
-        ("model.pretraind=x", "model.mosaic_bert: unexpected 'pretraind'"),
+        ("model.atention=x", "model.mosaic_bert: unexpected 'atention'"),
         ("model.model_config.num_attention_heads=5", "is not a multiple of num_attention_heads 5"),
         ("tokenizer_name=null", "tokenizer_name: missing"),
     ],

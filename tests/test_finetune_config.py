@@ -12,7 +12,7 @@ from src.finetune_config import RunSpec, load, selected
 from tests.test_config import misspell, paths_of
 
 YAMLS = sorted(Path("yamls").glob("finetune*.yaml"))
-GIVEN = {"model.pretrained": "x", "tasks.mine.data.train": "train.csv"}
+GIVEN = {"pretrained": "x", "tasks.mine.data.train": "train.csv"}
 """Values for what the YAMLs leave to be given."""
 
 
@@ -24,7 +24,7 @@ def overrides_of(path):
 def own():
     """The YAML for one's own files, with what must be given."""
     tree = yaml.safe_load(Path("yamls/finetune_own.yaml").read_text())
-    tree["model"]["pretrained"], tree["tasks"]["mine"]["data"]["train"] = GIVEN.values()
+    tree["pretrained"], tree["tasks"]["mine"]["data"]["train"] = GIVEN.values()
     return tree
 
 
@@ -35,13 +35,13 @@ def test_shipped_yamls_load_and_survive_a_round_trip(path, write):
 
 
 def test_what_must_be_given_is_asked_for():
-    with pytest.raises(ConfigError, match="tasks.mine.data.train: missing"):
+    with pytest.raises(ConfigError, match="pretrained: missing(.|\n)*tasks.mine.data.train: missing"):
         load("yamls/finetune_own.yaml")
 
 
 def test_the_reference_recipe():
     """MosaicBERT's: learning rate, batch, epochs, number of seeds, and what a task starts from."""
-    config = load("yamls/finetune_glue.yaml", ["model.pretrained=x"])
+    config = load("yamls/finetune_glue.yaml", ["pretrained=x"])
     recipe = {n: (t.lr, t.batch_size, t.epochs, len(t.seeds), t.starts_from) for n, t in config.tasks.items()}
     assert recipe == {
         "mnli": (5e-5, 48, 3, 1, None),
@@ -58,9 +58,9 @@ def test_the_reference_recipe():
 
 
 def test_only_takes_along_what_tasks_start_from():
-    config = load("yamls/finetune_glue.yaml", ["model.pretrained=x", "only=[stsb,cola]"])
+    config = load("yamls/finetune_glue.yaml", ["pretrained=x", "only=[stsb,cola]"])
     assert list(selected(config)) == ["mnli", "cola", "stsb"]
-    assert list(selected(load("yamls/finetune_glue.yaml", ["model.pretrained=x"]))) == list(config.tasks)
+    assert list(selected(load("yamls/finetune_glue.yaml", ["pretrained=x"]))) == list(config.tasks)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -78,7 +78,7 @@ def test_a_misspelt_task(write):
     tree = yaml.safe_load(Path("yamls/finetune_glue.yaml").read_text())
     tree["tasks"]["ret"] = tree["tasks"].pop("rte")
     with pytest.raises(ConfigError, match="tasks.ret: no task of GLUE .* one of your own has a section 'data'"):
-        load(write(tree), ["model.pretrained=x"])
+        load(write(tree), ["pretrained=x"])
 
 
 @pytest.mark.parametrize(
