@@ -48,7 +48,11 @@ def plan(config: FinetuneConfig) -> list[RunSpec]:
         ConfigError, ValueError: a file, the model or the tokenizer is not there, or not as it must be.
     """
     config = at_hand(config)
-    source = None if config.pretrained is None else pretrained.read(config.pretrained)
+    source = None
+    if config.pretrained is not None:
+        source = pretrained.read(config.pretrained)
+        # The file itself: a pretraining that goes on may give its folder's `latest` to another one.
+        config = dataclasses.replace(config, pretrained=str(source.path.resolve()))
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     shared = to_dict(dataclasses.replace(config, tasks={}))
     for name in FREE:
@@ -108,12 +112,8 @@ def hub_model(name: str) -> str:
 
 def weights_hash(path: Path) -> list[str]:
     """Hashes of a checkpoint, or of what decides a Hugging Face folder's model."""
-    files = (
-        [path]
-        if path.is_file()
-        else [path / name for name in ("config.json", *pretrained.WEIGHTS) if (path / name).exists()]
-    )
-    return [digest for file in files for digest in file_hash(str(file))]
+    files = [path / name for name in ("config.json", *pretrained.WEIGHTS)] if path.is_dir() else [path]
+    return [digest for file in files if file.exists() for digest in file_hash(str(file))]
 
 
 def settings_of(config: FinetuneConfig, name: str) -> dict[str, Any]:
@@ -145,16 +145,18 @@ def check(specs: list[RunSpec]) -> None:
     source = None if config.pretrained is None else pretrained.read(config.pretrained)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     builders.build("scheduler", builders.SCHEDULERS, config.scheduler)
+    builders.build("optimizer", builders.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
+    built = set()
     for spec in {spec.task: spec for spec in specs}.values():
-        task = spec.config.tasks[spec.task]
-        assert task.data is not None, "plan fills it in"
+        data = spec.config.tasks[spec.task].data
+        assert data is not None, "plan fills it in"
         try:
-            classes = classes_of(task.data, read_sets(task.data))
-            names = task.data.label_names or classes
-            model = classifier.build_model(config.model, tokenizer, source, task.data.kind, names, config.max_seq_len)
+            classes = classes_of(data, read_sets(data))
         except ConfigError as error:
             raise ConfigError(f"tasks.{spec.task}: {error}") from None
-        builders.build("optimizer", builders.OPTIMIZERS, config.optimizer, model=model, lr=task.lr)
+        if data.kind not in built:
+            classifier.build_model(config.model, tokenizer, source, data.kind, classes, config.max_seq_len)
+            built.add(data.kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,8 +195,9 @@ def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: 
     """Print the table, and write it as text, JSON and Markdown."""
     aggregated = results.aggregate(finished)
     lines = results.rows(aggregated)
-    devices = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
-    notes = [f"{config.run_name}: {len(finished)} runs on {'; '.join(devices) or 'nothing'}; intervals are over seeds."]
+    ran_on = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
+    number = f"{len(finished)} of {len(finished) + len(failed)} runs"
+    notes = [f"{config.run_name}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
     notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
     folder = Path(config.folder)
     text = results.as_text(lines) + "\n" + "\n".join(notes) + "\n"

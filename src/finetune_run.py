@@ -1,9 +1,11 @@
 """One fine-tuning run: a task, a seed, a device, one Composer Trainer; its result in a file."""
 
+import itertools
 import json
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from src.callbacks import ConsoleLine, Guard, MetricsFile, Reseed, TrainingError
 from src.config import Component
 from src.convert import write_text
 from src.data_c4 import IGNORED
-from src.finetune_config import DEFAULT_METRICS, LabelledData, RunSpec
+from src.finetune_config import DEFAULT_METRICS, RunSpec
 from src.labelled import Collator, Encoded, classes_of, counts, encode, read_sets, split_batch
 from src.summary import environment
 
@@ -43,9 +45,29 @@ def data_spec(
     return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=counts)  # pyright: ignore[reportArgumentType]
 
 
-def metrics_of(data: LabelledData) -> list[str]:
-    """Names of a task's metrics."""
-    return data.metrics or DEFAULT_METRICS[data.kind]
+def build_trainer(spec: RunSpec, model: classifier.Classifier, train: DataSpec, evaluators: list[Evaluator]) -> Trainer:
+    """The Trainer of a run; nothing is saved by it."""
+    config, task = spec.config, spec.config.tasks[spec.task]
+    decay = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
+    optimizer = Component(config.optimizer.name, {**config.optimizer.options, **decay})
+    steps = task.epochs * len(train.dataloader)  # pyright: ignore[reportArgumentType]
+    return Trainer(
+        run_name=f"{config.run_name}-{spec.name}",
+        seed=spec.seed,
+        model=model,
+        optimizers=builders.build("optimizer", builders.OPTIMIZERS, optimizer, model=model, lr=task.lr),
+        schedulers=builders.build("scheduler", builders.SCHEDULERS, config.scheduler),
+        train_dataloader=train,
+        eval_dataloader=evaluators,
+        eval_interval=config.eval_interval,
+        max_duration=f"{steps}ba",  # in steps, so that progress is known within an epoch
+        precision=config.precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch weighs the same
+        callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
+        loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
+        progress_bar=False,
+    )
 
 
 def run(spec: RunSpec) -> dict[str, Any]:
@@ -58,7 +80,8 @@ def run(spec: RunSpec) -> dict[str, Any]:
         ConfigError: data, model or options are not as they must be.
         TrainingError: the loss or a metric is no number, or there is too little memory.
     """
-    started, config, task = time.monotonic(), spec.config, spec.config.tasks[spec.task]
+    started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
+    task = config.tasks[spec.task]
     data = task.data
     assert data is not None, "finetune.py fills it in"
     checkpoint.load_as_data()
@@ -66,70 +89,49 @@ def run(spec: RunSpec) -> dict[str, Any]:
 
     sets = read_sets(data)
     classes = classes_of(data, sets)
+    names = data.label_names or classes
     source = None if config.pretrained is None else pretrained.read(config.pretrained)
     tokenizer = classifier.read_tokenizer(source, config.tokenizer_name)
     if spec.encoder is not None:
         source = pretrained.read(spec.encoder)
-    names = data.label_names or classes
-    model = classifier.build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)
-    metrics = {name: classifier.METRICS[name](classes) for name in metrics_of(data)}
-    composer_model = classifier.Classifier(model, data.kind, metrics)
-    encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
+    network = classifier.build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)
+    metrics = data.metrics or DEFAULT_METRICS[data.kind]
+    model = classifier.Classifier(network, data.kind, {name: classifier.METRICS[name](classes) for name in metrics})
 
-    held_out = {name: part for name, part in encoded.items() if name != "train"}
-    specs = {name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in held_out.items()}
-    evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in specs.items()}
-    decay = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
-    optimizer = Component(config.optimizer.name, {**config.optimizer.options, **decay})
-    trainer = Trainer(
-        run_name=f"{config.run_name}-{spec.name}",
-        seed=spec.seed,
-        model=composer_model,
-        optimizers=builders.build("optimizer", builders.OPTIMIZERS, optimizer, model=composer_model, lr=task.lr),
-        schedulers=builders.build("scheduler", builders.SCHEDULERS, config.scheduler),
-        train_dataloader=data_spec(encoded["train"], tokenizer, task.batch_size, shuffle_seed=spec.seed),
-        eval_dataloader=[evaluator for name, evaluator in evaluators.items() if name != "test"],
-        eval_interval=config.eval_interval,
-        max_duration=f"{task.epochs}ep",
-        precision=config.precision,
-        device_train_microbatch_size=config.device_train_microbatch_size,
-        accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch weighs the same
-        callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
-        loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
-        progress_bar=False,
-    )
+    encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
+    train = data_spec(encoded["train"], tokenizer, task.batch_size, shuffle_seed=spec.seed)
+    held_out = {
+        name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in encoded.items() if name != "train"
+    }
+    evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in held_out.items()}
+    test = evaluators.pop("test", None)
+    trainer = build_trainer(spec, model, train, list(evaluators.values()))
     try:
         trainer.fit()
-        if "test" in evaluators:
-            trainer.eval(evaluators["test"])
+        if test is not None:
+            trainer.eval(test)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"too little memory ({str(error).splitlines()[0]}). Lower device_train_microbatch_size (the loss stays the "
             "same) or eval_batch_size, or set model.gradient_checkpointing: true"
         ) from None
-    values = {
-        name: {metric: found.compute().item() for metric, found in trainer.state.eval_metrics[name].items()}
-        for name in specs
-    }
-    for name, part in specs.items():
-        outputs = trainer.predict(part)
-        write_predictions(Path(spec.folder) / PREDICTIONS / f"{name}.txt", composer_model, outputs, part, names)
-    steps = trainer.state.timestamp.batch.value
+    for name, part in held_out.items():
+        write_predictions(folder / PREDICTIONS / f"{name}.txt", model, trainer.predict(part), part, names)
+    found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
+    values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in held_out}
     trainer.close()
-    for name, found in values.items():
-        for metric, value in found.items():
-            if not math.isfinite(value):
-                raise TrainingError(f"{metric} on {name} is {value}: the model gives the same number for every row")
+    for name, metric in itertools.product(values, metrics):
+        if not math.isfinite(values[name][metric]):
+            raise TrainingError(f"{metric} on {name} is no number: the model gives the same one for every row")
 
     if spec.save_model:
-        model.save_pretrained(Path(spec.folder) / MODEL)
-        tokenizer.save_pretrained(Path(spec.folder) / MODEL)
-    counted = [value for name, found in values.items() if name != "test" for value in found.values()]
+        network.save_pretrained(folder / MODEL)
+        tokenizer.save_pretrained(folder / MODEL)
     result = {
         "task": spec.task,
         "seed": spec.seed,
         "key": spec.key,
-        "score": sum(counted) / len(counted),
+        "score": fmean(values[name][metric] for name in evaluators for metric in metrics),
         "metrics": values,
         "rows": {name: len(part.examples) for name, part in encoded.items()},
         "cut": {name: part.cut for name, part in encoded.items()},
@@ -138,7 +140,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
-    write_text(Path(spec.folder) / RESULT, json.dumps(result, indent=1))
+    write_text(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 

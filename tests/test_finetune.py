@@ -478,7 +478,7 @@ def test_a_metric_that_is_no_number(tree, monkeypatch):
         "src.classifier.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
     )
     spec = spec_of(tree)
-    with pytest.raises(TrainingError, match="pearson on validation is nan: the model gives the same number"):
+    with pytest.raises(TrainingError, match="pearson on validation is no number: the model gives the same one"):
         finetune_run.run(spec)
     assert not finetune.is_finished(spec)
 

@@ -16,7 +16,7 @@ from src.finetune_config import LabelledData
 from src.labelled import Collator, classes_of, counts, encode, hold_out, read_set, read_sets, split_batch
 
 ROWS = [
-    {"text": 'he said "no", twice', "label": "neg"},
+    {"text": '"no", he said twice', "label": "neg"},
     {"text": "ein schöner Film, 100%", "label": "pos"},
     {"text": "", "label": "neg"},
 ]
