@@ -198,6 +198,7 @@ def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: 
     ran_on = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
     number = f"{len(finished)} of {len(finished) + len(failed)} runs"
     notes = [f"{config.run_name}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
+    notes += results.losses(finished)
     notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
     folder = Path(config.folder)
     text = results.as_text(lines) + "\n" + "\n".join(notes) + "\n"

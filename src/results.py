@@ -80,6 +80,20 @@ def rows(aggregated: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def losses(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each task's set of which the model did not see all."""
+    lines = {}
+    for result in results:
+        for name, rows in result["rows"].items():
+            cut, unread = result["cut"][name], result["unread_words"][name]
+            if cut or unread:
+                words = f", and {unread} labelled words are not seen" if unread else ""
+                lines[result["task"], name] = (
+                    f"{result['task']}: {name}: {cut} of {rows} rows are cut at max_seq_len{words}"
+                )
+    return list(lines.values())
+
+
 def as_text(lines: Sequence[tuple[str, ...]]) -> str:
     """Columns beside each other."""
     widths = [max(len(line[i]) for line in (HEADER, *lines)) for i in range(len(HEADER))]

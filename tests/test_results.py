@@ -57,6 +57,21 @@ def test_table():
     assert markdown[5] == "| cola | matthews | 2 | 0.5500 | 0.0707 | -0.0853 to 1.1853 |"
 
 
+def test_what_a_model_did_not_see():
+    results_of = {"task": "ner", "rows": {"train": 9, "dev": 3, "test": 2}}
+    some = {**results_of, "cut": {"train": 2, "dev": 0, "test": 0}, "unread_words": {"train": 5, "dev": 0, "test": 1}}
+    none = {
+        **results_of,
+        "task": "x",
+        "cut": dict.fromkeys(some["rows"], 0),
+        "unread_words": dict.fromkeys(some["rows"], 0),
+    }
+    assert results.losses([some, none, some]) == [
+        "ner: train: 2 of 9 rows are cut at max_seq_len, and 5 labelled words are not seen",
+        "ner: test: 0 of 2 rows are cut at max_seq_len, and 1 labelled words are not seen",
+    ]
+
+
 def test_no_run():
     aggregated = results.aggregate([])
     assert aggregated == {"tasks": {}, "average": None} and results.rows(aggregated) == []
