@@ -168,7 +168,12 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrained
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="whatever convert_c4.py reads: files of text, C4's files, a split of MDS shards")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="whatever convert_c4.py reads: files of text, C4's files (train), a split of MDS shards of text (default: "
+        "C4's train split from the hub)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, required=True, help="entries at most, the 5 special ones included")
     parser.add_argument("--no-lowercase", action="store_false", dest="lowercase", help="keep case and accents")
@@ -201,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
 
     words = count_words(texts(counts), normalizers.BertNormalizer(lowercase=args.lowercase))
     if not counts.documents:
-        raise ValueError(f"{args.source}: the source has no document")
+        raise ValueError(f"{args.source or 'C4'}: the source has no document")
     tokenizer = train(words, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
