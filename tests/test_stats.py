@@ -13,7 +13,7 @@ def test_lengths_are_rounded_down_by_an_eighth_at_most_to_few_values():
 
 
 def test_a_distribution_is_that_of_its_values():
-    values = np.random.default_rng(0).integers(0, 50, 333)
+    values = np.random.default_rng(0).integers(0, 500, 333)
     counts = dict(zip(*(x.tolist() for x in np.unique(values, return_counts=True)), strict=True))
     found = distribution(counts)
     want = np.percentile(values, PERCENTILES, method="inverted_cdf").tolist()
