@@ -171,10 +171,10 @@ def test_each_kind_of_fault(override, fault, write, quickstart):
 
 
 def test_a_value_that_must_be_given(write, quickstart):
-    path = write({**quickstart, "run_name": "???"})
-    with pytest.raises(ConfigError, match="run_name: missing"):
+    path = write({**quickstart, "tokenizer_name": "???"})
+    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
         load(path)
-    assert load(path, ["run_name=mine"]).run_name == "mine"
+    assert load(path, ["tokenizer_name=mine"]).tokenizer_name == "mine"
 
 
 def test_autoresume_needs_a_folder(write, quickstart):
