@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ from composer.utils.parallelism import FSDPConfig
 from src import builders, config
 from src.builders import build, padded_vocab_size
 from src.config import Component, ConfigError
+from tests.conftest import YAMLS
 
-YAMLS = sorted(Path("yamls").glob("*.yaml"))
 SECTIONS = {
     "model": builders.MODELS,
     "optimizer": builders.OPTIMIZERS,
