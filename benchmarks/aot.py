@@ -28,9 +28,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from src import flash_attn_triton, geglu_triton, layer_norm_triton
+from src import flash_attn_triton, geglu_triton, kernels, layer_norm_triton
 
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, appendix on them)."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -149,8 +149,13 @@ def main(argv: list[str]) -> int:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    kernels = spilling = over_limit = 0
-    for architecture in args.architectures:
+    refusals: list[str] = []
+    built = spilling = over_limit = 0
+    for architecture in [*args.architectures, 75, 120]:
+        reason = kernels.refused(divmod(architecture, 10))
+        if architecture not in args.architectures or reason is not None:
+            refusals += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
+            continue
         for dtype in args.dtypes:
             rowwise = itertools.chain(
                 *(layer_norm_builds(width, dtype) for width in args.widths),
@@ -162,15 +167,15 @@ def main(argv: list[str]) -> int:
             )
             for build in builds:
                 usage = compile_for(build, architecture)
-                kernels += 1
+                built += 1
                 spilling += usage["spilled"] > 0
                 over_limit += usage["shared"] > SHARED_MEMORY[architecture]
                 cells: list[Any] = [f"sm_{architecture}", build.kernel.__name__, dtype, build.variant]
                 cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages, *usage.values()]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
                 print(lines[-1], flush=True)
-    lines += ["", f"aot kernels={kernels} spilling={spilling} over_limit={over_limit}"]
-    print("\n".join(lines[-2:]))
+    lines += ["", *refusals, "", f"aot kernels={built} spilling={spilling} over_limit={over_limit}"]
+    print("\n".join(lines[-3 - len(refusals) :]))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")
     return int(spilling + over_limit > 0)

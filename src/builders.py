@@ -478,6 +478,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
         shuffle_seed=loader.shuffle_seed,
         num_canonical_nodes=loader.num_canonical_nodes,
         length_window=loader.length_window,
+        moving_crop=loader.moving_crop,
         predownload=loader.predownload,
     )
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability

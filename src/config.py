@@ -107,6 +107,9 @@ class TrainLoaderConfig(LoaderConfig):
     """Global batches, 64 for example, within which the shuffled order is grouped by length: a batch then holds samples
     of like length, and ranks equally many tokens (docs/data.md says what that does). 0 does not group. Needs shuffle,
     shards of tokens with their lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
+    moving_crop: bool = False
+    """Whether a text of more than ``max_seq_len`` tokens gives another part of itself each epoch, so that none of it is
+    lost for ever, in place of its beginning. Needs shards of text."""
     predownload: int | None = None
     """Samples to download ahead of each worker. None: 8 batches. Refused without a remote."""
     streams: dict[str, StreamConfig] = field(default_factory=dict)

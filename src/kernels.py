@@ -56,18 +56,23 @@ def unavailable(device_type: str) -> str | None:
         return "triton is not installed (torch brings it on Linux)"
     if device_type != "cuda":
         return None if interpreted() else f"Triton's kernels need a CUDA device, and this is {device_type}"
-    return _too_old()
+    return _this_gpu()
 
 
 @cache
-def _too_old() -> str | None:
-    if not torch.cuda.is_available():  # asked about another machine
-        return None
-    found = torch.cuda.get_device_capability()
-    if found >= CAPABILITY:
-        return None
-    least, here = (".".join(map(str, x)) for x in (CAPABILITY, found))
-    return f"Triton's kernels need compute capability {least}, and this GPU has {here}"
+def _this_gpu() -> str | None:
+    return refused(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None  # None: another machine's
+
+
+def refused(capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on a GPU of this compute capability, or None if they can."""
+    name = ".".join(map(str, capability))
+    if capability < CAPABILITY:
+        least = ".".join(map(str, CAPABILITY))
+        return f"Triton's kernels need compute capability {least}, and this GPU has {name}"
+    if capability[0] == 12 and tuple(map(int, triton.__version__.split(".")[:3])) < (3, 3, 1):
+        return f"Triton {triton.__version__} has no matrix products for compute capability {name}; 3.3.1 has"
+    return None
 
 
 def resolve(kernels: str) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.saved_bytes import count, kept_bytes
@@ -72,10 +73,10 @@ def test_triton_where_it_cannot_run(monkeypatch):
     assert kernels.resolve("auto") == "auto" and not kernels.use_triton("auto", torch.ones(1))
 
 
-def test_a_gpu_that_is_too_old(monkeypatch):
+def test_a_gpu_that_is_too_old_or_too_new(monkeypatch):
     """It is refused by name, and auto does without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "_too_old", kernels._too_old.__wrapped__)  # without their caches
+    monkeypatch.setattr(kernels, "_this_gpu", kernels._this_gpu.__wrapped__)  # without their caches
     monkeypatch.setattr(attention, "_fastest", attention._fastest.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert kernels.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
@@ -85,6 +86,10 @@ def test_a_gpu_that_is_too_old(monkeypatch):
     with pytest.raises(ValueError, match=r"need compute capability 8.0"):
         attention.resolve("triton", device_type="cuda")
     assert kernels.resolve("auto") == "auto" and attention.resolve("auto", device_type="cuda") == "torch"
+    monkeypatch.setattr(kernels.triton, "__version__", "3.3.0")
+    assert "no matrix products for compute capability 12.0; 3.3.1 has" in kernels.refused((12, 0))
+    monkeypatch.setattr(kernels.triton, "__version__", "3.10.1")
+    assert kernels.refused((12, 0)) is kernels.refused((10, 0)) is None
 
 
 def test_fp64_and_probabilities_that_are_none_are_refused():
@@ -274,6 +279,30 @@ def test_whole_model_compiles_without_a_break(choice):
         assert bool(kernels.launches) == (choice == "triton")
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
+    """With all kernels, whatever the batch: sizes are variables from the second on, and 1 masked token is apart."""
+    model = model_of(dtype=torch.float32, **IN_TURN["triton"]).to(DEVICE).train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_unpadded, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for lengths, rate in (
+        ([9, 3, 17], 0.4),
+        ([20, 8], 0.4),
+        ([9, 1, 4], 0.0),
+        ([9, 4], 0.05),
+        ([30, 2], 0.3),
+        ([7], 0.3),
+    ):
+        (micro,) = split_unpadded({name: x.to(DEVICE) for name, x in batch_of(lengths, rate).items()}, len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
+        counts.append(micro["num_masked"])
+    assert 1 in counts and counter.frame_count <= 4
 
 
 # Plain torch
