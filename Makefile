@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-REQUIREMENTS := requirements.txt requirements-dev.txt requirements-data.txt
+REQUIREMENTS := requirements.txt requirements-dev.txt requirements-onnx.txt requirements-data.txt
 
 .PHONY: help setup quickstart test test-slow lint
 .DEFAULT_GOAL := help

@@ -1,10 +1,5 @@
 """The unpadded model against a plain, padded re-statement of it, and what Hugging Face's users expect of it."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,53 +365,3 @@ def test_attention_dropout_only_where_it_acts():
         model_of(attention="nope")
     with pytest.raises(ValueError, match="not a multiple"):
         BertConfig(hidden_size=10, num_attention_heads=3)
-
-
-CLEAN_PROCESS = """
-import sys, torch
-sys.modules["triton"] = None  # as on a machine without it
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
-folder = sys.argv[1]
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
-AutoModel.from_pretrained(folder, trust_remote_code=True)
-AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-ids, mask, want = torch.load(sys.argv[2])
-torch.testing.assert_close(model(ids, mask).logits, want, rtol=1e-5, atol=1e-5)
-loaded = sorted(m for m in ("composer", "streaming", "omegaconf", "einops", "src") if m in sys.modules)
-assert not loaded, loaded
-print("same logits")
-"""
-
-
-def test_a_folder_with_the_source_loads_where_only_transformers_is(tmp_path):
-    """save_pretrained and the source files, read by trust_remote_code where neither this repo nor triton is."""
-    model = model_of(dtype=torch.float32).eval()
-    model.config.auto_map = {
-        "AutoConfig": "configuration_bert.BertConfig",
-        "AutoModel": "bert_layers.BertModel",
-        "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
-        "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
-    }
-    folder = tmp_path / "exported"
-    model.save_pretrained(folder)
-    source = Path(bert_layers.__file__).parent
-    siblings = {
-        f"{name}.py" for name in re.findall(r"^from \.(\w+) import", (source / "bert_layers.py").read_text(), re.M)
-    }
-    for name in {"bert_layers.py", *siblings}:
-        (folder / name).write_text((source / name).read_text())
-    batch = batch_of()
-    torch.save(
-        (batch["input_ids"], batch["attention_mask"], model(batch["input_ids"], batch["attention_mask"]).logits),
-        tmp_path / "want.pt",
-    )
-    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", CLEAN_PROCESS, folder, tmp_path / "want.pt"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "same logits" in done.stdout
