@@ -130,7 +130,7 @@ def write(tmp_path):
 
     def write(tree):
         path = tmp_path / "run.yaml"
-        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree, sort_keys=False))
         return str(path)
 
     return write

@@ -153,7 +153,7 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
     data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
     tree["model"] |= {"name": model, "model_config": {**MODEL_OF[model], **NO_DROPOUT}}
     result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}")["mine-seed1"]
-    assert result["score"] > 0.9
+    assert result["score"] > 0.8
     metrics = result["metrics"]["validation"]
     assert list(metrics) == list(result["metrics"]["test"])
     assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
@@ -305,6 +305,17 @@ def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_fol
     assert not set(keys(load(path))) & set(want)
 
 
+def test_other_weights_are_another_run(tree, write, trained, tmp_path):
+    """By their contents, wherever they lie."""
+    del tree["model"]["model_config"]
+    copy = shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    want = keys(load(write(tree), [f"pretrained={trained}"]))
+    assert keys(load(write(tree), [f"pretrained={copy}"])) == want
+    (copy / "latest-rank0.pt").unlink()
+    (copy / "latest-rank0.pt").symlink_to("ep0-ba2-rank0.pt")
+    assert keys(load(write(tree), [f"pretrained={copy}"])) != want
+
+
 def test_finished_runs_are_not_run_again(tree, go, here, capsys):
     go("tasks.mine.seeds=[1,2]", "save_models=false")
     assert here == ["mine-seed1", "mine-seed2"]
@@ -373,17 +384,19 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
 
 def load_tree(tree, *overrides):
     path = Path(tree["folder"]).parent / "tree.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return load(str(path), overrides)
 
 
-def test_glue_from_a_folder(tree, tmp_path, here):
-    """By name, from files of the hub's form: MNLI's two sets, and a task that starts from it."""
-    shared = {name: value for name, value in tree["tasks"]["mine"].items() if name != "data"}
-    tree["tasks"] = {"rte": {**shared, "starts_from": "mnli"}, "mnli": shared, "stsb": shared}
-    for task in tree["tasks"]:
+def test_the_yaml_of_glue(tree, tmp_path, here):
+    """Shrunk: tasks by name, from files of the hub's form: MNLI's two sets, and a task that starts from it."""
+    for task in ("rte", "mnli", "stsb"):
         write_task(tmp_path / "glue", task)
-    config = load_tree(tree, f"glue_folder={tmp_path}/glue", "save_models=false")
+    small = [f"tasks.{task}={{batch_size: 4, epochs: 1, seeds: [1]}}" for task in ("rte", "mnli", "stsb")]
+    model = [f"model.model_config.{name}={value}" for name, value in MODEL_OF["mosaic_bert"].items()]
+    where = [f"folder={tree['folder']}", f"glue_folder={tmp_path}/glue", f"tokenizer_name={tree['tokenizer_name']}"]
+    options = ["pretrained=null", "precision=fp32", "only=[rte,stsb]", *small, *model, *where]
+    config = load("yamls/finetune_glue.yaml", options)
     assert finetune.finetune(config) == 0
     assert here == ["mnli-seed1", "rte-seed1", "stsb-seed1"]
     held = json.loads(Path(tree["folder"], "table.json").read_text())["tasks"]
@@ -395,18 +408,31 @@ def test_glue_from_a_folder(tree, tmp_path, here):
     table = Path(tree["folder"], "table.txt").read_text()
     assert "3 tasks" in table and "mnli     score" in table
     assert keys(dataclasses.replace(config, only=["mnli"])) == keys(config)[:1]
+    model = json.loads(next(Path(tree["folder"]).glob("mnli-*/model/config.json")).read_text())
+    assert list(model["id2label"].values()) == ["entailment", "neutral", "contradiction"]
 
 
-def test_from_a_checkpoint(tree, trained, write, here):
-    """Of main.py: its shape, its tokenizer; as the encoder of any task."""
-    del tree["tokenizer_name"], tree["model"]["model_config"]
-    config = load(write(tree), [f"pretrained={trained}"])
+def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
+    """Shrunk, from a checkpoint of main.py: its shape and its tokenizer; a tenth of the rows held out."""
+    rows_file = tree["tasks"]["mine"]["data"]["train"]
+    options = [
+        f"tasks.mine.data.train={rows_file}",
+        "tasks.mine.seeds=[1]",
+        "tasks.mine.epochs=1",
+        f"folder={tmp_path}/out",
+    ]
+    config = load("yamls/finetune_own.yaml", [f"pretrained={trained}", *options])
     assert finetune.finetune(config) == 0
     (spec,) = finetune.plan(config)
     model = json.loads((Path(spec.folder) / MODEL / "config.json").read_text())
     assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
     assert (Path(spec.folder) / MODEL / "tokenizer.json").exists()
-    assert finetune.plan(load(write(tree), [f"pretrained={trained}/latest-rank0.pt"]))[0].key == spec.key
+    result = json.loads((Path(spec.folder) / RESULT).read_text())
+    assert sum(result["rows"].values()) == 30 and 0 < result["rows"]["validation"] < 10
+    assert (
+        finetune.plan(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
+        == spec.key
+    )
 
 
 def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
