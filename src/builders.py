@@ -40,7 +40,6 @@ from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
     CosineAnnealingWithWarmupScheduler,
-    DecoupledAdamW,
     LinearWithWarmupScheduler,
 )
 from composer.optim.scheduler import _convert_time
@@ -48,7 +47,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import checkpoint, data_c4, processes
+from src import checkpoint, data_c4, pretrained, processes
 from src.attention import resolve
 from src.bert_padding import tile_tables
 from src.callbacks import (
@@ -137,7 +136,7 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return math.ceil(len(tokenizer) / 64) * 64
 
 
-def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
+def build_model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
     """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
     check_options(path, kind.__init__, options, ["self"])
     options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
@@ -149,6 +148,14 @@ def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mappi
         raise ConfigError(f"{path}: {error}") from None
 
 
+def with_kernels(model_config: dict[str, Any] | None, attention: str, kernels: str) -> dict[str, Any]:
+    """``model_config`` with the keys that stand beside it."""
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
+    return {**(model_config or {}), "attention": attention, "kernels": kernels}
+
+
 def mosaic_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
@@ -158,11 +165,8 @@ def mosaic_bert(
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
-    for name in ("attention", "kernels"):
-        if name in (model_config or {}):
-            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
-    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
-    config = _model_config(BertConfig, tokenizer, options, "model.model_config")
+    options = with_kernels(model_config, attention, kernels)
+    config = build_model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
     except ValueError as error:
@@ -173,17 +177,16 @@ def hf_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
     model_config: dict[str, Any] | None = None,
-    pretrained_model_name: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> HFBert:
     """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
-    config = _model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
+    config = build_model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
     if max_seq_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
             "(model.model_config.max_position_embeddings)"
         )
-    return HFBert(config, pretrained_model_name, gradient_checkpointing)
+    return HFBert(config, gradient_checkpointing)
 
 
 MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
@@ -192,6 +195,16 @@ MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MosaicBert | HFBert:
     """The model, with fresh weights, on the CPU."""
     return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+
+
+def load_pretrained(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the weights of ``config.pretrained``, if there is one, into the model."""
+    if config.pretrained is None:
+        return
+    source = pretrained.read(config.pretrained)
+    pretrained.check_kind(source, type(model.model))
+    pretrained.check_tokenizer(source, tokenizer)
+    pretrained.load_weights(model.model, source)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,10 +229,15 @@ def decoupled_adamw(
     eps: float = 1e-6,
     weight_decay: float = 1e-5,
     decay_matrices_only: bool = False,
-) -> DecoupledAdamW:
-    """Composer's AdamW, its decay apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
-    groups = _groups(model, weight_decay, decay_matrices_only)
-    return DecoupledAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)  # pyright: ignore
+) -> torch.optim.AdamW:
+    """AdamW whose decay is apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr.
+
+    What Composer's DecoupledAdamW computes, by torch's fused kernel: Composer's reads a step count from the device for
+    each parameter in turn.
+    """
+    if lr <= 0:
+        raise ValueError(f"lr={lr}: it must be above 0, as the decay is a part of it")
+    return adamw(model, lr, betas, eps, weight_decay / lr, decay_matrices_only)
 
 
 def adamw(

@@ -9,8 +9,7 @@ import yaml
 
 from src import config
 from src.config import ConfigError, MaskingSchedule, load
-
-YAMLS = sorted(Path("yamls").glob("*.yaml"))
+from tests.conftest import YAMLS
 
 
 def paths_of(tree, prefix=""):
@@ -26,16 +25,6 @@ def misspell(tree, path):
     if rest:
         return {**tree, first: misspell(tree[first], rest)}
     return {(key + "x" if key == first else key): value for key, value in tree.items()}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(tree):
-        path = tmp_path / "run.yaml"
-        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -168,6 +157,12 @@ def test_each_kind_of_fault(override, fault, write, quickstart):
     with pytest.raises(ConfigError) as error:
         load(write(quickstart), [override])
     assert fault in str(error.value)
+
+
+def test_two_origins_of_weights(write, quickstart):
+    with pytest.raises(ConfigError, match="pretrained: load_path with load_weights_only gives weights too"):
+        load(write(quickstart), ["pretrained=a", "load_path=b", "load_weights_only=true"])
+    assert load(write(quickstart), ["pretrained=a", "load_path=b"]).pretrained == "a"  # a checkpoint to go on from
 
 
 def test_a_value_that_must_be_given(write, quickstart):

@@ -356,6 +356,20 @@ def test_what_may_always_change(stopped, tmp_path, token_shards):
     assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
 
 
+def test_a_restart_takes_its_own_weights_not_the_pretrained_ones(options, trained, tmp_path):
+    """Bit for bit, though they are gone; another name for them is compared as any setting."""
+    shutil.copytree(trained, tmp_path / "first")
+    begun = [*options, f"pretrained={tmp_path}/first", "save_interval=2ba"]
+    want, weights = fit([*begun, "save_folder=null", "autoresume=false"])
+    assert want[1] != fit([*options, "save_folder=null", "autoresume=false"], kill_at=1)[0][1]
+    fit(begun, kill_at=3)
+    shutil.rmtree(tmp_path / "first")
+    got, same = fit(begun)
+    assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
+    with pytest.raises(ConfigError, match="pretrained: '.*/first' there, None here"):
+        fit([*options, "save_interval=2ba"])
+
+
 @pytest.mark.parametrize("change", ["optimizer.lr=1e-9", "scheduler.alpha_f=0.5", "max_duration=60ba"])
 def test_accepted_settings_act(change, stopped):
     """The rate of the resumed run is that of the new settings from its first step, whatever the checkpoint holds."""
