@@ -136,7 +136,7 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
 
 
 def split_words(texts: Iterable[str]) -> Counter[str]:
-    """Words, as BERT splits text, of the first texts that have ``COMPARED`` of them, and how often each stands there."""
+    """Words, as BERT splits text, of the first texts that have ``COMPARED`` of them, and how often each is there."""
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     total = 0

@@ -10,10 +10,12 @@ requirements-data.txt, with bert-base-uncased's vocabulary; samples have up to 1
    Hugging Face's collator mask them, also through streaming. Real tokens a second of the core, which leaves out what
    other programs take of it, from minima; ratios are medians over rounds, of that too; beside them the clock on the
    wall, the same on an idle machine. What a GPU would wait at 500,000 tokens a second is calculated, for 8 workers.
+   Where the time goes is told for each stage alone, reading also as streaming does it.
 2. convert_c4.py, which tells its own time, without the start of Python but with that of its workers: text and tokens
-   of the documents, four times over, with 1 and 2 workers of one thread each. Then its memory (sum of its processes'
-   proportional set sizes, sampled) over ``--gigabytes`` of text: sentences of the same documents, recombined at random
-   to documents of 1 to 40 sentences.
+   of the documents, four times over, with 1 and 2 workers of one thread each. Where the time goes, beside a conversion
+   that tokenizes one whole document after another. Then its memory (sum of its processes' proportional set sizes,
+   sampled) over ``--gigabytes`` of text: sentences of the same documents, recombined at random to documents of 1 to 40
+   sentences.
 3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same one, in a process of its own.
 """
 
@@ -42,11 +44,15 @@ import psutil
 import streaming
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
 from quickstart import default_documents
 from src import data_c4
+from src.convert import HASHES, Job, Tokens, Unit, convert_unit
+from src.stats import Stats
+from src.text import Span, iter_documents
 
 ROOT = Path(__file__).parent.parent
 MAX_SEQ_LEN, BATCH, RATE = 128, 128, 0.3
@@ -117,9 +123,73 @@ def convert(source: Path, out: Path, workers: int, *options: str) -> tuple[dict[
     return {name: float(value) for name, value in pairs if value.replace(".", "").isdigit()}, peak
 
 
+def seconds_of(run: Callable[[], Any], times: int = 3) -> float:
+    """Of the core, the least of several times."""
+    spent = []
+    for _ in range(times):
+        started = time.process_time()
+        run()
+        spent.append(time.process_time() - started)
+    return min(spent)
+
+
+def write_samples(samples: Iterator[NDArray[Any]] | list[NDArray[Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with streaming.MDSWriter(out=f"{folder}/mds", columns={"tokens": "bytes"}, hashes=HASHES) as writer:
+            for sample in samples:
+                writer.write({"tokens": sample.tobytes()})
+
+
+def conversion_stages(source: Path, texts: list[str], tokenizer: Any) -> str:
+    """Where the core's time for a document goes that becomes tokens, and what a straightforward conversion takes."""
+    write_json_lines(source, texts)
+    tokens = Tokens("of the benchmark", tokenizer, MAX_SEQ_LEN, "truncate")
+    samples = list(tokens.samples(iter(texts), Stats()))
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(
+                folder=Path(folder),
+                columns=("tokens",),
+                tokens=tokens,
+                shards={},
+                skip_bad=False,
+                limit=None,
+                duplicates=None,
+                grams=None,
+            )
+            convert_unit(job, Unit(0, [Span(str(source))]), lambda documents: None)
+
+    def straightforward() -> None:
+        cut = (tokenizer(text, truncation=True, max_length=MAX_SEQ_LEN)["input_ids"] for text in texts)
+        write_samples(np.array(ids, "<u2") for ids in cut)
+
+    whole, before = seconds_of(ours), seconds_of(straightforward)
+    stages = {
+        "reading": seconds_of(lambda: list(iter_documents(str(source)))),
+        "tokenizing": seconds_of(lambda: list(tokens.samples(iter(texts), Stats()))),
+        "writing": seconds_of(lambda: write_samples(samples)),
+    }
+    stages["the rest"] = max(0.0, whole - sum(stages.values()))
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in stages.items())
+    return (
+        f"where a document's {1e6 * whole / len(texts):.0f} us to tokens go: {shares}; straightforward, one whole "
+        f"document after another: {1e6 * before / len(texts):.0f} us, {before / whole:.1f} times as long"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loaders
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def linked(folder: Path, name: str) -> str:
+    """Links to a dataset's files: streaming allows a folder one dataset."""
+    links = folder.with_name(name)
+    (links / "train").mkdir(parents=True)
+    for file in (folder / "train").iterdir():
+        os.link(file, links / "train" / file.name)
+    return str(links)
 
 
 class PlainDataset(streaming.StreamingDataset):
@@ -145,12 +215,8 @@ class Arms:
             name: data_c4.StreamingC4(tokenizer, MAX_SEQ_LEN, str(folder), split="train", **order)
             for name, folder in (("tokens", tokens), ("text", text))
         }
-        # Streaming allows a folder one dataset, so the straightforward loader reads links to the same shards.
-        links = text.with_name("links")
-        (links / "train").mkdir(parents=True)
-        for file in (text / "train").iterdir():
-            os.link(file, links / "train" / file.name)
-        plain = PlainDataset(tokenizer, local=str(links), split="train", **order)
+        plain = PlainDataset(tokenizer, local=linked(text, "text-links"), split="train", **order)
+        self.stock = streaming.StreamingDataset(local=linked(tokens, "token-links"), split="train", **order)
         masks = data_c4.MaskingCollator(tokenizer, RATE, seed=17)
         hf = DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)
         self.turns: dict[str, Iterator[int]] = {
@@ -181,19 +247,14 @@ class Arms:
         tokens = sum(data_c4.num_tokens(batch)["total"] for batch in masked)
 
         def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
-            times = []
-            for _ in range(3):
-                started = time.process_time()
-                for x in inputs:
-                    run(x)
-                times.append(time.process_time() - started)
-            return min(times) / tokens
+            return seconds_of(lambda: [run(x) for x in inputs]) / tokens
 
         drawn = np.random.default_rng(0).integers(0, self.dataset.size, BATCH * batches).tolist()
         return {
             "reading": seconds(self.dataset.__getitem__, drawn),
             "masking and collation": seconds(self.masks, samples),
             "layout": seconds(lambda batch: data_c4.split_unpadded(batch, BATCH), masked),
+            "streaming's own reading": seconds(self.stock.__getitem__, drawn),
         }
 
 
@@ -224,10 +285,13 @@ def loaders(say: Callable[[str], None], arms: Arms, rounds: int, batches: dict[s
         )
 
     stages = arms.stages(batches["tokens"])
-    total = min(per_token["tokens"])
+    total, stock = min(per_token["tokens"]), stages.pop("streaming's own reading")
     stages["DataLoader, threads of streaming"] = max(0.0, total - sum(stages.values()))
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages.items())
-    say(f"where a token's {total * 1e6:.2f} us go: {shares}")
+    say(
+        f"where a token's {total * 1e6:.2f} us go: {shares}; streaming's own reading of samples in this order takes "
+        f"{stock * 1e6:.2f} us, ours {stages['reading'] * 1e6:.2f}"
+    )
     capacity = GPU_WORKERS / (total - stages["layout"])  # the layout is made in the main process
     wait = max(0.0, 1 - capacity / GPU_TOKENS_PER_S)
     say(
@@ -319,6 +383,7 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
             f"{megabytes / min(times):14.1f}{gain:14.2f}"
         )
     written = {kind: convert(source, folder / kind, 1, *options)[0] for kind, options in kinds.items()}["tokens"]
+    say(conversion_stages(folder / "some.jsonl", texts[:6000], data_c4.load_tokenizer(args.tokenizer)))
     if args.gigabytes:
         large = folder / "large.jsonl"
         write_json_lines(large, recombined(texts, int(args.gigabytes * 1e9)))
