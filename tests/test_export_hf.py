@@ -97,6 +97,12 @@ for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassifi
     assert other(ids, mask).logits.shape[-1] == 5 and type(other).__module__.startswith("transformers_modules.")
     torch.testing.assert_close(other.bert(ids, mask).last_hidden_state, states, **same)
 
+try:  # never another model, silently
+    AutoModel.from_pretrained(folder, trust_remote_code=False)
+    raise SystemExit("loaded without its source")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+
 tokenizer = AutoTokenizer.from_pretrained(folder)
 fill = pipeline("fill-mask", model=folder, device="cpu", **load)
 masked = tokenizer(texts[0], return_tensors="pt")
@@ -117,7 +123,7 @@ batch = tokenizer(texts, padding=True, return_tensors="pt")
 real = batch["attention_mask"][:, :, None]
 mean = (encoder(**batch).last_hidden_state * real).sum(1) / real.sum(1)
 torch.testing.assert_close(together, mean, **same)
-assert "src" not in sys.modules and "composer" not in sys.modules or sys.modules["composer"] is None
+assert "src" not in sys.modules and sys.modules["composer"] is None
 print("all the same")
 """
 
