@@ -40,7 +40,6 @@ from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
     CosineAnnealingWithWarmupScheduler,
-    DecoupledAdamW,
     LinearWithWarmupScheduler,
 )
 from composer.optim.scheduler import _convert_time
@@ -137,7 +136,7 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return math.ceil(len(tokenizer) / 64) * 64
 
 
-def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
+def build_model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
     """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
     check_options(path, kind.__init__, options, ["self"])
     options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
@@ -149,6 +148,14 @@ def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mappi
         raise ConfigError(f"{path}: {error}") from None
 
 
+def with_kernels(model_config: dict[str, Any] | None, attention: str, kernels: str) -> dict[str, Any]:
+    """``model_config`` with the keys that stand beside it."""
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
+    return {**(model_config or {}), "attention": attention, "kernels": kernels}
+
+
 def mosaic_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
@@ -158,11 +165,8 @@ def mosaic_bert(
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
-    for name in ("attention", "kernels"):
-        if name in (model_config or {}):
-            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
-    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
-    config = _model_config(BertConfig, tokenizer, options, "model.model_config")
+    options = with_kernels(model_config, attention, kernels)
+    config = build_model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
     except ValueError as error:
@@ -176,7 +180,7 @@ def hf_bert(
     gradient_checkpointing: bool = False,
 ) -> HFBert:
     """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
-    config = _model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
+    config = build_model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
     if max_seq_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
@@ -225,10 +229,15 @@ def decoupled_adamw(
     eps: float = 1e-6,
     weight_decay: float = 1e-5,
     decay_matrices_only: bool = False,
-) -> DecoupledAdamW:
-    """Composer's AdamW, its decay apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
-    groups = _groups(model, weight_decay, decay_matrices_only)
-    return DecoupledAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)  # pyright: ignore
+) -> torch.optim.AdamW:
+    """AdamW whose decay is apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr.
+
+    What Composer's DecoupledAdamW computes, by torch's fused kernel: Composer's reads a step count from the device for
+    each parameter in turn.
+    """
+    if lr <= 0:
+        raise ValueError(f"lr={lr}: it must be above 0, as the decay is a part of it")
+    return adamw(model, lr, betas, eps, weight_decay / lr, decay_matrices_only)
 
 
 def adamw(
@@ -469,6 +478,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
         shuffle_seed=loader.shuffle_seed,
         num_canonical_nodes=loader.num_canonical_nodes,
         length_window=loader.length_window,
+        moving_crop=loader.moving_crop,
         predownload=loader.predownload,
     )
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability

@@ -10,12 +10,14 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at test time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
@@ -23,6 +25,9 @@ if not torch.cuda.is_available():
 import quickstart
 
 MAX_SEQ_LEN = 32
+
+YAMLS = sorted(path for path in Path("yamls").glob("*.yaml") if not path.stem.startswith("finetune"))
+"""Those of pretraining."""
 
 LONGEST = ("test_resume", "test_main", "test_launch", "test_flash_attn_triton")
 
@@ -117,6 +122,18 @@ def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
     convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])
     return str(out)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config, given as text or as values, to a YAML and returns its path."""
+
+    def write(tree):
+        path = tmp_path / "run.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return str(path)
+
+    return write
 
 
 TINY = [

@@ -4,7 +4,9 @@ import datetime
 import json
 import os
 import pickle
+import sys
 import time
+from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from src.configuration_bert import BertConfig
 from src.data_c4 import MaskingCollator, StreamingC4
 from src.pretrained import load_pretrained
 from src.summary import memory, schedule_shares, total_steps
-from tests.conftest import MAX_SEQ_LEN
+from tests.conftest import MAX_SEQ_LEN, YAMLS
 
 
 class Losses(Callback):
@@ -52,7 +54,7 @@ def evaluation(trainer):
     return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["eval"].items()}
 
 
-@pytest.mark.parametrize("yaml", sorted(Path("yamls").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
 def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(main.__file__).parent / yaml).read_text()
@@ -420,6 +422,46 @@ def test_batch_that_does_not_divide(overrides, monkeypatch):
         main.builders.device_train_batch_size(load("yamls/quickstart.yaml", overrides))
 
 
+def test_what_a_step_reads_back(overrides, monkeypatch):
+    """Values that the host asks tensors for in a step of training, which on a GPU it waits for.
+
+    Composer's trainer has 6, the gradient's norm 1, the metrics 2; the batch, which is counted and cut, is on the CPU;
+    optimizer, model and loss ask for none.
+    """
+    asked, on = Counter(), [False]
+
+    def recording(method):
+        def call(tensor, *args, **kwargs):
+            if on[0]:
+                asked[
+                    sys._getframe(1).f_code.co_filename.split("site-packages/")[-1].removeprefix(f"{Path.cwd()}/")
+                ] += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, recording(getattr(torch.Tensor, name)))
+
+    class Switch(Callback):
+        def after_dataloader(self, state, logger):
+            on[0] = state.timestamp.batch == 2
+
+        def batch_end(self, state, logger):
+            on[0] = False
+
+    trainer = main.build_trainer(
+        load("yamls/mosaic_bert.yaml", [*overrides, "max_duration=4ba", "model.attention=torch"])
+    )
+    trainer.state.callbacks.append(Switch())
+    trainer.fit()
+    trainer.close()
+    assert asked.pop("src/data_c4.py") > 0  # of the batch, which is on the CPU
+    assert asked.pop("src/attention.py") == 2  # plain torch's, one a layer, which is not what a GPU takes
+    assert asked == {"composer/trainer/trainer.py": 6, "src/callbacks.py": 3}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Weights to begin with
 
 
