@@ -6,7 +6,13 @@ import torch.nn.functional as F
 
 from src import bert_layers, fused_torch
 from src.attention import alibi_slopes
-from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel, Layout
+from src.bert_layers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Layout,
+)
 from src.configuration_bert import BertConfig
 from src.data_c4 import split_unpadded
 
@@ -357,6 +363,20 @@ def test_sequence_classification(num_labels, labels, loss):
     torch.testing.assert_close(out.loss, loss(out.logits, labels))
     pooled = model.bert(batch["input_ids"], batch["attention_mask"]).pooler_output
     torch.testing.assert_close(out.logits, model.classifier(pooled))
+
+
+def test_token_classification():
+    """The mean over the labels that are not -100, whatever padding holds; logits of the last states."""
+    model = model_of(BertForTokenClassification, dtype=torch.float32, num_labels=3).eval()
+    batch = batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = torch.where((ids % 2 == 0) & mask.bool(), ids % 3, -100)
+    out = model(ids, mask, labels=labels)
+    assert out.logits.shape == (*ids.shape, 3)
+    torch.testing.assert_close(out.logits, model.classifier(model.bert(ids, mask).last_hidden_state))
+    counted = labels >= 0
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[counted], labels[counted]))
+    assert len(model(ids, mask, return_dict=False)) == 1 and model.bert.pooler is None
 
 
 def test_attention_dropout_only_where_it_acts():

@@ -247,7 +247,7 @@ def test_refusals_before_any_work(trained, tmp_path, monkeypatch):
 
 
 def test_padded_computes_what_the_model_does():
-    """Padding to either side, and holes in the mask."""
+    """With two segments; padding to either side, and holes in the mask."""
     for cls in (BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel):
         model = model_of(cls, dtype=torch.float32, num_labels=3).eval()
         batch = batch_of()
@@ -256,8 +256,8 @@ def test_padded_computes_what_the_model_does():
         holes[:, 3] = 0
         for ids, mask in ((right, full), (right.flip(1), full.flip(1)), (right, holes)):
             with torch.no_grad():
-                want = model(ids, mask)
-                states, *head = export_onnx.Padded(model)(ids, mask, torch.zeros_like(ids))
+                want = model(ids, mask, ids % 2)
+                states, *head = export_onnx.Padded(model)(ids, mask, ids % 2)
             if head:
                 torch.testing.assert_close(head[0], want[0], rtol=1e-5, atol=1e-5)
             else:
@@ -266,7 +266,7 @@ def test_padded_computes_what_the_model_does():
 
 @pytest.mark.slow
 def test_onnx(trained, tmp_path, capsys):
-    """Other numbers of sequences and other lengths than it was exported with; segments act."""
+    """Other numbers of sequences and other lengths than it was exported with."""
     export_hf.main([str(trained), str(tmp_path / "out"), "--onnx"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("onnx max_abs_logit_diff=") and lines[-1].startswith("export max_abs_logit_diff=")

@@ -1,8 +1,16 @@
 """What only a GPU can show; skipped where there is none. The kernels' own tests run on a GPU as they are."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_relative_imports
 
+from src import bert_layers
 from src.attention import resolve
 from src.bert_layers import BertForMaskedLM, Layout
 from src.bert_padding import tile_tables
@@ -84,3 +92,39 @@ def test_kernels_and_reference_train_alike():
         curves[name] = torch.tensor(curve)
     assert curves["kernels"][-1] < curves["kernels"][0] - 1
     torch.testing.assert_close(curves["kernels"], curves["plain"], rtol=0.02, atol=0.02)
+
+
+USER = """
+import sys
+import torch
+from transformers import AutoModelForMaskedLM
+folder, file = sys.argv[1:]
+ids, mask, want = torch.load(file)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval().cuda()
+with torch.no_grad():
+    got = model(ids.cuda(), mask.cuda()).logits.cpu()
+torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-3, atol=1e-3)
+kernels = sys.modules[type(model).__module__.replace("bert_layers", "kernels")]
+assert kernels.launches and "src" not in sys.modules, kernels.launches
+print("the same")
+"""
+
+
+def test_a_folder_with_the_source_runs_its_kernels(tmp_path):
+    """In a process without this repo; the logits are those of the CPU."""
+    model = model_of().eval().cpu()
+    model.config.auto_map = {
+        "AutoConfig": "configuration_bert.BertConfig",
+        "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    }
+    source = Path(bert_layers.__file__)
+    model.save_pretrained(tmp_path / "model")
+    for name in (source.stem, *get_relative_imports(source)):
+        shutil.copy(source.with_name(f"{name}.py"), tmp_path / "model")
+    mask = (torch.arange(33) < torch.tensor([33, 1, 7])[:, None]).long()
+    ids = torch.randint(1024, mask.shape) * mask
+    torch.save((ids, mask, model(ids, mask).logits.detach()), tmp_path / "want.pt")
+    command = [sys.executable, "-c", USER, tmp_path / "model", tmp_path / "want.pt"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "the same" in done.stdout, done.stderr

@@ -237,7 +237,7 @@ class Attack:
         return print, ("it ran",)
 
 
-def test_files_that_are_no_weights(tmp_path, published, trained, capsys):
+def test_files_that_are_no_weights(tmp_path, published, trained, capsys, monkeypatch):
     """Not there, empty, damaged, programs, other models."""
     for name in ("none", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -246,17 +246,22 @@ def test_files_that_are_no_weights(tmp_path, published, trained, capsys):
     shutil.copy(trained / "latest-rank0.pt", tmp_path / "cut.pt")
     with (tmp_path / "cut.pt").open("r+b") as file:
         file.truncate(20000)
+    changed = bytearray((trained / "latest-rank0.pt").read_bytes())
+    changed[len(changed) // 2] ^= 1  # in a tensor: torch reads it without noticing
+    (tmp_path / "changed.pt").write_bytes(changed)
     torch.save({"state": Attack()}, tmp_path / "attack.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     torch.save({"state": {"callbacks": {}}}, tmp_path / "unnamed.pt")
     for name, message in (
         ("cut.pt", "the checkpoint is damaged"),
+        ("changed.pt", "the checkpoint is damaged: .* has other bytes than were written"),
         ("attack.pt", "holds more than data, and running what it holds is refused"),
         ("other.pt", "this is no checkpoint of a run"),
         ("unnamed.pt", "does not say which model it is of"),
     ):
         with pytest.raises(ConfigError, match=message):
             read(tmp_path / name)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")  # which the checkpoints' reader has set for the process
     torch.save({"bert": Attack()}, published / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="pytorch_model.bin: the weights hold more than data"):
         read(published)
