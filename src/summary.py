@@ -1,6 +1,7 @@
 """What a run will do and need, told before it begins: `main.py --validate`."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,17 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), 1, S), 1)
     device = get_device()  # the one that will train: each kind of kernel keeps other things
     model, part = device.module_to_device(model), device.batch_to_device(part)
+    low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
+    with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
+        activations = size * saved_bytes(model, lambda: model(part))
+    return (
+        f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
+        f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
+    )
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for the backward, beside the model's parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -141,13 +153,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 
-    low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
-    kind = "cuda" if device.name == "gpu" else "cpu"
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(kind, low, enabled=bool(low)):
-        output = model(part)
-    activations = size * sum(saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = forward()
+    total = sum(saved.values())
     del output  # until here, so that no storage's address was used twice
-    return (
-        f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
-        f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
-    )
+    return total

@@ -27,9 +27,14 @@ def batch():
 EVERY = {name: ARMS[name] for name in runnable("cpu")} | {f"ablation {name}": arm for name, arm in ABLATIONS.items()}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_each_arm_computes_what_its_weights_mean(name, batch):
-    check(EVERY[name], SHAPE, "cpu", torch.float32, batch)
+def test_each_arm_computes_what_its_weights_mean(batch):
+    wrong = {}
+    for name, arm in EVERY.items():
+        try:
+            check(arm, SHAPE, "cpu", torch.float32, batch)
+        except ValueError as error:
+            wrong[name] = str(error)
+    assert not wrong
 
 
 def test_each_arm_keeps_to_the_budget_of_bf16(batch):
