@@ -1,20 +1,23 @@
 """Compile every kernel for the cards that it is meant for, on a machine that has none.
 
-    python -m benchmarks.aot [--architectures 80 90] [--head_sizes 64 128] [--dtypes bf16] [--out table.md]
+    python -m benchmarks.aot [--architectures 80 90] [--head_sizes 64] [--widths 768] [--dtypes bf16] [--out table.md]
 
 Says for each build the registers of a thread, bytes spilled to local memory, and shared memory of a program, and ends
 in ``aot kernels=… spilling=… over_limit=…``; exits with 1 if a build spills or asks for more shared memory than the
-card has. What runs faster is for ``tune_kernels.py`` to say, on the card.
+card has. Triton builds a kernel anew for strides that are multiples of 16 elements and for others; so does this, except
+for attention, where heads of a multiple of 16 are always aligned, and others never. What runs faster is for
+``tune_kernels.py`` to say, on the card.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from src import flash_attn_triton
+from src import flash_attn_triton, geglu_triton, kernels, layer_norm_triton
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, appendix on them)."""
@@ -38,19 +41,37 @@ class Build:
 
     kernel: Any
     variant: str
-    dtypes: dict[str, str]
-    """Element types of pointers that are not of the variant's dtype."""
-    default_dtype: str
+    dtype: str
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    aligned: bool = True
+    """Strides and widths are multiples of 16."""
+
+    def type_of(self, argument: str) -> str:
+        """Of an argument that is no constant."""
+        if argument.endswith("_ptr"):
+            return f"*{POINTERS.get(argument, self.dtype)}"
+        return "fp32" if argument.startswith(("scale", "eps")) else "i32"
+
+    def divides(self, argument: str) -> bool:
+        """Whether the compiler may take an argument to be a multiple of 16, as allocations' beginnings always are."""
+        return argument.endswith("_ptr") or (self.aligned and ("stride" in argument or argument in ("D", "I")))
+
+
+POINTERS = {
+    **dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "fp32"),
+    **dict.fromkeys(("weight_ptr", "bias_ptr"), "fp32"),
+    "tiles_ptr": "i32",
+    "key_ptr": "i64",
+}
+"""Element types that do not depend on the dtype."""
 
 
 def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator[Build]:
     """The attention kernels for heads of one size."""
     F = flash_attn_triton
     tiles = F.tiles_for(head_size, DTYPES[dtype], architecture)
-    others = {"lse_ptr": "fp32", "delta_ptr": "fp32", "slopes_ptr": "fp32", "tiles_ptr": "i32"}
     shape = {"H": head_size, "BLOCK_H": F.padded_head_size(head_size)}
     for kernel, tile in (
         (F.flash_attn_forward, tiles.forward),
@@ -59,8 +80,30 @@ def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator
     ):
         constants = {**shape, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
         variant = f"H={head_size}, {tile.rows} x {tile.cols}"
-        yield Build(kernel, variant, others, dtype, constants, tile.warps, tile.stages)
-    yield Build(F.flash_attn_delta, f"H={head_size}", others, dtype, {**shape, "ROWS": F.DELTA_ROWS})
+        yield Build(kernel, variant, dtype, constants, tile.warps, tile.stages, aligned=head_size % 16 == 0)
+    constants = {**shape, "ROWS": F.DELTA_ROWS}
+    yield Build(F.flash_attn_delta, f"H={head_size}", dtype, constants, aligned=head_size % 16 == 0)
+
+
+def layer_norm_builds(width: int, dtype: str) -> Iterator[Build]:
+    """LayerNorm of rows of one width: alone, after a sum, and after a sum with dropout."""
+    for residual, dropout in ((False, False), (True, False), (True, True)):
+        for kind in ("forward", "backward"):
+            constants: dict[str, Any] = {"RESIDUAL": residual, "DROPOUT": dropout}
+            if kind == "backward":
+                constants["WRITE_DRESIDUAL"] = dropout
+            constants |= layer_norm_triton.tile(width, kind)
+            variant = f"D={width}{', residual' * residual}{', dropout' * dropout}"
+            kernel = getattr(layer_norm_triton, f"layer_norm_{kind}")
+            yield Build(kernel, variant, dtype, constants, constants.pop("num_warps"))
+
+
+def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
+    """The gated unit, with and without dropout."""
+    for dropout in (False, True):
+        for kernel in (geglu_triton.geglu_forward, geglu_triton.geglu_backward):
+            constants: dict[str, Any] = {"DROPOUT": dropout, **geglu_triton.tile(width)}
+            yield Build(kernel, f"I={width}{', dropout' * dropout}", dtype, constants, constants.pop("num_warps"))
 
 
 def compile_for(build: Build, architecture: int) -> dict[str, int]:
@@ -69,18 +112,10 @@ def compile_for(build: Build, architecture: int) -> dict[str, int]:
     Raises:
         Exception: what the compiler raises.
     """
-    signature, attributes = {}, {}
-    for i, name in enumerate(build.kernel.arg_names):
-        if name in build.constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{build.dtypes.get(name, build.default_dtype)}"
-        else:
-            signature[name] = "fp32" if name.startswith(("scale", "eps", "keep")) else "i32"
-        # As at run time: allocations begin at multiples of 16, strides of rows are multiples of 16.
-        if name.endswith("_ptr") or name.startswith("stride"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    constants = {(build.kernel.arg_names.index(name),): value for name, value in build.constants.items()}
+    names = build.kernel.arg_names
+    signature = {name: "constexpr" if name in build.constants else build.type_of(name) for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if build.divides(name)}
+    constants = {(names.index(name),): value for name, value in build.constants.items()}
     compiled = triton.compile(
         ASTSource(build.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
@@ -98,8 +133,11 @@ def compile_for(build: Build, architecture: int) -> dict[str, int]:
 def main(argv: list[str]) -> int:
     """Build and print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 86, 89, 90], choices=list(SHARED_MEMORY))
-    parser.add_argument("--head_sizes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=list(SHARED_MEMORY)
+    )
+    parser.add_argument("--head_sizes", type=int, nargs="+", default=[16, 24, 32, 48, 64, 80, 128])
+    parser.add_argument("--widths", type=int, nargs="*", default=[256, 768, 1024, 4096], help="hidden sizes")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--out", type=Path, help="write the table there too")
     args = parser.parse_args(argv)
@@ -107,31 +145,37 @@ def main(argv: list[str]) -> int:
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}; no GPU was used, and no figure here is a time.",
         "",
-        "| card | kernel | dtype | variant | warps | stages | registers | spilled | shared memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| card | kernel | dtype | variant | strides | warps | stages | registers | spilled | shared memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    kernels = spilling = over_limit = 0
-    for architecture in args.architectures:
+    refusals: list[str] = []
+    built = spilling = over_limit = 0
+    for architecture in [*args.architectures, 75, 120]:
+        reason = kernels.refused(divmod(architecture, 10))
+        if architecture not in args.architectures or reason is not None:
+            refusals += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
+            continue
         for dtype in args.dtypes:
-            for head_size in args.head_sizes:
-                for build in flash_attn_builds(architecture, head_size, dtype):
-                    usage = compile_for(build, architecture)
-                    kernels += 1
-                    spilling += usage["spilled"] > 0
-                    over_limit += usage["shared"] > SHARED_MEMORY[architecture]
-                    cells = (
-                        f"sm_{architecture}",
-                        build.kernel.__name__,
-                        dtype,
-                        build.variant,
-                        build.num_warps,
-                        build.num_stages,
-                    )
-                    lines.append(f"| {' | '.join(map(str, (*cells, *usage.values())))} |")
-                    print(lines[-1], flush=True)
-    lines += ["", f"aot kernels={kernels} spilling={spilling} over_limit={over_limit}"]
-    print("\n".join(lines[-2:]))
+            rowwise = itertools.chain(
+                *(layer_norm_builds(width, dtype) for width in args.widths),
+                *(geglu_builds(4 * width, dtype) for width in args.widths),
+            )
+            builds = itertools.chain(
+                *(flash_attn_builds(architecture, head_size, dtype) for head_size in args.head_sizes),
+                (replace(build, aligned=aligned) for build in rowwise for aligned in (True, False)),
+            )
+            for build in builds:
+                usage = compile_for(build, architecture)
+                built += 1
+                spilling += usage["spilled"] > 0
+                over_limit += usage["shared"] > SHARED_MEMORY[architecture]
+                cells: list[Any] = [f"sm_{architecture}", build.kernel.__name__, dtype, build.variant]
+                cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages, *usage.values()]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+                print(lines[-1], flush=True)
+    lines += ["", *refusals, "", f"aot kernels={built} spilling={spilling} over_limit={over_limit}"]
+    print("\n".join(lines[-3 - len(refusals) :]))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")
     return int(spilling + over_limit > 0)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flash_attn_triton
+from . import flash_attn_triton, kernels
 from .bert_padding import tile_tables
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def attention(
 
 
 def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -> str:
-    """The implementation that runs for ``impl``: itself, or for ``auto`` triton on CUDA and torch elsewhere.
+    """The implementation that runs for ``impl``: itself, or for ``auto`` triton on a GPU that can, torch elsewhere.
 
     Without ``device_type``, for the device that this machine has.
 
@@ -102,7 +102,7 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
 @cache
 def _fastest(device_type: str) -> str:
     """What ``auto`` means on such a device; said once."""
-    name = "triton" if device_type == "cuda" else "torch"
+    name = "triton" if device_type == "cuda" and kernels.unavailable(device_type) is None else "torch"
     log.info("attention: auto is %s on %s", name, device_type)
     return name
 
@@ -357,7 +357,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 }
 WITH_DROPOUT = {"reference", "torch"}
 MISSING: dict[str, Callable[[str], str | None]] = {
-    "triton": flash_attn_triton.unavailable,
+    "triton": kernels.unavailable,
     "flash_attn": _flash_attn_missing,
 }
 """Why an implementation cannot run on a type of device, or None; those that are not named always can."""

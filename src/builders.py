@@ -40,7 +40,6 @@ from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
     CosineAnnealingWithWarmupScheduler,
-    DecoupledAdamW,
     LinearWithWarmupScheduler,
 )
 from composer.optim.scheduler import _convert_time
@@ -216,10 +215,15 @@ def decoupled_adamw(
     eps: float = 1e-6,
     weight_decay: float = 1e-5,
     decay_matrices_only: bool = False,
-) -> DecoupledAdamW:
-    """Composer's AdamW, its decay apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr."""
-    groups = _groups(model, weight_decay, decay_matrices_only)
-    return DecoupledAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)  # pyright: ignore
+) -> torch.optim.AdamW:
+    """AdamW whose decay is apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr.
+
+    What Composer's DecoupledAdamW computes, by torch's fused kernel: Composer's reads a step count from the device for
+    each parameter in turn.
+    """
+    if lr <= 0:
+        raise ValueError(f"lr={lr}: it must be above 0, as the decay is a part of it")
+    return adamw(model, lr, betas, eps, weight_decay / lr, decay_matrices_only)
 
 
 def adamw(

@@ -29,20 +29,11 @@ from .kernels import DTYPES, interpreted, launch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # machines for which torch brings no Triton; ``available`` says so
+except ImportError:  # see kernels.py
     triton = None
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_SIZE = 128
-
-
-def unavailable(device_type: str) -> str | None:
-    """Why these kernels cannot run on such a device, or None if they can."""
-    if triton is None:
-        return "triton is not installed (torch brings it on Linux)"
-    if device_type != "cuda" and not interpreted():
-        return f"Triton's kernels need a CUDA device, and this is {device_type}"
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,8 +70,10 @@ class Tiles:
 TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (80, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
     (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),
     (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
@@ -364,6 +357,18 @@ def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
     }
 
 
+def _aligned(x_TNH: Tensor) -> Tensor:
+    """Itself, or a copy if heads of a multiple of 16 do not begin at multiples of 16 elements.
+
+    For loads that cannot be wide the kernels would be built anew, and spill. An expanded gradient has strides of 0.
+    """
+    T, N, H = x_TNH.stride()
+    misplaced = x_TNH.shape[2] % 16 == 0 and (T % 16 or N % 16 or x_TNH.storage_offset() % 16)
+    if H != 1 or not T or not N or misplaced:
+        return x_TNH.clone(memory_format=torch.contiguous_format)
+    return x_TNH
+
+
 def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors_TNH for stride in x.stride()[:2])
 
@@ -373,6 +378,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out (T, N, H) and lse (N, T) fp32, base 2; with another tile than the table's of TILES if it is given."""
     T, N, H = q.shape
+    q, k, v = map(_aligned, (q, k, v))
     tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
     out = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
     lse = torch.empty(N, T, dtype=torch.float32, device=q.device)
@@ -449,7 +455,7 @@ def _backward(
     if not T:
         return
     tiles = tiles_for(H, q.dtype, _architecture(q.device))
-    do = do if do.stride(2) == 1 and 0 not in do.stride() else do.contiguous()  # an expanded gradient has stride 0
+    do, q, k, v = map(_aligned, (do, q, k, v))
     delta = _delta(out, do)
     _launch_dkdv(do, q, k, v, lse, delta, slopes, dkdv_table, dk, dv, tiles.dkdv)
     _launch_dq(do, q, k, v, lse, delta, slopes, dq_table, dq, tiles.dq)
@@ -544,8 +550,8 @@ def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, alibi_slopes: Tensor
     if alibi_slopes.dtype != torch.float32:
         raise ValueError(f"attention 'triton' takes slopes in fp32, not {alibi_slopes.dtype}")
     tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNH, k_TNH, v_TNH))
-    args = (q, k, v, alibi_slopes, *(tables[tile.rows] for tile in (tiles.forward, tiles.dkdv, tiles.dq)))
+    own_tables = (tables[tile.rows] for tile in (tiles.forward, tiles.dkdv, tiles.dq))
+    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *own_tables)
     if torch.compiler.is_compiling():
         return _flash_attn_op(*args)[0]
     return _FlashAttention.apply(*args)  # pyright: ignore[reportReturnType]

@@ -5,6 +5,7 @@ imported, runs the kernels on the CPU, slowly, to test them.
 """
 
 import collections
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ except ImportError:  # triton is not made for every platform
     triton = None
 
 CHOICES = ("auto", "triton", "torch")
+CAPABILITY = (8, 0)
+"""Of a GPU, at least: Ampere, the first that has bf16. Turing also has too little shared memory for a tile."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASK_BITS = 16
 """Random bits that decide over an element: a probability of dropout is rounded down to a multiple of 2^-16."""
@@ -47,24 +50,48 @@ if triton is not None:
         return tl.reshape(bits, (row.shape[0], BLOCK)).to(tl.int32) >= threshold
 
 
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on such a device, or None if they can."""
+    if triton is None:
+        return "triton is not installed (torch brings it on Linux)"
+    if device_type != "cuda":
+        return None if interpreted() else f"Triton's kernels need a CUDA device, and this is {device_type}"
+    return _this_gpu()
+
+
+@cache
+def _this_gpu() -> str | None:
+    return refused(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None  # None: another machine's
+
+
+def refused(capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on a GPU of this compute capability, or None if they can."""
+    name = ".".join(map(str, capability))
+    if capability < CAPABILITY:
+        least = ".".join(map(str, CAPABILITY))
+        return f"Triton's kernels need compute capability {least}, and this GPU has {name}"
+    if capability[0] == 12 and tuple(map(int, triton.__version__.split(".")[:3])) < (3, 3, 1):
+        return f"Triton {triton.__version__} has no matrix products for compute capability {name}; 3.3.1 has"
+    return None
+
+
 def resolve(kernels: str) -> str:
-    """``kernels``, checked when a model is built. ``auto`` means triton for tensors on a GPU, torch elsewhere.
+    """``kernels``, checked when a model is built. ``auto`` means triton for tensors on a GPU that can, torch elsewhere.
 
     Raises:
         ValueError: there is no such choice, or it is triton and no kernel can run here.
     """
     if kernels not in CHOICES:
         raise ValueError(f"kernels {kernels!r} is not there; choose one of {', '.join(CHOICES)}")
-    if kernels == "triton":
-        missing = "the package triton is not installed" if triton is None else "no GPU is found"
-        if triton is None or not (torch.cuda.is_available() or interpreted()):
-            raise ValueError(f"kernels 'triton' cannot run: {missing}; choose auto or torch")
+    missing = unavailable("cuda" if torch.cuda.is_available() else "cpu") if kernels == "triton" else None
+    if missing is not None:
+        raise ValueError(f"kernels 'triton' cannot run here: {missing}; choose auto or torch")
     return kernels
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
     """Whether a tensor goes to the Triton kernels."""
-    return kernels == "triton" or (kernels == "auto" and x.is_cuda and triton is not None)
+    return kernels == "triton" or (kernels == "auto" and x.is_cuda and unavailable("cuda") is None)
 
 
 def interpreted() -> bool:

@@ -1,6 +1,7 @@
 """Benchmarks run, and compare the same with the same; what they print on a busy machine means nothing here."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,6 +138,17 @@ def test_memory_of_a_step_is_at_least_that_of_its_tensors():
     parameters = sum(p.numel() for p in ARMS["hf_bert"](Shape(layers=1)).model.parameters())
     least = 4 * (4 * parameters + 512 * Shape().vocabulary)
     assert least < int(done.stdout) < 2 * least
+
+
+def test_the_benchmark_of_kernels_runs():
+    """All cases and peers that a CPU has, at toy size, through the interpreter: each is checked before it is timed."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--toy"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("kernels device=cpu checked=10 failed=0 ")
+    for name in ("attention_S64_vs_flex", "layer_norm_T200_vs_torch", "geglu_T200_vs_torch", "head_M60_vs_torch"):
+        assert f" {name}=" in last
 
 
 @pytest.mark.slow  # half a minute: it converts, loads and starts in processes of their own, as users do

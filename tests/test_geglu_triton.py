@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.saved_bytes import kept_bytes
 from src import geglu_triton, kernels
 from src.geglu_triton import geglu
-from tests.test_kernels import DEVICE, DTYPES, assert_within_budget, kept_bytes, poisoned  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, assert_within_budget, poisoned  # noqa: F401
 
 P = 0.3
 SCALE = 1 / (1 - int(P * 2**16) / 2**16)

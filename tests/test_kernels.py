@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import fused_torch, kernels
+from benchmarks.saved_bytes import count, kept_bytes
+from src import attention, flash_attn_triton, fused_torch, geglu_triton, kernels, layer_norm_triton
 from src.configuration_bert import BertConfig
+from src.data_c4 import split_unpadded
 from tests.test_bert_layers import batch_of, gradients, model_of, unpadded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,23 +53,6 @@ def assert_within_budget(got, plain, exact, what):
     assert error <= budget + rounding, f"{what}: error {error:.2e}, twice plain torch's {budget:.2e}"
 
 
-def kept_bytes(function, *args):
-    """Result and bytes that its backward keeps, storages once, arguments' not counted."""
-    seen = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-    total = 0
-
-    def pack(x):
-        nonlocal total
-        pointer = x.untyped_storage().data_ptr()
-        total += 0 if pointer in seen else x.untyped_storage().nbytes()
-        seen.add(pointer)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = function(*args)
-    return out, total
-
-
 def test_kernels_that_are_not_there():
     with pytest.raises(ValueError, match="'cuda' is not there; choose one of auto, triton, torch"):
         kernels.resolve("cuda")
@@ -76,14 +63,33 @@ def test_kernels_that_are_not_there():
 def test_triton_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
-    with pytest.raises(ValueError, match="'triton' cannot run: no GPU is found; choose auto or torch"):
+    with pytest.raises(ValueError, match="'triton' cannot run here: .* need a CUDA device, .*; choose auto or torch"):
         model_of(kernels="triton")
     with pytest.raises(ValueError, match="need a tensor on a GPU, not on cpu"):
         kernels.rows_of(torch.ones(2, 3))
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(ValueError, match="the package triton is not installed"):
+    with pytest.raises(ValueError, match="triton is not installed"):
         kernels.resolve("triton")
     assert kernels.resolve("auto") == "auto" and not kernels.use_triton("auto", torch.ones(1))
+
+
+def test_a_gpu_that_is_too_old_or_too_new(monkeypatch):
+    """It is refused by name, and auto does without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "_this_gpu", kernels._this_gpu.__wrapped__)  # without their caches
+    monkeypatch.setattr(attention, "_fastest", attention._fastest.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert kernels.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r"need compute capability 8.0, and this GPU has 7.5; choose auto or torch"):
+        kernels.resolve("triton")
+    with pytest.raises(ValueError, match=r"need compute capability 8.0"):
+        attention.resolve("triton", device_type="cuda")
+    assert kernels.resolve("auto") == "auto" and attention.resolve("auto", device_type="cuda") == "torch"
+    monkeypatch.setattr(kernels.triton, "__version__", "3.3.0")
+    assert "no matrix products for compute capability 12.0; 3.3.1 has" in kernels.refused((12, 0))
+    monkeypatch.setattr(kernels.triton, "__version__", "3.10.1")
+    assert kernels.refused((12, 0)) is kernels.refused((10, 0)) is None
 
 
 def test_fp64_and_probabilities_that_are_none_are_refused():
@@ -101,31 +107,118 @@ def test_auto_goes_by_the_device():
 
 
 WHOLE = dict(attention="torch", dtype=torch.float32)
+IN_TURN = {
+    "reference": dict(attention="reference", kernels="torch"),
+    "triton": dict.fromkeys(("attention", "kernels"), "triton"),
+}
 
 
 def test_whole_model_with_kernels_equals_the_one_without():
     """Loss and every gradient in training mode."""
     batch = {name: x.to(DEVICE) for name, x in batch_of().items()}
     results, counts = {}, {}
-    for choice in ("torch", "triton"):
-        model = model_of(kernels=choice, **WHOLE).to(DEVICE).train()
+    for choice, options in IN_TURN.items():
+        model = model_of(dtype=torch.float32, **options).to(DEVICE).train()
         kernels.launches.clear()
         loss = unpadded_on(model, batch)
         results[choice] = {"loss": loss.detach(), **gradients(model, loss)}
         counts[choice] = dict(kernels.launches)
     L = model.config.num_hidden_layers
     norms = 2 + 2 * L  # embeddings, head, two a layer
-    assert counts["torch"] == {}
+    assert counts["reference"] == {}
     assert counts["triton"] == {
+        **dict.fromkeys(("flash_attn_forward", "flash_attn_delta", "flash_attn_dkdv", "flash_attn_dq"), L),
         "layer_norm_forward": norms,
         "layer_norm_backward": norms,
         "geglu_forward": L,
         "geglu_backward": L,
     }
-    for name, want in results["torch"].items():
+    for name, want in results["reference"].items():
         torch.testing.assert_close(
             results["triton"][name], want, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is asked itself, in test_gpu.py")
+def test_a_step_waits_for_no_value(monkeypatch):
+    """Forward, loss and backward read no tensor's value and make none whose size depends on one."""
+    model = model_of(dtype=torch.float32, hidden_dropout_prob=0.1, **IN_TURN["triton"]).train()
+    (micro,) = split_unpadded(batch_of(), 5)
+    layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+    inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+    waits = Waits(monkeypatch)
+    with waits:
+        model.forward_unpadded(*inputs).loss.backward()
+    assert waits.seen == []
+    with waits:  # a batch without tables, and a value
+        model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        float(micro["input_ids"].sum())
+    assert {"repeat_interleave", "__float__"} <= set(waits.seen)
+
+
+class Waits(TorchDispatchMode):
+    """Records what would make the host wait for a GPU, by name; the interpreter's own readings aside."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "repeat_interleave", "unique")
+    METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen, self.launching, self.entered = [], False, False
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self.recording(name, getattr(torch.Tensor, name)))
+        for module in (flash_attn_triton, layer_norm_triton, geglu_triton):
+            monkeypatch.setattr(module, "launch", self.interpreted)
+
+    def __enter__(self):
+        self.entered = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.entered = False
+        return super().__exit__(*error)
+
+    def record(self, name):
+        if self.entered and not self.launching:
+            self.seen.append(name)
+
+    def recording(self, name, method):
+        def call(tensor, *args, **kwargs):
+            self.record(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def interpreted(self, *args, **kwargs):
+        self.launching = True
+        kernels.launch(*args, **kwargs)
+        self.launching = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple))
+        if name in self.OPS or (by_mask and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.record(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_kept_grows_with_tokens_alone():
+    """Of attention, LayerNorm, gated unit and a whole layer, in bf16; plain torch keeps probabilities as well."""
+    a, b = count(8, DEVICE), count(24, DEVICE)
+    D, N, I = 768, 12, 3072  # noqa: E741
+    per_token = {
+        "attention": 2 * D + 4 * N,  # the output and the log-sum-exp; q, k, v are its input
+        "LayerNorm(residual + dropout(x))": 8,  # mean and 1/std; x and the residual are its input
+        "dropout(gelu(gate) * up)": 0,
+        # qkv, attention, its projection, a norm, the packed product, the gated one, its projection; statistics
+        "a whole layer": 2 * (3 * D + D + D + D + 2 * I + I + D) + 4 * N + 2 * 8,
+    }
+    for name, bytes_ in per_token.items():
+        constant = a[name][0] - 8 * bytes_  # keys and the like
+        assert 0 <= constant <= 64 and b[name][0] == 24 * bytes_ + constant, name
+        assert a[name][1] > a[name][0], name
+    plain = [sizes["attention"][1] for sizes in (a, b)]
+    assert plain[1] > 3.5 * plain[0]  # three times the tokens
 
 
 def unpadded_on(model, batch):
@@ -148,8 +241,8 @@ def test_whole_model_under_autocast():
     """Stream in bf16, loss and gradients in fp32 and near those without kernels; the interpreter truncates bf16."""
     batch = {name: x.to(DEVICE) for name, x in batch_of().items()}
     losses = []
-    for choice in ("torch", "triton"):
-        model = model_of(kernels=choice, initializer_range=0.05, **WHOLE).to(DEVICE).train()
+    for options in IN_TURN.values():
+        model = model_of(initializer_range=0.05, dtype=torch.float32, **options).to(DEVICE).train()
         seen = set()
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
@@ -186,6 +279,30 @@ def test_whole_model_compiles_without_a_break(choice):
         assert bool(kernels.launches) == (choice == "triton")
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
+    """With all kernels, whatever the batch: sizes are variables from the second on, and 1 masked token is apart."""
+    model = model_of(dtype=torch.float32, **IN_TURN["triton"]).to(DEVICE).train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_unpadded, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for lengths, rate in (
+        ([9, 3, 17], 0.4),
+        ([20, 8], 0.4),
+        ([9, 1, 4], 0.0),
+        ([9, 4], 0.05),
+        ([30, 2], 0.3),
+        ([7], 0.3),
+    ):
+        (micro,) = split_unpadded({name: x.to(DEVICE) for name, x in batch_of(lengths, rate).items()}, len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
+        counts.append(micro["num_masked"])
+    assert 1 in counts and counter.frame_count <= 4
 
 
 # Plain torch

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.saved_bytes import kept_bytes
 from src import kernels, layer_norm_triton
 from src.layer_norm_triton import layer_norm
-from tests.test_kernels import DEVICE, DTYPES, assert_within_budget, kept_bytes, poisoned  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, assert_within_budget, poisoned  # noqa: F401
 
 NAMES = ("y", "dx", "dweight", "dbias", "dresidual")
 P = 0.3

@@ -4,7 +4,9 @@ import datetime
 import json
 import os
 import pickle
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,3 +415,42 @@ def test_batch_that_does_not_divide(overrides, monkeypatch):
     monkeypatch.setattr(main.builders.dist, "get_world_size", lambda: 3)
     with pytest.raises(main.ConfigError, match="16 is not a multiple of the 3 devices"):
         main.builders.device_train_batch_size(load("yamls/quickstart.yaml", overrides))
+
+
+def test_what_a_step_reads_back(overrides, monkeypatch):
+    """Values that the host asks tensors for in a step of training, which on a GPU it waits for.
+
+    Composer's trainer has 6, the gradient's norm 1, the metrics 2; the batch, which is counted and cut, is on the CPU;
+    optimizer, model and loss ask for none.
+    """
+    asked, on = Counter(), [False]
+
+    def recording(method):
+        def call(tensor, *args, **kwargs):
+            if on[0]:
+                asked[
+                    sys._getframe(1).f_code.co_filename.split("site-packages/")[-1].removeprefix(f"{Path.cwd()}/")
+                ] += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, recording(getattr(torch.Tensor, name)))
+
+    class Switch(Callback):
+        def after_dataloader(self, state, logger):
+            on[0] = state.timestamp.batch == 2
+
+        def batch_end(self, state, logger):
+            on[0] = False
+
+    trainer = main.build_trainer(
+        load("yamls/mosaic_bert.yaml", [*overrides, "max_duration=4ba", "model.attention=torch"])
+    )
+    trainer.state.callbacks.append(Switch())
+    trainer.fit()
+    trainer.close()
+    assert asked.pop("src/data_c4.py") > 0  # of the batch, which is on the CPU
+    assert asked.pop("src/attention.py") == 2  # plain torch's, one a layer, which is not what a GPU takes
+    assert asked == {"composer/trainer/trainer.py": 6, "src/callbacks.py": 3}
