@@ -9,12 +9,13 @@ length    A small model (4 layers of 256) trains on 8,192 tokens in sequences of
 ranks     The same model by DDP over gloo on this machine, 1, 2 and 4 processes of one thread, each with 1,024 tokens a
           step: time, and the bytes that each hands to all-reduce, which must be 4 a parameter; the gradient must be
           that of one process on all of the batches.
-gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128: a ring sends 2 (n - 1) / n of the
-          gradients' bytes from each GPU (Patarasuk and Yuan, 2009); it runs beside the backward pass, two thirds of the
-          step, but for the last of DDP's buckets of 25 MiB. Assumed: --gpu_tokens_per_s, and the bandwidths of LINKS.
+gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128, in microbatches of 128: a ring sends
+          2 (n - 1) / n of the gradients' bytes from each GPU (Patarasuk and Yuan, 2009), beside the backward pass of
+          the last microbatch, two thirds of its time, but for the last of DDP's buckets. Assumed: --gpu_tokens_per_s
+          and the bandwidths of LINKS.
 sizes     The YAMLs' models: parameters, FLOPs a real token, memory of weights, gradients and Adam (16 bytes a
           parameter, fp32) and of what a microbatch of 128 x 128 tokens keeps for the backward pass (in bf16, measured
-          on one sequence).
+          on one and two sequences and extrapolated).
 
 Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=… rank_bytes=…
 efficiency_512=… parameters_large=…``; the first four are the value at the longest length over that at the shortest.
@@ -56,7 +57,7 @@ LINKS = {
 }
 """Bytes a second that an all-reduce gets from the wires; a real one reaches some 80% of it."""
 GPUS = (8, 16, 32, 64, 128, 256, 512)
-GLOBAL_TOKENS = 4096 * 128
+GLOBAL_TOKENS, MICROBATCH_TOKENS = 4096 * 128, 128 * 128
 YAMLS = ("quickstart", "mosaic_bert", "mosaic_bert_large")
 
 
@@ -210,7 +211,7 @@ def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
             sent = 2 * (n - 1) / n * 4 * parameters
             compute, reduce = GLOBAL_TOKENS / n / tokens_per_s, sent / bandwidth
             last = reduce * min(1.0, BUCKET / (4 * parameters))
-            shown = max(last, reduce - 2 / 3 * compute)
+            shown = max(last, reduce - 2 / 3 * min(compute, MICROBATCH_TOKENS / tokens_per_s))
             rows.append(
                 {
                     "link": link,
@@ -242,7 +243,7 @@ def shape_of(name: str) -> Shape:
 def sizes(names: list[str]) -> list[dict]:
     """A row for each model."""
     from src.mosaic_bert import MosaicBert  # Composer takes seconds to import
-    from src.summary import saved_bytes
+    from src.summary import extrapolated, saved_bytes
 
     batch = make_batch(torch.tensor([128]), 30528, 0.3)
     rows = []
@@ -250,7 +251,11 @@ def sizes(names: list[str]) -> list[dict]:
         arm = ARMS["mosaic_bert"](shape_of(name), "cpu", torch.bfloat16)
         with torch.device("meta"):
             composer = MosaicBert(arm.model.config)
-        (part,) = arm.parts(batch)
+
+        def kept(sequences: int, arm: Arm = arm) -> int:
+            (part,) = arm.parts(make_batch(torch.full((sequences,), 128), 30528, 0.3))
+            return saved_bytes(arm.model, lambda: arm.run(part))
+
         parameters = sum(p.numel() for p in arm.model.parameters())
         rows.append(
             {
@@ -260,7 +265,7 @@ def sizes(names: list[str]) -> list[dict]:
                 "parameters": parameters,
                 "flops_per_token": composer.flops_per_batch(batch) / 128,
                 "state_bytes": 16 * parameters,
-                "saved_bytes_128x128": 128 * saved_bytes(arm.model, lambda arm=arm, part=part: arm.run(part)),
+                "saved_bytes_128x128": extrapolated(kept, 128),
             }
         )
         print(f"size {name}: {parameters:,} parameters", flush=True)

@@ -129,7 +129,9 @@ class Text:
     """The documents as tokens, and batches of them."""
 
     def __init__(self, folder: Path, settings: Settings):
-        quickstart.write_text(folder, None)
+        if not (folder / "text").exists():
+            quickstart.write_text(folder / "partial", None)
+            (folder / "partial" / "text").rename(folder / "text")
         train, held_out = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
         name = str(folder / "tokenizer")
         if not Path(name).exists():
