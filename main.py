@@ -7,15 +7,10 @@ python main.py yamls/quickstart.yaml [key=value ...]        one process
 import dataclasses
 import os
 import pickle
-import platform
-import shutil
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
@@ -25,7 +20,7 @@ from src.callbacks import Interrupted, TrainingError
 from src.config import ConfigError, RunConfig, hide_environment, load, settings, to_dict
 from src.data_c4 import load_tokenizer, tokenizer_fingerprint
 from src.resume import ResumeCheck, dataset_fingerprint
-from src.summary import summarize
+from src.summary import environment, summarize
 
 
 def meet(timeout: float) -> None:
@@ -67,6 +62,8 @@ def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str 
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
+    if found is None and config.load_path is None:
+        builders.load_pretrained(config, model, tokenizer)
     train_data = builders.build_train_data(config, tokenizer)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
     fingerprints = {"dataset": dataset_fingerprint(dataset), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -125,26 +122,15 @@ def trainer_or_reason(config: RunConfig) -> Trainer:
 
 def describe(config: RunConfig) -> str:
     """The resolved config as a YAML that can be run again, under comments that say what it ran on."""
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
-    runs_on = {
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "world_size": dist.get_world_size(),
-    }
+    runs_on = {**environment(), "world_size": dist.get_world_size()}
     comments = "".join(f"# {name}: {value}\n" for name, value in runs_on.items())
     return comments + yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def evaluate(config: RunConfig) -> None:
-    """Evaluate ``load_path`` on all held-out data."""
-    if config.load_path is None:
-        raise ConfigError("--eval needs a load_path")
+    """Evaluate ``load_path``, or else ``pretrained``, on all held-out data."""
+    if config.load_path is None and config.pretrained is None:
+        raise ConfigError("--eval needs a load_path, or pretrained")
     # Weights are all it takes; nothing of the run whose checkpoint this is may be overwritten.
     config = dataclasses.replace(config, load_weights_only=True, autoresume=False, save_folder=None, loggers={})
     trainer = trainer_or_reason(config)
@@ -165,6 +151,7 @@ def validate(config: RunConfig) -> None:
     """Build what training would build, and print what it would do and need."""
     tokenizer = load_tokenizer(config.tokenizer_name)
     model = builders.build_model(config, tokenizer)
+    builders.load_pretrained(config, model, tokenizer)
     builders.build_optimizer(config, model)
     builders.build_algorithms(config)
     builders.build_callbacks(config, tokenizer)

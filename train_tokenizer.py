@@ -6,12 +6,13 @@ Writes a Hugging Face folder; its path goes into a YAML's tokenizer_name and con
 """
 
 import argparse
+import contextlib
 import itertools
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,8 +135,8 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrainedTokenizerFast") -> None:
-    """Print how two tokenizers cut the words of the texts, and the words that gain most: count * pieces saved."""
+def split_words(texts: Iterable[str]) -> Counter[str]:
+    """Words, as BERT splits text, of the first texts that have ``COMPARED`` of them, and how often each is there."""
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     total = 0
@@ -146,7 +147,12 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrained
             total += len(words)
         if total >= COMPARED:
             break
-    words, total = list(counts), max(total, 1)
+    return counts
+
+
+def compare(counts: Counter[str], ours: Tokenizer, name: str, other: "PreTrainedTokenizerFast") -> None:
+    """Print how two tokenizers cut the counted words, and the words that gain most: count * pieces saved."""
+    words, total = list(counts), max(counts.total(), 1)
     cut = {}
     for column, backend, unknown in ((0, ours, "[UNK]"), (1, other.backend_tokenizer, other.unk_token)):
         # The blank before makes it the beginning of a word to tokenizers that look at it; BERT's do not.
@@ -168,7 +174,12 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: "PreTrained
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="whatever convert_c4.py reads: files of text, C4's files, a split of MDS shards")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="whatever convert_c4.py reads: files of text, C4's files (train), a split of MDS shards of text (default: "
+        "C4's train split from the hub)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, required=True, help="entries at most, the 5 special ones included")
     parser.add_argument("--no-lowercase", action="store_false", dest="lowercase", help="keep case and accents")
@@ -194,14 +205,14 @@ def main(argv: list[str] | None = None) -> None:
 
     started, counts = time.perf_counter(), Counts()
 
-    def texts(counts: Counts) -> Iterator[str]:
+    def texts(counts: Counts) -> Generator[str]:
         source = itertools.islice(iter_documents(args.source, counts=counts), args.limit)
         for document in tqdm(source, desc="train_tokenizer", unit="doc", unit_scale=True, mininterval=1):
             yield document["text"]
 
     words = count_words(texts(counts), normalizers.BertNormalizer(lowercase=args.lowercase))
     if not counts.documents:
-        raise ValueError(f"{args.source}: the source has no document")
+        raise ValueError(f"{args.source or 'C4'}: the source has no document")
     tokenizer = train(words, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
@@ -216,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
     partial.rename(args.out)
     if other is not None:
         assert args.compare is not None
-        compare(texts(Counts()), tokenizer, args.compare, other)
+        with contextlib.closing(texts(Counts())) as again:  # ends the progress bar's line
+            words = split_words(again)
+        compare(words, tokenizer, args.compare, other)
     print(f"tokenizer vocab_size={size} documents={counts.documents} seconds={time.perf_counter() - started:.1f}")
 
 

@@ -91,7 +91,8 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
     fixed = (cu_seqlens, slopes, *tables.values())
 
     def ours(qkv: Tensor) -> Tensor:
-        return attention(*qkv.unbind(1), cu_seqlens, T, slopes, impl="triton", tables=tables)
+        q, k, v = qkv.unbind(1)
+        return attention(q, k, v, cu_seqlens, T, slopes, impl="triton", tables=tables)
 
     x, residual, qkv, packed = rows(D), rows(D), rows(3, N, D // N), rows(2 * I)
     weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)

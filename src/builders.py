@@ -47,7 +47,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src import checkpoint, data_c4, processes
+from src import checkpoint, data_c4, pretrained, processes
 from src.attention import resolve
 from src.bert_padding import tile_tables
 from src.callbacks import (
@@ -136,7 +136,7 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return math.ceil(len(tokenizer) / 64) * 64
 
 
-def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
+def build_model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
     """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
     check_options(path, kind.__init__, options, ["self"])
     options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
@@ -148,6 +148,14 @@ def _model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mappi
         raise ConfigError(f"{path}: {error}") from None
 
 
+def with_kernels(model_config: dict[str, Any] | None, attention: str, kernels: str) -> dict[str, Any]:
+    """``model_config`` with the keys that stand beside it."""
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
+    return {**(model_config or {}), "attention": attention, "kernels": kernels}
+
+
 def mosaic_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
@@ -157,11 +165,8 @@ def mosaic_bert(
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
     """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
-    for name in ("attention", "kernels"):
-        if name in (model_config or {}):
-            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
-    options = {**(model_config or {}), "attention": attention, "kernels": kernels}
-    config = _model_config(BertConfig, tokenizer, options, "model.model_config")
+    options = with_kernels(model_config, attention, kernels)
+    config = build_model_config(BertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
     except ValueError as error:
@@ -172,17 +177,16 @@ def hf_bert(
     tokenizer: PreTrainedTokenizerFast,
     max_seq_len: int,
     model_config: dict[str, Any] | None = None,
-    pretrained_model_name: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> HFBert:
     """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
-    config = _model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
+    config = build_model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
     if max_seq_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
             "(model.model_config.max_position_embeddings)"
         )
-    return HFBert(config, pretrained_model_name, gradient_checkpointing)
+    return HFBert(config, gradient_checkpointing)
 
 
 MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
@@ -191,6 +195,16 @@ MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MosaicBert | HFBert:
     """The model, with fresh weights, on the CPU."""
     return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
+
+
+def load_pretrained(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the weights of ``config.pretrained``, if there is one, into the model."""
+    if config.pretrained is None:
+        return
+    source = pretrained.read(config.pretrained)
+    pretrained.check_kind(source, type(model.model))
+    pretrained.check_tokenizer(source, tokenizer)
+    pretrained.load_weights(model.model, source)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,6 +478,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
         shuffle_seed=loader.shuffle_seed,
         num_canonical_nodes=loader.num_canonical_nodes,
         length_window=loader.length_window,
+        moving_crop=loader.moving_crop,
         predownload=loader.predownload,
     )
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability

@@ -182,19 +182,27 @@ def find(path: str | None, resume: bool) -> tuple[RunFolder | None, str | None]:
     return folder, found[0]
 
 
-def settings_of(path: str) -> dict[str, Any] | None:
-    """What a checkpoint states of the run that it is of (``ResumeCheck``); its tensors are not read.
+def read(path: str) -> dict[str, Any]:
+    """The ``state`` of a checkpoint, as Composer writes it; a tensor is read from the file when it is used.
 
     Raises:
-        ConfigError: it cannot be read, or holds more than data.
+        ConfigError: it cannot be read, holds more than data, or is no checkpoint of a run.
     """
+    load_as_data()
     try:
-        state = torch.load(path, map_location="cpu", mmap=True)["state"]
+        held = torch.load(path, map_location="cpu", mmap=True)
     except Exception as error:  # whatever a broken file makes of torch's reader
         text = str(error)
         what = "holds more than data, and running what it holds is refused" if "nsupported" in text else "is damaged"
         raise ConfigError(f"{path}: the checkpoint {what}: {text[:300]}") from None
-    return state["callbacks"].get("ResumeCheck")
+    if not isinstance(held, dict) or not isinstance(held.get("state"), dict):
+        raise ConfigError(f"{path}: this is no checkpoint of a run: it has no 'state'")
+    return held["state"]
+
+
+def settings_of(path: str) -> dict[str, Any] | None:
+    """What a checkpoint states of the run that it is of (``ResumeCheck``); ``read`` says what can be wrong."""
+    return read(path)["callbacks"].get("ResumeCheck")
 
 
 class Saver(CheckpointSaver):

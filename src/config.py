@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,9 @@ class TrainLoaderConfig(LoaderConfig):
     """Global batches, 64 for example, within which the shuffled order is grouped by length: a batch then holds samples
     of like length, and ranks equally many tokens (docs/data.md says what that does). 0 does not group. Needs shuffle,
     shards of tokens with their lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
+    moving_crop: bool = False
+    """Whether a text of more than ``max_seq_len`` tokens gives another part of itself each epoch, so that none of it is
+    lost for ever, in place of its beginning. Needs shards of text."""
     predownload: int | None = None
     """Samples to download ahead of each worker. None: 8 batches. Refused without a remote."""
     streams: dict[str, StreamConfig] = field(default_factory=dict)
@@ -202,6 +205,9 @@ class RunConfig:
     """Checkpoint to begin from."""
     load_weights_only: bool = False
     """Take only the weights from ``load_path`` and begin a new run with them."""
+    pretrained: str | None = None
+    """Weights to begin a new run with: a checkpoint or its folder, or a Hugging Face folder. All of the model's must be
+    there, and shape and tokenizer be the run's. Not read when the run goes on from a checkpoint, which has weights."""
     autoresume: bool = False
     """Go on from the latest checkpoint in ``save_folder`` if there is one."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
@@ -231,9 +237,17 @@ INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML and ``key=value`` overrides (``train_loader.split=val``) into a run.
+    """Read a YAML and ``key=value`` overrides (``train_loader.split=val``) into a run; raises as ``read`` does."""
+    return _fill(read(RunConfig, path, overrides, _check))
+
+
+def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
+    """A ``kind``, which is a frozen dataclass, from a YAML and ``key=value`` overrides.
 
     ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable.
+
+    Args:
+        check: adds to a list what is wrong with values of the right type.
 
     Raises:
         ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. All
@@ -253,20 +267,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
         except InterpolationResolutionError as error:
-            _dataclass(RunConfig, tree, "", faults)  # a misspelt key is often why another cannot refer to it
+            _dataclass(kind, tree, "", faults)  # a misspelt key is often why another cannot refer to it
             unknown = [fault for fault in faults if ": unknown; " in fault]
             raise ConfigError("\n  ".join([f"{path}: {error}", *unknown])) from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
         # The last two are what OmegaConf raises when an override does not fit the YAML's shape.
         raise ConfigError(f"{path}: {error}") from None
 
-    config = _dataclass(RunConfig, tree, "", faults)
+    config = _dataclass(kind, tree, "", faults)
     if config is not None:
-        _check(config, faults)
+        check(config, faults)
     if config is None or faults:
         heading = f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}"
         raise ConfigError("\n  ".join([heading, *faults]))
-    return _fill(config)
+    return config
 
 
 def seconds(time: str) -> float:
@@ -276,8 +290,8 @@ def seconds(time: str) -> float:
     return float(match[1]) * {"d": 86400, "h": 3600, "min": 60, "s": 1}[match[2]]
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values, components as they stand in a YAML. ``load`` of it gives the run again."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """A resolved config as plain values, components as they stand in a YAML. ``read`` of it gives the config again."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Component):
@@ -385,7 +399,7 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif origin is list:
-        if isinstance(value, list) and all(isinstance(item, args[0]) for item in value):
+        if isinstance(value, list) and all(type(item) is args[0] for item in value):  # true is no whole number
             return value
     elif isinstance(value, origin or hint):
         return value
@@ -401,7 +415,9 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(arg) for arg in typing.get_args(hint))
-    return "a list of texts" if typing.get_origin(hint) is list else "keys and values"
+    if typing.get_origin(hint) is list:
+        return "a list of texts" if typing.get_args(hint)[0] is str else "a list of whole numbers"
+    return "keys and values"
 
 
 def _component(value: Any, path: str, faults: list[str]) -> Component | None:
@@ -497,6 +513,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
             faults.append(f"resume.allow: {name!r} may always change")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: acts only with a load_path")
+    if config.load_weights_only and config.pretrained is not None:
+        faults.append("pretrained: load_path with load_weights_only gives weights too; take one of them")
 
 
 def _remote(config: RunConfig, source: LoaderConfig | StreamConfig) -> str | None:

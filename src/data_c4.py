@@ -125,12 +125,40 @@ def encode_prefix(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int
     while True:
         end = len(text)
         if characters < end:
-            end = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
+            end = _last_blank(text, 0, characters)
             end = len(text) if end <= 0 else end
         ids = tokenizer.backend_tokenizer.encode(text[:end], add_special_tokens=False).ids
         if len(ids) >= max_tokens or end == len(text):
             return ids[:max_tokens]
         characters *= 2
+
+
+def encode_crop(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int, turn: int) -> list[int]:
+    """At most ``max_tokens`` ids of ``text``, no special tokens, from another place each turn: in time, all of them.
+
+    The text is cut between words into stretches, of which only the turn's is tokenized, and its ids into windows. So
+    the work does not grow with the text, and the ids are exact. The last stretch reaches back to be as long as the
+    others, and so does the last window.
+    """
+    size = 8 * max_tokens  # characters: the ids of one or two windows
+
+    def between_words(at: int) -> int:
+        blank = _last_blank(text, max(at - size, 0), at)
+        return at if blank < 0 else blank
+
+    stretches = max(1, -(-len(text) // size))
+    stop = min((turn % stretches + 1) * size, len(text))
+    start = between_words(max(stop - size, 0))
+    stop = between_words(stop) if stop < len(text) else stop
+    ids = tokenizer.backend_tokenizer.encode(text[start:stop], add_special_tokens=False).ids
+    windows = max(1, -(-len(ids) // max_tokens))
+    end = min((turn // stretches % windows + 1) * max_tokens, len(ids))
+    return ids[max(end - max_tokens, 0) : end]
+
+
+def _last_blank(text: str, start: int, stop: int) -> int:
+    """Position of the last blank or line break in ``text[start:stop]``, or -1."""
+    return max(text.rfind(" ", start, stop), text.rfind("\n", start, stop))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,12 +420,14 @@ class StreamingC4(StreamingDataset):
         verify: what of the shards is checked, as for ``check_shards``; with ``hash``, those fetched later too.
         length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
             not group. Needs ``shuffle``, shards of tokens, and the lengths that convert_c4.py writes beside them.
+        moving_crop: take of a text that is too long not its beginning but another part each epoch (``encode_crop``),
+            at the turn that is the sum of sample id and epoch. Needs shards of text.
         kwargs: StreamingDataset's.
 
     Raises:
         DataError: there is no dataset, or it is damaged or cannot be fetched, or its shards have neither text nor
-            tokens, or tokens of another tokenizer or length, or no lengths. While iterating: a shard is lost or cannot
-            be fetched.
+            tokens, or tokens of another tokenizer or length, or no lengths, or tokens where a crop is to move. While
+            iterating: a shard is lost or cannot be fetched.
     """
 
     def __init__(
@@ -410,6 +440,7 @@ class StreamingC4(StreamingDataset):
         sources: Mapping[str, Source] | None = None,
         verify: str = "size",
         length_window: int = 0,
+        moving_crop: bool = False,
         **kwargs: Any,
     ):
         if sources is None:
@@ -450,6 +481,13 @@ class StreamingC4(StreamingDataset):
             for source, first in zip(self.sources.values(), self.shard_offset_per_stream, strict=True)
         ]
         """Of each source: type of the ids on disk; None where it is text."""
+        self.moving_crop = moving_crop
+        for source, dtype in zip(self.sources.values(), self.token_dtypes, strict=True):
+            if moving_crop and dtype is not None:
+                raise DataError(
+                    f"{source.folder} holds tokens: what --pack truncate cut off is not there, and --pack chunk cuts "
+                    "nothing off. Set train_loader.moving_crop to false, or convert to text (without --tokenizer)"
+                )
         self.length_window = length_window
         if length_window:
             assert self.shuffle, "an order by length is made from a shuffled one"
@@ -571,30 +609,47 @@ class StreamingC4(StreamingDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its id."""
+        # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
+        epoch = max(self.next_epoch - 1, 0)
+        turn = int(sample_id) + epoch if self.moving_crop else None
+        sample = Sample(input_ids=self._ids(sample_id, turn, retry), sample_id=int(sample_id), epoch=epoch)
+        if self.num_streams > 1:
+            sample["stream"] = self._stream_of(sample_id)
+        return sample
+
+    def beginning(self, sample_id: int) -> NDArray[Any]:
+        """A sample's ids as evaluation takes them: (length,) from the text's beginning, wherever a crop has moved."""
+        return self._ids(sample_id, None)
+
+    def _stream_of(self, sample_id: int) -> int:
+        return 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
+
+    def _ids(self, sample_id: int, turn: int | None, retry: int = 7) -> NDArray[Any]:
+        """A sample's ids; of a text its beginning, or what is its turn."""
+        raw, dtype = self._raw(sample_id, retry), self.token_dtypes[self._stream_of(sample_id)]
+        if dtype is not None:
+            return np.frombuffer(raw["tokens"], dtype)
+        room = self.max_seq_len - 2
+        if turn is None:
+            ids = encode_prefix(self.tokenizer, raw["text"], room)
+        else:
+            ids = encode_crop(self.tokenizer, raw["text"], room, turn)
+        return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
+
+    def _raw(self, sample_id: int, retry: int) -> Any:
+        """A sample as the shard has it, which is fetched once more if it is damaged."""
         try:
-            raw = super().get_item(sample_id, retry)
+            return super().get_item(sample_id, retry)
         except Exception as error:
             shard_id = int(self.spanner[sample_id][0])
             streamed = not list(self.sources.values())[int(self.stream_per_shard[shard_id])].complete
             if self.failure is None and streamed and shard_id not in self._fetched_again:
                 self._fetch_again(shard_id, error)
-                return self.get_item(sample_id, retry)
+                return self._raw(sample_id, retry)
             if not isinstance(error, DataError):
                 error = self._damage(shard_id, error)
             self._fail(error)
             raise error from None
-        stream = 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
-        dtype = self.token_dtypes[stream]
-        if dtype is not None:
-            input_ids = np.frombuffer(raw["tokens"], dtype)
-        else:
-            ids = encode_prefix(self.tokenizer, raw["text"], self.max_seq_len - 2)
-            input_ids = np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
-        # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
-        sample = Sample(input_ids=input_ids, sample_id=int(sample_id), epoch=max(self.next_epoch - 1, 0))
-        if self.num_streams > 1:
-            sample["stream"] = stream
-        return sample
 
     def _fetch_again(self, shard_id: int, error: Exception) -> None:
         """Drop a damaged shard from the cache, once in this process; it is fetched when it is read next."""
@@ -667,7 +722,7 @@ class EachSampleOnce(IterableDataset):
 
     def _sample(self, index: int) -> Sample:
         if index < self.dataset.size:
-            return Sample(input_ids=self.dataset[index]["input_ids"], sample_id=index, epoch=0)
+            return Sample(input_ids=self.dataset.beginning(index), sample_id=index, epoch=0)
         tokenizer = self.dataset.tokenizer
         return Sample(input_ids=np.array([tokenizer.cls_token_id, tokenizer.sep_token_id]), sample_id=index, epoch=0)
 

@@ -13,19 +13,13 @@ class HFBert(MaskedLMModel):
     """transformers' BertForMaskedLM, unchanged, for pretraining.
 
     Args:
-        config: its shape; with ``pretrained_model_name`` it is that model's.
-        pretrained_model_name: continue from these weights (a folder or a name on the hub) in place of fresh ones.
+        config: its shape.
         gradient_checkpointing: less memory, about a third more time.
     """
 
-    def __init__(
-        self, config: BertConfig, pretrained_model_name: str | None = None, gradient_checkpointing: bool = False
-    ):
+    def __init__(self, config: BertConfig, gradient_checkpointing: bool = False):
         super().__init__()
-        if pretrained_model_name is None:
-            self.model = BertForMaskedLM(config)
-        else:
-            self.model = BertForMaskedLM.from_pretrained(pretrained_model_name, config=config)
+        self.model = BertForMaskedLM(config)
         self.config = config
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, BertLayer)  # pyright: ignore
         if gradient_checkpointing:

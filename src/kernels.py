@@ -70,8 +70,9 @@ def refused(capability: tuple[int, int]) -> str | None:
     if capability < CAPABILITY:
         least = ".".join(map(str, CAPABILITY))
         return f"Triton's kernels need compute capability {least}, and this GPU has {name}"
-    if capability[0] == 12 and tuple(map(int, triton.__version__.split(".")[:3])) < (3, 3, 1):
-        return f"Triton {triton.__version__} has no matrix products for compute capability {name}; 3.3.1 has"
+    version = getattr(triton, "__version__", "0.0.0")
+    if capability[0] == 12 and tuple(map(int, version.split(".")[:3])) < (3, 3, 1):
+        return f"Triton {version} has no matrix products for compute capability {name}; 3.3.1 has"
     return None
 
 

@@ -1,7 +1,12 @@
 """What a run will do and need, told before it begins: `main.py --validate`."""
 
 import math
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +58,21 @@ def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC
         "memory": memory(config, model, parameters, dataset),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
+
+
+def environment() -> dict[str, str]:
+    """The commit of this code, versions of what it runs on, and the device."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+    return {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:

@@ -251,7 +251,7 @@ def _hub_revision() -> str:
     try:
         return str(huggingface_hub.dataset_info("allenai/c4").sha)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give files with --source") from None
+        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give a source of files") from None
 
 
 @cache
@@ -261,7 +261,7 @@ def _hub_dataset(split: str, revision: str) -> Any:
     try:
         return load_dataset("allenai/c4", "en", split=C4_SPLITS[split], streaming=True, revision=revision)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give files with --source") from None
+        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give a source of files") from None
 
 
 def _hub_documents(path: str) -> Iterator[Item]:

@@ -10,12 +10,14 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at test time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
@@ -23,6 +25,9 @@ if not torch.cuda.is_available():
 import quickstart
 
 MAX_SEQ_LEN = 32
+
+YAMLS = sorted(path for path in Path("yamls").glob("*.yaml") if not path.stem.startswith("finetune"))
+"""Those of pretraining."""
 
 LONGEST = ("test_resume", "test_main", "test_launch", "test_flash_attn_triton")
 
@@ -119,6 +124,18 @@ def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     return str(out)
 
 
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config, given as text or as values, to a YAML and returns its path."""
+
+    def write(tree):
+        path = tmp_path / "run.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return str(path)
+
+    return write
+
+
 TINY = [
     "model.model_config.hidden_size=24",
     "model.model_config.num_hidden_layers=2",
@@ -128,9 +145,8 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def overrides(token_shards, tokenizer_folder, tmp_path):
-    """A run of 4 steps of 16 samples on the CPU."""
+def tiny_run(token_shards, tokenizer_folder, folder):
+    """Overrides for a run of 4 steps of 16 samples on the CPU, which writes to ``folder``."""
     return [
         *TINY,
         f"data_local={token_shards}",
@@ -146,7 +162,24 @@ def overrides(token_shards, tokenizer_folder, tmp_path):
         "device_eval_batch_size=32",
         "precision=fp32",
         "progress_bar=false",
-        f"save_folder={tmp_path}/checkpoints",
+        f"save_folder={folder}/checkpoints",
         "save_interval=2ba",
-        f"loggers.metrics_file.path={tmp_path}/metrics.jsonl",
+        f"loggers.metrics_file.path={folder}/metrics.jsonl",
     ]
+
+
+@pytest.fixture
+def overrides(token_shards, tokenizer_folder, tmp_path):
+    """A run of 4 steps of 16 samples on the CPU."""
+    return tiny_run(token_shards, tokenizer_folder, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(token_shards, tokenizer_folder, tmp_path_factory):
+    """The checkpoints' folder of a small MosaicBERT after 4 steps."""
+    import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    quiet = [f"loggers.tensorboard.log_dir={folder}/tensorboard", "optimizer.lr=0.01"]
+    main.main(["yamls/quickstart.yaml", *tiny_run(token_shards, tokenizer_folder, folder), *quiet])
+    return folder / "checkpoints"

@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ from composer.utils.parallelism import FSDPConfig
 from src import builders, config
 from src.builders import build, padded_vocab_size
 from src.config import Component, ConfigError
+from tests.conftest import YAMLS
 
-YAMLS = sorted(Path("yamls").glob("*.yaml"))
 SECTIONS = {
     "model": builders.MODELS,
     "optimizer": builders.OPTIMIZERS,
@@ -241,3 +240,19 @@ def test_warmup_stable_decay_that_does_not_fit():
         builders.WarmupStableDecayScheduler("0.6dur", "0.6dur")(state_at(0))
     with pytest.raises(ConfigError, match="in the unit of max_duration"):
         builders.WarmupStableDecayScheduler("5sp", "0.6dur")(state_at(0))
+
+
+# Data
+
+
+def test_settings_of_the_loader_reach_dataset_and_workers(overrides, text_shards, tokenizer, tmp_path):
+    options = ["num_workers=3", "prefetch_factor=5", "persistent_workers=true", "timeout=77", "moving_crop=true"]
+    options += ["cache_limit=20mb", "predownload=32", "download_retry=4", "download_timeout=8"]
+    remote = [f"data_remote={text_shards}", f"data_local={tmp_path}/cache"]
+    run = config.load("yamls/quickstart.yaml", [*overrides, *remote, *(f"train_loader.{option}" for option in options)])
+    loader = builders.build_train_data(run, tokenizer).dataloader
+    found = [loader.num_workers, loader.prefetch_factor, loader.persistent_workers, loader.timeout]
+    assert found == [3, 5, True, 77]
+    dataset = loader.dataset
+    assert (dataset.cache_limit, dataset.predownload, dataset.moving_crop) == (20 << 20, 32, True)
+    assert (dataset.streams[0].download_retry, dataset.streams[0].download_timeout) == (4, 8)

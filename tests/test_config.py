@@ -9,8 +9,7 @@ import yaml
 
 from src import config
 from src.config import ConfigError, MaskingSchedule, load
-
-YAMLS = sorted(Path("yamls").glob("*.yaml"))
+from tests.conftest import YAMLS
 
 
 def paths_of(tree, prefix=""):
@@ -26,16 +25,6 @@ def misspell(tree, path):
     if rest:
         return {**tree, first: misspell(tree[first], rest)}
     return {(key + "x" if key == first else key): value for key, value in tree.items()}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(tree):
-        path = tmp_path / "run.yaml"
-        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -146,6 +135,7 @@ def test_all_faults_in_one_error(write, quickstart):
         ("train_loader.cache_limit=1gb", "train_loader.cache_limit: acts only on data that is streamed"),
         ("eval_loader.download_retry=3", "eval_loader.download_retry: acts only on data that is streamed"),
         ("eval_loader.predownload=8", "eval_loader.predownload: unknown"),
+        ("eval_loader.moving_crop=true", "eval_loader.moving_crop: unknown"),
         ("train_loader.length_window=-1", "train_loader.length_window: -1 is not 0 or more"),
         ("train_loader={length_window: 8, shuffle: false}", "train_loader.length_window: acts only with shuffle"),
         ("train_loader={length_window: 8, num_canonical_nodes: 7}", "is none of 7"),
@@ -169,11 +159,17 @@ def test_each_kind_of_fault(override, fault, write, quickstart):
     assert fault in str(error.value)
 
 
+def test_two_origins_of_weights(write, quickstart):
+    with pytest.raises(ConfigError, match="pretrained: load_path with load_weights_only gives weights too"):
+        load(write(quickstart), ["pretrained=a", "load_path=b", "load_weights_only=true"])
+    assert load(write(quickstart), ["pretrained=a", "load_path=b"]).pretrained == "a"  # a checkpoint to go on from
+
+
 def test_a_value_that_must_be_given(write, quickstart):
-    path = write({**quickstart, "run_name": "???"})
-    with pytest.raises(ConfigError, match="run_name: missing"):
+    path = write({**quickstart, "tokenizer_name": "???"})
+    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
         load(path)
-    assert load(path, ["run_name=mine"]).run_name == "mine"
+    assert load(path, ["tokenizer_name=mine"]).tokenizer_name == "mine"
 
 
 def test_autoresume_needs_a_folder(write, quickstart):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,31 @@ def test_shards_do_not_depend_on_workers(tmp_path, many, tokenizer_folder):
         assert (
             json.loads((one / "conversion.json").read_text())["units"] == 13
         )  # one part lies within a line that begins before it
+
+
+@pytest.mark.parametrize("kind", ["one gzip", "many files"])
+def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
+    """Of Python and numpy, eight times the text in: a gzip is one share of work however long it is."""
+    monkeypatch.setattr(convert_c4, "UNIT_BYTES", (1 << 20, 1 << 20))
+    line = json.dumps({"text": "the cat sat on the mat . " * 40}) + "\n"
+    peaks = []
+    for number in (1000, 8000):  # 1 kB each
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        if kind == "one gzip":
+            with gzip.open(folder / "a.json.gz", "wt", compresslevel=1) as file:
+                file.writelines(line for _ in range(number))
+        else:
+            for i in range(number):
+                (folder / f"{i // 100}").mkdir(exist_ok=True)
+                (folder / f"{i // 100}" / f"{i}.jsonl").write_text(line)
+        tracemalloc.start()
+        try:
+            convert(tmp_path, str(folder), "--num_workers", "1", "--size_limit", "1mb", split=f"out{number}")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + (1 << 20)  # the text grew by 7 MB
 
 
 def test_what_is_in_shards_does_not_depend_on_units(tmp_path, many, tokenizer_folder, monkeypatch):

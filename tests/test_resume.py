@@ -300,6 +300,20 @@ def test_settings_that_would_change_the_run_are_refused_with_both_values(stopped
     assert "\n  seed:" not in message
 
 
+def test_a_moving_crop_goes_on_and_cannot_be_switched(options, text_shards, tmp_path):
+    """In the second epoch, with other workers; without it the losses are others."""
+    text = [*options, f"data_local={text_shards}", "eval_interval=0", "save_interval=1ba", "max_duration=5ba"]
+    moving = [*text, "train_loader.moving_crop=true"]
+    want, weights = fit([*moving, "save_folder=null", "autoresume=false"])
+    still, _ = fit([*text, "save_folder=null", "autoresume=false"], kill_at=1)
+    assert still[1] != want[1]
+    fit(moving, kill_at=5)
+    with pytest.raises(ConfigError, match=r"train_loader\.moving_crop: True there, False here"):
+        fit(text)
+    got, same = fit([*moving, "train_loader.num_workers=1"])
+    assert got == {5: want[5]} and torch.equal(same, weights)
+
+
 def test_another_dataset_and_another_tokenizer_are_refused(stopped, text_shards, tokenizer_folder, tmp_path):
     shutil.copytree(tokenizer_folder, tmp_path / "other")
     words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
@@ -340,6 +354,20 @@ def test_what_may_always_change(stopped, tmp_path, token_shards):
     ]
     got, same = fit([*stopped, *free])
     assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
+
+
+def test_a_restart_takes_its_own_weights_not_the_pretrained_ones(options, trained, tmp_path):
+    """Bit for bit, though they are gone; another name for them is compared as any setting."""
+    shutil.copytree(trained, tmp_path / "first")
+    begun = [*options, f"pretrained={tmp_path}/first", "save_interval=2ba"]
+    want, weights = fit([*begun, "save_folder=null", "autoresume=false"])
+    assert want[1] != fit([*options, "save_folder=null", "autoresume=false"], kill_at=1)[0][1]
+    fit(begun, kill_at=3)
+    shutil.rmtree(tmp_path / "first")
+    got, same = fit(begun)
+    assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
+    with pytest.raises(ConfigError, match="pretrained: '.*/first' there, None here"):
+        fit([*options, "save_interval=2ba"])
 
 
 @pytest.mark.parametrize("change", ["optimizer.lr=1e-9", "scheduler.alpha_f=0.5", "max_duration=60ba"])

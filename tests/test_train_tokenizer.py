@@ -82,6 +82,20 @@ def test_a_split_of_shards_is_a_source(source, tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
 
 
+def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
+    """As for convert_c4.py; the hub is played by a function."""
+    asked = []
+
+    def documents(source, counts):
+        asked.append(source)
+        counts.documents = 1
+        yield {"text": "some words and some more"}
+
+    monkeypatch.setattr(train_tokenizer, "iter_documents", documents)
+    train_tokenizer.main(["--out", str(tmp_path / "t"), "--vocab_size", "100"])
+    assert asked == [None] and (tmp_path / "t" / "tokenizer.json").exists()
+
+
 def test_words_are_counted_in_bounded_memory(monkeypatch):
     """Rare words go, frequent ones stay with their counts; what WordPiece cannot know is not kept at all."""
     monkeypatch.setattr(train_tokenizer, "MOST_WORDS", 10)

@@ -1,0 +1,102 @@
+"""MosaicBERT as an ONNX graph, for any number of sequences of any length.
+
+The model itself computes on the real tokens, where they are found out at run time; a graph wants tensors whose shapes
+follow from those of its inputs. So ``Padded`` computes every position, with the layers of the model and attention
+written out: the same numbers at real tokens.
+"""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from src.bert_layers import (
+    BertAttention,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Each (B, S) int64, as tokenizers of BERT give them."""
+
+
+def missing_packages() -> list[str]:
+    """What is not installed of requirements-onnx.txt."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+class Padded(nn.Module):
+    """A MosaicBERT on padded batches, by tensor operations whose shapes depend on B and S alone.
+
+    Letters: B sequences, S padded length, D hidden size, N heads, H head size.
+    """
+
+    def __init__(self, model: BertPreTrainedModel):
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        """(B, S) each, to the states of the last layer (B, S, D) and, of a model with a head, its logits."""
+        model = self.model
+        bert: BertModel = model if isinstance(model, BertModel) else model.bert  # pyright: ignore
+        (B, S), N = input_ids.shape, bert.config.num_attention_heads
+        real = attention_mask.bool()
+        # Distances count real tokens, so that padding may be anywhere.
+        position = attention_mask.cumsum(1).float()
+        distance = (position[:, None, :, None] - position[:, None, None, :]).abs()  # (B, 1, S, S)
+        bias = -bert.encoder.alibi.slopes[:, None, None] * distance
+        bias = bias.masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)  # (B, N, S, S)
+
+        x = bert.embeddings(input_ids, token_type_ids, None)  # (B, S, D)
+        for layer in bert.encoder.layer:
+            attention: BertAttention = layer.attention  # pyright: ignore[reportAssignmentType]
+            q, k, v = attention.self.Wqkv(x).view(B, S, 3, N, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, S, H)
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+            out = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, S, -1)
+            x = layer.mlp(attention.output(out, x))  # pyright: ignore[reportCallIssue]
+        x = x * real[:, :, None]
+        if isinstance(model, BertForMaskedLM):
+            return x, model.cls(x)
+        if isinstance(model, BertForSequenceClassification):
+            first = attention_mask.argmax(dim=1)[:, None, None].expand(-1, 1, x.shape[-1])
+            return x, model.classifier(bert.pooler(x.gather(1, first).squeeze(1)))  # pyright: ignore[reportOptionalCall]
+        return (x,) if isinstance(model, BertModel) else (x, model.classifier(x))  # pyright: ignore
+
+
+def export(model: BertPreTrainedModel, path: Path) -> None:
+    """Write ``path``: inputs ``INPUTS``, outputs ``last_hidden_state`` and, with a head, ``logits``."""
+    B, S = (torch.export.Dim(name, max=2**20) for name in ("batch", "length"))
+    shapes = {name: {0: B, 1: S} for name in INPUTS}
+    example = tuple(torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS)  # one tensor thrice would be one input
+    names = ["last_hidden_state"] if isinstance(model, BertModel) else ["last_hidden_state", "logits"]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's functions
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of axes' names that the inputs share
+        torch.onnx.export(
+            Padded(model),
+            example,
+            str(path),
+            input_names=list(INPUTS),
+            output_names=names,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def run(path: Path, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last of the graph's outputs for a batch (B, S), by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    arrays = (input_ids, attention_mask, torch.zeros_like(input_ids))
+    feed = {name: array.numpy() for name, array in zip(INPUTS, arrays, strict=True)}
+    return torch.from_numpy(session.run(None, feed)[-1])
