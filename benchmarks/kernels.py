@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.step import c4_like_lengths
+from benchmarks.arms import c4_like_lengths
 from src import attention as A
 from src import fused_torch, geglu_triton, layer_norm_triton
 from src.bert_padding import tile_tables, unpack_heads

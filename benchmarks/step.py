@@ -1,94 +1,57 @@
-"""A training step, ours beside Hugging Face's BERT: the same lengths, the same optimizer, one process, interleaved.
+"""A training step, ours beside what a user would run instead: same batches, same optimizer, one process, interleaved.
 
-    python -m benchmarks.step [--layers 12] [--rounds 15] [--device cpu]
+    python -m benchmarks.step [--lengths 128 512 2048] [--fill c4 1.0] [--arms …] [--rounds 15] [--out FOLDER]
+    python -m benchmarks.step --toy      # seconds: only that all of it runs
+
+The arms are those of benchmarks/arms.py. Before an arm is timed, its loss and gradients are compared with those of the
+same weights run plainly (two layers of the same widths, on the same batch); one that is off gets no time, and ours
+being off ends the run with status 1.
 
 In each round each arm makes a step (forward, loss, backward, fused AdamW) on the same batch, and our step's matrix
 products run once more alone, on inputs of the same shapes and strides. Printed: real tokens a second (from minima), the
-median over rounds of the ratio of times beside the ratio of FLOPs, and the share of our step that is not matrix
-products. Lengths are like C4's: lognormal, median 250 and mean 430 tokens, cut at S, in even quantiles. Hugging Face's
-model runs without attention dropout, where it is fastest. Unpadding is part of our step. Imports neither Composer nor
+median over rounds of the ratio of times to ours beside the ratio of FLOPs (counted as the arms run, padding included),
+peak memory, and the share of our step that is not matrix products. Lengths: all S long (fill 1.0), or like C4's (c4):
+lognormal, median 250 and mean 430 tokens, cut at S, in even quantiles, padded to the longest of the batch.
+
+Memory is that of weights, gradients, AdamW's moments and a step: on a CPU what a process of its own holds at most above
+what it held before it made the model, on a GPU what torch's allocator gave out at most.
+
+Last line: ``step overhead_share=… vs_hf_128=… flop_ratio_128=… … vs_strong=… vs_modernbert=… device=… layers=…``.
+Ratios above 1 mean that ours is faster; vs_hf_S is that at C4's lengths (with _full at fill 1.0), vs_strong and
+vs_modernbert (at equal parameters) are the lowest over all lengths and fills of the run. Imports neither Composer nor
 streaming.
 """
 
 import argparse
-import math
-import platform
+import json
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from src.bert_layers import BertForMaskedLM, Layout
-from src.bert_padding import unpad_input, unpad_layout
-from src.configuration_bert import BertConfig
+from benchmarks import report
+from benchmarks.arms import (
+    ARMS,
+    Arm,
+    Batch,
+    Shape,
+    c4_like_lengths,
+    check,
+    family,
+    make_batch,
+    runnable,
+    step_flops,
+)
 
-Batch = dict[str, torch.Tensor]
-Arm = tuple[torch.nn.Module, Callable[[Batch], torch.Tensor]]
-
-BASE: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_dropout_prob": 0.1,
-}
-VOCABULARY = 30528
-
-
-def c4_like_lengths(B: int, S: int) -> torch.Tensor:
-    """(B,) lengths at even quantiles of a lognormal of median 250 and mean 430, cut at S, in random order."""
-    sigma = math.sqrt(2 * math.log(430 / 250))
-    quantiles = (torch.arange(B, dtype=torch.float64) + 0.5) / B
-    lengths = (math.log(250) + sigma * torch.special.ndtri(quantiles)).exp().round().clamp(3, S).long()
-    return lengths[torch.randperm(B, generator=torch.Generator().manual_seed(0))]
-
-
-def make_batch(S: int, tokens: int, masked: float) -> Batch:
-    """About ``tokens`` padded tokens (B * S) of random ids, with labels."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = c4_like_lengths(max(1, tokens // S), S)
-    shape = (len(lengths), int(lengths.max()))
-    real = torch.arange(shape[1]) < lengths[:, None]
-    ids = torch.randint(5, VOCABULARY, shape, generator=generator)
-    labels = torch.where((torch.rand(shape, generator=generator) < masked) & real, ids, -100)
-    return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
-
-
-def mosaic_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
-    model = BertForMaskedLM(BertConfig(**BASE, num_hidden_layers=layers, vocab_size=VOCABULARY)).train()
-
-    def loss(batch: Batch) -> torch.Tensor:
-        indices, cu_seqlens, max_seqlen = unpad_layout(batch["attention_mask"])
-        ids, labels = (unpad_input(batch[name], indices) for name in ("input_ids", "labels"))
-        masked_index = (labels >= 0).nonzero().squeeze(1)
-        inputs = [x.to(device) for x in (ids, masked_index, labels[masked_index], cu_seqlens)]
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            output = model.forward_unpadded(inputs[0], Layout(inputs[3], max_seqlen), inputs[1], inputs[2])
-        assert output.loss is not None
-        return output.loss
-
-    return model, loss
-
-
-def hf_bert(layers: int, device: str, dtype: torch.dtype) -> Arm:
-    config = transformers.BertConfig(
-        **BASE, num_hidden_layers=layers, vocab_size=VOCABULARY, attention_probs_dropout_prob=0.0
-    )
-    model = transformers.BertForMaskedLM(config).train()
-
-    def loss(batch: Batch) -> torch.Tensor:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return model(**{name: x.to(device) for name, x in batch.items()}).loss
-
-    return model, loss
-
-
-ARMS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
+OURS = "mosaic_bert"
+RIVALS = {"vs_strong": "hf_strong", "vs_modernbert": "modernbert"}
+TOY = Shape(layers=2, hidden=64, heads=4, width=128, vocabulary=512)
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -116,75 +79,285 @@ class MatrixProducts(TorchDispatchMode):
         return self._inputs[key]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens in a batch")
-    parser.add_argument("--masked", type=float, default=0.3, help="share of tokens masked")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"# {device}, {dtype}, python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, commit {commit}, {vars(args)}"
-    )
+class Trained:
+    """An arm with its optimizer, which arms of one family share, as they share their parameters."""
 
-    arms = {}
-    for name, make in ARMS.items():
-        model, loss = make(args.layers, args.device, dtype)
-        model.to(args.device)
-        arms[name] = (loss, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+    def __init__(self, arm: Arm, optimizer: torch.optim.Optimizer):
+        self.arm, self.optimizer = arm, optimizer
 
-    def step(name: str, batch: Batch) -> None:
-        loss, optimizer = arms[name]
-        loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(self, batch: Batch) -> None:
+        self.arm.backward(batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        """Of weights and the optimizer's moments."""
+        tensors = [*self.arm.model.parameters()]
+        tensors += [x for state in self.optimizer.state.values() for x in state.values() if x.dim()]
+        return sum(x.nbytes for x in tensors)
+
+
+def build(names: list[str], shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Trained]:
+    """The arms, ready to train."""
+    torch.manual_seed(0)
+    first: dict[str, Trained] = {}
+    trained = {}
+    for name in names:
+        arm, kind = ARMS[name](shape, device, dtype), family(name)
+        if kind in first:
+            arm.share(first[kind].arm)
+            trained[name] = Trained(arm, first[kind].optimizer)
+        else:
+            optimizer = torch.optim.AdamW(arm.model.parameters(), lr=1e-4, fused=True)
+            trained[name] = first[kind] = Trained(arm, optimizer)
+    return trained
+
+
+def lengths_of(S: int, fill: str, tokens: int) -> torch.Tensor:
+    """(B,) lengths of a batch of about ``tokens`` tokens if all were S long; at C4's lengths 8 sequences at least."""
+    if fill == "c4":
+        return c4_like_lengths(max(8, tokens // S), S)
+    return torch.full((max(1, tokens // S),), S)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes_cuda(trained: Trained, batch: Batch) -> int:
+    """Of weights, optimizer and a step; the other arms' are left out."""
+    trained.step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trained.step(batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + trained.state_bytes()
+
+
+def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
+    """Of making an arm and two steps, in this process, which must have done nothing large before (Linux)."""
+
+    def status(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    trained = make()
+    trained.step(batch)
+    trained.step(batch)
+    return status("VmHWM") - before
+
+
+def peak_bytes_apart(name: str, S: int, fill: str, args: argparse.Namespace) -> int:
+    """``peak_bytes_here`` of an arm in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--peak_memory", name, "--lengths", str(S), "--fill", fill]
+    command += ["--tokens", str(args.tokens), "--layers", str(args.layers), "--masked", str(args.masked)]
+    done = subprocess.run(command + ["--toy"] * args.toy, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the process that measures the memory of {name} ended with {done.returncode}: {done.stderr[-500:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def measure(S: int, fill: str, names: list[str], trained: dict[str, Trained], args: argparse.Namespace) -> dict:
+    """One length and fill, all arms: what goes into the results."""
+    shape, device = args.shape, args.device
+    batch = make_batch(lengths_of(S, fill, args.tokens), shape.vocabulary, args.masked)
+    real, arms = int(batch["attention_mask"].sum()), {}
+    for name in names:
+        arm = trained[name].arm
+        try:
+            loss, gradients = check(ARMS[name], shape, device, args.dtype, batch)
+            trained[name].step(batch)  # warm
+        except torch.OutOfMemoryError as error:
+            print(f"S={S} fill={fill} {name}: does not fit: {str(error).splitlines()[0]}", flush=True)
+            continue
+        except ValueError as error:
+            if name.startswith(OURS):
+                sys.exit(f"S={S} fill={fill} {name}: wrong: {error}")
+            print(f"S={S} fill={fill} {name}: no time is taken: {error}", flush=True)
+            continue
+        arms[name] = {
+            "parameters": sum(p.numel() for p in arm.model.parameters()),
+            "loss_error": loss,
+            "gradient_error": gradients,
+            "flops": step_flops(arm, batch),
+        }
+        if device == "cuda":
+            arms[name]["peak_bytes"] = peak_bytes_cuda(trained[name], batch)
+        elif args.memory:
+            arms[name]["peak_bytes"] = peak_bytes_apart(name, S, fill, args)
 
     def timed(run: Callable[..., Any], *inputs: Any) -> float:
         started = time.perf_counter()
         run(*inputs)
-        if args.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    summary, whole, alone = [], 0.0, 0.0
-    for S in (128, 512):
-        batch = make_batch(S, args.tokens, args.masked)
-        real = int(batch["attention_mask"].sum())
-        flops = {}
-        for name, (loss, _) in arms.items():
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                loss(batch)
-            flops[name] = counter.get_total_flops()
-            step(name, batch)  # warm
-        with MatrixProducts() as products:
-            step("mosaic_bert", batch)
+    with MatrixProducts() as products:
+        trained[OURS].step(batch)
+    times: dict[str, list[float]] = {name: [] for name in [*arms, "products"]}
+    for _ in range(args.rounds):
+        for name in arms:
+            times[name].append(timed(trained[name].step, batch))
+        times["products"].append(timed(lambda: [call() for call in products.calls]))
+    for name, arm in arms.items():
+        ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
+        arm |= {
+            "seconds": min(times[name]),
+            "seconds_median": statistics.median(times[name]),
+            "tokens_per_s": real / min(times[name]),
+            "flops_per_s": arm["flops"] / min(times[name]),
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_low": min(ratios),
+            "time_ratio_high": max(ratios),
+            "flop_ratio": arm["flops"] / arms[OURS]["flops"],
+        }
+    return {
+        "length": S,
+        "fill": fill,
+        "layers": shape.layers,
+        "tokens": args.tokens,
+        "masked": args.masked,
+        "rounds": args.rounds,
+        "sequences": len(batch["input_ids"]),
+        "longest": batch["input_ids"].shape[1],
+        "real_tokens": real,
+        "real_share": real / batch["input_ids"].numel(),
+        "products_seconds": min(times["products"]),
+        "overhead_share": 1 - min(times["products"]) / min(times[OURS]),
+        "arms": arms,
+        "machine": report.machine(device),
+    }
 
-        times: dict[str, list[float]] = {name: [] for name in [*arms, "products"]}
-        for _ in range(args.rounds):
-            for name in arms:
-                times[name].append(timed(step, name, batch))
-            times["products"].append(timed(lambda: [call() for call in products.calls]))
-        ratios = [b / a for a, b in zip(times["mosaic_bert"], times["hf_bert"], strict=True)]
-        shares = [1 - p / a for a, p in zip(times["mosaic_bert"], times["products"], strict=True)]
-        speed, work = statistics.median(ratios), flops["hf_bert"] / flops["mosaic_bert"]
-        overhead = 1 - min(times["products"]) / min(times["mosaic_bert"])
-        ours, theirs = (real / min(times[name]) for name in ("mosaic_bert", "hf_bert"))
-        print(
-            f"S={S} sequences={len(batch['input_ids'])} fill={real / batch['input_ids'].numel():.2f} "
-            f"mosaic_bert={ours:.0f}tok/s hf_bert={theirs:.0f}tok/s "
-            f"speed_ratio={speed:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) flop_ratio={work:.2f} "
-            f"overhead_share={overhead:.2f} (median of rounds {statistics.median(shares):.2f})",
-            flush=True,
-        )
-        whole, alone = whole + min(times["mosaic_bert"]), alone + min(times["products"])
-        summary.append(f"vs_hf_{S}={speed:.3f} flop_ratio_{S}={work:.3f}")
-    print(f"step overhead_share={1 - alone / whole:.3f} {' '.join(summary)} device={args.device} layers={args.layers}")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rows(cell: dict) -> Iterator[list[str]]:
+    """A line of the table for each arm."""
+    for name, arm in cell["arms"].items():
+        memory = f"{arm['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in arm else ""
+        yield [
+            name,
+            f"{arm['parameters'] / 1e6:.1f}",
+            f"{arm['tokens_per_s']:,.0f}",
+            f"{arm['time_ratio']:.2f} ({arm['time_ratio_low']:.2f} to {arm['time_ratio_high']:.2f})",
+            f"{arm['flop_ratio']:.2f}",
+            f"{arm['flops_per_s'] / 1e12:.3g}",
+            memory,
+            f"{arm['loss_error']:.0e}, {arm['gradient_error']:.0e}",
+        ]
+
+
+HEADER = ["arm", "M parameters", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "TFLOP/s", "peak GiB"]
+
+
+def heading(cell: dict) -> str:
+    return (
+        f"S={cell['length']} fill={cell['fill']}: {cell['sequences']} sequences, longest {cell['longest']}, "
+        f"{cell['real_tokens']:,} real tokens ({cell['real_share']:.0%}), {cell['layers']} layers, "
+        f"{cell['masked']:.0%} masked, {cell['rounds']} rounds; beside its matrix products "
+        f"{cell['overhead_share']:.0%} of our step"
+    )
+
+
+def publish(folder: Path, device: str, cells: list[dict], command: str) -> None:
+    """Add cells to the folder's results, in the place of those of the same settings."""
+    path = folder / f"step-{device}.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    merged = {tuple(c[k] for k in ("layers", "length", "fill", "tokens", "masked")): c for c in known}
+    for cell in cells:
+        key = tuple(cell[k] for k in ("layers", "length", "fill", "tokens", "masked"))
+        merged[key] = {**cell, "command": command}
+    ordered = [merged[key] for key in sorted(merged)]
+    report.write_json(path, ordered)
+    parts = [
+        "# A training step",
+        "",
+        "Made by `python -m benchmarks.step`, whose first lines say what is measured.",
+        "",
+    ]
+    for cell in ordered:
+        parts += [f"## {heading(cell)}", "", f"{report.described(cell['machine'])}. `{cell['command']}`", ""]
+        parts += [report.table([*HEADER, "error of loss, gradients"], list(rows(cell))), ""]
+    path.with_suffix(".md").write_text("\n".join(parts))
+
+
+def summary(cells: list[dict], args: argparse.Namespace) -> str:
+    """The last line."""
+    whole = sum(cell["arms"][OURS]["seconds"] for cell in cells)
+    fields = [f"overhead_share={1 - sum(cell['products_seconds'] for cell in cells) / whole:.3f}"]
+    for cell in cells:
+        if "hf_bert" in cell["arms"]:
+            label, arm = f"{cell['length']}{'' if cell['fill'] == 'c4' else '_full'}", cell["arms"]["hf_bert"]
+            fields += [f"vs_hf_{label}={arm['time_ratio']:.3f}", f"flop_ratio_{label}={arm['flop_ratio']:.3f}"]
+    for field, name in RIVALS.items():
+        ratios = [cell["arms"][name]["time_ratio"] for cell in cells if name in cell["arms"]]
+        fields += [f"{field}={min(ratios):.3f}"] if ratios else []
+    return f"step {' '.join(fields)} device={args.device} layers={args.layers}"
+
+
+def main(argv: list[str]) -> None:
+    """Check, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--fill", nargs="+", choices=("c4", "1.0"), default=["c4", "1.0"])
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS], help="beside ours (default: all that run on the device)")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--tokens", type=int, help="padded tokens of a batch (default: 4,096 on a CPU, 65,536 on a GPU)"
+    )
+    parser.add_argument("--masked", type=float, default=0.3, help="share of tokens masked")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="on a CPU: measure no peak memory")
+    parser.add_argument(
+        "--out", type=Path, help="folder for step-DEVICE.json and .md; what is there is kept and added to"
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
+    parser.add_argument("--peak_memory", choices=[*ARMS], help=argparse.SUPPRESS)  # the process that measures it
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is found; leave --device out to measure on the CPU")
+    missing = [name for name in args.arms or () if name not in runnable(args.device)]
+    if missing:
+        parser.error(f"{', '.join(missing)}: not on this device; choose from {', '.join(runnable(args.device))}")
+    args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    args.tokens = args.tokens or (65536 if args.device == "cuda" else 4096)
+    args.shape = Shape(layers=args.layers, length=max([512, *args.lengths]))
+    if args.toy:
+        args.layers, args.tokens, args.rounds, args.memory = 2, 256, 2, False
+        args.lengths, args.shape = [128], TOY
+    if args.peak_memory:
+        (S,), (fill,) = args.lengths, args.fill
+        batch = make_batch(lengths_of(S, fill, args.tokens), args.shape.vocabulary, args.masked)
+        name = args.peak_memory
+        print(peak_bytes_here(lambda: build([name], args.shape, args.device, args.dtype)[name], batch))
+        return
+
+    names = [OURS, *(name for name in args.arms or runnable(args.device) if name != OURS)]
+    print(f"# {report.described(report.machine(args.device))}, {args.dtype}", flush=True)
+    trained, cells = build(names, args.shape, args.device, args.dtype), []
+    for S in args.lengths:
+        for fill in args.fill:
+            cell = measure(S, fill, names, trained, args)
+            cells.append(cell)
+            print(f"{heading(cell)}\n{report.table(HEADER, [row[:-1] for row in rows(cell)])}", flush=True)
+            if args.out is not None:
+                publish(args.out, args.device, [cell], f"python -m benchmarks.step {' '.join(argv)}")
+    print(summary(cells, args))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,7 +16,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from benchmarks.step import c4_like_lengths
+from benchmarks.arms import c4_like_lengths
 from src import flash_attn_triton as kernels
 from src.attention import alibi_slopes
 from src.bert_padding import tile_tables

@@ -4,6 +4,7 @@ import math
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +139,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     """Bytes of a device at the worst case, every sequence of a microbatch at its longest (T = B * S).
 
     Weights, gradients and Adam's two moments in fp32 are counted, a device's share of them with FSDP; what the backward
-    pass needs is measured on one sequence and multiplied. A framework's workspace and fragmentation come on top.
+    pass needs is measured on one and two sequences and extrapolated. A framework's workspace and fragmentation come on
+    top.
     """
     parallelism = build_parallelism(config)
     strategy = "NO_SHARD" if parallelism is None else parallelism["fsdp"].get("sharding_strategy", "FULL_SHARD")
@@ -149,9 +151,31 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     if size == "auto":
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
     S = config.max_seq_len
-    (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), 1, S), 1)
     device = get_device()  # the one that will train: each kind of kernel keeps other things
-    model, part = device.module_to_device(model), device.batch_to_device(part)
+    model = device.module_to_device(model)
+    low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
+
+    def kept(sequences: int) -> int:
+        (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), sequences, S), sequences)
+        part = device.batch_to_device(part)
+        with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
+            return saved_bytes(model, lambda: model(part))
+
+    activations = extrapolated(kept, size)
+    return (
+        f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
+        f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
+    )
+
+
+def extrapolated(kept: Callable[[int], int], size: int) -> int:
+    """What ``size`` sequences keep, from one and two: what is kept once, as copies of weights in bf16, counts once."""
+    one = kept(1)
+    return one + (size - 1) * (kept(2) - one)
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for the backward, beside the model's parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -161,13 +185,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 
-    low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
-    kind = "cuda" if device.name == "gpu" else "cpu"
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(kind, low, enabled=bool(low)):
-        output = model(part)
-    activations = size * sum(saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = forward()
+    total = sum(saved.values())
     del output  # until here, so that no storage's address was used twice
-    return (
-        f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
-        f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
-    )
+    return total

@@ -191,7 +191,7 @@ def test_schedule_shares(duration, warmup):
 
 
 def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
-    """Proportional to the microbatch; less with gradient checkpointing."""
+    """Proportional to the microbatch; less with gradient checkpointing; in bf16 copies of weights count once."""
 
     def gib(*options):
         run = load("yamls/quickstart.yaml", [*overrides, *options])
@@ -203,6 +203,7 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     many = "device_train_microbatch_size=100000"
     assert gib(many) == pytest.approx(2 * gib("device_train_microbatch_size=50000"), abs=0.02)
     assert gib(many, "model.gradient_checkpointing=true") < 0.7 * gib(many)
+    assert gib(many, "precision=amp_bf16") < 0.75 * gib(many)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""What every file of results says first, and how it is written."""
+
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, versions, commit and day of a measurement."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{torch.get_num_threads()} threads of {(models or [platform.machine()])[0]}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+        "date": date.today().isoformat(),
+    }
+
+
+def described(about: dict[str, Any]) -> str:
+    """``machine`` in a line."""
+    return ", ".join([about["device"], *(f"{name} {value}" for name, value in about.items() if name != "device")])
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole, or not at all, so that what is there can be trusted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In Markdown; the first column to the left, numbers to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,594 @@
+"""Time to a given quality: ours and what a user would run instead, each trained from scratch on the same real text.
+
+    python -m benchmarks.time_to_loss [--minutes 20] [--hours 3] [--arms …] [--ablate] [--beyond] [--out FOLDER]
+    python -m benchmarks.time_to_loss --toy      # seconds: only that all of it runs
+
+Text: 10,033 lead paragraphs of Wikipedia, their beginnings up to 128 tokens by a tokenizer of 4,096 word pieces trained
+on them; one document in twenty is held out, by the hash of its text, as in the quickstart. Evaluation is the same for
+every arm: the held-out documents, masked at 15% by one seed. Shape: 6 layers of 256, so that the head has the share of
+the work that it has at base. Arms, as benchmarks/arms.py has them, with their own masking rates:
+
+    ours 30%    hf_bert 15%    hf_strong 15% (masked-token head, grouped by length)    modernbert 30% (equal parameters)
+
+All share what is not theirs: batches of 32 documents in the same order for the same seed, AdamW (fused, betas 0.9 and
+0.98, eps 1e-6, decay 0.02), a warmup of 6% and a linear fall to 2%. Each has the same training time. First the arms'
+steps are timed, interleaved, on the same batches; what fits into ``--minutes`` is an arm's number of steps, and its
+clock is steps times that time, so that other programs do not count; evaluation, loading and masking do not either. Each
+arm's learning rate is the best of LEARNING_RATES by held-out loss after a run of a quarter of the time, the same effort
+for all. Then each arm is trained with 3 seeds (of weights, order, masks, dropout).
+
+--ablate takes ours apart (benchmarks/ablations.py, and 15% masking), --beyond changes its recipe (BEYOND), one thing at
+a time, at the learning rate of ours.
+
+Every run writes its curve to ``--folder`` when it is finished, and a finished one is not run again, so that the hours
+can be split; --hours starts no run that would not end in time. The report is made of what is there: per arm the time to
+reach given losses, on curves smoothed over three evaluations, averaged over seeds, and interpolated; a picture; and
+
+    time_to_loss ratio=… ratio_low=… ratio_high=… ratio_strong=…
+
+the time that ours needs to reach hf_bert's final loss over hf_bert's whole time (95% interval by a bootstrap over
+seeds), and the same for hf_strong. inf: not reached.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import quickstart
+import train_tokenizer
+from benchmarks import report
+from benchmarks.ablations import ABLATIONS
+from benchmarks.arms import ARMS, Arm, Batch, Shape, check
+from src import data_c4
+from src.builders import padded_vocab_size
+from src.text import iter_documents
+
+WARMUP, LAST = 0.06, 0.02
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+TUNING = 0.25
+"""Share of the time that a run of the search for a learning rate has."""
+EVALUATIONS = 20
+"""In a run, evenly spread; one more before the first step. A run of the search has the last of them only."""
+OVERHEAD = 1.15
+"""A run's hours over those of its steps: evaluation, loading, masking."""
+RIVALS = ("hf_bert", "hf_strong", "modernbert")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An arm and how it is trained."""
+
+    arm: str = "mosaic_bert"
+    """A name of ARMS or ABLATIONS."""
+    masking: tuple[float, float] = (0.3, 0.3)
+    """Share of tokens masked at the first and at the last step, linear between."""
+    dropout: float = 0.1
+    """Of hidden states; ModernBERT has none."""
+    decay_all: bool = True
+    """Weight decay on biases and norms too."""
+    stable: float = 0.0
+    """Share of the run at the highest learning rate before it falls."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "ours": Recipe(),
+    "hf_bert": Recipe("hf_bert", (0.15, 0.15)),
+    "hf_strong": Recipe("hf_strong", (0.15, 0.15)),
+    "modernbert": Recipe("modernbert"),
+}
+ABLATED: dict[str, Recipe] = {name: Recipe(name) for name in ABLATIONS} | {"mask_15": Recipe(masking=(0.15, 0.15))}
+BEYOND: dict[str, Recipe] = {
+    "dropout_0": Recipe(dropout=0.0),
+    "masking_falls": Recipe(masking=(0.3, 0.15)),
+    "no_decay_groups": Recipe(decay_all=False),
+    "warmup_stable_decay": Recipe(stable=0.7),
+}
+ALL = RECIPES | ABLATED | BEYOND
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must be the same for all runs of a folder."""
+
+    minutes: float = 20
+    """Training time of a run."""
+    seeds: int = 3
+    batch: int = 32
+    """Sequences."""
+    documents: int | None = None
+    """At most so many to train on, and to hold out. None: all."""
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    evaluations: int = EVALUATIONS
+    vocabulary: int = 4096
+    shape: Shape = field(default_factory=lambda: Shape(6, 256, 8, 1024, 0, length=128))
+    """Its vocabulary is the tokenizer's."""
+    device: str = "cpu"
+
+
+TOY = Settings(0.01, 2, 8, 64, (1e-3, 4e-3), 3, 1000, Shape(2, 32, 2, 64, 0, length=32))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """The documents as tokens, and batches of them."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        if not (folder / "text").exists():
+            quickstart.write_text(folder / "partial", None)
+            (folder / "partial" / "text").rename(folder / "text")
+        train, held_out = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
+        name = str(folder / "tokenizer")
+        if not Path(name).exists():
+            train_tokenizer.main([train, "--out", name, "--vocab_size", str(settings.vocabulary)])
+        self.tokenizer = data_c4.load_tokenizer(name)
+        self.settings, self.longest = settings, settings.shape.length
+        self.train = list(itertools.islice(self._samples(train), settings.documents))
+        self.held_out = list(itertools.islice(self._samples(held_out), settings.documents))
+        self.evaluation = list(self._batches(self.held_out, data_c4.MaskingCollator(self.tokenizer, 0.15, seed=0)))
+
+    def _samples(self, path: str) -> Iterator[data_c4.Sample]:
+        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        for number, document in enumerate(iter_documents(path)):
+            ids = data_c4.encode_prefix(self.tokenizer, document["text"], self.longest - 2)
+            yield {"input_ids": np.array([first, *ids, last], np.uint16), "sample_id": number, "epoch": 0}
+
+    def _batches(self, samples: list[data_c4.Sample], masks: data_c4.MaskingCollator) -> Iterator[Batch]:
+        for first in range(0, len(samples), self.settings.batch):
+            yield masks(samples[first : first + self.settings.batch])
+
+    def batches(self, seed: int, steps: int, masking: tuple[float, float]) -> Iterator[Batch]:
+        """``steps`` batches to train on: documents in another order each epoch, masked anew."""
+        order = np.random.default_rng(seed)
+        masks = data_c4.MaskingCollator(self.tokenizer, None, seed)
+        per_epoch = len(self.train) // self.settings.batch
+        for step in range(steps):
+            epoch, at = divmod(step, per_epoch)
+            if at == 0:
+                picked = order.permutation(len(self.train))
+            rows = picked[at * self.settings.batch : (at + 1) * self.settings.batch]
+            rate = masking[0] + (masking[1] - masking[0]) * step / steps
+            samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in rows]
+            yield data_c4.mask_batch(masks(samples), rate)
+
+    def real_share(self) -> float:
+        """Of a padded training batch, on average."""
+        batches = list(self.batches(0, 20, (0.15, 0.15)))
+        return sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """An arm in training."""
+
+    def __init__(self, text: Text, recipe: Recipe, rate: float, seed: int, steps: int):
+        torch.manual_seed(seed)
+        self.text, self.recipe, self.seed, self.steps = text, recipe, seed, steps
+        self.arm = make_arm(text, recipe)
+        matrices = [p for p in self.arm.model.parameters() if recipe.decay_all or p.dim() > 1]
+        others = [p for p in self.arm.model.parameters() if not recipe.decay_all and p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.98), eps=1e-6, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate."""
+        warmup = max(1, round(WARMUP * self.steps))
+        falls_from = max(warmup, round(self.recipe.stable * self.steps))
+        fallen = max(0.0, (step - falls_from) / max(1, self.steps - falls_from))
+        return min((step + 1) / warmup, 1 - (1 - LAST) * fallen)
+
+    def step(self, batch: Batch) -> None:
+        self.arm.backward(batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+    def held_out_loss(self) -> float:
+        """Nats a masked token."""
+        self.arm.model.eval()
+        total = masked = 0.0
+        with torch.no_grad():
+            for batch in self.text.evaluation:
+                total += sum(self.arm.run(part).item() for part in self.arm.parts(batch))
+                masked += int((batch["labels"] >= 0).sum())
+        self.arm.model.train()
+        return total / masked
+
+    def curve(self, evaluations: int) -> list[dict[str, float]]:
+        """Train; step, real tokens seen, seconds really spent in steps, and held-out loss, before and so often."""
+        at = {round(self.steps * i / evaluations) for i in range(evaluations + 1)}
+        points, tokens, seconds = [], 0, 0.0
+        batches = self.text.batches(self.seed, self.steps, self.recipe.masking)
+        for step in range(self.steps + 1):
+            if step in at:
+                points.append({"step": step, "tokens": tokens, "seconds": seconds, "loss": self.held_out_loss()})
+            if step < self.steps:
+                batch = next(batches)
+                tokens += int(batch["attention_mask"].sum())
+                seconds += timed(self, batch)
+        return points
+
+
+def make_arm(text: Text, recipe: Recipe) -> Arm:
+    settings = text.settings
+    shape = replace(settings.shape, vocabulary=padded_vocab_size(text.tokenizer), dropout=recipe.dropout)
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    return (ARMS | ABLATIONS)[recipe.arm](shape, settings.device, dtype)
+
+
+def timed(run: Run, batch: Batch) -> float:
+    """Seconds of a step."""
+    started = time.perf_counter()
+    run.step(batch)
+    if run.arm.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def time_steps(path: Path, text: Text, names: list[str], rounds: int) -> dict[str, float]:
+    """Seconds a step of each arm: those of ours times the median ratio to ours, on the same batches, interleaved.
+
+    Kept in ``path``; arms that come later are timed beside ours and take its first seconds as their unit.
+    """
+    known: dict[str, float] = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    new = [name for name in names if name not in known]
+    if not new:
+        return known
+    runs = {name: Run(text, ALL[name], 1e-3, 0, 1000) for name in ["ours", *(n for n in new if n != "ours")]}
+    for name, run in runs.items():  # each also checked, at its own size
+        arm = run.arm
+        batch = next(text.batches(0, 1, ALL[name].masking))
+        check((ARMS | ABLATIONS)[ALL[name].arm], arm.shape, arm.device, arm.dtype, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    batches = {name: text.batches(0, rounds + 2, ALL[name].masking) for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            spent = timed(run, next(batches[name]))
+            if turn >= 2:  # the first two warm up
+                seconds[name].append(spent)
+    unit = known.get("ours", statistics.median(seconds["ours"]))
+    for name in new:
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)]
+        known[name] = unit * statistics.median(ratios)
+    report.write_json(path, {"seconds": known, "rounds": rounds, "machine": report.machine(text.settings.device)})
+    return known
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan: what is to be run, what is there
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The runs of a folder: which are finished, and what the next is."""
+
+    def __init__(self, folder: Path, settings: Settings, names: list[str]):
+        self.folder, self.settings, self.names = folder, settings, names
+
+    def path(self, name: str, rate: float, seed: int, tuning: bool) -> Path:
+        return self.folder / "curves" / f"{'tuning-' * tuning}{name}-lr{rate:g}-seed{seed}.json"
+
+    def tuning(self, name: str) -> dict[float, Path]:
+        """Files of the search for an arm's learning rate, by the rate; seed 0 takes part in nothing else."""
+        return {rate: self.path(name, rate, 0, True) for rate in self.settings.learning_rates}
+
+    def best_rate(self, name: str) -> float | None:
+        """The learning rate of an arm, that of ours for its changed forms; None before the search is finished."""
+        paths = self.tuning(name if name in RECIPES else "ours")
+        if not all(path.exists() for path in paths.values()):
+            return None
+        return min(paths, key=lambda rate: final(json.loads(paths[rate].read_text())))
+
+    def curves(self, name: str) -> list[dict[str, Any]]:
+        """Finished runs at the best learning rate."""
+        rate = self.best_rate(name)
+        paths = [self.path(name, rate, seed, False) for seed in self.seeds()] if rate is not None else []
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    def seeds(self) -> range:
+        return range(1, self.settings.seeds + 1)
+
+    def searches(self) -> list[str]:
+        """Arms whose learning rate is searched for."""
+        return [name for name in RECIPES if name in self.names or name == "ours"]
+
+    def left(self) -> tuple[int, int]:
+        """Runs still to be done: of the search, and whole ones."""
+        search = sum(not path.exists() for name in self.searches() for path in self.tuning(name).values())
+        return search, sum(self.settings.seeds - len(self.curves(name)) for name in self.names)
+
+    def hours_left(self) -> float:
+        """About."""
+        search, whole = self.left()
+        return OVERHEAD * self.settings.minutes * (TUNING * search + whole) / 60
+
+    def next(self) -> tuple[str, float, int, bool] | None:
+        """Arm, learning rate, seed, and whether it belongs to the search; seed by seed, so that all arms get on."""
+        for name in self.searches():
+            for rate, path in self.tuning(name).items():
+                if not path.exists():
+                    return name, rate, 0, True
+        for seed, name in itertools.product(self.seeds(), self.names):
+            rate = self.best_rate(name)
+            assert rate is not None
+            if not self.path(name, rate, seed, False).exists():
+                return name, rate, seed, False
+        return None
+
+
+def run_all(plan: Plan, text: Text, seconds: dict[str, float], hours: float) -> None:
+    """Run what is left, one after another, until it is done or the hours are spent."""
+    started, settings = time.perf_counter(), plan.settings
+    while (todo := plan.next()) is not None:
+        name, rate, seed, tuning = todo
+        minutes = settings.minutes * (TUNING if tuning else 1)
+        if time.perf_counter() - started + 60 * OVERHEAD * minutes > 3600 * hours:
+            print(f"--hours {hours:g} are spent; about {plan.hours_left():.1f} hours are left", flush=True)
+            return
+        steps = max(settings.evaluations, round(60 * minutes / seconds[name]))
+        run = Run(text, ALL[name], rate, seed, steps)
+        points = run.curve(1 if tuning else settings.evaluations)
+        about = {"arm": name, "rate": rate, "seed": seed, "steps": steps, "step_seconds": seconds[name]}
+        curve = {**about, "machine": report.machine(settings.device), "points": points}
+        report.write_json(plan.path(name, rate, seed, tuning), curve)
+        what = "learning rate" if tuning else "seed"
+        print(
+            f"{name} {what} {rate if tuning else seed}: {steps} steps, {points[-1]['tokens']:,} tokens, held-out loss "
+            f"{final(curve):.4f}, {points[-1]['seconds'] / 60:.1f} min in steps, {steps * seconds[name] / 60:.1f} "
+            f"by its clock; about {plan.hours_left():.1f} hours left",
+            flush=True,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the curves say
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def final(curve: dict[str, Any]) -> float:
+    return curve["points"][-1]["loss"]
+
+
+def mean_curve(curves: list[dict[str, Any]], axis: str = "time") -> tuple[np.ndarray, np.ndarray]:
+    """Seconds by the arm's clock, or tokens, and the loss, averaged over runs of one arm, smoothed, falling only."""
+    losses = np.mean([[point["loss"] for point in curve["points"]] for curve in curves], axis=0)
+    smooth = losses.copy()
+    smooth[1:-1] = (losses[:-2] + losses[1:-1] + losses[2:]) / 3
+    return positions(curves, axis), np.minimum.accumulate(smooth)
+
+
+def positions(curves: list[dict[str, Any]], axis: str) -> np.ndarray:
+    """Of the evaluations: seconds, or tokens, averaged over runs of one arm."""
+    field = {"time": "step", "tokens": "tokens"}[axis]
+    x = np.mean([[point[field] for point in curve["points"]] for curve in curves], axis=0)
+    return x * curves[0]["step_seconds"] if axis == "time" else x
+
+
+def time_to(curves: list[dict[str, Any]], loss: float) -> float:
+    """Seconds until the mean curve reaches a loss, interpolated; inf if it does not."""
+    x, y = mean_curve(curves)
+    reached = np.flatnonzero(y <= loss)
+    if not len(reached):
+        return math.inf
+    i = reached[0]
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - loss) / (y[i - 1] - y[i]))
+
+
+def ratio(ours: list[dict[str, Any]], rival: list[dict[str, Any]]) -> float:
+    """Time of ours to the rival's final loss over the rival's whole time."""
+    x, y = mean_curve(rival)
+    return time_to(ours, float(y[-1])) / float(x[-1])
+
+
+def interval(ours: list[dict[str, Any]], rival: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float]:
+    """95% of ``ratio`` over seeds drawn with replacement, each arm's for itself."""
+    rng = np.random.default_rng(0)
+
+    def drawn(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [curves[i] for i in rng.integers(len(curves), size=len(curves))]
+
+    ratios = sorted(ratio(drawn(ours), drawn(rival)) for _ in range(draws))
+    return ratios[round(0.025 * (draws - 1))], ratios[round(0.975 * (draws - 1))]
+
+
+def worth(ours: list[dict[str, Any]], changed: list[dict[str, Any]]) -> tuple[float, float]:
+    """The loss that both reach, and the time of the changed form to it over that of ours."""
+    loss = max(float(mean_curve(curves)[1][-1]) for curves in (ours, changed))
+    return loss, time_to(changed, loss) / time_to(ours, loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def levels(curves: dict[str, list[dict[str, Any]]]) -> list[float]:
+    """Losses to ask for: the final ones, and steps of a quarter above the lowest that all reach."""
+    finals = {math.ceil(1000 * mean_curve(c)[1][-1]) / 1000 for c in curves.values()}
+    quarters = {math.ceil(4 * max(finals)) / 4 + 0.25 * i for i in range(4)}
+    return sorted(finals | quarters, reverse=True)
+
+
+def minutes_to(curves: list[dict[str, Any]], loss: float) -> str:
+    """With the range over seeds."""
+    each = [time_to([curve], loss) / 60 for curve in curves]
+    mean = time_to(curves, loss) / 60
+    return "not reached" if mean == math.inf else f"{mean:.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def draw(path: Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+    """Loss over time and over tokens; lines are means over seeds, bands their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    axes = (("time", 60, "minutes of training"), ("tokens", 1e6, "million real tokens"))
+    for panel, (axis, unit, label) in zip(panels, axes, strict=True):
+        for name, runs in curves.items():
+            losses = np.array([[point["loss"] for point in run["points"]] for run in runs])
+            x = positions(runs, axis) / unit
+            (line,) = panel.plot(x, losses.mean(axis=0), label=name)
+            panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=line.get_color(), alpha=0.25)
+        panel.set(xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="held-out loss at 15% masking (nats)")
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
+    """Write JSON, Markdown and pictures of what is finished; the last line."""
+    settings, device = plan.settings, plan.settings.device
+    curves = {name: plan.curves(name) for name in ALL}
+    curves = {name: runs for name, runs in curves.items() if len(runs) == settings.seeds}
+    main = {name: runs for name, runs in curves.items() if name in RECIPES}
+    lines = [
+        "# Time to a given quality",
+        "",
+        "By `python -m benchmarks.time_to_loss`, whose first lines say what is compared and how.",
+        "",
+        f"{report.described(report.machine(device))}. `{command}`",
+        "",
+        f"{settings.minutes:g} minutes of training a run, {settings.seeds} seeds; {len(text.train):,} documents train, "
+        f"{len(text.held_out):,} are held out; {text.real_share():.0%} of a padded batch are real tokens.",
+        "",
+    ]
+    fields, ratios = [], {}
+    if main:
+        header = ["arm", "masked", "learning rate", "M parameters", "ms a step", "steps", "passes", "final loss"]
+        rows = []
+        for name, runs in main.items():
+            seen = runs[0]["steps"] * settings.batch / len(text.train)
+            finals = [final(run) for run in runs]
+            rates = sorted(settings.learning_rates)
+            edge = " (edge of the grid)" if runs[0]["rate"] in (rates[0], rates[-1]) else ""
+            rows.append(
+                [
+                    name,
+                    f"{ALL[name].masking[0]:.0%}",
+                    f"{runs[0]['rate']:g}{edge}",
+                    f"{sum(p.numel() for p in make_arm(text, ALL[name]).model.parameters()) / 1e6:.2f}",
+                    f"{1e3 * runs[0]['step_seconds']:.1f}",
+                    f"{runs[0]['steps']:,}",
+                    f"{seen:.2f}",
+                    f"{statistics.mean(finals):.4f} ({min(finals):.4f} to {max(finals):.4f})",
+                ]
+            )
+        lines += [report.table(header, rows), "", "Minutes to a held-out loss, mean curve (range over seeds):", ""]
+        rows = [[f"{loss:.3f}", *(minutes_to(runs, loss) for runs in main.values())] for loss in levels(main)]
+        lines += [report.table(["loss", *main], rows), "", f"![loss](time_to_loss-{device}.png)", ""]
+        out.mkdir(parents=True, exist_ok=True)
+        draw(out / f"time_to_loss-{device}.png", main)
+    if "ours" in main:
+        for name in RIVALS:
+            if name in main:
+                low, high = interval(main["ours"], main[name])
+                ratios[name] = {"ratio": ratio(main["ours"], main[name]), "low": low, "high": high}
+        rows = [[n, f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"] for n, r in ratios.items()]
+        if rows:
+            lines += ["Time of ours to the final loss of another arm over that arm's whole time:", ""]
+            lines += [report.table(["arm", "ratio", "95% interval (bootstrap over seeds)"], rows), ""]
+        for title, group in (("Taken away, one at a time", ABLATED), ("Changed, one at a time", BEYOND)):
+            chosen = {name: runs for name, runs in curves.items() if name in group}
+            if chosen:
+                rows = []
+                for name, runs in chosen.items():
+                    loss, factor = worth(curves["ours"], runs)
+                    milliseconds = f"{1e3 * runs[0]['step_seconds']:.1f}"
+                    rows.append([name, milliseconds, f"{mean_curve(runs)[1][-1]:.4f}", f"{loss:.4f}", f"{factor:.2f}"])
+                header = ["change", "ms a step", "final loss", "common loss", "time to it / ours"]
+                lines += [f"{title}, at the learning rate of ours:", "", report.table(header, rows), ""]
+    if "hf_bert" in ratios:
+        r = ratios["hf_bert"]
+        fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
+    fields += [f"ratio_{n.removeprefix('hf_')}={ratios[n]['ratio']:.3f}" for n in RIVALS[1:] if n in ratios]
+    search, whole = plan.left()
+    fields += [f"runs_left={search + whole}"] if search + whole else []
+    report.write_json(
+        out / f"time_to_loss-{device}.json",
+        {
+            "settings": dataclasses.asdict(settings),
+            "machine": report.machine(device),
+            "command": command,
+            "ratios": ratios,
+            "curves": curves,
+        },
+    )
+    (out / f"time_to_loss-{device}.md").write_text("\n".join(lines))
+    print("\n".join(lines[8:]))
+    return f"time_to_loss {' '.join(fields)}"
+
+
+def main(argv: list[str]) -> None:
+    """Run what is left, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="training time of a run")
+    parser.add_argument("--seeds", type=int, default=Settings.seeds)
+    parser.add_argument("--hours", type=float, default=math.inf, help="start no run that would not end in this time")
+    parser.add_argument("--arms", nargs="+", choices=[*RIVALS], default=[*RIVALS], help="beside ours")
+    parser.add_argument("--ablate", action="store_true", help="also take ours apart")
+    parser.add_argument("--beyond", action="store_true", help="also change the recipe of ours")
+    parser.add_argument("--only", nargs="+", choices=[*ABLATED, *BEYOND], help="of --ablate and --beyond, these")
+    parser.add_argument("--rounds", type=int, default=40, help="steps that each arm is timed for")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, default=Path("runs/time_to_loss"), help="of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/time_to_loss/report"), help="folder of the report")
+    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
+    args = parser.parse_args(argv)
+    settings = replace(Settings(), minutes=args.minutes, seeds=args.seeds, device=args.device)
+    if args.toy:
+        settings, args.rounds = replace(TOY, device=args.device), 2
+
+    changed = [*(ABLATED if args.ablate else ()), *(BEYOND if args.beyond else ())]
+    changed = [name for name in changed if args.only is None or name in args.only]
+    if args.device == "cpu" and "no_kernels" in changed:
+        changed.remove("no_kernels")
+        print("no_kernels: left out, there are none on a CPU")
+    plan = Plan(args.folder, settings, [name for name in RECIPES if name == "ours" or name in args.arms] + changed)
+    record, asked = args.folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
+    if record.exists() and json.loads(record.read_text()) != asked:
+        sys.exit(f"{args.folder} holds runs with other settings ({record}); give them again, or another --folder")
+    report.write_json(record, asked)
+
+    search, whole = plan.left()
+    print(f"# {report.described(report.machine(args.device))}")
+    print(
+        f"{search} runs of {TUNING * settings.minutes:g} minutes to find learning rates and {whole} of "
+        f"{settings.minutes:g} minutes are left: about {plan.hours_left():.1f} hours",
+        flush=True,
+    )
+    text = Text(args.folder, settings)
+    seconds = time_steps(args.folder / "steps.json", text, plan.names, args.rounds)
+    run_all(plan, text, seconds, args.hours)
+    print(publish(plan, text, args.out, f"python -m benchmarks.time_to_loss {' '.join(argv)}"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
