@@ -40,6 +40,10 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+OPENED = []
+"""Shared memory that tests have opened and that is not released yet."""
+
+
 @pytest.fixture(autouse=True)
 def release_shared_memory(monkeypatch):
     """Streaming keeps a dataset's shared memory until the process ends, and opens all there is for each new dataset."""
@@ -50,21 +54,22 @@ def release_shared_memory(monkeypatch):
 
     from src.data_c4 import alone_on_node
 
-    opened, init = [], SharedMemory.__init__
+    init = SharedMemory.__init__
 
     def recorded(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        opened.append(self)
+        OPENED.append(self)
 
     monkeypatch.setattr(SharedMemory, "__init__", recorded)
     yield
-    if not opened:
+    if not OPENED:
         return
     gc.collect()
     with alone_on_node():  # tests run in two processes
-        for memory in opened:
-            with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on
+        for memory in OPENED.copy():
+            with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on: after the next test
                 memory.cleanup()
+                OPENED.remove(memory)
 
 
 @pytest.fixture(scope="session")

@@ -626,8 +626,9 @@ def test_padded_microbatches_are_no_longer_than_they_must(tokenizer):
 
 
 def test_script_prints_what_training_sees(token_shards, tmp_path):
-    script = Path(data_c4.__file__)
-    for args in ([token_shards, token_shards], [token_shards, str(tmp_path / "cache")], [token_shards]):
+    script, shards = Path(data_c4.__file__), str(tmp_path / "shards")
+    shutil.copytree(token_shards, shards)  # which no dataset of this process has open
+    for args in ([shards, shards], [shards, str(tmp_path / "cache")], [shards]):
         done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "[MASK]" in done.stdout and "91 samples of tokens" in done.stdout

@@ -216,7 +216,7 @@ def test_what_is_kept_grows_with_tokens_alone():
     for name, bytes_ in per_token.items():
         constant = a[name][0] - 8 * bytes_  # keys and the like
         assert 0 <= constant <= 64 and b[name][0] == 24 * bytes_ + constant, name
-        assert a[name][1] > a[name][0], name
+        assert b[name][1] > b[name][0], name  # plain torch's
     plain = [sizes["attention"][1] for sizes in (a, b)]
     assert plain[1] > 3.5 * plain[0]  # three times the tokens
 
