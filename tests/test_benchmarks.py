@@ -182,6 +182,7 @@ def test_the_schedule_warms_up_stays_and_falls():
     assert factor(Stub(), 70) == 1.0 and factor(Stub(), 85) == pytest.approx(0.51)
 
 
+@pytest.mark.slow  # a quarter of a minute of training
 def test_time_to_loss_runs_in_pieces_and_ends_with_its_line(tmp_path, tokenizer_folder, capsys):
     """Finished runs stay as they are; other settings are refused; what was taken away is compared with ours."""
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
