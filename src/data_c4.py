@@ -601,6 +601,25 @@ class StreamingC4(StreamingDataset):
         if hasattr(self, "_event"):  # not before the first iteration
             self._event.set()
 
+    def _ready_thread(self, it: Any) -> None:
+        """Let samples be taken whose shards are there, in order, as a thread beside the iteration.
+
+        Streaming's own waits for ever for a shard that a cache with a limit drops between two looks at it.
+        """
+        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                time.sleep(TICK)
+                continue
+            sample_id = it.sample_ids[it.ready_index]
+            shard_id = None if sample_id == -1 else int(self.spanner[sample_id][0])  # -1 fills up a batch
+            if shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
+                it.ready_index += 1
+            elif self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, False)
+            else:
+                time.sleep(TICK)
+        it.on_exit()
+
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         """Ids as they become ready. When a shard fails, streaming ends the epoch here and says nothing."""
         yield from super()._each_sample_id(it)

@@ -50,7 +50,8 @@ def end_workers() -> None:
 # dead run. What has no record belongs to others, and stays.
 
 SHARED = Path("/dev/shm")
-_records: dict[int, IO[str]] = {}
+_records: dict[int, tuple[IO[str], str]] = {}
+"""By prefix: the record, open, and where the lock files are."""
 
 
 def own_shared_memory(prefix: int, lock_folder: str) -> None:
@@ -68,7 +69,7 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     json.dump({"locks": lock_folder, "locals": _locals(prefix).stat().st_ino}, record)
     record.flush()
     made.rename(_record(prefix))  # never there and unlocked, or there and empty
-    _records[prefix] = record
+    _records[prefix] = record, lock_folder
 
 
 def remove_stale_shared_memory() -> list[int]:
@@ -85,8 +86,7 @@ def remove_stale_shared_memory() -> list[int]:
                     continue
             # A run takes a prefix when neither segments nor lock files of it are there: so those that it looks at first
             # go last, and whatever comes into being meanwhile is not in the list.
-            locks = [Path(owned["locks"]) / f"{prefix:06}_{name}_filelock" for name in ("barrier", "cache")]
-            for leftover in [*segments, path, _locals(prefix), *locks]:
+            for leftover in [*segments, path, _locals(prefix), *_locks(prefix, owned["locks"])]:
                 leftover.unlink(missing_ok=True)
             stale.append(prefix)
     return stale
@@ -97,13 +97,19 @@ def _locals(prefix: int) -> Path:
     return SHARED / f"{prefix:06}_locals"
 
 
+def _locks(prefix: int, folder: str) -> list[Path]:
+    """The lock files, which streaming never removes: a number that was used would be passed over for ever."""
+    return [Path(folder) / f"{prefix:06}_{name}_filelock" for name in ("barrier", "cache")]
+
+
 def _record(prefix: int) -> Path:
     return SHARED / f"{prefix:06}_owner"
 
 
 @atexit.register
 def _disown() -> None:
-    for prefix, record in _records.items():
+    for prefix, (record, lock_folder) in _records.items():
         with contextlib.suppress(OSError):
             if os.fstat(record.fileno()).st_ino == _record(prefix).stat().st_ino:
-                _record(prefix).unlink()
+                for leftover in [_record(prefix), *_locks(prefix, lock_folder)]:
+                    leftover.unlink(missing_ok=True)

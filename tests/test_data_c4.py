@@ -3,6 +3,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from streaming.base.batching.random import generate_work_random_batching
+from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.spanner import Spanner
 from transformers import BertTokenizer
 
@@ -482,6 +485,20 @@ def test_a_cache_keeps_to_its_limit_and_the_samples_come(text_shards, tokenizer,
             here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
             assert here <= 8 * largest  # two threads may each be fetching one, which streaming counts when it has come
         assert set(ids) == set(range(300))
+
+
+def test_a_shard_that_is_dropped_while_it_is_waited_for_is_fetched_again(token_shards, tokenizer, tmp_path):
+    options = {"remote": token_shards, "split": "val", "batch_size": 20, "num_canonical_nodes": 1}
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), **options)
+    dataset._event, it = threading.Event(), _Iterator(np.arange(3))
+    dataset._shard_states[0] = _ShardState.PREPARING  # by somebody else
+    thread = threading.Thread(target=dataset._ready_thread, args=(it,), daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    assert it.ready_index == 0
+    dataset._shard_states[0] = _ShardState.REMOTE  # had come, and was dropped again
+    thread.join(timeout=20)
+    assert it.ready_index == 3 and list((tmp_path / "cache").rglob("*.mds"))
 
 
 def test_a_shard_that_was_dropped_is_closed(tmp_path, token_shards):
