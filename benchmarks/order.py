@@ -24,7 +24,7 @@ import torch
 
 import convert_c4
 import train_tokenizer
-from benchmarks.data import documents, write_json_lines
+from benchmarks.texts import documents, write_json_lines
 from src import data_c4
 from src.bert_layers import BertForMaskedLM, Layout
 from src.builders import padded_vocab_size

@@ -38,8 +38,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,11 @@ import quickstart
 import train_tokenizer
 from benchmarks import report
 from benchmarks.ablations import ABLATIONS
-from benchmarks.arms import ARMS, Arm, Batch, Shape, check
+from benchmarks.arms import Shape
+from benchmarks.pretraining import RECIPES, Recipe, Run, Setup, Text, make_arm, time_steps
 from src import data_c4
-from src.builders import padded_vocab_size
 from src.text import iter_documents
 
-WARMUP, LAST = 0.06, 0.02
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 TUNING = 0.25
 """Share of the time that a run of the search for a learning rate has."""
@@ -66,28 +64,6 @@ OVERHEAD = 1.15
 RIVALS = ("hf_bert", "hf_strong", "modernbert")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An arm and how it is trained."""
-
-    arm: str = "mosaic_bert"
-    """A name of ARMS or ABLATIONS."""
-    masking: tuple[float, float] = (0.3, 0.3)
-    """Share of tokens masked at the first and at the last step, linear between."""
-    dropout: float = 0.1
-    """Of hidden states; ModernBERT has none."""
-    decay_all: bool = True
-    """Weight decay on biases and norms too."""
-    stable: float = 0.0
-    """Share of the run at the highest learning rate before it falls."""
-
-
-RECIPES: dict[str, Recipe] = {
-    "ours": Recipe(),
-    "hf_bert": Recipe("hf_bert", (0.15, 0.15)),
-    "hf_strong": Recipe("hf_strong", (0.15, 0.15)),
-    "modernbert": Recipe("modernbert"),
-}
 ABLATED: dict[str, Recipe] = {name: Recipe(name) for name in ABLATIONS} | {"mask_15": Recipe(masking=(0.15, 0.15))}
 BEYOND: dict[str, Recipe] = {
     "dropout_0": Recipe(dropout=0.0),
@@ -99,181 +75,39 @@ ALL = RECIPES | ABLATED | BEYOND
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Setup):
     """What must be the same for all runs of a folder."""
 
     minutes: float = 20
     """Training time of a run."""
     seeds: int = 3
-    batch: int = 32
-    """Sequences."""
-    documents: int | None = None
-    """At most so many to train on, and to hold out. None: all."""
     learning_rates: tuple[float, ...] = LEARNING_RATES
     evaluations: int = EVALUATIONS
-    vocabulary: int = 4096
-    shape: Shape = field(default_factory=lambda: Shape(6, 256, 8, 1024, 0, length=128))
-    """Its vocabulary is the tokenizer's."""
-    device: str = "cpu"
 
 
-TOY = Settings(0.01, 2, 8, 64, (1e-3, 4e-3), 3, 1000, Shape(2, 32, 2, 64, 0, length=32))
+TOY = Settings(
+    batch=8,
+    documents=64,
+    vocabulary=1000,
+    shape=Shape(2, 32, 2, 64, 0, length=32),
+    minutes=0.01,
+    seeds=2,
+    learning_rates=(1e-3, 4e-3),
+    evaluations=3,
+)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Text:
-    """The documents as tokens, and batches of them."""
-
-    def __init__(self, folder: Path, settings: Settings):
-        if not (folder / "text").exists():
-            quickstart.write_text(folder / "partial", None)
-            (folder / "partial" / "text").rename(folder / "text")
-        train, held_out = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
-        name = str(folder / "tokenizer")
-        if not Path(name).exists():
-            train_tokenizer.main([train, "--out", name, "--vocab_size", str(settings.vocabulary)])
-        self.tokenizer = data_c4.load_tokenizer(name)
-        self.settings, self.longest = settings, settings.shape.length
-        self.train = list(itertools.islice(self._samples(train), settings.documents))
-        self.held_out = list(itertools.islice(self._samples(held_out), settings.documents))
-        self.evaluation = list(self._batches(self.held_out, data_c4.MaskingCollator(self.tokenizer, 0.15, seed=0)))
-
-    def _samples(self, path: str) -> Iterator[data_c4.Sample]:
-        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        for number, document in enumerate(iter_documents(path)):
-            ids = data_c4.encode_prefix(self.tokenizer, document["text"], self.longest - 2)
-            yield {"input_ids": np.array([first, *ids, last], np.uint16), "sample_id": number, "epoch": 0}
-
-    def _batches(self, samples: list[data_c4.Sample], masks: data_c4.MaskingCollator) -> Iterator[Batch]:
-        for first in range(0, len(samples), self.settings.batch):
-            yield masks(samples[first : first + self.settings.batch])
-
-    def batches(self, seed: int, steps: int, masking: tuple[float, float]) -> Iterator[Batch]:
-        """``steps`` batches to train on: documents in another order each epoch, masked anew."""
-        order = np.random.default_rng(seed)
-        masks = data_c4.MaskingCollator(self.tokenizer, None, seed)
-        per_epoch = len(self.train) // self.settings.batch
-        for step in range(steps):
-            epoch, at = divmod(step, per_epoch)
-            if at == 0:
-                picked = order.permutation(len(self.train))
-            rows = picked[at * self.settings.batch : (at + 1) * self.settings.batch]
-            rate = masking[0] + (masking[1] - masking[0]) * step / steps
-            samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in rows]
-            yield data_c4.mask_batch(masks(samples), rate)
-
-    def real_share(self) -> float:
-        """Of a padded training batch, on average."""
-        batches = list(self.batches(0, 20, (0.15, 0.15)))
-        return sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """An arm in training."""
-
-    def __init__(self, text: Text, recipe: Recipe, rate: float, seed: int, steps: int):
-        torch.manual_seed(seed)
-        self.text, self.recipe, self.seed, self.steps = text, recipe, seed, steps
-        self.arm = make_arm(text, recipe)
-        matrices = [p for p in self.arm.model.parameters() if recipe.decay_all or p.dim() > 1]
-        others = [p for p in self.arm.model.parameters() if not recipe.decay_all and p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.98), eps=1e-6, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
-
-    def factor(self, step: int) -> float:
-        """Of the learning rate."""
-        warmup = max(1, round(WARMUP * self.steps))
-        falls_from = max(warmup, round(self.recipe.stable * self.steps))
-        fallen = max(0.0, (step - falls_from) / max(1, self.steps - falls_from))
-        return min((step + 1) / warmup, 1 - (1 - LAST) * fallen)
-
-    def step(self, batch: Batch) -> None:
-        self.arm.backward(batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-
-    def held_out_loss(self) -> float:
-        """Nats a masked token."""
-        self.arm.model.eval()
-        total = masked = 0.0
-        with torch.no_grad():
-            for batch in self.text.evaluation:
-                total += sum(self.arm.run(part).item() for part in self.arm.parts(batch))
-                masked += int((batch["labels"] >= 0).sum())
-        self.arm.model.train()
-        return total / masked
-
-    def curve(self, evaluations: int) -> list[dict[str, float]]:
-        """Train; step, real tokens seen, seconds really spent in steps, and held-out loss, before and so often."""
-        at = {round(self.steps * i / evaluations) for i in range(evaluations + 1)}
-        points, tokens, seconds = [], 0, 0.0
-        batches = self.text.batches(self.seed, self.steps, self.recipe.masking)
-        for step in range(self.steps + 1):
-            if step in at:
-                points.append({"step": step, "tokens": tokens, "seconds": seconds, "loss": self.held_out_loss()})
-            if step < self.steps:
-                batch = next(batches)
-                tokens += int(batch["attention_mask"].sum())
-                seconds += timed(self, batch)
-        return points
-
-
-def make_arm(text: Text, recipe: Recipe) -> Arm:
-    settings = text.settings
-    shape = replace(settings.shape, vocabulary=padded_vocab_size(text.tokenizer), dropout=recipe.dropout)
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    return (ARMS | ABLATIONS)[recipe.arm](shape, settings.device, dtype)
-
-
-def timed(run: Run, batch: Batch) -> float:
-    """Seconds of a step."""
-    started = time.perf_counter()
-    run.step(batch)
-    if run.arm.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def time_steps(path: Path, text: Text, names: list[str], rounds: int) -> dict[str, float]:
-    """Seconds a step of each arm: those of ours times the median ratio to ours, on the same batches, interleaved.
-
-    Kept in ``path``; arms that come later are timed beside ours and take its first seconds as their unit.
-    """
-    known: dict[str, float] = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    new = [name for name in names if name not in known]
-    if not new:
-        return known
-    runs = {name: Run(text, ALL[name], 1e-3, 0, 1000) for name in ["ours", *(n for n in new if n != "ours")]}
-    for name, run in runs.items():  # each also checked, at its own size
-        arm = run.arm
-        batch = next(text.batches(0, 1, ALL[name].masking))
-        check((ARMS | ABLATIONS)[ALL[name].arm], arm.shape, arm.device, arm.dtype, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    batches = {name: text.batches(0, rounds + 2, ALL[name].masking) for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            spent = timed(run, next(batches[name]))
-            if turn >= 2:  # the first two warm up
-                seconds[name].append(spent)
-    unit = known.get("ours", statistics.median(seconds["ours"]))
-    for name in new:
-        ratios = [b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)]
-        known[name] = unit * statistics.median(ratios)
-    report.write_json(path, {"seconds": known, "rounds": rounds, "machine": report.machine(text.settings.device)})
-    return known
+def wikipedia(folder: Path, settings: Setup) -> Text:
+    """The quickstart's documents, and a tokenizer trained on them; both are kept in the folder."""
+    if not (folder / "text").exists():
+        quickstart.write_text(folder / "partial", None)
+        (folder / "partial" / "text").rename(folder / "text")
+    train, held_out = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
+    name = str(folder / "tokenizer")
+    if not Path(name).exists():
+        train_tokenizer.main([train, "--out", name, "--vocab_size", str(settings.vocabulary)])
+    texts = ((document["text"] for document in iter_documents(path)) for path in (train, held_out))
+    return Text(data_c4.load_tokenizer(name), *texts, setup=settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -584,8 +418,8 @@ def main(argv: list[str]) -> None:
         f"{settings.minutes:g} minutes are left: about {plan.hours_left():.1f} hours",
         flush=True,
     )
-    text = Text(args.folder, settings)
-    seconds = time_steps(args.folder / "steps.json", text, plan.names, args.rounds)
+    text = wikipedia(args.folder, settings)
+    seconds = time_steps(args.folder / "steps.json", text, {name: ALL[name] for name in plan.names}, args.rounds)
     run_all(plan, text, seconds, args.hours)
     print(publish(plan, text, args.out, f"python -m benchmarks.time_to_loss {' '.join(argv)}"))
 

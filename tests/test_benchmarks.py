@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import scaling, step, time_to_loss
+from benchmarks import pretraining, scaling, step, time_to_loss
 from benchmarks.ablations import ABLATIONS
 from benchmarks.arms import ARMS, HFStrong, MosaicBert, Shape, check, make_batch, runnable, step_flops
 from src.hf_bert import HFBert
@@ -173,12 +173,12 @@ def test_ratio_interval_and_worth():
 
 def test_the_schedule_warms_up_stays_and_falls():
     class Stub:
-        steps, recipe = 100, time_to_loss.Recipe()
+        steps, recipe = 100, pretraining.Recipe()
 
-    factor = time_to_loss.Run.factor
+    factor = pretraining.Run.factor
     assert [factor(Stub(), i) for i in (0, 5, 6)] == pytest.approx([1 / 6, 1.0, 1.0])
     assert factor(Stub(), 53) == pytest.approx(0.51) and factor(Stub(), 100) == pytest.approx(0.02)
-    Stub.recipe = time_to_loss.Recipe(stable=0.7)
+    Stub.recipe = pretraining.Recipe(stable=0.7)
     assert factor(Stub(), 70) == 1.0 and factor(Stub(), 85) == pytest.approx(0.51)
 
 
@@ -214,7 +214,7 @@ def test_time_to_loss_runs_in_pieces_and_ends_with_its_line(tmp_path, tokenizer_
 
 def test_all_arms_see_the_same_held_out_tokens_and_the_same_order(tmp_path, tokenizer_folder):
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    text = time_to_loss.Text(tmp_path, time_to_loss.TOY)
+    text = time_to_loss.wikipedia(tmp_path, time_to_loss.TOY)
     first = [batch["input_ids"] for batch in text.evaluation]
     assert all(torch.equal(a, b) for a, b in zip(first, [b["input_ids"] for b in text.evaluation], strict=True))
     masked = sum(int((batch["labels"] >= 0).sum()) for batch in text.evaluation)
