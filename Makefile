@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-onnx.txt requirements-data.txt
 
-.PHONY: help setup quickstart test test-slow lint
+.PHONY: help setup quickstart test test-slow lint bench bench-full
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -33,7 +33,7 @@ test: setup  ## Run the test suite (minutes, no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup  ## Run the tests that take longer: launchers, whole runs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 1800
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
@@ -41,3 +41,20 @@ lint: setup  ## Check style and types
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck docs/slurm.sbatch .ci/run
+
+bench: setup  ## A look at the speed of this machine, into runs/bench (half an hour on 2 cores)
+	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong modernbert --rounds 5 --no-memory --out runs/bench
+	$(BIN)/python -m benchmarks.data --quick --out runs/bench/data-cpu.txt
+	$(BIN)/python -m benchmarks.scaling --parts length gpus --rounds 2 --out runs/bench
+	$(BIN)/python -m benchmarks.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
+
+bench-full: setup  ## All that benchmarks/results holds, and the pages made of it (most of a day on 2 cores)
+	$(BIN)/python -m benchmarks.step --out benchmarks/results
+	$(BIN)/python -m benchmarks.data --out benchmarks/results/data-cpu.txt
+	$(BIN)/python -m benchmarks.order --out benchmarks/results/order-cpu.txt
+	$(BIN)/python -m benchmarks.scaling --out benchmarks/results
+	$(BIN)/python -m benchmarks.faults --kills 40 --out benchmarks/results/faults-cpu.txt
+	$(BIN)/python -m benchmarks.time_to_loss --ablate --beyond --out benchmarks/results
+	$(BIN)/python -m benchmarks.quality --out benchmarks/results
+	$(BIN)/python -m benchmarks.extrapolation --out benchmarks/results
+	$(BIN)/python -m benchmarks.publish

@@ -21,11 +21,9 @@ requirements-data.txt, with bert-base-uncased's vocabulary; samples have up to 1
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -42,11 +40,11 @@ import numpy as np
 import psutil
 import streaming
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
+from benchmarks import report
 from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
 from src.convert import HASHES, Job, Tokens, Unit, convert_unit
@@ -420,24 +418,13 @@ def main() -> None:
         args.documents, args.workers, args.batches = 600, (1,), {"tokens": 4, "text": 2, "plain": 2}
         args.rounds, args.conversions, args.gigabytes, args.samples = 2, 1, 0.001, 100_000
 
-    printed = io.StringIO()
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        printed.write(line + "\n")
-
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    say = report.Printed()
     shown = {name: value for name, value in vars(args).items() if name in ("rounds", "conversions", "gigabytes")}
-    say(
-        f"# 1 thread of {platform.machine()}, python {platform.python_version()}, torch {torch.__version__}, streaming "
-        f"{version('mosaicml-streaming')}, transformers {transformers.__version__}, commit {commit}, {shown}"
-    )
+    say(f"# {report.described(report.machine('cpu'))}, streaming {version('mosaicml-streaming')}; {shown}")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         summary = measure(args, Path(folder), say)
     say("data " + " ".join(f"{name}={value}" for name, value in summary.items()))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(printed.getvalue())
+    say.write(args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kill a small real run, start it again, and compare it batch by batch with one that nobody disturbed.
 
-    python -m benchmarks.faults [--kills 40] [--seed 0] [--processes 2]
+    python -m benchmarks.faults [--kills 40] [--seed 0] [--processes 2] [--out benchmarks/results/faults-cpu.txt]
 
 First the run is killed once at each named point of benchmarks/crash.py, then ``--kills`` times at random: after a
 random step and a random while, one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the
@@ -31,6 +31,7 @@ import torch
 import convert_c4
 import quickstart
 import train_tokenizer
+from benchmarks import report
 from benchmarks.crash import POINTS
 from src import checkpoint
 
@@ -131,11 +132,11 @@ def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
     return f"{number.name} to {target}"
 
 
-def disturb(run: Run, kill: Callable[[], tuple[subprocess.Popen, str]]) -> bool:
+def disturb(say: report.Printed, run: Run, kill: Callable[[], tuple[subprocess.Popen, str]]) -> bool:
     """Launch, kill, wait for the end; whether a run was killed, rather than ended before."""
     launcher, what = kill()
     code = launcher.wait(timeout=300)
-    print(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved", flush=True)
+    say(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved")
     return code != 0
 
 
@@ -159,7 +160,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40, help="at random, beside one at each named point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="file to write what is printed to")
+    args, say = parser.parse_args(), report.Printed()
+    say(f"# {report.described(report.machine('cpu'))}; --kills {args.kills} --seed {args.seed}")
     checkpoint.load_as_data()
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -179,9 +182,9 @@ def main() -> None:
             for part in plan:
                 before = run.saved()
                 if isinstance(part, str):
-                    done += disturb(run, lambda run=run, part=part: at_point(run, part))
+                    done += disturb(say, run, lambda run=run, part=part: at_point(run, part))
                 else:
-                    done += disturb(run, lambda run=run, part=part: at_random(run, part, draw))
+                    done += disturb(say, run, lambda run=run, part=part: at_random(run, part, draw))
                 if run.saved() < before:
                     sys.exit(f"a checkpoint was lost\n{(run.folder / 'output.txt').read_text()}")
             code = run.launch().wait()
@@ -193,13 +196,12 @@ def main() -> None:
             repeated += sum(count - 1 for count in counts.values())
             differing += sum(step in got and got[step] != loss for step, loss in want.items())
             other_weights += code != 0 or not torch.equal(run.weights(), weights)
-        print(
-            f"runs={len(plans)} of {STEPS} steps, {args.processes} processes; final weights differing: {other_weights}"
-        )
-        print(
+        say(f"runs={len(plans)} of {STEPS} steps, {args.processes} processes; final weights differing: {other_weights}")
+        say(
             f"faults kills={kills} survived={survived} batches_lost={lost} batches_repeated={repeated} "
             f"losses_differing={differing}"
         )
+        say.write(args.out)
         sys.exit(0 if survived == kills and not lost + repeated + differing + other_weights else 1)
 
 

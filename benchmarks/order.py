@@ -12,7 +12,6 @@
 """
 
 import argparse
-import io
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 
 import convert_c4
 import train_tokenizer
+from benchmarks import report
 from benchmarks.texts import documents, write_json_lines
 from src import data_c4
 from src.bert_layers import BertForMaskedLM, Layout
@@ -142,21 +142,15 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quick:
         args.seeds, args.steps, args.window, args.samples = 2, 4, 2, 300_000
-    printed = io.StringIO()
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        printed.write(line + "\n")
-
+    say = report.Printed()
+    say(f"# {report.described(report.machine('cpu'))}")
     count(say, args.samples)
-    say("")
+    say()
     with tempfile.TemporaryDirectory(prefix="order-") as folder:
         differences = compare(say, Path(folder), args.seeds, args.steps, args.window)
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     say(f"order loss_difference={mean:.4f} standard_error={error:.4f} seeds={args.seeds} steps={args.steps}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(printed.getvalue())
+    say.write(args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def machine(device: str) -> dict[str, Any]:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{torch.get_num_threads()} threads of {(models or [platform.machine()])[0]}"
+        threads = torch.get_num_threads()
+        name = f"{threads} thread{'s' * (threads > 1)} of {(models or [platform.machine()])[0]}"
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
@@ -42,6 +43,23 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
+
+
+class Printed:
+    """Prints lines, and keeps them for a file."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line + "\n")
+
+    def write(self, path: Path | None) -> None:
+        """To the file; None: nowhere."""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(self.lines))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

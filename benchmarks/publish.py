@@ -1,0 +1,159 @@
+"""docs/results.md and README's section "Measured", made of what lies in benchmarks/results.
+
+    python -m benchmarks.publish            # write both
+    python -m benchmarks.publish --check    # say whether they are as it would write them; status 1 if not
+
+No figure of these two is written by hand. docs/results.md is the files' own words one after another; README gets the
+step and the time to a given loss on the device that FIRST names first.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKS = ("<!-- python -m benchmarks.publish writes from here -->", "<!-- to here -->")
+FIRST = ("cuda", "cpu")
+PAGES = ("step", "time_to_loss", "quality", "extrapolation", "scaling")
+"""Files NAME-DEVICE.md, in the order of the page."""
+LINES = {
+    "data-cpu.txt": "Loader, conversion, start-up",
+    "order-cpu.txt": "Order by length",
+    "faults-cpu.txt": "Killed and started again",
+}
+"""Text files, of which the page shows what they print."""
+NAMES = {
+    "ours": "MosaicBERT",
+    "mosaic_bert": "MosaicBERT",
+    "mosaic_bert_padded": "MosaicBERT, padded, bias in memory",
+    "mosaic_bert_reference": "MosaicBERT, reference attention",
+    "hf_bert": "HF BERT",
+    "hf_strong": "HF BERT, masked-token head, grouped by length",
+    "modernbert": "ModernBERT, equal parameters",
+    "modernbert_same_shape": "ModernBERT, equal widths",
+}
+
+
+def device_of(name: str) -> str | None:
+    """The first of FIRST that a benchmark has results of."""
+    return next((device for device in FIRST if (RESULTS / f"{name}-{device}.json").exists()), None)
+
+
+def load(name: str) -> Any:
+    """A benchmark's results; None: there are none."""
+    device = device_of(name)
+    return None if device is None else json.loads((RESULTS / f"{name}-{device}.json").read_text())
+
+
+def step() -> list[str]:
+    """README's table of a training step at C4's lengths."""
+    cells = [cell for cell in load("step") or [] if cell["fill"] == "c4"]
+    if not cells:
+        return []
+    rows = []
+    for cell in cells:
+        for name, arm in cell["arms"].items():
+            if name in NAMES and name != "mosaic_bert_reference":
+                ratio = f"{arm['time_ratio']:.2f} ({arm['time_ratio_low']:.2f} to {arm['time_ratio_high']:.2f})"
+                rows.append([str(cell["length"]), NAMES[name], f"{arm['tokens_per_s']:,.0f}", ratio])
+                rows[-1] += [
+                    f"{arm['flop_ratio']:.2f}",
+                    f"{arm['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in arm else "",
+                ]
+    cell = cells[0]
+    share = ", ".join(f"{c['overhead_share']:.0%} at {c['length']}" for c in cells)
+    fills = ", ".join(f"{c['real_share']:.2f} at {c['length']}" for c in cells)
+    return [
+        f"A whole step (forward, backward, AdamW) of {cell['layers']} layers of 768, on {cell['machine']['device']}: "
+        f"about {cell['tokens']:,} padded tokens with lengths like C4's (real share {fills}), {cell['masked']:.0%} "
+        f"masked, {cell['rounds']} rounds in turn, commit {cell['machine']['commit']}; `python -m benchmarks.step` "
+        f"([all of it]({link('step', 'md')})).",
+        "",
+        report.table(["length", "model", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "GiB"], rows),
+        "",
+        f"Ratios above 1 mean that ours is faster. Of our step, {share} is not its matrix products.",
+        "",
+    ]
+
+
+def time_to_loss() -> list[str]:
+    """README's time to a given quality."""
+    found = load("time_to_loss")
+    if not found or not found["ratios"]:
+        return []
+    settings, rows = found["settings"], []
+    for name, r in found["ratios"].items():
+        runs = found["curves"][name]
+        loss = statistics.mean(run["points"][-1]["loss"] for run in runs)
+        rows.append([NAMES[name], f"{loss:.3f}", f"{r['ratio']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}"])
+    return [
+        "Time to the same held-out loss, small models trained from scratch on Wikipedia leads, "
+        f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
+        f"on {found['machine']['device']}, commit {found['machine']['commit']}; `python -m benchmarks.time_to_loss` "
+        f"([how]({link('time_to_loss', 'md')})).",
+        "",
+        report.table(["beside", "its final loss", "ours needs of its time", "95% interval (seeds)"], rows),
+        "",
+        f"![loss over time]({link('time_to_loss', 'png')})",
+        "",
+    ]
+
+
+def link(name: str, suffix: str) -> str:
+    """To a benchmark's file, from the repository's root."""
+    return f"benchmarks/results/{name}-{device_of(name)}.{suffix}"
+
+
+def readme(text: str) -> str:
+    """README with its section written anew."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    body = "\n".join([*step(), *time_to_loss()])
+    return f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{after}"
+
+
+def page() -> str:
+    """docs/results.md."""
+    parts = [
+        "# Results",
+        "",
+        "Made by `python -m benchmarks.publish`, of [benchmarks/results](../benchmarks/results); each file there names",
+        "the script that wrote it. The kernels, compiled for five cards, are in",
+        "[kernels_aot.md](../benchmarks/results/kernels_aot.md).",
+        "",
+    ]
+    for name in PAGES:
+        for device in FIRST:
+            path = RESULTS / f"{name}-{device}.md"
+            if path.exists():
+                text = re.sub(r"^#", "##", path.read_text().strip(), flags=re.MULTILINE)
+                parts += [re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text), ""]
+    for name, title in LINES.items():
+        if (RESULTS / name).exists():
+            text = (RESULTS / name).read_text().strip()
+            parts += [f"## {title}", "", f"[{name}](../benchmarks/results/{name})", "", "```", text, "```", ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Write, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    wanted = {ROOT / "docs" / "results.md": page(), ROOT / "README.md": readme((ROOT / "README.md").read_text())}
+    for path, text in wanted.items():
+        if args.check and (not path.exists() or path.read_text() != text):
+            sys.exit(f"{path.name} is not what benchmarks/results says; run python -m benchmarks.publish")
+        if not args.check:
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
