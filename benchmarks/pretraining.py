@@ -9,8 +9,9 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from src.convert import Tokens
 from src.stats import Stats
 
 WARMUP, LAST = 0.06, 0.02
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "nadamw": partial(torch.optim.NAdam, decoupled_weight_decay=True),
+}
+"""torch's; Nesterov's momentum in the second is Dozat's (2016)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Recipe:
     """Weight decay on biases and norms too."""
     stable: float = 0.0
     """Share of the run at the highest learning rate before it falls."""
+    optimizer: str = "adamw"
+    """A name of OPTIMIZERS."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -133,8 +141,8 @@ class Run:
         matrices = [p for p in self.arm.model.parameters() if recipe.decay_all or p.dim() > 1]
         others = [p for p in self.arm.model.parameters() if not recipe.decay_all and p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.98), eps=1e-6, fused=True
+        self.optimizer = OPTIMIZERS[recipe.optimizer](
+            [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.98), eps=1e-6
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
 

@@ -1,6 +1,6 @@
 """What pretraining is worth: ours beside Hugging Face's BERT beside no pretraining, by accuracy on labelled text.
 
-    python -m benchmarks.quality [--minutes 8] [--hours 2] [--out FOLDER]
+    python -m benchmarks.quality [--minutes 5] [--hours 2] [--out FOLDER]
     python -m benchmarks.quality --toy      # a minute: only that all of it runs
 
 Text: Wikipedia lead paragraphs and IMDb's film reviews, cut to consecutive samples of 128 tokens of a tokenizer of
@@ -71,11 +71,11 @@ class Settings(Setup):
 
     vocabulary: int = 8192
     shape: Shape = field(default_factory=lambda: Shape(4, 128, 8, 384, 0, length=128))
-    minutes: float = 8
+    minutes: float = 5
     """Training time of a pretraining."""
     seeds: int = 3
     finetuning_seeds: int = 5
-    rows: int = 2000
+    rows: int = 1000
     """To fine-tune on, of each task."""
     held_out_rows: int | None = None
     """At most so many to validate on, and to test on. None: all."""

@@ -70,6 +70,7 @@ BEYOND: dict[str, Recipe] = {
     "masking_falls": Recipe(masking=(0.3, 0.15)),
     "no_decay_groups": Recipe(decay_all=False),
     "warmup_stable_decay": Recipe(stable=0.7),
+    "nadamw": Recipe(optimizer="nadamw"),
 }
 ALL = RECIPES | ABLATED | BEYOND
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import extrapolation, pretraining, quality, texts
+from benchmarks import extrapolation, pretraining, publish, quality, texts
 from benchmarks.arms import Shape
 from src.data_c4 import IGNORED, load_tokenizer
 
@@ -117,3 +117,18 @@ def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, mo
     assert (tmp_path / "report" / "extrapolation-cpu.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         quality.main(argv[1:])
+
+
+def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
+    """The committed ones; and a figure that was changed by hand is seen."""
+    publish.main(["--check"])
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n" + "\n".join(publish.MARKS) + "\nafter\n")
+    publish.main([])
+    publish.main(["--check"])
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n")
+    (tmp_path / "README.md").write_text(readme.replace(publish.MARKS[1], f"by hand\n{publish.MARKS[1]}"))
+    with pytest.raises(SystemExit, match="README.md is not what"):
+        publish.main(["--check"])
