@@ -1,10 +1,11 @@
-"""docs/results.md and README's section "Measured", made of what lies in benchmarks/results.
+"""docs/results.md, and the measured blocks of README and docs, made of what lies in benchmarks/results.
 
-    python -m benchmarks.publish            # write both
+    python -m benchmarks.publish            # write them
     python -m benchmarks.publish --check    # say whether they are as it would write them; status 1 if not
 
-No figure of these two is written by hand. docs/results.md is the files' own words one after another; README gets the
-step and the time to a given loss on the device that FIRST names first.
+No figure of these is written by hand. docs/results.md is the files' own words one after another. A block stands between
+``<!-- measured: NAME -->`` and ``<!-- end -->``, and NAME is one of BLOCKS; of a benchmark that ran on several devices it
+has the figures of the one that FIRST names first.
 """
 
 import argparse
@@ -12,16 +13,19 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.scaling import TABLES, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = ("<!-- python -m benchmarks.publish writes from here -->", "<!-- to here -->")
+BLOCK = re.compile(r"(<!-- measured: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIRST = ("cuda", "cpu")
-PAGES = ("step", "time_to_loss", "quality", "extrapolation", "scaling")
+PAGES = ("step", "time_to_loss", "quality", "extrapolation")
 """Files NAME-DEVICE.md, in the order of the page."""
 LINES = {
     "data-cpu.txt": "Loader, conversion, start-up",
@@ -111,12 +115,36 @@ def link(name: str, suffix: str) -> str:
     return f"benchmarks/results/{name}-{device_of(name)}.{suffix}"
 
 
-def readme(text: str) -> str:
-    """README with its section written anew."""
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    body = "\n".join([*step(), *time_to_loss()])
-    return f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{after}"
+def scaling(part: str) -> list[str]:
+    """A part of how cost grows."""
+    found = load("scaling")
+    if not found or part not in found:
+        return []
+    rows, machine = found[part]["rows"], found[part]["machine"]
+    return [f"{report.described(machine)}; `{found[part]['command']}`.", "", table(part, rows), ""]
+
+
+BLOCKS: dict[str, Callable[[], list[str]]] = {
+    "step": step,
+    "time to loss": time_to_loss,
+    **{f"scaling {part}": partial(scaling, part) for part in TABLES},
+}
+
+
+def filled(text: str, name: str) -> str:
+    """A page with its blocks written anew.
+
+    Raises:
+        SystemExit: a block's name is none.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            sys.exit(f"{name}: there is no block {match[2]!r}; there are {', '.join(BLOCKS)}")
+        lines = BLOCKS[match[2]]() or ["Not measured yet.", ""]
+        return match[1] + "\n" + "\n".join(lines) + "\n" + match[3]
+
+    return BLOCK.sub(block, text)
 
 
 def page() -> str:
@@ -126,7 +154,7 @@ def page() -> str:
         "",
         "Made by `python -m benchmarks.publish`, of [benchmarks/results](../benchmarks/results); each file there names",
         "the script that wrote it. The kernels, compiled for five cards, are in",
-        "[kernels_aot.md](../benchmarks/results/kernels_aot.md).",
+        "[kernels_aot.md](../benchmarks/results/kernels_aot.md); how cost grows is in [scaling.md](scaling.md).",
         "",
     ]
     for name in PAGES:
@@ -147,7 +175,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    wanted = {ROOT / "docs" / "results.md": page(), ROOT / "README.md": readme((ROOT / "README.md").read_text())}
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = {path: filled(path.read_text(), path.name) for path in pages if path.name != "results.md"}
+    wanted[ROOT / "docs" / "results.md"] = page()
     for path, text in wanted.items():
         if args.check and (not path.exists() or path.read_text() != text):
             sys.exit(f"{path.name} is not what benchmarks/results says; run python -m benchmarks.publish")

@@ -124,11 +124,15 @@ def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
     publish.main(["--check"])
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(publish, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("before\n" + "\n".join(publish.MARKS) + "\nafter\n")
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- measured: step -->\n<!-- end -->\nafter\n")
     publish.main([])
     publish.main(["--check"])
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("after\n")
-    (tmp_path / "README.md").write_text(readme.replace(publish.MARKS[1], f"by hand\n{publish.MARKS[1]}"))
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    page.write_text(text.replace("<!-- end", "by hand\n<!-- end"))
     with pytest.raises(SystemExit, match="README.md is not what"):
         publish.main(["--check"])
+    page.write_text(text.replace("measured: step", "measured: steps"))
+    with pytest.raises(SystemExit, match="there is no block 'steps'"):
+        publish.main([])
