@@ -4,8 +4,8 @@
     python -m benchmarks.publish --check    # say whether they are as it would write them; status 1 if not
 
 No figure of these is written by hand. docs/results.md is the files' own words one after another. A block stands between
-``<!-- measured: NAME -->`` and ``<!-- end -->``, NAME being one of BLOCKS; of a benchmark that ran on several devices it
-has the figures of the one that FIRST names first.
+``<!-- measured: NAME -->`` and ``<!-- end -->``, NAME being one of BLOCKS; of a benchmark that ran on several devices
+it has the figures of the one that FIRST names first.
 """
 
 import argparse
