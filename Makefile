@@ -33,7 +33,7 @@ test: setup  ## Run the test suite (minutes, no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup  ## Run the tests that take longer: launchers, whole runs
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

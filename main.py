@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
@@ -204,10 +205,20 @@ def main(argv: list[str]) -> None:
         train(config, argv)
 
 
+def share_cores() -> None:
+    """Give each process of a node its share of the cores, unless OMP_NUM_THREADS says how many it takes.
+
+    torch takes all of them in each process, and on a CPU threads that wait keep those that work from their cores.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_local_world_size()))
+
+
 def run(argv: list[str]) -> None:
     """``main``; what a user can cause ends in one message, without a traceback."""
     if "LOCAL_RANK" in os.environ:  # a launcher's
         processes.die_with_parent()
+        share_cores()
     try:
         main(argv)
     except Interrupted as error:

@@ -423,6 +423,23 @@ def test_batch_that_does_not_divide(overrides, monkeypatch):
         main.builders.device_train_batch_size(load("yamls/quickstart.yaml", overrides))
 
 
+def test_processes_of_a_node_share_its_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(6)
+        for local, want in ((1, 6), (2, 3), (8, 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+            main.share_cores()
+            assert torch.get_num_threads() == want
+        torch.set_num_threads(6)
+        monkeypatch.setenv("OMP_NUM_THREADS", "6")
+        main.share_cores()
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_what_a_step_reads_back(overrides, monkeypatch):
     """Values that the host asks tensors for in a step of training, which on a GPU it waits for.
 
