@@ -526,8 +526,9 @@ def test_a_runs_spec_is_what_its_process_reads(tree, go):
 
 
 @pytest.mark.slow
-def test_processes(tree, write):
+def test_processes(tree, write, monkeypatch):
     """A run that fails, one that is done, an interruption that ends them, and the rest at the next call."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
     data = tree["tasks"]["mine"]["data"]
     tree["tasks"]["bad"] = {**tree["tasks"]["mine"], "data": data, "lr": 1e30}
     command = [sys.executable, "finetune.py", write(tree)]
