@@ -42,13 +42,13 @@ lint: setup  ## Check style and types
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck docs/slurm.sbatch .ci/run
 
-bench: setup  ## A look at the speed of this machine, into runs/bench (half an hour on 2 cores)
-	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong modernbert --rounds 5 --no-memory --out runs/bench
+bench: setup  ## A look at the speed of this machine, into runs/bench
+	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
 	$(BIN)/python -m benchmarks.data --quick --out runs/bench/data-cpu.txt
 	$(BIN)/python -m benchmarks.scaling --parts length gpus --rounds 2 --out runs/bench
 	$(BIN)/python -m benchmarks.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
 
-bench-full: setup  ## All that benchmarks/results holds, and the pages made of it (most of a day on 2 cores)
+bench-full: setup  ## All that benchmarks/results holds, and the pages made of it
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data-cpu.txt
 	$(BIN)/python -m benchmarks.order --out benchmarks/results/order-cpu.txt

@@ -5,9 +5,11 @@ betas 0.9 and 0.98, eps 1e-6, decay 0.02), a warmup of 6% and a linear fall to 2
 of a step, which is measured before, interleaved; so other programs do not count, nor do evaluation, loading, masking.
 """
 
+import dataclasses
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,8 @@ from src.convert import Tokens
 from src.stats import Stats
 
 WARMUP, LAST = 0.06, 0.02
+TUNING = 0.25
+"""Share of a run's time that a run of the search for its learning rate has."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "nadamw": partial(torch.optim.NAdam, decoupled_weight_decay=True),
@@ -74,6 +78,18 @@ class Setup:
     shape: Shape = field(default_factory=lambda: Shape(6, 256, 8, 1024, 0, length=128))
     """Its vocabulary is the tokenizer's, its ``length`` that of samples."""
     device: str = "cpu"
+
+
+def keep_settings(folder: Path, settings: Setup) -> None:
+    """Write down what the runs of a folder share.
+
+    Raises:
+        SystemExit: its runs have other settings.
+    """
+    record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
+    if record.exists() and json.loads(record.read_text()) != asked:
+        sys.exit(f"{folder} holds runs with other settings ({record}); give them again, or another --folder")
+    report.write_json(record, asked)
 
 
 class Text:

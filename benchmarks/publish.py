@@ -37,7 +37,6 @@ NAMES = {
     "ours": "MosaicBERT",
     "mosaic_bert": "MosaicBERT",
     "mosaic_bert_padded": "MosaicBERT, padded, bias in memory",
-    "mosaic_bert_reference": "MosaicBERT, reference attention",
     "hf_bert": "HF BERT",
     "hf_strong": "HF BERT, masked-token head, grouped by length",
     "modernbert": "ModernBERT, equal parameters",
@@ -64,13 +63,11 @@ def step() -> list[str]:
     rows = []
     for cell in cells:
         for name, arm in cell["arms"].items():
-            if name in NAMES and name != "mosaic_bert_reference":
+            if name in NAMES:
                 ratio = f"{arm['time_ratio']:.2f} ({arm['time_ratio_low']:.2f} to {arm['time_ratio_high']:.2f})"
-                rows.append([str(cell["length"]), NAMES[name], f"{arm['tokens_per_s']:,.0f}", ratio])
-                rows[-1] += [
-                    f"{arm['flop_ratio']:.2f}",
-                    f"{arm['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in arm else "",
-                ]
+                speed, flops = f"{arm['tokens_per_s']:,.0f}", f"{arm['flop_ratio']:.2f}"
+                memory = f"{arm['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in arm else ""
+                rows.append([str(cell["length"]), NAMES[name], speed, ratio, flops, memory])
     cell = cells[0]
     share = ", ".join(f"{c['overhead_share']:.0%} at {c['length']}" for c in cells)
     fills = ", ".join(f"{c['real_share']:.2f} at {c['length']}" for c in cells)

@@ -4,7 +4,7 @@
     python -m benchmarks.quality --toy      # a minute: only that all of it runs
 
 Text: Wikipedia lead paragraphs and IMDb's film reviews, cut to consecutive samples of 128 tokens of a tokenizer of
-8,192 word pieces that is trained on the same text. Tasks, each with ROWS rows to fine-tune on:
+8,192 word pieces that is trained on the same text. Tasks, each with 1,000 rows to fine-tune on:
 
     topics       the topic of a lead paragraph, one of 11
     sentences    whether a sentence of a film review praises or pans (Rotten Tomatoes)
@@ -46,7 +46,7 @@ import finetune
 import train_tokenizer
 from benchmarks import report
 from benchmarks.arms import Shape
-from benchmarks.pretraining import RECIPES, Run, Setup, Text, time_steps
+from benchmarks.pretraining import RECIPES, TUNING, Run, Setup, Text, keep_settings, time_steps
 from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, part_of, wikipedia_topics, write_json_lines
 from src import data_c4
 from src.config import Component
@@ -59,8 +59,6 @@ ARMS = {"ours": "mosaic_bert", "hf_bert": "hf_bert", "untrained": "mosaic_bert"}
 TASKS = ("topics", "sentences")
 PRETRAINING_RATES = (1e-3, 2e-3)
 RATES = (3e-4, 1e-3, 3e-3)
-TUNING = 0.25
-"""Share of the pretraining's time that a run of the search for its learning rate has."""
 DRAWS = 2000
 """Of the bootstrap."""
 
@@ -161,7 +159,7 @@ class Clock:
 
     def need(self, minutes: float) -> None:
         if time.perf_counter() + 60 * minutes > self.end:
-            sys.exit("quality: the hours are spent; what is finished is kept, and the same command goes on")
+            sys.exit("the hours are spent; what is finished is kept, and the same command goes on")
 
 
 def model_folder(folder: Path, arm: str, seed: int) -> Path:
@@ -348,7 +346,7 @@ def publish(
             name = f"{task}_vs_{label}"
             fields += [f"{name}={mean:.4f}", f"{name}_low={low:.4f}", f"{name}_high={high:.4f}"]
     about = report.machine(device)
-    pretraining = ["arm", "masked", "learning rate", "ms a step", "steps", "passes", "held-out loss, own probe of 15%"]
+    pretraining = ["arm", "masked", "learning rate", "ms a step", "steps", "passes", "held-out loss at 15%"]
     lines = [
         "# What pretraining is worth",
         "",
@@ -380,16 +378,9 @@ def publish(
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Of the command line; the same as those of the folder's other runs.
-
-    Raises:
-        SystemExit: they are not.
-    """
-    settings = replace(TOY if args.toy else replace(Settings(), minutes=args.minutes), device=args.device)
-    record, asked = args.folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
-    if record.exists() and json.loads(record.read_text()) != asked:
-        sys.exit(f"{args.folder} holds runs with other settings ({record}); give them again, or another --folder")
-    report.write_json(record, asked)
+    """Of the command line, which must be those of the folder's other runs."""
+    settings = replace(TOY, device=args.device) if args.toy else Settings(minutes=args.minutes, device=args.device)
+    keep_settings(args.folder, settings)
     return settings
 
 

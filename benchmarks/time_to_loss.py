@@ -50,13 +50,11 @@ import train_tokenizer
 from benchmarks import report
 from benchmarks.ablations import ABLATIONS
 from benchmarks.arms import Shape
-from benchmarks.pretraining import RECIPES, Recipe, Run, Setup, Text, make_arm, time_steps
+from benchmarks.pretraining import RECIPES, TUNING, Recipe, Run, Setup, Text, keep_settings, make_arm, time_steps
 from src import data_c4
 from src.text import iter_documents
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-TUNING = 0.25
-"""Share of the time that a run of the search for a learning rate has."""
 EVALUATIONS = 20
 """In a run, evenly spread; one more before the first step. A run of the search has the last of them only."""
 OVERHEAD = 1.15
@@ -407,10 +405,7 @@ def main(argv: list[str]) -> None:
         changed.remove("no_kernels")
         print("no_kernels: left out, there are none on a CPU")
     plan = Plan(args.folder, settings, [name for name in RECIPES if name == "ours" or name in args.arms] + changed)
-    record, asked = args.folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
-    if record.exists() and json.loads(record.read_text()) != asked:
-        sys.exit(f"{args.folder} holds runs with other settings ({record}); give them again, or another --folder")
-    report.write_json(record, asked)
+    keep_settings(args.folder, settings)
 
     search, whole = plan.left()
     print(f"# {report.described(report.machine(args.device))}")
