@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,14 @@ RECIPES: dict[str, Recipe] = {
 class Setup:
     """What all runs of a benchmark share."""
 
-    batch: int = 32
+    batch: int
     """Sequences."""
+    vocabulary: int
+    """Word pieces of the tokenizer."""
+    shape: Shape
+    """Its vocabulary is the tokenizer's, its ``length`` that of samples."""
     documents: int | None = None
     """At most so many samples to train on, and to hold out. None: all."""
-    vocabulary: int = 4096
-    """Word pieces of the tokenizer."""
-    shape: Shape = field(default_factory=lambda: Shape(6, 256, 8, 1024, 0, length=128))
-    """Its vocabulary is the tokenizer's, its ``length`` that of samples."""
     device: str = "cpu"
 
 

@@ -67,6 +67,7 @@ DRAWS = 2000
 class Settings(Setup):
     """What must be the same for all pieces of a folder."""
 
+    batch: int = 32
     vocabulary: int = 8192
     shape: Shape = field(default_factory=lambda: Shape(4, 128, 8, 384, 0, length=128))
     minutes: float = 5

@@ -1,16 +1,16 @@
 """Time to a given quality: ours and what a user would run instead, each trained from scratch on the same real text.
 
-    python -m benchmarks.time_to_loss [--minutes 20] [--hours 3] [--arms …] [--ablate] [--beyond] [--out FOLDER]
+    python -m benchmarks.time_to_loss [--minutes 4] [--hours 3] [--arms …] [--ablate] [--beyond] [--out FOLDER]
     python -m benchmarks.time_to_loss --toy      # seconds: only that all of it runs
 
-Text: 10,033 lead paragraphs of Wikipedia, their beginnings up to 128 tokens by a tokenizer of 4,096 word pieces trained
+Text: 10,033 lead paragraphs of Wikipedia, their beginnings up to 128 tokens by a tokenizer of 2,560 word pieces trained
 on them; one document in twenty is held out, by the hash of its text, as in the quickstart. Evaluation is the same for
-every arm: the held-out documents, masked at 15% by one seed. Shape: 6 layers of 256, so that the head has the share of
-the work that it has at base. Arms, as benchmarks/arms.py has them, with their own masking rates:
+every arm: the held-out documents, masked at 15% by one seed. Shape: 6 layers of 128; with so few word pieces the head
+has the share of the work that it has at base. Arms, as benchmarks/arms.py has them, with their own masking rates:
 
     ours 30%    hf_bert 15%    hf_strong 15% (masked-token head, grouped by length)    modernbert 30% (equal parameters)
 
-All share what is not theirs: batches of 32 documents in the same order for the same seed, AdamW (fused, betas 0.9 and
+All share what is not theirs: batches of 16 documents in the same order for the same seed, AdamW (fused, betas 0.9 and
 0.98, eps 1e-6, decay 0.02), a warmup of 6% and a linear fall to 2%. Each has the same training time. First the arms'
 steps are timed, interleaved, on the same batches; what fits into ``--minutes`` is an arm's number of steps, and its
 clock is steps times that time, so that other programs do not count; evaluation, loading and masking do not either. Each
@@ -38,7 +38,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,11 @@ ALL = RECIPES | ABLATED | BEYOND
 class Settings(Setup):
     """What must be the same for all runs of a folder."""
 
-    minutes: float = 20
+    batch: int = 16
+    vocabulary: int = 2560
+    """As many as 6 x 128 is of 12 x 768, of base's 30,528."""
+    shape: Shape = field(default_factory=lambda: Shape(6, 128, 8, 512, 0, length=128))
+    minutes: float = 4
     """Training time of a run."""
     seeds: int = 3
     learning_rates: tuple[float, ...] = LEARNING_RATES

@@ -53,7 +53,7 @@ def test_the_interval_holds_rows_and_seeds():
 
 
 def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
-    setup = pretraining.Setup(documents=4, shape=Shape(1, 16, 2, 32, 0, length=32))
+    setup = pretraining.Setup(batch=32, vocabulary=1000, documents=4, shape=Shape(1, 16, 2, 32, 0, length=32))
     text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], setup)
     ids = np.random.default_rng(0).integers(5, 200, 240).tolist()
     whole = extrapolation.masked_review(text, 0, ids)
@@ -70,7 +70,7 @@ def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
 
 def test_the_loss_at_a_length_is_that_of_the_model(tokenizer_folder):
     """And depends on the length, for weights that look at their context."""
-    setup = pretraining.Setup(shape=Shape(1, 16, 2, 32, 0, length=32))
+    setup = pretraining.Setup(batch=32, vocabulary=1000, shape=Shape(1, 16, 2, 32, 0, length=32))
     text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], setup)
     torch.manual_seed(0)
     arm = pretraining.make_arm(text, pretraining.RECIPES["ours"])
