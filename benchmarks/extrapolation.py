@@ -1,6 +1,6 @@
 """Loss at lengths that training never saw: ALiBi beside learned positions, which end.
 
-    python -m benchmarks.extrapolation [--minutes 5] [--out FOLDER]
+    python -m benchmarks.extrapolation [--minutes 6] [--out FOLDER]
     python -m benchmarks.extrapolation --toy
 
 The models are those of benchmarks/quality.py, pretrained at 128 tokens; those that are not in ``--folder`` yet are

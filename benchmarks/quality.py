@@ -1,6 +1,6 @@
 """What pretraining is worth: ours beside Hugging Face's BERT beside no pretraining, by accuracy on labelled text.
 
-    python -m benchmarks.quality [--minutes 5] [--hours 2] [--out FOLDER]
+    python -m benchmarks.quality [--minutes 6] [--hours 2] [--out FOLDER]
     python -m benchmarks.quality --toy      # a minute: only that all of it runs
 
 Text: Wikipedia lead paragraphs and IMDb's film reviews, cut to consecutive samples of 128 tokens of a tokenizer of
@@ -57,7 +57,7 @@ from src.finetune_run import run as finetune_once
 ARMS = {"ours": "mosaic_bert", "hf_bert": "hf_bert", "untrained": "mosaic_bert"}
 """With the model's name in finetune.py."""
 TASKS = ("topics", "sentences")
-PRETRAINING_RATES = (1e-3, 2e-3)
+PRETRAINING_RATES = (1e-3, 3e-3)
 RATES = (3e-4, 1e-3, 3e-3)
 DRAWS = 2000
 """Of the bootstrap."""
@@ -67,10 +67,10 @@ DRAWS = 2000
 class Settings(Setup):
     """What must be the same for all pieces of a folder."""
 
-    batch: int = 32
+    batch: int = 16
     vocabulary: int = 8192
     shape: Shape = field(default_factory=lambda: Shape(4, 128, 8, 384, 0, length=128))
-    minutes: float = 5
+    minutes: float = 6
     """Training time of a pretraining."""
     seeds: int = 3
     finetuning_seeds: int = 5
