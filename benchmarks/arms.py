@@ -422,8 +422,7 @@ def step_flops(arm: Arm, batch: Batch) -> int:
     What is computed again in a backward pass is not counted; of our kernels, what the ragged products have.
     """
     arm = arm.counted()
-    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}  # torch does not know this one
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=SDPA_ON_CPU) as counter, torch.no_grad():
         for part in arm.parts(batch):
             arm.run(part)
     return 3 * counter.get_total_flops()
@@ -431,3 +430,7 @@ def step_flops(arm: Arm, batch: Batch) -> int:
 
 def _sdpa_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
     return sdpa_flop_count(q, k, v)
+
+
+SDPA_ON_CPU: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
+"""What torch's counter does not know."""

@@ -4,7 +4,7 @@ Letters: T real tokens of the batch, N heads, H head size, L length of one seque
 
     attention(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p=0.0, impl="auto", tables=None) -> (T, N, H)
 
-    reference   padded, explicit bias; any device        torch       ragged tiles of plain products; any device
+    reference   padded, explicit bias; any device        torch       SDPA for each length; any device
     triton      our kernels; CUDA                        flash_attn  the flash-attn package's; CUDA, if installed
 
 ``reference`` is the meaning, written to be read; every other implementation is tested against it. Scores are
@@ -22,7 +22,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import flash_attn_triton, kernels
 from .bert_padding import tile_tables
@@ -136,18 +138,18 @@ def reference(
     bias_NSS = -alibi_slopes.to(dtype)[:, None, None] * distance_SS
     scores = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5 + bias_NSS
     scores = scores.masked_fill(~real_BS[:, None, None, :], torch.finfo(dtype).min)
-    probs = torch.nn.functional.dropout(scores.softmax(dim=-1), dropout_p)
+    probs = F.dropout(scores.softmax(dim=-1), dropout_p)
     out_TNH = (probs @ v_BNSH).transpose(1, 2)[real_BS]
     return out_TNH.to(q_TNH.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# torch: ragged tiles of plain matrix products
+# torch: scaled_dot_product_attention, one call for each length
 # ----------------------------------------------------------------------------------------------------------------------
 
-TILE_ELEMENTS = 2**20
-"""Scores in one tile at most, 4 MiB in fp32: about a core's cache, and the bound on memory. Measured: 2**18 to 2**22
-are alike, 2**16 is slower."""
+TILE_ELEMENTS = 2**22
+"""Elements of a tile's bias at most, 16 MiB in fp32, so that memory does not grow with the square of the length.
+Measured: at 2**20 sequences of 512 take a tenth longer, 2**24 gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,115 +161,92 @@ class _Tile:
     length: int
     queries: slice
 
-    def keys_of(self, x_TNH: Tensor, dtype: torch.dtype) -> Tensor:
-        """All tokens of the tile's sequences, (sequences * N, L, H)."""
-        return self._by_head(x_TNH[self.tokens].unflatten(0, (self.sequences, self.length)), dtype)
+    def keys_of(self, x_TNH: Tensor) -> Tensor:
+        """All tokens of the tile's sequences, a view (sequences, N, L, H)."""
+        return x_TNH[self.tokens].unflatten(0, (self.sequences, self.length)).transpose(1, 2)
 
-    def queries_of(self, x_TNH: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tile's query rows, (sequences * N, rows, H)."""
-        return self._by_head(self.query_rows(x_TNH), dtype)
-
-    def query_rows(self, x_TNH: Tensor) -> Tensor:
-        """A view (sequences, rows, N, H), to be written to."""
-        return x_TNH[self.tokens].unflatten(0, (self.sequences, self.length))[:, self.queries]
-
-    def add_to_keys(self, x_TNH: Tensor, grad: Tensor) -> None:
-        x_TNH[self.tokens].unflatten(0, (self.sequences, self.length)).add_(self.by_row(grad))
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """(sequences * N, rows, H) as (sequences, rows, N, H)."""
-        return x.unflatten(0, (self.sequences, -1)).transpose(1, 2)
-
-    @staticmethod
-    def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1).to(dtype)
+    def queries_of(self, x_TNH: Tensor) -> Tensor:
+        """The tile's query rows, a view (sequences, N, rows, H)."""
+        return self.keys_of(x_TNH)[:, :, self.queries]
 
 
 def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
-    """Cut a ragged batch into tiles of at most TILE_ELEMENTS scores (one row of one sequence at least).
+    """Cut a ragged batch into tiles whose bias has at most TILE_ELEMENTS (one row of one sequence at least).
 
-    Neighbours of equal length share a tile (documents cut into chunks are mostly such); a long sequence is cut into
-    rows of queries, so that the memory for scores does not grow with the square of its length.
+    Neighbours of equal length share a tile (documents cut into chunks are mostly such) where one is enough for them.
     """
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
     start = 0
-    for length, run in groupby(lengths):
-        left = sum(1 for _ in run) if length else 0
-        rows = max(1, min(length, TILE_ELEMENTS // (num_heads * max(length, 1))))
-        together = max(1, TILE_ELEMENTS // (num_heads * max(length, 1) ** 2))
-        while left:
-            sequences = min(together, left)
-            tokens = slice(start, start + sequences * length)
+    for length, run in groupby(length for length in lengths if length):
+        rows = max(1, TILE_ELEMENTS // (num_heads * length))
+        count = sum(1 for _ in run)
+        together = count if rows >= length else 1
+        for _ in range(0, count, together):
+            tokens = slice(start, start + together * length)
             for row in range(0, length, rows):
-                yield _Tile(tokens, sequences, length, slice(row, min(row + rows, length)))
-            start, left = tokens.stop, left - sequences
+                yield _Tile(tokens, together, length, slice(row, min(row + rows, length)))
+            start = tokens.stop
 
 
-class _TorchAttention(torch.autograd.Function):
-    """Forward and backward by hand, tile by tile, so that only q, k, v are kept between them.
+def _biased_tiles(cu_seqlens: list[int], slopes: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Tile, Tensor]]:
+    """Each tile with its bias, (1, N, rows, L).
 
-    The backward computes the probabilities again, as FlashAttention's does (Dao et al., 2022, arXiv 2205.14135,
-    section 3.1). Dropout draws its masks again from the same seed, in the same order of tiles.
+    One Toeplitz table -slope * |row - column| serves every tile as a slice: a tile whose queries begin at row r takes
+    the columns from last_row - r on. Its size is linear in the longest length.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], slopes: Tensor, dropout_p: float, seed: int
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, slopes)
-        ctx.cu_seqlens, ctx.dropout_p, ctx.seed = cu_seqlens, dropout_p, seed
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for tile, probs, keep in _probabilities(q, k, cu_seqlens, slopes, dropout_p, seed):
-            dropped = probs if keep is None else probs * keep
-            tile.query_rows(out).copy_(tile.by_row(dropped @ tile.keys_of(v, probs.dtype)))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, slopes = ctx.saved_tensors
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.zeros(k.shape, dtype=dtype, device=k.device) for _ in range(2))
-        with torch.autocast(q.device.type, enabled=False):
-            for tile, probs, keep in _probabilities(q, k, ctx.cu_seqlens, slopes, ctx.dropout_p, ctx.seed):
-                do = tile.queries_of(grads[0], dtype)
-                dprobs = do @ tile.keys_of(v, dtype).transpose(1, 2)
-                dropped = probs
-                if keep is not None:
-                    dropped, dprobs = probs * keep, dprobs.mul_(keep)
-                tile.add_to_keys(dv, dropped.transpose(1, 2) @ do)
-                dscores = torch._softmax_backward_data(dprobs, probs, -1, dtype)  # pyright: ignore[reportPrivateImportUsage]
-                dscores.mul_(q.shape[-1] ** -0.5)
-                tile.add_to_keys(dk, dscores.transpose(1, 2) @ tile.queries_of(q, dtype))
-                tile.query_rows(dq).copy_(tile.by_row(dscores @ tile.keys_of(k, dtype)))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
-
-
-def _probabilities(
-    q: Tensor, k: Tensor, cu_seqlens: list[int], slopes: Tensor, dropout_p: float, seed: int
-) -> Iterator[tuple[_Tile, Tensor, Tensor | None]]:
-    """Each tile, its softmax (sequences * N, rows, L), and what dropout keeps of it, scaled, or None."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    num_heads = q.shape[1]
-    tiles = list(_tiles(cu_seqlens, num_heads))
-    generator = torch.Generator(q.device).manual_seed(seed) if dropout_p > 0 else None
-
-    # One Toeplitz table -slope * |row - column| serves every tile as a slice: a tile whose queries begin at row r takes
-    # the columns from last_row - r on. Its size is linear in the longest length.
+    tiles = list(_tiles(cu_seqlens, len(slopes)))
     last_row = max((tile.queries.start for tile in tiles), default=0)
-    row = torch.arange(max((tile.queries.stop - tile.queries.start for tile in tiles), default=0), device=q.device)
-    column = torch.arange(-last_row, max((tile.length for tile in tiles), default=0), device=q.device)
+    row = torch.arange(max((tile.queries.stop - tile.queries.start for tile in tiles), default=0), device=slopes.device)
+    column = torch.arange(-last_row, max((tile.length for tile in tiles), default=0), device=slopes.device)
     table = -slopes.to(dtype)[:, None, None] * (row[:, None] - column).abs()
-
     for tile in tiles:
         rows, first = tile.queries.stop - tile.queries.start, last_row - tile.queries.start
-        bias = table[:, :rows, first : first + tile.length].expand(tile.sequences, -1, -1, -1).flatten(0, 1)
-        keys = tile.keys_of(k, dtype).transpose(1, 2)
-        probs = torch.baddbmm(bias, tile.queries_of(q, dtype), keys, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-        keep = None
-        if generator is not None:
-            keep = torch.empty_like(probs).bernoulli_(1 - dropout_p, generator=generator).div_(1 - dropout_p)
-        yield tile, probs, keep
+        yield tile, table[None, :, :rows, first : first + tile.length]
+
+
+class _FlashOnCPU(torch.autograd.Function):
+    """torch's flash kernel for CPUs, tile by tile; q, k, v, the output and the log-sum-exp are kept, no bias."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], slopes: Tensor) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
+        out = torch.empty(q.shape, dtype=dtype)
+        lse = []
+        for tile, bias in _biased_tiles(cu_seqlens, slopes, dtype):
+            qkv = tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v)
+            rows, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, attn_mask=bias)
+            tile.queries_of(out).copy_(rows)
+            lse.append(log_sum_exp)
+        ctx.cu_seqlens = cu_seqlens
+        ctx.save_for_backward(q, k, v, slopes, out, *lse)
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, slopes, out, *lse = ctx.saved_tensors
+        dout, wide_q, wide_k, wide_v = (x.to(out.dtype) for x in (dout, q, k, v))
+        dq, dk, dv = (torch.empty(q.shape, dtype=out.dtype) for _ in range(3))
+        for (tile, bias), log_sum_exp in zip(_biased_tiles(ctx.cu_seqlens, slopes, out.dtype), lse, strict=True):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                tile.queries_of(dout),
+                tile.queries_of(wide_q),
+                tile.keys_of(wide_k),
+                tile.keys_of(wide_v),
+                tile.queries_of(out),
+                log_sum_exp,
+                0.0,
+                False,
+                attn_mask=bias,
+            )
+            tile.queries_of(dq).copy_(grads[0])
+            for whole, grad in ((dk, grads[1]), (dv, grads[2])):
+                if tile.queries.start == 0:
+                    tile.keys_of(whole).copy_(grad)
+                else:
+                    tile.keys_of(whole).add_(grad)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def torch_ragged(
@@ -280,13 +259,23 @@ def torch_ragged(
     dropout_p: float = 0.0,
     tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Plain matrix products over the ragged batch, no padding; memory grows with T, not with B * N * S^2.
+    """torch's scaled_dot_product_attention for each sequence, neighbours of one length together; no padding.
 
-    On a GPU it waits for the device to read ``cu_seqlens``.
+    On a CPU without dropout, memory is linear in T. Otherwise torch keeps what its kernel needs, with dropout on a CPU
+    (N, L, L) probabilities of each sequence. On a GPU it waits for the device to read ``cu_seqlens``.
     """
-    # Drawn from the default generator, so that seeding a run fixes the masks too.
-    seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
-    return _TorchAttention.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes, dropout_p, seed)  # pyright: ignore
+    if q.device.type == "cpu" and dropout_p == 0:
+        return _FlashOnCPU.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
+    rows = [
+        F.scaled_dot_product_attention(
+            tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v), attn_mask=bias, dropout_p=dropout_p
+        )
+        for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype)
+    ]
+    out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in rows])
+    return out.to(q.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
