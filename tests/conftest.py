@@ -170,6 +170,7 @@ def tiny_run(token_shards, tokenizer_folder, folder):
         f"save_folder={folder}/checkpoints",
         "save_interval=2ba",
         f"loggers.metrics_file.path={folder}/metrics.jsonl",
+        f"loggers.tensorboard.log_dir={folder}/tensorboard",
     ]
 
 
@@ -185,6 +186,5 @@ def trained(token_shards, tokenizer_folder, tmp_path_factory):
     import main
 
     folder = tmp_path_factory.mktemp("trained")
-    quiet = [f"loggers.tensorboard.log_dir={folder}/tensorboard", "optimizer.lr=0.01"]
-    main.main(["yamls/quickstart.yaml", *tiny_run(token_shards, tokenizer_folder, folder), *quiet])
+    main.main(["yamls/quickstart.yaml", *tiny_run(token_shards, tokenizer_folder, folder), "optimizer.lr=0.01"])
     return folder / "checkpoints"

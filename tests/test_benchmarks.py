@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pretraining, scaling, step, time_to_loss
+from benchmarks import pretraining, scaling, startup, step, time_to_loss
 from benchmarks.ablations import ABLATIONS
 from benchmarks.arms import ARMS, HFStrong, MosaicBert, Shape, check, make_batch, runnable, step_flops
 from src.hf_bert import HFBert
@@ -251,6 +251,19 @@ def test_ranks_send_their_gradients_once_and_get_the_mean(tmp_path):
     scaling.main(["--toy", "--parts", "ranks", "--out", str(tmp_path)])
     (row,) = json.loads((tmp_path / "scaling-cpu.json").read_text())["ranks"]["rows"]
     assert row["ranks"] == 2 and row["bytes"] == 4 * row["parameters"]
+
+
+@pytest.mark.slow  # a process that imports Composer
+def test_startup_is_the_sum_of_its_parts(overrides, tmp_path, capsys):
+    """The run that is measured trains one step and leaves nothing behind."""
+    startup.main(["--runs", "1", "--out", str(tmp_path / "startup.txt"), "yamls/quickstart.yaml", *overrides])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (tmp_path / "startup.txt").read_text().splitlines()[-1]
+    found = re.fullmatch(r"startup seconds=(\S+) imports=(\S+) build=(\S+) first_step=(\S+)", line)
+    assert found is not None
+    whole, *parts = map(float, found.groups())
+    assert whole == pytest.approx(sum(parts), abs=0.03) and min(parts) > 0
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_communication_is_hidden_until_little_is_left_to_hide_it():

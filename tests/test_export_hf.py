@@ -282,8 +282,7 @@ def test_onnx(trained, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_baseline_too(token_shards, tokenizer_folder, tmp_path):
     """A checkpoint of hf_bert becomes a folder of Hugging Face's own class, without source."""
-    log = f"loggers.tensorboard.log_dir={tmp_path}/tensorboard"
-    main.main(["yamls/hf_bert.yaml", *tiny_run(token_shards, tokenizer_folder, tmp_path), log])
+    main.main(["yamls/hf_bert.yaml", *tiny_run(token_shards, tokenizer_folder, tmp_path)])
     export_hf.main([str(tmp_path / "checkpoints"), str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("*.py"))
     ours = load_pretrained(tmp_path / "checkpoints", transformers.BertForMaskedLM)

@@ -58,8 +58,6 @@ def evaluation(trainer):
 def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(main.__file__).parent / yaml).read_text()
-    if "tensorboard" in text:
-        overrides = [*overrides, f"loggers.tensorboard.log_dir={tmp_path}/tensorboard"]
     if "pretrained" in text:
         overrides = [*overrides, f"pretrained={trained}"]
     main.main([str(Path(main.__file__).parent / yaml), *overrides])
@@ -325,13 +323,13 @@ def test_all_callbacks_and_local_loggers_at_once(overrides, tmp_path):
         "optimizer_monitor": "{batch_log_interval: 1}",
     }
     callbacks = [f"callbacks.{name}={options.get(name, '{}')}" for name in main.builders.CALLBACKS]
-    loggers = [f"loggers.tensorboard.log_dir={tmp_path}/tb", f"loggers.file_logger.filename={tmp_path}/log.txt"]
-    run = [*overrides, *callbacks, *loggers, "save_folder=null", "eval_interval=2ba"]
+    log = f"loggers.file_logger.filename={tmp_path}/log.txt"
+    run = [*overrides, *callbacks, log, "save_folder=null", "eval_interval=2ba"]
     trainer, losses, _ = fit("yamls/quickstart.yaml", run)
     assert len(losses.losses) == 4
     names = {type(callback).__name__ for callback in trainer.state.callbacks}
     assert {cls.__name__ for cls in main.builders.CALLBACKS.values()} <= names
-    assert list((tmp_path / "tb").rglob("events*")) and (tmp_path / "log.txt").stat().st_size
+    assert list((tmp_path / "tensorboard").rglob("events*")) and (tmp_path / "log.txt").stat().st_size
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
     assert "l2_norm/grad/global" in last and "step/fill" in last and any(key.startswith("lr-") for key in last)
 
@@ -504,7 +502,7 @@ def test_a_new_run_begins_with_pretrained_weights(overrides, trained, tmp_path):
 def test_pretraining_goes_on_with_longer_sequences(overrides, trained, text_shards, tmp_path, capsys):
     """continue_512.yaml, shrunk: from samples of 32 tokens to 64; it begins with the loss of the weights there."""
     options = [*overrides, f"data_local={text_shards}", "max_seq_len=64", f"pretrained={trained}"]
-    options += ["save_folder=null", "autoresume=false", f"loggers.tensorboard.log_dir={tmp_path}/tensorboard"]
+    options += ["save_folder=null", "autoresume=false"]
     main.main(["yamls/continue_512.yaml", "--eval", *options])
     got = capsys.readouterr().out.splitlines()[-1]
     main.main(["yamls/quickstart.yaml", "--eval", *options, f"load_path={trained}/latest-rank0.pt"])
