@@ -51,6 +51,7 @@ bench: setup  ## A look at the speed of this machine, into runs/bench
 bench-full: setup  ## All that benchmarks/results holds, and the pages made of it
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data-cpu.txt
+	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup-cpu.txt
 	$(BIN)/python -m benchmarks.order --out benchmarks/results/order-cpu.txt
 	$(BIN)/python -m benchmarks.scaling --out benchmarks/results
 	$(BIN)/python -m benchmarks.faults --kills 40 --out benchmarks/results/faults-cpu.txt

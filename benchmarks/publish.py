@@ -28,7 +28,8 @@ FIRST = ("cuda", "cpu")
 PAGES = ("step", "time_to_loss", "quality", "extrapolation")
 """Files NAME-DEVICE.md, in the order of the page."""
 LINES = {
-    "data-cpu.txt": "Loader, conversion, start-up",
+    "data-cpu.txt": "Loader, conversion, a large dataset's start",
+    "startup-cpu.txt": "From the first line to the first step",
     "order-cpu.txt": "Order by length",
     "faults-cpu.txt": "Killed and started again",
 }
