@@ -101,8 +101,9 @@ def tokenizer_folder(c4_folder, tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer(tokenizer_folder):
+    """Each test's own: a call with ``truncation`` leaves it behind in the object."""
     from src.data_c4 import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
