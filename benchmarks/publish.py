@@ -37,6 +37,7 @@ LINES = {
 NAMES = {
     "ours": "MosaicBERT",
     "mosaic_bert": "MosaicBERT",
+    "untrained": "MosaicBERT, not pretrained",
     "mosaic_bert_padded": "MosaicBERT, padded, bias in memory",
     "hf_bert": "HF BERT",
     "hf_strong": "HF BERT, masked-token head, grouped by length",
@@ -108,6 +109,53 @@ def time_to_loss() -> list[str]:
     ]
 
 
+def quality() -> list[str]:
+    """README's accuracies after fine-tuning."""
+    found = load("quality")
+    if not found:
+        return []
+    settings, rows = found["settings"], []
+    for task, results in found["tasks"].items():
+        accuracy = {arm: statistics.fmean(sum(runs["test"], [])) for arm, runs in results["arms"].items()}
+        for rival, d in results["differences"].items():
+            names = f"{accuracy['ours']:.3f}", NAMES[rival], f"{accuracy[rival]:.3f}"
+            rows.append([task, *names, f"{d['mean']:+.3f}", f"{d['low']:+.3f} to {d['high']:+.3f}"])
+    return [
+        f"Accuracy on test rows after fine-tuning on {settings['rows']:,}, of small models that were pretrained from "
+        f"scratch on the same text for the same {settings['minutes']:g} minutes of {found['machine']['device']}: the "
+        f"topics of Wikipedia leads (11), the sentences of Rotten Tomatoes (2). {settings['seeds']} pretraining seeds, "
+        f"{settings['finetuning_seeds']} fine-tuning seeds each, commit {found['machine']['commit']}; "
+        f"`python -m benchmarks.quality` ([how]({link('quality', 'md')})).",
+        "",
+        report.table(["task", "MosaicBERT", "beside", "its", "difference", "95% interval"], rows),
+        "",
+    ]
+
+
+def extrapolation() -> list[str]:
+    """README's loss beyond the length of training."""
+    found = load("extrapolation")
+    if not found:
+        return []
+    losses = {length: statistics.fmean(each) for length, each in found["losses"]["ours"].items()}
+    changes = {"1x": "", **{t: f"{d['mean']:+.4f}" for t, d in found["differences"].items()}}
+    intervals = {"1x": "", **{t: f"{d['low']:+.4f} to {d['high']:+.4f}" for t, d in found["differences"].items()}}
+    rows = [
+        [length, f"{loss:.4f}", changes[times], intervals[times]]
+        for times, (length, loss) in zip(changes, losses.items(), strict=True)
+    ]
+    (trained, hf), *_ = found["losses"]["hf_bert"].items()
+    return [
+        f"Beyond the length of training: the same models, pretrained at {trained} tokens, on {found['reviews']} film "
+        f"reviews, the same {found['masked']:,} masked tokens at each length. HF BERT's loss is "
+        f"{statistics.fmean(hf):.4f} at {trained}, where its positions end; commit {found['machine']['commit']}, "
+        f"`python -m benchmarks.extrapolation` ([how]({link('extrapolation', 'md')})).",
+        "",
+        report.table(["tokens", "MosaicBERT's loss", f"to {trained}", "95% interval"], rows),
+        "",
+    ]
+
+
 def link(name: str, suffix: str) -> str:
     """To a benchmark's file, from the repository's root."""
     return f"benchmarks/results/{name}-{device_of(name)}.{suffix}"
@@ -125,6 +173,8 @@ def scaling(part: str) -> list[str]:
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "step": step,
     "time to loss": time_to_loss,
+    "quality": quality,
+    "extrapolation": extrapolation,
     **{f"scaling {part}": partial(scaling, part) for part in TABLES},
 }
 
