@@ -136,6 +136,13 @@ class Text:
             samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in rows]
             yield data_c4.mask_batch(masks(samples), rate)
 
+    def frequency_loss(self) -> float:
+        """Nats a masked token, of one who knows only how often each word piece occurs in training (add-one)."""
+        ids = np.concatenate([sample["input_ids"][1:-1] for sample in self.train])  # without [CLS] and [SEP]
+        counts = 1 + np.bincount(ids, minlength=len(self.tokenizer))
+        targets = np.concatenate([batch["labels"][batch["labels"] >= 0].numpy() for batch in self.evaluation])
+        return float(np.log(counts.sum() / counts[targets]).mean())
+
     def real_share(self) -> float:
         """Of a padded training batch, on average."""
         batches = list(self.batches(0, 20, (0.15, 0.15)))

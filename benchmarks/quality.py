@@ -299,7 +299,12 @@ def interval(a: NDArray[np.bool_], b: NDArray[np.bool_], draws: int = DRAWS) -> 
 
 
 def publish(
-    folder: Path, out: Path, settings: Settings, found: dict[str, dict[str, dict[str, Any]]], command: str
+    folder: Path,
+    out: Path,
+    settings: Settings,
+    frequency_loss: float,
+    found: dict[str, dict[str, dict[str, Any]]],
+    command: str,
 ) -> str:
     """Write JSON and Markdown; the last line."""
     device, fields, results, models = settings.device, [], {}, []
@@ -355,7 +360,8 @@ def publish(
         "",
         f"{report.described(about)}. `{command}`",
         "",
-        f"Pretraining, {settings.minutes:g} minutes of training a model, {settings.seeds} seeds:",
+        f"Pretraining, {settings.minutes:g} minutes of training a model, {settings.seeds} seeds; frequencies of word "
+        f"pieces alone give a loss of {frequency_loss:.4f}:",
         "",
         report.table(pretraining, models),
         "",
@@ -372,6 +378,7 @@ def publish(
         "",
     ]
     record = {"settings": dataclasses.asdict(settings), "machine": about, "command": command}
+    record |= {"frequency_loss": frequency_loss}
     report.write_json(out / f"quality-{device}.json", {**record, "pretraining": abouts, "tasks": results})
     (out / f"quality-{device}.md").write_text("\n".join(lines))
     print("\n".join(lines[6:]))
@@ -406,7 +413,8 @@ def main(argv: list[str]) -> None:
     text = read_text(args.folder, settings)
     pretrain(args.folder, text, settings, 2 if args.toy else args.rounds, clock)
     found = finetune_all(args.folder, settings, clock)
-    print(publish(args.folder, args.out, settings, found, f"python -m benchmarks.quality {' '.join(argv)}"))
+    command = f"python -m benchmarks.quality {' '.join(argv)}"
+    print(publish(args.folder, args.out, settings, text.frequency_loss(), found, command))
 
 
 if __name__ == "__main__":
