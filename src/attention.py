@@ -30,6 +30,7 @@ from . import flash_attn_triton, kernels
 from .bert_padding import tile_tables
 
 log = logging.getLogger(__name__)
+aten: Any = torch.ops.aten  # its ops are not typed
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -171,14 +172,14 @@ class _Tile:
 
 
 def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
-    """Cut a ragged batch into tiles whose bias has at most TILE_ELEMENTS (one row of one sequence at least).
+    """Cut a ragged batch into tiles of so many rows that a bias of the longest sequence has at most TILE_ELEMENTS.
 
     Neighbours of equal length share a tile (documents cut into chunks are mostly such) where one is enough for them.
     """
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    rows = max(1, TILE_ELEMENTS // (num_heads * max(lengths, default=1) or 1))
     start = 0
     for length, run in groupby(length for length in lengths if length):
-        rows = max(1, TILE_ELEMENTS // (num_heads * length))
         count = sum(1 for _ in run)
         together = count if rows >= length else 1
         for _ in range(0, count, together):
@@ -192,7 +193,7 @@ def _biased_tiles(cu_seqlens: list[int], slopes: Tensor, dtype: torch.dtype) -> 
     """Each tile with its bias, (1, N, rows, L).
 
     One Toeplitz table -slope * |row - column| serves every tile as a slice: a tile whose queries begin at row r takes
-    the columns from last_row - r on. Its size is linear in the longest length.
+    the columns from last_row - r on. It has at most twice TILE_ELEMENTS.
     """
     tiles = list(_tiles(cu_seqlens, len(slopes)))
     last_row = max((tile.queries.start for tile in tiles), default=0)
@@ -215,7 +216,7 @@ class _FlashOnCPU(torch.autograd.Function):
         lse = []
         for tile, bias in _biased_tiles(cu_seqlens, slopes, dtype):
             qkv = tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v)
-            rows, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, attn_mask=bias)
+            rows, log_sum_exp = aten._scaled_dot_product_flash_attention_for_cpu(*qkv, attn_mask=bias)
             tile.queries_of(out).copy_(rows)
             lse.append(log_sum_exp)
         ctx.cu_seqlens = cu_seqlens
@@ -229,7 +230,7 @@ class _FlashOnCPU(torch.autograd.Function):
         dout, wide_q, wide_k, wide_v = (x.to(out.dtype) for x in (dout, q, k, v))
         dq, dk, dv = (torch.empty(q.shape, dtype=out.dtype) for _ in range(3))
         for (tile, bias), log_sum_exp in zip(_biased_tiles(ctx.cu_seqlens, slopes, out.dtype), lse, strict=True):
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 tile.queries_of(dout),
                 tile.queries_of(wide_q),
                 tile.keys_of(wide_k),

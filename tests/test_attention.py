@@ -152,8 +152,10 @@ def test_tiles_cover_each_pair_once_and_stay_small():
     seen = torch.zeros(cu_seqlens[-1], dtype=torch.int64)
     limit, A.TILE_ELEMENTS = A.TILE_ELEMENTS, 1000
     try:
-        for tile in A._tiles(cu_seqlens, heads):
+        for tile, bias in A._biased_tiles(cu_seqlens, A.alibi_slopes(heads), torch.float32):
             rows = tile.queries.stop - tile.queries.start
+            assert bias.shape == (1, heads, rows, tile.length)
+            assert bias.untyped_storage().nbytes() <= 4 * 2 * 1000
             assert heads * rows * tile.length <= 1000 and (tile.sequences == 1 or rows == tile.length)
             seen[tile.tokens].unflatten(0, (tile.sequences, tile.length))[:, tile.queries] += 1
     finally:
