@@ -92,6 +92,7 @@ def time_to_loss() -> list[str]:
     if not found or not found["ratios"]:
         return []
     settings, rows = found["settings"], []
+    commits = sorted({run["machine"]["commit"] for runs in found["curves"].values() for run in runs})
     for name, r in found["ratios"].items():
         runs = found["curves"][name]
         loss = statistics.mean(run["points"][-1]["loss"] for run in runs)
@@ -99,7 +100,7 @@ def time_to_loss() -> list[str]:
     return [
         "Time to the same held-out loss, small models trained from scratch on Wikipedia leads, "
         f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
-        f"on {found['machine']['device']}, commit {found['machine']['commit']}; `python -m benchmarks.time_to_loss` "
+        f"on {found['machine']['device']}, commit {', '.join(commits)}; `python -m benchmarks.time_to_loss` "
         f"([how]({link('time_to_loss', 'md')})).",
         "",
         report.table(["beside", "its final loss", "ours needs of its time", "95% interval (seeds)"], rows),
