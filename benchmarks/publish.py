@@ -44,6 +44,22 @@ NAMES = {
     "modernbert": "ModernBERT, equal parameters",
     "modernbert_same_shape": "ModernBERT, equal widths",
 }
+TAKEN_AWAY = {
+    "no_alibi": "ALiBi (learned positions in its place)",
+    "no_glu": "gated linear units (a plain layer of the same FLOPs)",
+    "no_unpadding": "unpadding",
+    "no_masked_rows": "the last layer on masked rows only",
+    "no_masked_head": "the head on masked rows only, and the last layer",
+    "no_kernels": "Triton kernels",
+    "mask_15": "30% masking (15% in its place)",
+}
+CHANGED = {
+    "dropout_0": "dropout 0 in place of 0.1",
+    "masking_falls": "masking that falls from 30% to 15%",
+    "no_decay_groups": "no weight decay on biases and norms",
+    "warmup_stable_decay": "learning rate stable for 70% of the run, then falling",
+    "nadamw": "AdamW with Nesterov's momentum",
+}
 
 
 def device_of(name: str) -> str | None:
@@ -110,6 +126,19 @@ def time_to_loss() -> list[str]:
     ]
 
 
+def changes(names: dict[str, str], title: str) -> list[str]:
+    """What each part of the recipe, or each change of it, is worth in time to the same loss."""
+    found = load("time_to_loss")
+    rows = []
+    for name, words in names.items():
+        if found and name in found["changes"]:
+            c = found["changes"][name]
+            interval = f"{c['low']:.2f} to {c['high']:.2f}"
+            rows.append([words, f"{c['final']:.3f}", f"{c['worth']:.2f}", interval])
+    header = [title, "final loss", "time to the same loss / ours", "95% interval (seeds)"]
+    return [report.table(header, rows), ""] if rows else []
+
+
 def quality() -> list[str]:
     """README's accuracies after fine-tuning."""
     found = load("quality")
@@ -174,6 +203,8 @@ def scaling(part: str) -> list[str]:
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "step": step,
     "time to loss": time_to_loss,
+    "taken away": partial(changes, TAKEN_AWAY, "taken away"),
+    "changed": partial(changes, CHANGED, "changed"),
     "quality": quality,
     "extrapolation": extrapolation,
     **{f"scaling {part}": partial(scaling, part) for part in TABLES},

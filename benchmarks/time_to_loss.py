@@ -39,6 +39,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ BEYOND: dict[str, Recipe] = {
     "nadamw": Recipe(optimizer="nadamw"),
 }
 ALL = RECIPES | ABLATED | BEYOND
+CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ class Plan:
         """Files of the search for an arm's learning rate, by the rate; seed 0 takes part in nothing else."""
         return {rate: self.path(name, rate, 0, True) for rate in self.settings.learning_rates}
 
+    def searched(self, name: str) -> dict[float, float]:
+        """Losses of an arm's finished runs of the search, by the learning rate."""
+        return {rate: final(json.loads(path.read_text())) for rate, path in self.tuning(name).items() if path.exists()}
+
     def best_rate(self, name: str) -> float | None:
         """The learning rate of an arm, that of ours for its changed forms; None before the search is finished."""
-        paths = self.tuning(name if name in RECIPES else "ours")
-        if not all(path.exists() for path in paths.values()):
-            return None
-        return min(paths, key=lambda rate: final(json.loads(paths[rate].read_text())))
+        losses = self.searched(name if name in RECIPES else "ours")
+        return min(losses, key=losses.__getitem__) if len(losses) == len(self.settings.learning_rates) else None
 
     def curves(self, name: str) -> list[dict[str, Any]]:
         """Finished runs at the best learning rate."""
@@ -242,21 +246,31 @@ def ratio(ours: list[dict[str, Any]], rival: list[dict[str, Any]]) -> float:
     return time_to(ours, float(y[-1])) / float(x[-1])
 
 
-def interval(ours: list[dict[str, Any]], rival: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float]:
-    """95% of ``ratio`` over seeds drawn with replacement, each arm's for itself."""
+def worth(ours: list[dict[str, Any]], changed: list[dict[str, Any]]) -> float:
+    """Time of a changed form to the lowest loss that both reach over that of ours; above 1, the change costs time."""
+    loss = common_loss(ours, changed)
+    return time_to(changed, loss) / time_to(ours, loss)
+
+
+def common_loss(*arms: list[dict[str, Any]]) -> float:
+    """The lowest loss that all reach."""
+    return max(float(mean_curve(curves)[1][-1]) for curves in arms)
+
+
+def interval(
+    measure: Callable[[list[dict[str, Any]], list[dict[str, Any]]], float],
+    ours: list[dict[str, Any]],
+    other: list[dict[str, Any]],
+    draws: int = 2000,
+) -> tuple[float, float]:
+    """95% of ``ratio`` or ``worth`` over seeds drawn with replacement, each arm's for itself."""
     rng = np.random.default_rng(0)
 
     def drawn(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [curves[i] for i in rng.integers(len(curves), size=len(curves))]
 
-    ratios = sorted(ratio(drawn(ours), drawn(rival)) for _ in range(draws))
-    return ratios[round(0.025 * (draws - 1))], ratios[round(0.975 * (draws - 1))]
-
-
-def worth(ours: list[dict[str, Any]], changed: list[dict[str, Any]]) -> tuple[float, float]:
-    """The loss that both reach, and the time of the changed form to it over that of ours."""
-    loss = max(float(mean_curve(curves)[1][-1]) for curves in (ours, changed))
-    return loss, time_to(changed, loss) / time_to(ours, loss)
+    values = sorted(measure(drawn(ours), drawn(other)) for _ in range(draws))
+    return values[round(0.025 * (draws - 1))], values[round(0.975 * (draws - 1))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,6 +321,7 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
     curves = {name: plan.curves(name) for name in ALL}
     curves = {name: runs for name, runs in curves.items() if len(runs) == settings.seeds}
     main = {name: runs for name, runs in curves.items() if name in RECIPES}
+    searched = {name: plan.searched(name) for name in main}
     lines = [
         "# Time to a given quality",
         "",
@@ -319,7 +334,7 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
         f"Frequencies of word pieces alone give a loss of {text.frequency_loss():.3f}.",
         "",
     ]
-    fields, ratios = [], {}
+    fields, ratios, changes = [], {}, {}
     if main:
         header = ["arm", "masked", "learning rate", "M parameters", "ms a step", "steps", "passes", "final loss"]
         rows = []
@@ -340,7 +355,16 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
                     f"{statistics.mean(finals):.4f} ({min(finals):.4f} to {max(finals):.4f})",
                 ]
             )
-        lines += [report.table(header, rows), "", "Minutes to a held-out loss, mean curve (range over seeds):", ""]
+        lines += [report.table(header, rows), ""]
+        rows = [[name, *(f"{loss:.4f}" for loss in searched[name].values())] for name in main]
+        rates = [f"{rate:g}" for rate in settings.learning_rates]
+        lines += ["Held-out loss by learning rate, after a run of a quarter of the time:", ""]
+        lines += [
+            report.table(["arm", *rates], rows),
+            "",
+            "Minutes to a held-out loss, mean curve (range over seeds):",
+            "",
+        ]
         rows = [[f"{loss:.3f}", *(minutes_to(runs, loss) for runs in main.values())] for loss in levels(main)]
         lines += [report.table(["loss", *main], rows), "", f"![loss](time_to_loss-{device}.png)", ""]
         out.mkdir(parents=True, exist_ok=True)
@@ -348,22 +372,40 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
     if "ours" in main:
         for name in RIVALS:
             if name in main:
-                low, high = interval(main["ours"], main[name])
+                low, high = interval(ratio, main["ours"], main[name])
                 ratios[name] = {"ratio": ratio(main["ours"], main[name]), "low": low, "high": high}
         rows = [[n, f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"] for n, r in ratios.items()]
         if rows:
             lines += ["Time of ours to the final loss of another arm over that arm's whole time:", ""]
             lines += [report.table(["arm", "ratio", "95% interval (bootstrap over seeds)"], rows), ""]
-        for title, group in (("Taken away, one at a time", ABLATED), ("Changed, one at a time", BEYOND)):
+        for title, group in CHANGES.items():
             chosen = {name: runs for name, runs in curves.items() if name in group}
-            if chosen:
-                rows = []
-                for name, runs in chosen.items():
-                    loss, factor = worth(curves["ours"], runs)
-                    milliseconds = f"{1e3 * runs[0]['step_seconds']:.1f}"
-                    rows.append([name, milliseconds, f"{mean_curve(runs)[1][-1]:.4f}", f"{loss:.4f}", f"{factor:.2f}"])
-                header = ["change", "ms a step", "final loss", "common loss", "time to it / ours"]
-                lines += [f"{title}, at the learning rate of ours:", "", report.table(header, rows), ""]
+            for name, runs in chosen.items():
+                low, high = interval(worth, curves["ours"], runs)
+                changes[name] = {
+                    "step_seconds": runs[0]["step_seconds"],
+                    "final": float(mean_curve(runs)[1][-1]),
+                    "loss": common_loss(curves["ours"], runs),
+                    "worth": worth(curves["ours"], runs),
+                    "low": low,
+                    "high": high,
+                }
+            rows = [
+                [
+                    name,
+                    f"{1e3 * changes[name]['step_seconds']:.1f}",
+                    f"{changes[name]['final']:.4f}",
+                    f"{changes[name]['loss']:.4f}",
+                    f"{changes[name]['worth']:.2f} ({changes[name]['low']:.2f} to {changes[name]['high']:.2f})",
+                ]
+                for name in chosen
+            ]
+            header = ["change", "ms a step", "final loss", "common loss", "time to it / ours (95% over seeds)"]
+            lines += (
+                [f"{title}, one at a time, at the learning rate of ours:", "", report.table(header, rows), ""]
+                if rows
+                else []
+            )
     if "hf_bert" in ratios:
         r = ratios["hf_bert"]
         fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
@@ -377,6 +419,8 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
             "machine": report.machine(device),
             "command": command,
             "ratios": ratios,
+            "changes": changes,
+            "searched": searched,
             "curves": curves,
         },
     )

@@ -163,12 +163,14 @@ def test_ratio_interval_and_worth():
     rival = [curve([10.0, 9.0 + d, 8.0 + d, 7.0 + d, 6.0 + d], 2.0) for d in (-0.2, 0.0, 0.2)]
     ours = [curve([10.0, 8.0, 6.0, 4.0, 2.0])] * 3
     assert time_to_loss.ratio(ours, rival) == pytest.approx(0.25)
-    low, high = time_to_loss.interval(ours, rival)
+    low, high = time_to_loss.interval(time_to_loss.ratio, ours, rival)
     assert 0.22 < low < 0.25 < high < 0.28
-    assert time_to_loss.interval(ours, rival[1:2] * 3) == pytest.approx((0.25, 0.25))
-    loss, factor = time_to_loss.worth(ours, rival)
-    assert loss == pytest.approx(6.0) and factor == pytest.approx(4.0)
-    assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)])[1] == pytest.approx(1.5)
+    assert time_to_loss.interval(time_to_loss.ratio, ours, rival[1:2] * 3) == pytest.approx((0.25, 0.25))
+    assert time_to_loss.common_loss(ours, rival) == pytest.approx(6.0)
+    assert time_to_loss.worth(ours, rival) == pytest.approx(4.0)
+    assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
+    low, high = time_to_loss.interval(time_to_loss.worth, ours, rival)
+    assert 3.5 < low < 4.0 < high < 4.5
 
 
 def test_the_schedule_warms_up_stays_and_falls():
