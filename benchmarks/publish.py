@@ -88,11 +88,11 @@ def step() -> list[str]:
                 rows.append([str(cell["length"]), NAMES[name], speed, ratio, flops, memory])
     cell = cells[0]
     share = ", ".join(f"{c['overhead_share']:.0%} at {c['length']}" for c in cells)
-    fills = ", ".join(f"{c['real_share']:.2f} at {c['length']}" for c in cells)
+    sizes = ", ".join(f"{c['sequences']} sequences at {c['length']} ({c['real_share']:.0%} real tokens)" for c in cells)
     return [
         f"A whole step (forward, backward, AdamW) of {cell['layers']} layers of 768, on {cell['machine']['device']}: "
-        f"about {cell['tokens']:,} padded tokens with lengths like C4's (real share {fills}), {cell['masked']:.0%} "
-        f"masked, {cell['rounds']} rounds in turn, commit {cell['machine']['commit']}; `python -m benchmarks.step` "
+        f"{sizes}, with lengths like C4's, {cell['masked']:.0%} masked, "
+        f"{cell['rounds']} rounds in turn, commit {cell['machine']['commit']}; `python -m benchmarks.step` "
         f"([all of it]({link('step', 'md')})).",
         "",
         report.table(["length", "model", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "GiB"], rows),
