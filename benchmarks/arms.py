@@ -1,6 +1,7 @@
 """What the benchmarks compare: MosaicBERT and what a user would train instead, each with its way through a batch.
 
     mosaic_bert              ours; unpadded, head and last layer on masked tokens; attention of choice
+    mosaic_bert_compiled     ours through torch.compile, as ``compile_config: {}`` has it
     mosaic_bert_padded       the same model on padded tensors, ALiBi and padding as one (B, N, S, S) bias in memory for
                              torch's SDPA, which is MosaicBERT without unpadding; head and last layer as ours
     hf_bert                  transformers' BertForMaskedLM with SDPA, padded, logits of every position
@@ -205,6 +206,16 @@ class MosaicBert(Arm):
         return twin
 
 
+class MosaicBertCompiled(MosaicBert):
+    """Ours through torch.compile."""
+
+    def build(self, plain: bool) -> BertForMaskedLM:
+        model = super().build(plain)
+        if not plain:
+            model.forward_unpadded = torch.compile(model.forward_unpadded)  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+
 @dataclass(frozen=True)
 class PaddedLayout:
     """In the place of ``Layout``, for a batch that keeps its padding."""
@@ -335,6 +346,7 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "mosaic_bert": MosaicBert,
     **{f"mosaic_bert_{name}": partial(MosaicBert, attention=name) for name in ("reference", "torch", "triton")},
     "mosaic_bert_flash_attn": partial(MosaicBert, attention="flash_attn"),
+    "mosaic_bert_compiled": MosaicBertCompiled,
     "mosaic_bert_padded": MosaicBertPadded,
     "hf_bert": HFBert,
     "hf_strong": HFStrong,

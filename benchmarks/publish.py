@@ -38,6 +38,7 @@ NAMES = {
     "ours": "MosaicBERT",
     "mosaic_bert": "MosaicBERT",
     "untrained": "MosaicBERT, not pretrained",
+    "mosaic_bert_compiled": "MosaicBERT, compiled",
     "mosaic_bert_padded": "MosaicBERT, padded, bias in memory",
     "hf_bert": "HF BERT",
     "hf_strong": "HF BERT, masked-token head, grouped by length",

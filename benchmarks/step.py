@@ -313,7 +313,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--fill", nargs="+", choices=("c4", "1.0"), default=["c4", "1.0"])
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS], help="beside ours (default: all that run on the device)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[*ARMS],
+        help="beside ours (default: all that run on the device; mosaic_bert_compiled only on a GPU)",
+    )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -346,7 +351,8 @@ def main(argv: list[str]) -> None:
         print(peak_bytes_here(lambda: build([name], args.shape, args.device, args.dtype)[name], batch))
         return
 
-    names = [OURS, *(name for name in args.arms or runnable(args.device) if name != OURS)]
+    default = [name for name in runnable(args.device) if args.device == "cuda" or not name.endswith("_compiled")]
+    names = [OURS, *(name for name in args.arms or default if name != OURS)]
     print(f"# {report.described(report.machine(args.device))}, {args.dtype}", flush=True)
     trained, cells = build(names, args.shape, args.device, args.dtype), []
     for S in args.lengths:

@@ -250,6 +250,7 @@ class _FlashOnCPU(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
+@torch.compiler.disable  # what it does goes by the lengths of a batch: compiled, each new batch would be compiled again
 def torch_ragged(
     q: Tensor,
     k: Tensor,

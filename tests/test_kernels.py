@@ -306,6 +306,22 @@ def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
     assert 1 in counts and counter.frame_count <= 4
 
 
+def test_plain_torch_is_compiled_for_two_batches_and_never_again():
+    """The first batch's sizes are taken for constants, the second's for variables; attention stays as it is."""
+    model = model_of(dtype=torch.float32, attention="torch", kernels="torch").train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_unpadded, backend=counter)
+    counts = []
+    for lengths in ([9, 3, 17, 5], [20, 8], [9, 4, 4], [30, 2], [7, 6, 5, 4, 3]):
+        (micro,) = split_unpadded(batch_of(lengths, 0.4), len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] < counts[1] == counts[-1]
+
+
 # Plain torch
 
 
