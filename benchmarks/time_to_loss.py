@@ -19,7 +19,7 @@ arm's learning rate is the best of LEARNING_RATES by held-out loss after a run o
 for all. Then each arm is trained with 3 seeds (of weights, order, masks, dropout).
 
 --ablate takes ours apart (benchmarks/ablations.py, and 15% masking), --beyond changes its recipe (BEYOND), one thing at
-a time, at the learning rate of ours.
+a time, at the learning rate of ours; where other layers stand in the place of ours (OTHER_LAYERS), a search of its own.
 
 Every run writes its curve to ``--folder`` when it is finished, and a finished one is not run again, so that the hours
 can be split; --hours starts no run that would not end in time. The report is made of what is there: per arm the time to
@@ -72,6 +72,8 @@ BEYOND: dict[str, Recipe] = {
     "warmup_stable_decay": Recipe(stable=0.7),
     "nadamw": Recipe(optimizer="nadamw"),
 }
+OTHER_LAYERS = ("no_alibi", "no_glu")
+"""Ablations that are another model, which may want another learning rate."""
 ALL = RECIPES | ABLATED | BEYOND
 CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
@@ -139,8 +141,8 @@ class Plan:
         return {rate: final(json.loads(path.read_text())) for rate, path in self.tuning(name).items() if path.exists()}
 
     def best_rate(self, name: str) -> float | None:
-        """The learning rate of an arm, that of ours for its changed forms; None before the search is finished."""
-        losses = self.searched(name if name in RECIPES else "ours")
+        """The learning rate of an arm, that of ours for most changes; None before the search is finished."""
+        losses = self.searched(name if name in (*RECIPES, *OTHER_LAYERS) else "ours")
         return min(losses, key=losses.__getitem__) if len(losses) == len(self.settings.learning_rates) else None
 
     def curves(self, name: str) -> list[dict[str, Any]]:
@@ -154,7 +156,7 @@ class Plan:
 
     def searches(self) -> list[str]:
         """Arms whose learning rate is searched for."""
-        return [name for name in RECIPES if name in self.names or name == "ours"]
+        return [name for name in (*RECIPES, *OTHER_LAYERS) if name in self.names or name == "ours"]
 
     def left(self) -> tuple[int, int]:
         """Runs still to be done: of the search, and whole ones."""
@@ -321,7 +323,7 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
     curves = {name: plan.curves(name) for name in ALL}
     curves = {name: runs for name, runs in curves.items() if len(runs) == settings.seeds}
     main = {name: runs for name, runs in curves.items() if name in RECIPES}
-    searched = {name: plan.searched(name) for name in main}
+    searched = {name: plan.searched(name) for name in (*RECIPES, *OTHER_LAYERS) if name in curves}
     lines = [
         "# Time to a given quality",
         "",
@@ -356,7 +358,7 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
                 ]
             )
         lines += [report.table(header, rows), ""]
-        rows = [[name, *(f"{loss:.4f}" for loss in searched[name].values())] for name in main]
+        rows = [[name, *(f"{loss:.4f}" for loss in losses.values())] for name, losses in searched.items()]
         rates = [f"{rate:g}" for rate in settings.learning_rates]
         lines += ["Held-out loss by learning rate, after a run of a quarter of the time:", ""]
         lines += [
@@ -393,19 +395,23 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
             rows = [
                 [
                     name,
+                    f"{runs[0]['rate']:g}",
                     f"{1e3 * changes[name]['step_seconds']:.1f}",
                     f"{changes[name]['final']:.4f}",
                     f"{changes[name]['loss']:.4f}",
                     f"{changes[name]['worth']:.2f} ({changes[name]['low']:.2f} to {changes[name]['high']:.2f})",
                 ]
-                for name in chosen
+                for name, runs in chosen.items()
             ]
-            header = ["change", "ms a step", "final loss", "common loss", "time to it / ours (95% over seeds)"]
-            lines += (
-                [f"{title}, one at a time, at the learning rate of ours:", "", report.table(header, rows), ""]
-                if rows
-                else []
-            )
+            header = [
+                "change",
+                "learning rate",
+                "ms a step",
+                "final loss",
+                "common loss",
+                "time to it / ours (95% over seeds)",
+            ]
+            lines += [f"{title}, one at a time:", "", report.table(header, rows), ""] if rows else []
     if "hf_bert" in ratios:
         r = ratios["hf_bert"]
         fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
