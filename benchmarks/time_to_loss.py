@@ -73,7 +73,8 @@ BEYOND: dict[str, Recipe] = {
     "nadamw": Recipe(optimizer="nadamw"),
 }
 OTHER_LAYERS = ("no_alibi", "no_glu")
-"""Ablations that are another model, which may want another learning rate."""
+SEARCHED = (*RECIPES, *OTHER_LAYERS)
+"""Names with a learning rate of their own."""
 ALL = RECIPES | ABLATED | BEYOND
 CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
@@ -142,7 +143,7 @@ class Plan:
 
     def best_rate(self, name: str) -> float | None:
         """The learning rate of an arm, that of ours for most changes; None before the search is finished."""
-        losses = self.searched(name if name in (*RECIPES, *OTHER_LAYERS) else "ours")
+        losses = self.searched(name if name in SEARCHED else "ours")
         return min(losses, key=losses.__getitem__) if len(losses) == len(self.settings.learning_rates) else None
 
     def curves(self, name: str) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ class Plan:
 
     def searches(self) -> list[str]:
         """Arms whose learning rate is searched for."""
-        return [name for name in (*RECIPES, *OTHER_LAYERS) if name in self.names or name == "ours"]
+        return [name for name in SEARCHED if name in self.names or name == "ours"]
 
     def left(self) -> tuple[int, int]:
         """Runs still to be done: of the search, and whole ones."""
@@ -323,7 +324,7 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
     curves = {name: plan.curves(name) for name in ALL}
     curves = {name: runs for name, runs in curves.items() if len(runs) == settings.seeds}
     main = {name: runs for name, runs in curves.items() if name in RECIPES}
-    searched = {name: plan.searched(name) for name in (*RECIPES, *OTHER_LAYERS) if name in curves}
+    searched = {name: plan.searched(name) for name in SEARCHED if name in curves}
     lines = [
         "# Time to a given quality",
         "",
@@ -411,7 +412,8 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
                 "common loss",
                 "time to it / ours (95% over seeds)",
             ]
-            lines += [f"{title}, one at a time:", "", report.table(header, rows), ""] if rows else []
+            if rows:
+                lines += [f"{title}, one at a time:", "", report.table(header, rows), ""]
     if "hf_bert" in ratios:
         r = ratios["hf_bert"]
         fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
