@@ -264,15 +264,18 @@ def interval(
     measure: Callable[[list[dict[str, Any]], list[dict[str, Any]]], float],
     ours: list[dict[str, Any]],
     other: list[dict[str, Any]],
+    paired: bool = False,
     draws: int = 2000,
 ) -> tuple[float, float]:
-    """95% of ``ratio`` or ``worth`` over seeds drawn with replacement, each arm's for itself."""
+    """95% of ``ratio`` or ``worth`` over seeds drawn with replacement, each arm's for itself, or ``paired``: the same
+    for both, as one seed gives changes of one model the same weights, order and masks."""
     rng = np.random.default_rng(0)
-
-    def drawn(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [curves[i] for i in rng.integers(len(curves), size=len(curves))]
-
-    values = sorted(measure(drawn(ours), drawn(other)) for _ in range(draws))
+    values = []
+    for _ in range(draws):
+        drawn = rng.integers(len(ours), size=len(ours))
+        drawn_other = drawn if paired else rng.integers(len(other), size=len(other))
+        values.append(measure([ours[i] for i in drawn], [other[i] for i in drawn_other]))
+    values.sort()
     return values[round(0.025 * (draws - 1))], values[round(0.975 * (draws - 1))]
 
 
@@ -316,6 +319,34 @@ def draw(path: Path, curves: dict[str, list[dict[str, Any]]]) -> None:
     panels[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def changed(curves: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """What each change of ours does."""
+    changes = {}
+    for name, runs in curves.items():
+        if name not in RECIPES:
+            low, high = interval(worth, curves["ours"], runs, paired=True)
+            changes[name] = {
+                "rate": runs[0]["rate"],
+                "step_seconds": runs[0]["step_seconds"],
+                "final": float(mean_curve(runs)[1][-1]),
+                "loss": common_loss(curves["ours"], runs),
+                "worth": worth(curves["ours"], runs),
+                "low": low,
+                "high": high,
+            }
+    return changes
+
+
+def table_of_changes(title: str, changes: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of the report."""
+    header = ["change", "learning rate", "ms a step", "final loss", "common loss", "time to it / ours (95%, seeds)"]
+    rows = []
+    for name, c in changes.items():
+        row = [name, f"{c['rate']:g}", f"{1e3 * c['step_seconds']:.1f}", f"{c['final']:.4f}", f"{c['loss']:.4f}"]
+        rows.append([*row, f"{c['worth']:.2f} ({c['low']:.2f} to {c['high']:.2f})"])
+    return [f"{title}, one at a time:", "", report.table(header, rows), ""] if rows else []
 
 
 def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
@@ -381,39 +412,9 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
         if rows:
             lines += ["Time of ours to the final loss of another arm over that arm's whole time:", ""]
             lines += [report.table(["arm", "ratio", "95% interval (bootstrap over seeds)"], rows), ""]
+        changes = changed(curves)
         for title, group in CHANGES.items():
-            chosen = {name: runs for name, runs in curves.items() if name in group}
-            for name, runs in chosen.items():
-                low, high = interval(worth, curves["ours"], runs)
-                changes[name] = {
-                    "step_seconds": runs[0]["step_seconds"],
-                    "final": float(mean_curve(runs)[1][-1]),
-                    "loss": common_loss(curves["ours"], runs),
-                    "worth": worth(curves["ours"], runs),
-                    "low": low,
-                    "high": high,
-                }
-            rows = [
-                [
-                    name,
-                    f"{runs[0]['rate']:g}",
-                    f"{1e3 * changes[name]['step_seconds']:.1f}",
-                    f"{changes[name]['final']:.4f}",
-                    f"{changes[name]['loss']:.4f}",
-                    f"{changes[name]['worth']:.2f} ({changes[name]['low']:.2f} to {changes[name]['high']:.2f})",
-                ]
-                for name, runs in chosen.items()
-            ]
-            header = [
-                "change",
-                "learning rate",
-                "ms a step",
-                "final loss",
-                "common loss",
-                "time to it / ours (95% over seeds)",
-            ]
-            if rows:
-                lines += [f"{title}, one at a time:", "", report.table(header, rows), ""]
+            lines += table_of_changes(title, {name: change for name, change in changes.items() if name in group})
     if "hf_bert" in ratios:
         r = ratios["hf_bert"]
         fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
