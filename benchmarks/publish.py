@@ -60,6 +60,7 @@ CHANGED = {
     "no_decay_groups": "no weight decay on biases and norms",
     "warmup_stable_decay": "learning rate stable for 70% of the run, then falling",
     "nadamw": "AdamW with Nesterov's momentum",
+    "fast": "dropout 0 and a stable learning rate: `mosaic_bert_fast.yaml`",
 }
 
 
