@@ -110,7 +110,6 @@ def time_to_loss() -> list[str]:
     if not found or not found["ratios"]:
         return []
     settings, rows = found["settings"], []
-    commits = sorted({run["machine"]["commit"] for runs in found["curves"].values() for run in runs})
     for name, r in found["ratios"].items():
         runs = found["curves"][name]
         loss = statistics.mean(run["points"][-1]["loss"] for run in runs)
@@ -118,8 +117,8 @@ def time_to_loss() -> list[str]:
     return [
         "Time to the same held-out loss, small models trained from scratch on Wikipedia leads, "
         f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
-        f"on {found['machine']['device']}, commit {', '.join(commits)}; `python -m benchmarks.time_to_loss` "
-        f"([how]({link('time_to_loss', 'md')})).",
+        f"on {found['machine']['device']}, {commits(found, 'ours', *found['ratios'])}; "
+        f"`python -m benchmarks.time_to_loss` ([how]({link('time_to_loss', 'md')})).",
         "",
         report.table(["beside", "its final loss", "ours needs of its time", "95% interval (seeds)"], rows),
         "",
@@ -128,17 +127,24 @@ def time_to_loss() -> list[str]:
     ]
 
 
+def commits(found: dict[str, Any], *names: str) -> str:
+    """Of the runs of these arms."""
+    all_of_them = sorted({run["machine"]["commit"] for name in names for run in found["curves"][name]})
+    return f"commit{'s' * (len(all_of_them) > 1)} {', '.join(all_of_them)}"
+
+
 def changes(names: dict[str, str], title: str) -> list[str]:
     """What each part of the recipe, or each change of it, is worth in time to the same loss."""
     found = load("time_to_loss")
+    measured = [name for name in names if found and name in found["changes"]]
+    if not measured:
+        return []
     rows = []
-    for name, words in names.items():
-        if found and name in found["changes"]:
-            c = found["changes"][name]
-            interval = f"{c['low']:.2f} to {c['high']:.2f}"
-            rows.append([words, f"{c['final']:.3f}", f"{c['worth']:.2f}", interval])
+    for name in measured:
+        c = found["changes"][name]
+        rows.append([names[name], f"{c['final']:.3f}", f"{c['worth']:.2f}", f"{c['low']:.2f} to {c['high']:.2f}"])
     header = [title, "final loss", "time to the same loss / ours", "95% interval (seeds)"]
-    return [report.table(header, rows), ""] if rows else []
+    return [report.table(header, rows), "", f"{commits(found, *measured).capitalize()}.", ""]
 
 
 def quality() -> list[str]:
