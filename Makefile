@@ -45,7 +45,7 @@ lint: setup  ## Check style and types
 bench: setup  ## A look at the speed of this machine, into runs/bench
 	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
 	$(BIN)/python -m benchmarks.data --quick --out runs/bench/data-cpu.txt
-	$(BIN)/python -m benchmarks.scaling --parts length gpus --rounds 2 --out runs/bench
+	$(BIN)/python -m benchmarks.scaling --parts length gpus --lengths 128 512 2048 --rounds 2 --out runs/bench
 	$(BIN)/python -m benchmarks.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
 
 bench-full: setup  ## All that benchmarks/results holds, and the pages made of it

@@ -1,6 +1,6 @@
 """How cost grows with length, ranks and model size: measured on this machine, calculated where that cannot be.
 
-    python -m benchmarks.scaling [--parts length ranks gpus sizes] [--rounds 5] [--out FOLDER]
+    python -m benchmarks.scaling [--parts length ranks gpus sizes] [--lengths 128 512] [--rounds 5] [--out FOLDER]
     python -m benchmarks.scaling --toy      # seconds: only that all of it runs
 
 length    A small model (4 layers of 256) trains on 8,192 tokens in sequences of 128 … 8,192 without padding: time and
@@ -365,6 +365,7 @@ def main(argv: list[str]) -> None:
     """Measure, calculate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=[*TABLES], default=[*TABLES])
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=[*LENGTHS], help="of the first part")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu_tokens_per_s", type=float, default=400_000, help="of a GPU (default: an H100's goal)")
     parser.add_argument("--out", type=Path, help="folder for scaling-cpu.json and .md, which are added to")
@@ -375,7 +376,7 @@ def main(argv: list[str]) -> None:
         name, S, tokens = args.peak_memory
         print(peak_bytes(name, int(S), int(tokens)))
         return
-    lengths, tokens, per_rank, counts, models = [*LENGTHS], TOKENS, 1024, [1, 2, 4], [*YAMLS]
+    lengths, tokens, per_rank, counts, models = args.lengths, TOKENS, 1024, [1, 2, 4], [*YAMLS]
     if args.toy:
         lengths, tokens, per_rank, counts, models, args.rounds = [128, 256], 256, 128, [2], ["quickstart"], 1
     run: dict[str, Callable[[], list[dict]]] = {
