@@ -171,7 +171,7 @@ def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
     assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
     assert "190, 10.13 passes" in printed["steps"]
-    assert "10.0% warmup, 90.0% decay" in printed["schedule"]
+    assert "10.0% warmup, 30.0% decay" in printed["schedule"]
     assert "MFLOP a real token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
 

@@ -376,7 +376,10 @@ def test_accepted_settings_act(change, stopped):
     end = 4
     rates = []
     trainer = main.build_trainer(
-        load(QUICKSTART, [*stopped, change, "resume.allow=[optimizer,scheduler,max_duration]"])
+        load(
+            QUICKSTART,
+            [*stopped, change, "scheduler.t_decay=0.9dur", "resume.allow=[optimizer,scheduler,max_duration]"],
+        )
     )
     group = trainer.state.optimizers[0].param_groups[0]
     watch = Watch(end)
@@ -392,9 +395,9 @@ def test_accepted_settings_act(change, stopped):
         total = 60
     else:
         floor = 0.5
-    warmup = total // 10
+    warmup, falls = total // 10, 9 * total // 10
     # A step's rate is of the time before the step before it, as Composer steps its schedules; the first here, of now.
-    decay = 1 - (1 - floor) * (2 - warmup) / (total - warmup) if warmup <= 2 else 2 / warmup
+    decay = 2 / warmup if warmup > 2 else 1 - (1 - floor) * (2 - (total - falls)) / falls
     assert rates == pytest.approx([lr * decay] * 2, rel=1e-6)
 
 
