@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pretraining, publish, scaling, startup, step, time_to_loss
+from benchmarks import pretraining, scaling, startup, step, time_to_loss
 from benchmarks.ablations import ABLATIONS
 from benchmarks.arms import ARMS, HFStrong, MosaicBert, Shape, check, make_batch, runnable, step_flops
 from src.hf_bert import HFBert
@@ -318,8 +318,3 @@ def test_the_data_benchmark_ends_with_its_line(tmp_path):
     )
     assert out.read_text() == done.stdout
     assert "start at 100,000 samples" in done.stdout
-
-
-def test_pages_show_what_results_hold():
-    """README and docs are what ``python -m benchmarks.publish`` makes of benchmarks/results, and no figure is older."""
-    publish.main(["--check"])
