@@ -212,12 +212,14 @@ def test_time_to_loss_runs_in_pieces_and_ends_with_its_line(tmp_path, tokenizer_
     assert len(written) == 12
     printed = run("--ablate", "--only", "no_glu", "mask_15")
     assert re.fullmatch(line, printed[-1]) and any(text.startswith("| no_glu |") for text in printed)
-    assert len(list((tmp_path / "curves").iterdir())) == 16
+    assert len(list((tmp_path / "curves").iterdir())) == 18  # two of them search for the learning rate of no_glu
     assert all(path.stat().st_mtime_ns == then for path, then in written.items())
     steps = {json.loads(path.read_text())["steps"] for path in written if "tuning" not in path.name}
     assert min(steps) >= time_to_loss.TOY.evaluations
     report = json.loads((tmp_path / "report" / "time_to_loss-cpu.json").read_text())
     assert set(report["curves"]) == {"ours", "hf_bert", "hf_strong", "no_glu", "mask_15"}
+    assert set(report["changes"]) == {"no_glu", "mask_15"}
+    assert set(report["searched"]) == {"ours", "hf_bert", "hf_strong", "no_glu"}
     assert (tmp_path / "report" / "time_to_loss-cpu.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         time_to_loss.main([*argv[1:]])
