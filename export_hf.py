@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from src import bert_layers, export_onnx, model_card, pretrained
 from src.config import ConfigError
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.pretrained import Pretrained
 
 CLASSES = {
@@ -71,7 +71,7 @@ def auto_class_of(source: Pretrained) -> str:
 def load(source: Pretrained) -> tuple[str, PreTrainedModel]:
     """The model of the weights, on the CPU, and the name of transformers' class to load it with."""
     auto_class = auto_class_of(source)
-    ours = isinstance(source.config, BertConfig)
+    ours = isinstance(source.config, MosaicBertConfig)
     model_class = getattr(bert_layers if ours else transformers, CLASSES[auto_class][0])
     # Trained with attention dropout, it stays with an implementation that has it, on any device.
     keep: dict[str, Any] = {"attention": "torch"} if ours and source.config.attention_probs_dropout_prob else {}
@@ -82,8 +82,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str,
     """Write a model's folder: config, weights, tokenizer, card and, of a MosaicBERT, source. ``folder`` is made."""
     folder.mkdir(parents=True)
     model.config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(model.config, BertConfig):
-        model.config.auto_map = {"AutoConfig": "configuration_bert.BertConfig"}
+    if isinstance(model.config, MosaicBertConfig):
+        model.config.auto_map = {"AutoConfig": "configuration_bert.MosaicBertConfig"}
         model.config.auto_map |= {auto: f"bert_layers.{name}" for auto, (name, _) in CLASSES.items()}
         source = Path(bert_layers.__file__)
         for name in (source.stem, *get_relative_imports(source)):
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = export_onnx.missing_packages()
         if missing:
             raise ConfigError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
-        if not isinstance(source.config, BertConfig):
+        if not isinstance(source.config, MosaicBertConfig):
             raise ConfigError("--onnx is for MosaicBERT; Hugging Face's BERT is exported by optimum")
     try:
         tokenizer = pretrained.load_tokenizer(source, args.tokenizer)

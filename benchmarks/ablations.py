@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.arms import Batch, MosaicBert, MosaicBertPadded, Part
 from src.bert_layers import BertForMaskedLM, LayerNorm
 from src.bert_padding import index_first_axis
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.fused_torch import dropout
 from src.masked_lm_loss import masked_lm_head_loss
 
@@ -35,7 +35,7 @@ class NoSlopes(nn.Module):
 class LearnedPositions(MosaicBert):
     """A position's embedding takes the place of its segment's, a table that is there and otherwise says nothing."""
 
-    def config(self, plain: bool) -> BertConfig:
+    def config(self, plain: bool) -> MosaicBertConfig:
         config = super().config(plain)
         config.type_vocab_size = self.shape.length
         return config
@@ -52,7 +52,7 @@ class LearnedPositions(MosaicBert):
 class PlainMLP(nn.Module):
     """In the place of ``BertGatedLinearUnitMLP``: two matrices of 1.5 times the width for its three."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         width = 3 * config.intermediate_size // 2
         self.wi = nn.Linear(config.hidden_size, width)

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from src.attention import MISSING, resolve
 from src.bert_layers import BertForMaskedLM, BertSelfAttention, Layout
 from src.bert_padding import index_first_axis, tile_tables, unpad_input, unpad_layout
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import TILE_ROWS
 
 Batch = dict[str, Tensor]
@@ -160,14 +160,14 @@ class MosaicBert(Arm):
     def build(self, plain: bool) -> BertForMaskedLM:
         return BertForMaskedLM(self.config(plain))
 
-    def config(self, plain: bool) -> BertConfig:
+    def config(self, plain: bool) -> MosaicBertConfig:
         s = self.shape
-        return BertConfig(
-            s.vocabulary,
-            s.hidden,
-            s.layers,
-            s.heads,
-            s.width,
+        return MosaicBertConfig(
+            vocab_size=s.vocabulary,
+            hidden_size=s.hidden,
+            num_hidden_layers=s.layers,
+            num_attention_heads=s.heads,
+            intermediate_size=s.width,
             hidden_dropout_prob=s.dropout,
             attention="reference" if plain else self.attention,
             kernels="torch" if plain else self.kernels,
@@ -269,11 +269,11 @@ class HFBert(Arm):
     def build(self, plain: bool) -> nn.Module:
         s = self.shape
         config = transformers.BertConfig(
-            s.vocabulary,
-            s.hidden,
-            s.layers,
-            s.heads,
-            s.width,
+            vocab_size=s.vocabulary,
+            hidden_size=s.hidden,
+            num_hidden_layers=s.layers,
+            num_attention_heads=s.heads,
+            intermediate_size=s.width,
             hidden_dropout_prob=s.dropout,
             attention_probs_dropout_prob=0.0,
             max_position_embeddings=s.length,
@@ -313,11 +313,11 @@ class ModernBertSameShape(HFBert):
     def build(self, plain: bool) -> nn.Module:
         s = self.proportions()
         config = transformers.ModernBertConfig(
-            s.vocabulary,
-            s.hidden,
-            s.width,
-            s.layers,
-            s.heads,
+            vocab_size=s.vocabulary,
+            hidden_size=s.hidden,
+            intermediate_size=s.width,
+            num_hidden_layers=s.layers,
+            num_attention_heads=s.heads,
             max_position_embeddings=s.length,
             sparse_prediction=not plain,
             reference_compile=False if plain else None,  # None: it compiles parts of itself on a GPU

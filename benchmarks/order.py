@@ -28,7 +28,7 @@ from benchmarks.texts import documents, write_json_lines
 from src import data_c4
 from src.bert_layers import BertForMaskedLM, Layout
 from src.builders import padded_vocab_size
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 
 WINDOWS = (0, 8, 64)
 NODES, RANKS, GLOBAL, MICRO = 8, 8, 4096, 128
@@ -73,7 +73,7 @@ def trained(folder: str, tokenizer: Any, seed: int, window: int, steps: int) -> 
     """Held-out loss after a run."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(
+    config = MosaicBertConfig(
         **shape, intermediate_size=384, vocab_size=padded_vocab_size(tokenizer), hidden_dropout_prob=0.0
     )
     model = BertForMaskedLM(config).train()

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 from src.attention import alibi_slopes, attention
 from src.bert_layers import BertLayer, Layout
 from src.bert_padding import tile_tables
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import TILE_ROWS
 from src.geglu_triton import geglu
 from src.kernels import draw_key
@@ -96,7 +96,7 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
 
     x, residual, qkv, packed = rows(D), rows(D), rows(3, N, D // N), rows(2 * I)
     weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)
-    layer = BertLayer(BertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
+    layer = BertLayer(MosaicBertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
     parameters, layout = tuple(layer.parameters()), Layout(cu_seqlens, T, tables)
     # Under autocast a weight is cast, and the copy is kept; as it does not grow with T, it is no activation.
     counted = {

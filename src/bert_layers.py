@@ -33,7 +33,7 @@ from .bert_padding import (
     unpad_input,
     unpad_layout,
 )
-from .configuration_bert import BertConfig
+from .configuration_bert import MosaicBertConfig
 from .flash_attn_triton import TILE_ROWS
 from .fused_torch import dropout
 from .fused_torch import geglu as geglu_torch
@@ -68,7 +68,7 @@ class LayerNorm(nn.LayerNorm):
     Under autocast the result has the autocast dtype, so that the residual stream stays in it.
     """
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.kernels = resolve_kernels(config.kernels)
 
@@ -108,7 +108,7 @@ class Layout:
 class BertEmbeddings(nn.Module):
     """Word and segment embeddings; no positions, ALiBi has them."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
@@ -143,7 +143,7 @@ class AlibiSlopes(nn.Module):
 class BertSelfAttention(nn.Module):
     """Queries, keys and values in one product, then attention within each sequence."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
@@ -171,7 +171,7 @@ class BertSelfAttention(nn.Module):
 class BertSelfOutput(nn.Module):
     """The attention's output projection, dropout, residual and LayerNorm."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config)
@@ -184,7 +184,7 @@ class BertSelfOutput(nn.Module):
 class BertAttention(nn.Module):
     """Self-attention block."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
@@ -197,7 +197,7 @@ class BertAttention(nn.Module):
 class BertGatedLinearUnitMLP(nn.Module):
     """wo(dropout(gelu(x Wg) * (x Wu))), residual and LayerNorm. Shazeer's GEGLU; the gate has no bias."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -212,7 +212,7 @@ class BertGatedLinearUnitMLP(nn.Module):
 class BertLayer(nn.Module):
     """One Transformer layer; with ``rows``, keys and values for all T tokens, all else for those rows only."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.attention = BertAttention(config)
         self.mlp = BertGatedLinearUnitMLP(config)
@@ -224,7 +224,7 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """The layers, on (T, D)."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.alibi = AlibiSlopes(config.num_attention_heads)
@@ -247,7 +247,7 @@ class BertEncoder(nn.Module):
 class BertPooler(nn.Module):
     """tanh(dense(first token)), as in BERT."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -263,7 +263,7 @@ class BertPooler(nn.Module):
 class BertPreTrainedModel(PreTrainedModel):
     """What all MosaicBERTs share: config, initial weights, gradient checkpointing."""
 
-    config_class = BertConfig
+    config_class = MosaicBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BertLayer"]
@@ -289,7 +289,7 @@ def _refuse(**arguments: object) -> None:
 class BertModel(BertPreTrainedModel):
     """The encoder, with BERT's pooler on top unless ``add_pooling_layer`` is False."""
 
-    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
@@ -383,7 +383,7 @@ class BertModel(BertPreTrainedModel):
 class BertPredictionHeadTransform(nn.Module):
     """LayerNorm(gelu(dense(x)))."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config)
@@ -395,7 +395,7 @@ class BertPredictionHeadTransform(nn.Module):
 class BertLMPredictionHead(nn.Module):
     """Logits over the vocabulary; the decoder's weight is the word embeddings'."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
@@ -407,7 +407,7 @@ class BertLMPredictionHead(nn.Module):
 class BertOnlyMLMHead(nn.Module):
     """The head, under the name that checkpoints have."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
@@ -420,7 +420,7 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     _tied_weights_keys = ["cls.predictions.decoder.weight"]
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
@@ -524,14 +524,14 @@ class BertForMaskedLM(BertPreTrainedModel):
         return UnpaddedMaskedLMOutput(**masked_lm_head_loss(x, head.decoder.weight, head.decoder.bias, labels))
 
 
-def _classifier_dropout(config: BertConfig) -> nn.Dropout:
+def _classifier_dropout(config: MosaicBertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
     """MosaicBERT with a classification or regression head: classifier(dropout(tanh(dense(first token)))), as BERT's."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config)
@@ -588,7 +588,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
 class BertForTokenClassification(BertPreTrainedModel):
     """MosaicBERT with a label for each token: classifier(dropout(last state)), without a pooler."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)

@@ -73,7 +73,7 @@ from src.config import (
     nearest,
     seconds,
 )
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import TILE_ROWS
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
@@ -164,9 +164,9 @@ def mosaic_bert(
     kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> MosaicBert:
-    """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, any length of sequence goes."""
+    """MosaicBERT; ``model_config`` takes what MosaicBertConfig does; sequences may have any length."""
     options = with_kernels(model_config, attention, kernels)
-    config = build_model_config(BertConfig, tokenizer, options, "model.model_config")
+    config = build_model_config(MosaicBertConfig, tokenizer, options, "model.model_config")
     try:
         return MosaicBert(config, gradient_checkpointing)
     except ValueError as error:

@@ -16,7 +16,7 @@ from src import pretrained as weights
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.builders import build, build_model_config, with_kernels
 from src.config import Component, ConfigError
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import IGNORED, Batch, load_tokenizer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
@@ -146,9 +146,9 @@ def mosaic_bert(
     kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """MosaicBERT; ``model_config`` takes what BertConfig of configuration_bert.py does, over the pretrained one's."""
+    """MosaicBERT; ``model_config`` takes what MosaicBertConfig does, over the pretrained one's."""
     options = with_kernels(model_config, attention, kernels)
-    return _load(HEADS[kind][0], BertConfig, tokenizer, source, options, head, gradient_checkpointing)
+    return _load(HEADS[kind][0], MosaicBertConfig, tokenizer, source, options, head, gradient_checkpointing)
 
 
 def hf_bert(

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class BertConfig(PretrainedConfig):
+class MosaicBertConfig(PretrainedConfig):
     """Shape and regularisation of a MosaicBERT (Portes et al., 2023, arXiv 2312.17482). Defaults: MosaicBERT-Base.
 
     There is no maximal length: positions come from ALiBi alone (Press et al., 2021, arXiv 2108.12409).

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from src import checkpoint
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.pretrained import Pretrained
 
 EVAL_LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -63,7 +63,7 @@ def describe(source: Pretrained, auto_class: str, task: str, name: str) -> str:
     return CARD.format(
         task=task,
         name=name,
-        kind=MOSAIC_BERT if isinstance(config, BertConfig) else HF_BERT,
+        kind=MOSAIC_BERT if isinstance(config, MosaicBertConfig) else HF_BERT,
         auto_class=auto_class,
         table="\n".join(f"| {what} | {value} |" for what, value in rows.items()),
         run=run,

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import Batch
 
 
@@ -128,7 +128,7 @@ class MosaicBert(MaskedLMModel):
             memory, about a third more time.
     """
 
-    def __init__(self, config: BertConfig, gradient_checkpointing: bool = False):
+    def __init__(self, config: MosaicBertConfig, gradient_checkpointing: bool = False):
         super().__init__()
         self.model: BertForMaskedLM = BertForMaskedLM(config)
         self.config = config

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src import checkpoint, data_c4
 from src.config import ConfigError, nearest
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ LEFT = (*FRESH, "cls.", "bert.embeddings.position_ids")
 """What the weights may have and a class may lack: heads, and a buffer of older versions of transformers."""
 UNSEEN = ("num_attention_heads", "layer_norm_eps")
 """Settings that decide what weights mean and that no shape shows."""
-CONFIGS = {"mosaic_bert": BertConfig, "hf_bert": transformers.BertConfig}
+CONFIGS = {"mosaic_bert": MosaicBertConfig, "hf_bert": transformers.BertConfig}
 """The config's class of each model that main.py trains."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a Hugging Face folder; the first one that is there is read."""
@@ -55,7 +55,7 @@ class Pretrained:
 
     path: Path
     """The checkpoint's file, or the Hugging Face folder."""
-    config: BertConfig | transformers.BertConfig
+    config: MosaicBertConfig | transformers.BertConfig
     """Shape of the model."""
     state: dict[str, Tensor]
     """Weights by name; the encoder's begin with ``bert.``, as in BertForMaskedLM."""
@@ -127,12 +127,14 @@ def _read_folder(folder: Path) -> Pretrained:
     model_type = options.get("model_type")
     if model_type not in ("mosaic_bert", "bert"):
         raise ConfigError(f"{folder}: model_type {model_type!r} is neither mosaic_bert nor bert")
-    kind = BertConfig if model_type == "mosaic_bert" or "alibi_starting_size" in options else transformers.BertConfig
-    if kind is BertConfig:
+    kind = (
+        MosaicBertConfig if model_type == "mosaic_bert" or "alibi_starting_size" in options else transformers.BertConfig
+    )
+    if kind is MosaicBertConfig:
         if options.get("hidden_act", "gelu") != "gelu":
             raise ConfigError(f"{folder}: hidden_act {options['hidden_act']!r}: MosaicBERT's is gelu")
         # Of a published config, what acts here; it has lengths and positions too, and the names of its own classes.
-        takes = {*inspect.signature(BertConfig).parameters, "id2label", "label2id", "problem_type"}
+        takes = {*inspect.signature(MosaicBertConfig).parameters, "id2label", "label2id", "problem_type"}
         options = {name: value for name, value in options.items() if name in takes}
     weights = _read_weights(folder)
     if "embeddings.word_embeddings.weight" in weights:  # of an encoder alone
@@ -208,7 +210,7 @@ def _overridden(source: Pretrained, overrides: dict[str, Any]) -> Any:
 def check_kind(source: Pretrained, model_class: type[PreTrainedModel]) -> None:
     """Refuse weights of a MosaicBERT for Hugging Face's BERT, and the reverse, with the reason (ConfigError)."""
     assert model_class.config_class is not None
-    ours, theirs = issubclass(model_class.config_class, BertConfig), isinstance(source.config, BertConfig)
+    ours, theirs = issubclass(model_class.config_class, MosaicBertConfig), isinstance(source.config, MosaicBertConfig)
     if ours and not theirs:
         raise ConfigError(
             f"{source.path}: these are weights of Hugging Face's BERT (learned positions, separate queries, keys and "

@@ -13,7 +13,7 @@ from src.bert_layers import (
     BertModel,
     Layout,
 )
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import split_unpadded
 
 SMALL = dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40)
@@ -22,7 +22,9 @@ RAGGED = [9, 1, 17, 4, 17]
 
 def model_of(cls=BertForMaskedLM, dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    model = cls(BertConfig(**{**SMALL, "hidden_dropout_prob": 0.0, "initializer_range": 0.3, **changes})).to(dtype)
+    model = cls(MosaicBertConfig(**{**SMALL, "hidden_dropout_prob": 0.0, "initializer_range": 0.3, **changes})).to(
+        dtype
+    )
     for name, p in model.named_parameters():  # biases and norms away from their initial values, so that each one counts
         if p.ndim < 2:
             torch.nn.init.normal_(p, mean=1.0 if "norm" in name.lower() and "weight" in name else 0.0, std=0.3)
@@ -238,7 +240,7 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(monkey
 def test_base_size_has_the_published_state_dict():
     """Names and shapes of the published MosaicBERT-Base, 137 M parameters."""
     with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig())
+        model = BertForMaskedLM(MosaicBertConfig())
     D, intermediate, V = 768, 3072, 30528
     want = {
         "bert.embeddings.word_embeddings.weight": (V, D),
@@ -273,7 +275,7 @@ def test_base_size_has_the_published_state_dict():
 
 def test_decoder_is_tied_and_weights_are_normal():
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**{**SMALL, "hidden_size": 96, "intermediate_size": 200}))
+    model = BertForMaskedLM(MosaicBertConfig(**{**SMALL, "hidden_size": 96, "intermediate_size": 200}))
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     for name, p in model.named_parameters():
         if p.ndim == 2 and p.numel() > 1000:
@@ -294,7 +296,7 @@ def test_slopes_stay_fp32_and_out_of_the_state_dict(convert):
 
 def test_slopes_survive_the_meta_device():
     with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig(**SMALL))
+        model = BertForMaskedLM(MosaicBertConfig(**SMALL))
     model.to_empty(device="cpu")
     assert torch.equal(model.bert.encoder.alibi.slopes, alibi_slopes(3))
 
@@ -384,4 +386,4 @@ def test_attention_dropout_only_where_it_acts():
     with pytest.raises(ValueError, match="'nope' is not there"):
         model_of(attention="nope")
     with pytest.raises(ValueError, match="not a multiple"):
-        BertConfig(hidden_size=10, num_attention_heads=3)
+        MosaicBertConfig(hidden_size=10, num_attention_heads=3)

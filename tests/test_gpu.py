@@ -14,7 +14,7 @@ from src import bert_layers
 from src.attention import resolve
 from src.bert_layers import BertForMaskedLM, Layout
 from src.bert_padding import tile_tables
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import TILE_ROWS
 
 pytestmark = [
@@ -35,7 +35,16 @@ def microbatch(lengths, vocab_size=1024):
 
 def model_of(**options):
     torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(1024, 128, 3, 2, 256, **options)).cuda()
+    return BertForMaskedLM(
+        MosaicBertConfig(
+            vocab_size=1024,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=256,
+            **options,
+        )
+    ).cuda()
 
 
 @pytest.mark.parametrize("attention", ["triton", "flash_attn"])
@@ -114,7 +123,7 @@ def test_a_folder_with_the_source_runs_its_kernels(tmp_path):
     """In a process without this repo; the logits are those of the CPU."""
     model = model_of().eval().cpu()
     model.config.auto_map = {
-        "AutoConfig": "configuration_bert.BertConfig",
+        "AutoConfig": "configuration_bert.MosaicBertConfig",
         "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
     }
     source = Path(bert_layers.__file__)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.saved_bytes import count, kept_bytes
 from src import attention, flash_attn_triton, fused_torch, geglu_triton, kernels, layer_norm_triton
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import split_unpadded
 from tests.test_bert_layers import batch_of, gradients, model_of, unpadded
 
@@ -103,7 +103,7 @@ def test_fp64_and_probabilities_that_are_none_are_refused():
 def test_auto_goes_by_the_device():
     assert not kernels.use_triton("auto", torch.ones(1)) and not kernels.use_triton("torch", torch.ones(1))
     assert kernels.use_triton("triton", torch.ones(1))
-    assert BertConfig().kernels == "auto"
+    assert MosaicBertConfig().kernels == "auto"
 
 
 WHOLE = dict(attention="torch", dtype=torch.float32)
@@ -262,7 +262,7 @@ def test_whole_model_compiles_without_a_break(choice):
     from src.masked_lm_loss import masked_lm_head_loss
 
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=24, intermediate_size=40, hidden_dropout_prob=0.0, kernels=choice)
+    config = MosaicBertConfig(hidden_size=24, intermediate_size=40, hidden_dropout_prob=0.0, kernels=choice)
     mlp = BertGatedLinearUnitMLP(config).to(DEVICE)
     weight, bias = torch.randn(97, 24, device=DEVICE), torch.randn(97, device=DEVICE)
 

@@ -20,7 +20,7 @@ import main
 from src import checkpoint
 from src.bert_layers import BertForMaskedLM
 from src.config import load
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import MaskingCollator, StreamingC4
 from src.pretrained import load_pretrained
 from src.summary import memory, schedule_shares, total_steps
@@ -167,7 +167,8 @@ def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
         ]
     )
     printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
-    model = BertForMaskedLM(BertConfig(1024, 24, 4, 3, 40))
+    shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
+    model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
     assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
     assert "190, 10.13 passes" in printed["steps"]

@@ -4,14 +4,14 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arms import SDPA_ON_CPU
-from src.configuration_bert import BertConfig
+from src.configuration_bert import MosaicBertConfig
 from src.data_c4 import split_padded, split_unpadded
 from src.hf_bert import HFBert
 from src.mosaic_bert import LanguageCrossEntropy, MaskedAccuracy, MosaicBert
 from tests.test_bert_layers import RAGGED, SMALL, batch_of
 
 MODELS = {
-    "mosaic_bert": lambda: MosaicBert(BertConfig(**SMALL)),
+    "mosaic_bert": lambda: MosaicBert(MosaicBertConfig(**SMALL)),
     "hf_bert": lambda: HFBert(transformers.BertConfig(**SMALL)),
 }
 SPLITS = {"mosaic_bert": split_unpadded, "hf_bert": split_padded}
@@ -87,7 +87,7 @@ def test_flops_follow_real_tokens_and_squared_lengths():
 
 def test_gradient_checkpointing_is_handed_on():
     for model in (
-        MosaicBert(BertConfig(**SMALL), gradient_checkpointing=True),
+        MosaicBert(MosaicBertConfig(**SMALL), gradient_checkpointing=True),
         HFBert(transformers.BertConfig(**SMALL), gradient_checkpointing=True),
     ):
         assert model.model.is_gradient_checkpointing
