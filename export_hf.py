@@ -21,7 +21,6 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.dynamic_module_utils import get_relative_imports
 
 from src import bert_layers, export_onnx, model_card, pretrained
 from src.config import ConfigError
@@ -51,7 +50,7 @@ import torch
 import transformers
 folder, auto_class, file = sys.argv[1:]
 ids, mask, text = torch.load(file)
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
 with torch.no_grad():
     torch.save((model(ids, mask)[0], tokenizer(text)["input_ids"]), file)
@@ -79,15 +78,9 @@ def load(source: Pretrained) -> tuple[str, PreTrainedModel]:
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str, folder: Path) -> None:
-    """Write a model's folder: config, weights, tokenizer, card and, of a MosaicBERT, source. ``folder`` is made."""
+    """Write a model's folder: config, weights, tokenizer, card and, of a MosaicBERT, its source. ``folder`` is made."""
     folder.mkdir(parents=True)
     model.config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(model.config, MosaicBertConfig):
-        model.config.auto_map = {"AutoConfig": "configuration_bert.MosaicBertConfig"}
-        model.config.auto_map |= {auto: f"bert_layers.{name}" for auto, (name, _) in CLASSES.items()}
-        source = Path(bert_layers.__file__)
-        for name in (source.stem, *get_relative_imports(source)):
-            shutil.copy(source.with_name(f"{name}.py"), folder)
     model.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else nobody but the owner may read it
     tokenizer.save_pretrained(folder)

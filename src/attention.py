@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten  # its ops are not typed
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """Slope of each head, (N,) fp32 (Press et al., 2021, section 3 and its reference implementation).
 
     A power of two takes the geometric sequence that ends at 2^-8. Any other N takes the slopes of the next lower power
@@ -42,7 +42,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     power = 2 ** math.floor(math.log2(num_heads))
     exponents = [8 * (i + 1) / power for i in range(power)]
     exponents += [8 * (i + 1) / (2 * power) for i in range(0, 2 * (num_heads - power), 2)]
-    return torch.tensor([2.0**-e for e in exponents], dtype=torch.float32)
+    return torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device=device)
 
 
 def attention(

@@ -125,19 +125,46 @@ class BertEmbeddings(nn.Module):
 
 
 class AlibiSlopes(nn.Module):
-    """The slopes (N,) of all heads: a buffer that moves with the model but is never cast lower than fp32, nor saved."""
+    """The slopes (N,) of all heads: a buffer that moves with the model but is never cast lower than fp32, nor saved.
+
+    Nothing restores such a buffer where a library builds the model on the meta device and loads only what was saved:
+    transformers 5 leaves uninitialised memory in it. Hence ``fill``, and a look at the values before their first use.
+    """
 
     slopes: Tensor
 
     def __init__(self, num_heads: int):
         super().__init__()
         self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+        self.checked: Tensor | None = None
+
+    def fill(self, device: torch.device) -> None:
+        """Compute the slopes again, on ``device``."""
+        self.slopes = alibi_slopes(len(self.slopes), device)
 
     def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # .half(), .to(bfloat16) and to_empty() all come through here; computed anew, the slopes survive each of them.
+        # .half(), .to(bfloat16) and to_empty() all come through here.
         super()._apply(fn, recurse)
-        self.slopes = alibi_slopes(len(self.slopes)).to(self.slopes.device)
+        self.fill(self.slopes.device)
         return self
+
+    def forward(self, device: torch.device) -> Tensor:
+        """The slopes, (N,) fp32, for a model on ``device``.
+
+        Raises:
+            ValueError: they are not those of N heads. Checked once for each tensor, for which a GPU waits.
+        """
+        if self.slopes.is_meta and device.type != "meta":  # load_state_dict(assign=True) leaves it there
+            self.fill(device)
+        if self.checked is not self.slopes and not (self.slopes.is_meta or torch.compiler.is_compiling()):
+            want = alibi_slopes(len(self.slopes), "cpu")
+            if not torch.equal(self.slopes.cpu(), want):
+                raise ValueError(
+                    f"the ALiBi slopes are {self.slopes.tolist()}, not {want.tolist()}: whatever loaded this model did "
+                    "not initialise its buffers. Load it by from_pretrained with trust_remote_code=True"
+                )
+            self.checked = self.slopes
+        return self.slopes
 
 
 class BertSelfAttention(nn.Module):
@@ -233,9 +260,9 @@ class BertEncoder(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """The input and the output of every layer, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
-        states = (x,)
+        states, slopes = (x,), self.alibi(x.device)
         for i, layer in enumerate(self.layer):
-            args = (x, layout, self.alibi.slopes, rows if i == len(self.layer) - 1 else None)
+            args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None)
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, *args)
             else:
@@ -261,7 +288,11 @@ class BertPooler(nn.Module):
 
 
 class BertPreTrainedModel(PreTrainedModel):
-    """What all MosaicBERTs share: config, initial weights, gradient checkpointing."""
+    """What all MosaicBERTs share: config, initial weights, gradient checkpointing.
+
+    Each class names the way to it (``_auto_class``), so that save_pretrained writes this source beside the weights,
+    and the folder loads where nothing but torch and transformers is.
+    """
 
     config_class = MosaicBertConfig
     base_model_prefix = "bert"
@@ -270,13 +301,16 @@ class BertPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range) for matrices, 0 for biases, 1 and 0 for LayerNorms, as BERT."""
+        # Through nn.init alone: transformers 5 replaces these functions so that they leave loaded weights as they are.
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(mean=0.0, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
-            module.bias.data.zero_()
+            nn.init.zeros_(module.bias)
         if isinstance(module, nn.LayerNorm):
-            module.weight.data.fill_(1.0)
-            module.bias.data.zero_()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, AlibiSlopes):
+            module.fill(module.slopes.device)
 
 
 def _refuse(**arguments: object) -> None:
@@ -288,6 +322,8 @@ def _refuse(**arguments: object) -> None:
 
 class BertModel(BertPreTrainedModel):
     """The encoder, with BERT's pooler on top unless ``add_pooling_layer`` is False."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -369,7 +405,7 @@ class BertModel(BertPreTrainedModel):
             # The first real token, wherever padding put it. An empty sequence pools a zero vector.
             first = attention_mask.bool().int().argmax(dim=1)
             pooled = self.pooler(last[torch.arange(B, device=last.device), first])
-        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = BaseModelOutputWithPooling(
@@ -418,13 +454,16 @@ class BertOnlyMLMHead(nn.Module):
 class BertForMaskedLM(BertPreTrainedModel):
     """MosaicBERT with its masked-language-model head."""
 
-    _tied_weights_keys = ["cls.predictions.decoder.weight"]
+    # A dict, as transformers 5 wants it: what is tied to what. transformers 4 reads the keys alone.
+    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _auto_class = "AutoModelForMaskedLM"
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
         self.post_init()
+        self.tie_weights()  # transformers 5.0 does not on the meta device
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder
@@ -462,7 +501,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         if layout is not None:
             assert input_ids is not None and masked_index is not None and labels is not None
             return self.forward_unpadded(input_ids, layout, masked_index, labels, token_type_ids)
-        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if labels is not None and not return_logits and not output_hidden_states and inputs_embeds is None:
@@ -531,6 +570,8 @@ def _classifier_dropout(config: MosaicBertConfig) -> nn.Dropout:
 class BertForSequenceClassification(BertPreTrainedModel):
     """MosaicBERT with a classification or regression head: classifier(dropout(tanh(dense(first token)))), as BERT's."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -570,7 +611,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None if labels is None else self._loss(logits.float(), labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
-        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -587,6 +628,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
 class BertForTokenClassification(BertPreTrainedModel):
     """MosaicBERT with a label for each token: classifier(dropout(last state)), without a pooler."""
+
+    _auto_class = "AutoModelForTokenClassification"
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
@@ -624,5 +667,5 @@ class BertForTokenClassification(BertPreTrainedModel):
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
-        return_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

@@ -4,6 +4,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_bert.MosaicBertConfig",
+    "AutoModel": "bert_layers.BertModel",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
+    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
+}
+"""The class of each Auto class, for trust_remote_code: in the source that lies beside a saved model's weights."""
+
 
 class MosaicBertConfig(PretrainedConfig):
     """Shape and regularisation of a MosaicBERT (Portes et al., 2023, arXiv 2312.17482). Defaults: MosaicBERT-Base.
@@ -25,6 +34,7 @@ class MosaicBertConfig(PretrainedConfig):
         kernels: of LayerNorm and GLU: ``triton``, ``torch``, or ``auto``, which is triton on a GPU and torch elsewhere.
         classifier_dropout: dropout before the classification head; None means ``hidden_dropout_prob``.
         pad_token_id: id of [PAD]; padding never enters the model, only ``pad_token_id`` of the tokenizer is recorded.
+        tie_word_embeddings: whether the head's decoder is the word embeddings' weight, as in BERT.
         kwargs: what every Hugging Face config takes, ``num_labels`` for one.
 
     Raises:
@@ -32,6 +42,7 @@ class MosaicBertConfig(PretrainedConfig):
     """
 
     model_type = "mosaic_bert"
+    _auto_class = "AutoConfig"  # so that save_pretrained writes this source too
 
     def __init__(
         self,
@@ -49,9 +60,11 @@ class MosaicBertConfig(PretrainedConfig):
         kernels: str = "auto",
         classifier_dropout: float | None = None,
         pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, **{"auto_map": dict(AUTO_MAP), **kwargs})
+        self.tie_word_embeddings = tie_word_embeddings  # transformers 5 has no default of its own
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}; "

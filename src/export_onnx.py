@@ -51,7 +51,7 @@ class Padded(nn.Module):
         # Distances count real tokens, so that padding may be anywhere.
         position = attention_mask.cumsum(1).float()
         distance = (position[:, None, :, None] - position[:, None, None, :]).abs()  # (B, 1, S, S)
-        bias = -bert.encoder.alibi.slopes[:, None, None] * distance
+        bias = -bert.encoder.alibi(distance.device)[:, None, None] * distance
         bias = bias.masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)  # (B, N, S, S)
 
         x = bert.embeddings(input_ids, token_type_ids, None)  # (B, S, D)

@@ -301,6 +301,26 @@ def test_slopes_survive_the_meta_device():
     assert torch.equal(model.bert.encoder.alibi.slopes, alibi_slopes(3))
 
 
+def test_weights_assigned_to_a_model_on_the_meta_device():
+    """Nothing that is saved holds the slopes."""
+    model, batch = model_of(dtype=torch.float32), batch_of()
+    with torch.device("meta"):
+        other = BertForMaskedLM(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
+def test_slopes_that_nobody_initialised_are_refused():
+    """As when a library builds the model on the meta device and fills in only what was saved."""
+    model, batch = model_of(dtype=torch.float32), batch_of()
+    for left in (float("nan"), 0.0):
+        model.bert.encoder.alibi.slopes = torch.full((3,), left)
+        with pytest.raises(ValueError, match=r"the ALiBi slopes are \[.*\], not \[0.0625, .*from_pretrained"):
+            model(**batch)
+    model._init_weights(model.bert.encoder.alibi)  # as transformers 5 does, after loading
+    assert model(**batch).loss.isfinite()
+
+
 def test_autocast_keeps_stream_low_and_statistics_high(monkeypatch):
     """Residual stream and norms' output in bf16; parameters, gradients, loss in fp32; close to fp32's loss."""
     model = model_of(dtype=torch.float32, initializer_range=0.05)
