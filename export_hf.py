@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from src import bert_layers, export_onnx, model_card, pretrained
 from src.config import ConfigError
 from src.configuration_bert import MosaicBertConfig
+from src.data_c4 import save_tokenizer
 from src.pretrained import Pretrained
 
 CLASSES = {
@@ -83,7 +84,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str,
     model.config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
     model.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else nobody but the owner may read it
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     (folder / "README.md").write_text(card)
 
 

@@ -19,7 +19,7 @@ from composer.utils import dist, get_device, reproducibility
 from src import builders, checkpoint, processes
 from src.callbacks import Interrupted, TrainingError
 from src.config import ConfigError, RunConfig, hide_environment, load, settings, to_dict
-from src.data_c4 import load_tokenizer, tokenizer_fingerprint
+from src.data_c4 import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
 from src.resume import ResumeCheck, dataset_fingerprint
 from src.summary import environment, summarize
 
@@ -68,7 +68,8 @@ def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str 
     train_data = builders.build_train_data(config, tokenizer)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
     fingerprints = {"dataset": dataset_fingerprint(dataset), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    check = ResumeCheck({**settings(config), **fingerprints}, config.resume.allow)
+    earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
+    check = ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
     if found is not None:
         check.compare(checkpoint.settings_of(found), found)  # before weights of another shape are tried
     return Trainer(

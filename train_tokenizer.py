@@ -218,11 +218,13 @@ def main(argv: list[str] | None = None) -> None:
     if size < args.vocab_size:
         print(f"the text has pieces for {size} entries only, not for {args.vocab_size}", file=sys.stderr)
 
-    from transformers import BertTokenizerFast  # takes seconds to import
+    from transformers import BertTokenizerFast  # takes seconds to import, as the next
+
+    from src.data_c4 import save_tokenizer
 
     partial = args.out.with_name(f"{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase).save_pretrained(partial)
+    save_tokenizer(BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase), partial)
     shutil.rmtree(args.out, ignore_errors=True)
     partial.rename(args.out)
     if other is not None:

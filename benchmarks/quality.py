@@ -50,6 +50,7 @@ from benchmarks.pretraining import RECIPES, TUNING, Run, Setup, Text, keep_setti
 from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, part_of, wikipedia_topics, write_json_lines
 from src import data_c4
 from src.config import Component
+from src.data_c4 import save_tokenizer
 from src.finetune_config import FinetuneConfig, LabelledData, TaskConfig
 from src.finetune_run import PREDICTIONS, RESULT
 from src.finetune_run import run as finetune_once
@@ -171,7 +172,7 @@ def save(run: Run, path: Path, about: dict[str, Any]) -> None:
     """A Hugging Face folder with the tokenizer, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     run.arm.model.save_pretrained(partial)
-    run.text.tokenizer.save_pretrained(partial)
+    save_tokenizer(run.text.tokenizer, partial)
     (partial / "about.json").write_text(json.dumps(about, indent=1))
     partial.rename(path)
 

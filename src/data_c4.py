@@ -33,6 +33,7 @@ from typing import Any, NotRequired, TypedDict
 import huggingface_hub
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
@@ -41,10 +42,15 @@ from streaming.base.hashing import get_hash
 from streaming.base.shuffle import get_shuffle
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if folder.is_dir():
         if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
             raise ValueError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
+        tokenizer = _from_pretrained(name_or_folder, local_files_only=True)
     elif name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1:
         raise ValueError(f"tokenizer {name_or_folder!r}: there is no such folder")
     else:
@@ -85,21 +91,27 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     lacking = [name for name in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if lacking:
         raise ValueError(f"tokenizer {name_or_folder!r} has no {', '.join(lacking)} token; BERT's training needs them")
+    _restore_saved_parts(tokenizer, name_or_folder)
     # Some folders carry truncation and padding of their own; lengths are ours to decide.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
+def _from_pretrained(name: str, **options: Any) -> Any:
+    """transformers' tokenizer; code that comes with one is never run, and nobody is asked whether it may be."""
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
 def _hub_tokenizer(name: str) -> Any:
     """From the local cache, else from the hub, which is said."""
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return _from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face hub", name)
     try:
         huggingface_hub.model_info(name, timeout=10)  # offline this fails at once; from_pretrained tries for a minute
-        return AutoTokenizer.from_pretrained(name)
+        return _from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -108,12 +120,90 @@ def _hub_tokenizer(name: str) -> Any:
         ) from None
 
 
+def _restore_saved_parts(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Make a tokenizer what its tokenizer.json says, as transformers 4 does.
+
+    transformers 5 builds the tokenizers of a model type from the vocabulary and puts that type's own normalizer,
+    pre-tokenizer and post-processor in the place of the saved ones.
+    """
+    path = cached_file(name, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    if int(transformers.__version__.split(".")[0]) < 5 or path is None:
+        return
+    backend, saved = tokenizer.backend_tokenizer, Tokenizer.from_file(path)
+    if type(saved.model) is type(backend.model) and saved.get_vocab() == backend.get_vocab():
+        backend.model = saved.model
+    if not (type(saved.normalizer) is type(backend.normalizer) is BertNormalizer):  # else tokenizer_config.json decides
+        backend.normalizer = saved.normalizer
+    backend.pre_tokenizer, backend.post_processor = saved.pre_tokenizer, saved.post_processor
+    backend.decoder = saved.decoder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer that AutoTokenizer of transformers 4 and 5 loads, and that gives the same ids under both.
+
+    What transformers 5 writes is not always read by 4: the class TokenizersBackend, a list of extra special tokens.
+    """
+    tokenizer.save_pretrained(folder)
+    backend = tokenizer.backend_tokenizer
+    backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    extra = config.pop("extra_special_tokens", None)
+    if isinstance(extra, list):
+        config["additional_special_tokens"] = extra
+    for name in ("backend", "is_local", "local_files_only", "model_specific_special_tokens"):
+        config.pop(name, None)
+    parts = type(backend.model), type(backend.normalizer), type(backend.pre_tokenizer)
+    if parts != (WordPiece, BertNormalizer, BertPreTokenizer) or config["tokenizer_class"] == "TokenizersBackend":
+        # A class of its own may be built anew from the vocabulary; this one is what tokenizer.json says.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256, in hex, of all that decides which ids a text becomes."""
+    """SHA-256, in hex, of all that decides which ids a text becomes.
+
+    [CLS] A [SEP] B [SEP] has two forms in a tokenizer.json, the one that transformers 4 writes and the one that 5
+    writes; they have one fingerprint.
+    """
+    return _fingerprint(tokenizer, _as_bert_processing)
+
+
+def earlier_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What shards and checkpoints may hold in its place that were made when the two forms had a fingerprint each."""
+    return _fingerprint(tokenizer, _as_template)
+
+
+def _fingerprint(
+    tokenizer: PreTrainedTokenizerFast, form: Callable[[tuple[str, int], tuple[str, int]], dict[str, Any]]
+) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
+    cls, sep = (str(tokenizer.cls_token), tokenizer.cls_token_id), (str(tokenizer.sep_token), tokenizer.sep_token_id)
+    if backend["post_processor"] in (_as_bert_processing(cls, sep), _as_template(cls, sep)):
+        backend["post_processor"] = form(cls, sep)
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def _as_bert_processing(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
+    """[CLS] A [SEP] B [SEP] as transformers 4 writes it; of both tokens the name and the id."""
+    return {"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}
+
+
+def _as_template(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
+    """The same as transformers 5 writes it."""
+
+    def special(name: str, segment: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": segment}}
+
+    single = [special(cls[0], 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep[0], 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}, special(sep[0], 1)],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (cls, sep)},
+    }
 
 
 def encode_prefix(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int) -> list[int]:
@@ -702,7 +792,7 @@ def _check_tokens(
     description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, folder: Path
 ) -> None:
     """Shards of tokens fit the run: same tokenizer, same length."""
-    if description["fingerprint"] != tokenizer_fingerprint(tokenizer):
+    if description["fingerprint"] not in (tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)):
         raise DataError(
             f"{folder} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
             f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again."

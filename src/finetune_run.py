@@ -20,7 +20,7 @@ from src import builders, checkpoint, classifier, pretrained
 from src.callbacks import ConsoleLine, Guard, MetricsFile, Reseed, TrainingError
 from src.config import Component
 from src.convert import write_text
-from src.data_c4 import IGNORED
+from src.data_c4 import IGNORED, save_tokenizer
 from src.finetune_config import DEFAULT_METRICS, RunSpec
 from src.labelled import Collator, Encoded, classes_of, counts, encode, read_sets, split_batch
 from src.summary import environment
@@ -126,7 +126,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
 
     if spec.save_model:
         network.save_pretrained(folder / MODEL)
-        tokenizer.save_pretrained(folder / MODEL)
+        save_tokenizer(tokenizer, folder / MODEL)
     result = {
         "task": spec.task,
         "seed": spec.seed,

@@ -312,7 +312,7 @@ def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> N
         trained_with = None
     if trained_with is None:
         log.warning("%s does not say which tokenizer it was trained with, so none was compared", source.path)
-    elif data_c4.tokenizer_fingerprint(tokenizer) != trained_with:
+    elif trained_with not in (data_c4.tokenizer_fingerprint(tokenizer), data_c4.earlier_fingerprint(tokenizer)):
         raise ConfigError(f"{source.path}: the tokenizer {tokenizer.name_or_path} is another than it was trained with")
     if len(tokenizer) > source.config.vocab_size:
         raise ConfigError(

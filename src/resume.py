@@ -46,10 +46,11 @@ class ResumeCheck(Callback):
     Args:
         settings: what decides the run's result, by path (``config.settings``, and fingerprints).
         allow: paths, and sections, that may differ.
+        earlier: other values that mean the same, by path, as earlier versions wrote them.
     """
 
-    def __init__(self, settings: dict[str, Any], allow: Sequence[str]):
-        self.settings, self.allow = settings, allow
+    def __init__(self, settings: dict[str, Any], allow: Sequence[str], earlier: dict[str, Any] | None = None):
+        self.settings, self.allow, self.earlier = settings, allow, earlier or {}
         self.accepted: list[str] = []
         self._options: list[list[dict[str, Any]]] = []
 
@@ -68,7 +69,8 @@ class ResumeCheck(Callback):
         if there is None:
             log.warning("%s states no settings, so nothing was compared with this run's", path)
             return []
-        found = differences(there, self.settings)
+        same = {name for name, value in self.earlier.items() if there.get(name) == value}
+        found = {k: values for k, values in differences(there, self.settings).items() if k not in same}
         accepted = [
             name for name in found if name not in FROM_CHECKPOINT and any(is_within(name, ok) for ok in self.allow)
         ]

@@ -1,4 +1,6 @@
 import gc
+import hashlib
+import json
 import runpy
 import shutil
 import subprocess
@@ -15,11 +17,12 @@ import torch
 from streaming.base.batching.random import generate_work_random_batching
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.spanner import Spanner
-from transformers import BertTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import convert_c4
 from src import data_c4
-from src.data_c4 import EachSampleOnce, MaskingCollator, StreamingC4, mask_batch
+from src.data_c4 import TOKENS_KEY, DataError, EachSampleOnce, MaskingCollator, StreamingC4, mask_batch
 from tests.conftest import MAX_SEQ_LEN
 
 
@@ -148,7 +151,7 @@ def test_bert_base_uncased_whose_folder_says_truncate():
 def test_tokenizers_that_cannot_be_used(lost, message, tokenizer_folder, monkeypatch):
     tokenizer = data_c4.load_tokenizer(tokenizer_folder)
     if lost == "fast":
-        tokenizer = BertTokenizer(f"{tokenizer_folder}/vocab.txt")
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
     else:
         tokenizer.mask_token = None
     monkeypatch.setattr(data_c4.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
@@ -163,6 +166,55 @@ def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder)
     assert data_c4.tokenizer_fingerprint(again) == data_c4.tokenizer_fingerprint(tokenizer)
     again.add_tokens(["naloxone"])
     assert data_c4.tokenizer_fingerprint(again) != data_c4.tokenizer_fingerprint(tokenizer)
+
+
+def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(tokenizer, token_shards):
+    """4 writes BertProcessing, 5 the template that means the same; shards of each form's own fingerprint are read."""
+    backend, seen = tokenizer.backend_tokenizer, []
+    cls, sep = (("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id))
+    template = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[cls, sep]
+    )
+    for form in (processors.BertProcessing(sep, cls), template):
+        backend.post_processor = form
+        written = json.loads(backend.to_str())
+        written["truncation"] = written["padding"] = None
+        special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+        plain = hashlib.sha256(json.dumps([written, special], sort_keys=True).encode()).hexdigest()
+        seen.append((data_c4.tokenizer_fingerprint(tokenizer), data_c4.earlier_fingerprint(tokenizer)))
+        assert plain in seen[-1]
+        description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
+        data_c4._check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
+    assert seen[0] == seen[1] and len(set(seen[0])) == 2
+    with pytest.raises(DataError, match="another tokenizer"):
+        data_c4._check_tokens({**description, "fingerprint": "other"}, tokenizer, MAX_SEQ_LEN, Path("here"))
+
+
+ODD = {
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
+    "pre_tokenizer": {"type": "Whitespace"},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+}
+
+
+@pytest.mark.parametrize("changed", [{}, ODD], ids=["as BERT's", "with parts of its own"])
+def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
+    """transformers 5 would put BERT's parts in their place; nor may a folder that we write depend on it."""
+    folder, out = tmp_path / "tokenizer", tmp_path / "out"
+    shutil.copytree(tokenizer_folder, folder)
+    file = folder / "tokenizer.json"
+    said = {**json.loads(file.read_text()), **changed}
+    file.write_text(json.dumps(said))
+    loaded = data_c4.load_tokenizer(str(folder))
+    assert json.loads(loaded.backend_tokenizer.to_str()) == said
+    loaded.add_special_tokens({"additional_special_tokens": ["[E1]"]})
+    data_c4.save_tokenizer(loaded, out)
+    for again in (data_c4.load_tokenizer(str(out)), AutoTokenizer.from_pretrained(out)):
+        assert again("ﬁne [E1] it's").input_ids == loaded("ﬁne [E1] it's").input_ids
+        assert set(again.all_special_tokens) == set(loaded.all_special_tokens)
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == ("PreTrainedTokenizerFast" if changed else "BertTokenizer")
+    assert not isinstance(config.get("extra_special_tokens"), list) and "backend" not in config
 
 
 # Samples

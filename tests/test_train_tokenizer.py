@@ -27,7 +27,7 @@ def train(source, out, *options, size="700"):
 
 def test_a_bert_tokenizer(source, tmp_path, capsys):
     tokenizer = train(source, tmp_path / "tokenizer")
-    assert tokenizer.is_fast and type(tokenizer).__name__ == "BertTokenizerFast"
+    assert tokenizer.is_fast and type(tokenizer).__name__.removesuffix("Fast") == "BertTokenizer"
     assert tokenizer.convert_tokens_to_ids(train_tokenizer.SPECIAL) == [0, 1, 2, 3, 4]
     assert (tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token_id) == ("[CLS]", "[SEP]", 4)
     assert len(tokenizer) == 700
@@ -53,7 +53,7 @@ def test_the_same_text_gives_the_same_bytes(source, tmp_path):
         train(source, tmp_path / name, size="900")
     command = [sys.executable, "train_tokenizer.py", source, "--out", tmp_path / "c", "--vocab_size", "900"]
     subprocess.run(command, check=True, capture_output=True)
-    for file in ("tokenizer.json", "vocab.txt"):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
         assert len({(tmp_path / name / file).read_bytes() for name in ("a", "b", "c")}) == 1
 
 
