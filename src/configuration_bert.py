@@ -83,3 +83,7 @@ class MosaicBertConfig(PretrainedConfig):
         self.attention = attention
         self.kernels = kernels
         self.classifier_dropout = classifier_dropout
+
+
+BertConfig = MosaicBertConfig
+"""The class in the auto_map of published MosaicBERTs and of folders exported before it had a name of its own."""

@@ -31,7 +31,7 @@ pipeline_tag: {task}
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 ```
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import export_hf
 import main
 from src import bert_layers, export_onnx, pretrained
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from src.configuration_bert import AUTO_MAP
 from src.pretrained import load_pretrained
 from tests.conftest import tiny_run
 from tests.test_bert_layers import batch_of, model_of
@@ -76,12 +78,13 @@ def test_the_card_says_how_it_was_made(exported, trained):
 
 
 USER = """
-import sys
+import builtins, os, sys
+builtins.input = lambda *prompt: sys.exit(f"asked: {prompt}")  # whether to run the custom code
 for absent in ("triton", "composer", "streaming", "omegaconf", "einops", "datasets", "torchmetrics"):
     sys.modules[absent] = None  # as where only torch and transformers are
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 folder, file = sys.argv[1:]
 ids, mask, logits, states, texts = torch.load(file)
@@ -103,7 +106,27 @@ try:  # never another model, silently
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
 
-tokenizer = AutoTokenizer.from_pretrained(folder)
+try:  # nor inside transformers' own BERT
+    AutoModelForQuestionAnswering.from_pretrained(folder, **load)
+    raise SystemExit("a head that is not there")
+except ValueError as error:
+    assert "MosaicBertConfig" in str(error), error
+
+
+def source(folder):
+    return {name for name in os.listdir(folder) if name.endswith(".py")}
+
+
+# What was fine-tuned from the folder and saved is a folder that loads by itself.
+tuned = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **load).eval()
+tuned.save_pretrained("tuned")
+assert source("tuned") == source(folder)
+again = AutoModelForSequenceClassification.from_pretrained("tuned", **load)
+assert torch.equal(again(ids, mask).logits, tuned(ids, mask).logits)
+base = AutoModel.from_pretrained("tuned", **load)  # by each way to it, not by that of its class alone
+assert torch.equal(base(ids, mask).pooler_output, tuned.bert(ids, mask).pooler_output)
+
+tokenizer = AutoTokenizer.from_pretrained(folder, **load)
 fill = pipeline("fill-mask", model=folder, device="cpu", **load)
 masked = tokenizer(texts[0], return_tensors="pt")
 where = (masked["input_ids"] == tokenizer.mask_token_id).nonzero()[0]
@@ -123,6 +146,10 @@ batch = tokenizer(texts, padding=True, return_tensors="pt")
 real = batch["attention_mask"][:, :, None]
 mean = (encoder(**batch).last_hidden_state * real).sum(1) / real.sum(1)
 torch.testing.assert_close(together, mean, **same)
+embed.save("embedder")
+assert source("embedder") == source(folder)
+kept = SentenceTransformer("embedder", device="cpu", **load).encode(texts, batch_size=1, convert_to_tensor=True)
+torch.testing.assert_close(kept, alone, **same)
 assert "src" not in sys.modules and sys.modules["composer"] is None
 print("all the same")
 """
@@ -146,6 +173,48 @@ def test_the_folder_where_only_torch_and_transformers_are(exported, trained, tmp
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "all the same" in done.stdout
+
+
+PLACED = """
+import sys
+import torch
+from transformers import AutoModelForMaskedLM
+
+folder, file = sys.argv[1:]
+ids, mask, logits = torch.load(file)
+for device_map in ("auto", "cpu", {"": "cpu"}, {"bert.embeddings": "cpu", "bert.encoder": "cpu", "cls": "cpu"}):
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, device_map=device_map)
+    torch.testing.assert_close(model(ids, mask).logits, logits, rtol=1e-5, atol=1e-5)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+print("all the same")
+"""
+
+
+def test_accelerate_places_it(exported, trained, tmp_path):
+    pytest.importorskip("accelerate")
+    model, batch = load_pretrained(trained, BertForMaskedLM), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    torch.save((ids, mask, model(ids, mask).logits), tmp_path / "want.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PLACED, exported[0], tmp_path / "want.pt"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "all the same" in done.stdout, done.stderr
+
+
+def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_path, capsys):
+    """With the name that the config's class had, and source that computes garbage under transformers 5."""
+    old = tmp_path / "old"
+    shutil.copytree(exported[0], old)
+    config = json.loads((old / "config.json").read_text())
+    config["auto_map"]["AutoConfig"] = "configuration_bert.BertConfig"
+    (old / "config.json").write_text(json.dumps(config))
+    other = transformers.AutoConfig.from_pretrained(old, trust_remote_code=True)  # our source knows the name
+    assert other.model_type == "mosaic_bert" and type(other).__name__ == "MosaicBertConfig"
+    (old / "bert_layers.py").write_text("raise RuntimeError('old')")
+    export_hf.main([str(old), str(old), "--overwrite"])
+    assert "export max_abs_logit_diff=" in capsys.readouterr().out
+    assert (old / "bert_layers.py").read_bytes() == Path(bert_layers.__file__).read_bytes()
+    assert json.loads((old / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 def test_what_is_exported_can_be_exported_again_and_begun_with(exported, trained):
