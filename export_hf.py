@@ -184,6 +184,14 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
 
 
+def card_of(source: Pretrained, auto_class: str, out: Path) -> str:
+    """The model card; a folder that is exported again in its place keeps its own, which may have been edited."""
+    own = out / "README.md"
+    if own.exists() and source.path.resolve() == out.resolve():
+        return own.read_text()
+    return model_card.describe(source, auto_class, CLASSES[auto_class][1], out.name)
+
+
 def publish(partial: Path, out: Path) -> None:
     """Give the folder its name, in place of an older one."""
     replaced = out.with_name(f".{out.name}.replaced")
@@ -219,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     partial = args.out.with_name(f"{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write(model, tokenizer, model_card.describe(source, auto_class, CLASSES[auto_class][1], args.out.name), partial)
+        write(model, tokenizer, card_of(source, auto_class, args.out), partial)
         want = outputs_of(model)
         got, text_ids = load_elsewhere(partial, auto_class, want.ids, want.mask)
         if text_ids != tokenizer(TEXT)["input_ids"]:

@@ -215,6 +215,7 @@ def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_p
     assert "export max_abs_logit_diff=" in capsys.readouterr().out
     assert (old / "bert_layers.py").read_bytes() == Path(bert_layers.__file__).read_bytes()
     assert json.loads((old / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert (old / "README.md").read_text() == (exported[0] / "README.md").read_text()  # which tells of the training
 
 
 def test_what_is_exported_can_be_exported_again_and_begun_with(exported, trained):
