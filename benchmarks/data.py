@@ -48,6 +48,7 @@ from benchmarks import report
 from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
 from src.convert import HASHES, Job, Tokens, Unit, convert_unit
+from src.microbatches import num_tokens, split_unpadded
 from src.stats import Stats
 from src.text import Span, iter_documents
 
@@ -210,7 +211,7 @@ class Arms:
     def ours(dataset: data_c4.StreamingC4, masks: data_c4.MaskingCollator) -> Iterator[int]:
         while True:
             for batch in data_c4.build_dataloader(dataset, masks, BATCH):
-                (part,) = data_c4.split_unpadded(batch, BATCH)
+                (part,) = split_unpadded(batch, BATCH)
                 yield part["num_tokens"]
 
     @staticmethod
@@ -223,7 +224,7 @@ class Arms:
         """Seconds a real token, of each stage of ours from shards of tokens, alone."""
         samples = [[self.dataset[(i * BATCH + j) % self.dataset.size] for j in range(BATCH)] for i in range(batches)]
         masked = [self.masks(part) for part in samples]
-        tokens = sum(data_c4.num_tokens(batch)["total"] for batch in masked)
+        tokens = sum(num_tokens(batch)["total"] for batch in masked)
 
         def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
             return seconds_of(lambda: [run(x) for x in inputs]) / tokens
@@ -232,7 +233,7 @@ class Arms:
         return {
             "reading": seconds(self.dataset.__getitem__, drawn),
             "masking and collation": seconds(self.masks, samples),
-            "layout": seconds(lambda batch: data_c4.split_unpadded(batch, BATCH), masked),
+            "layout": seconds(lambda batch: split_unpadded(batch, BATCH), masked),
             "streaming's own reading": seconds(self.stock.__getitem__, drawn),
         }
 

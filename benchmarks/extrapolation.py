@@ -29,6 +29,7 @@ from benchmarks.arms import Arm, Batch
 from benchmarks.pretraining import RECIPES, Text, make_arm
 from benchmarks.texts import film_reviews, part_of
 from src import data_c4
+from src.microbatches import IGNORED
 
 TIMES = (1, 2, 4, 8)
 """Lengths, as multiples of the length of training."""
@@ -54,7 +55,7 @@ def cut(batch: Batch, text: Text, room: int) -> Batch:
     def framed(x: torch.Tensor, first: Any, last: Any) -> torch.Tensor:
         return F.pad(F.pad(x.view(-1, room), (1, 0), value=first), (0, 1), value=last)
 
-    first, last, ignored = text.tokenizer.cls_token_id, text.tokenizer.sep_token_id, data_c4.IGNORED
+    first, last, ignored = text.tokenizer.cls_token_id, text.tokenizer.sep_token_id, IGNORED
     return {
         "input_ids": framed(batch["input_ids"], first, last),
         "attention_mask": framed(batch["attention_mask"], 1, 1),

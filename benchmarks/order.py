@@ -29,6 +29,7 @@ from src import data_c4
 from src.bert_layers import BertForMaskedLM, Layout
 from src.builders import padded_vocab_size
 from src.configuration_bert import MosaicBertConfig
+from src.microbatches import Batch, num_tokens, split_unpadded
 
 WINDOWS = (0, 8, 64)
 NODES, RANKS, GLOBAL, MICRO = 8, 8, 4096, 128
@@ -61,8 +62,8 @@ def count(say: Callable[[str], None], samples: int) -> None:
             say(f"{cut:8}{window:8}{fill:8.3f}{spread.mean():9.4f}{spread.max():16.4f}")
 
 
-def loss_of(model: BertForMaskedLM, batch: data_c4.Batch) -> torch.Tensor:
-    (part,) = data_c4.split_unpadded(batch, len(batch["input_ids"]))
+def loss_of(model: BertForMaskedLM, batch: Batch) -> torch.Tensor:
+    (part,) = split_unpadded(batch, len(batch["input_ids"]))
     layout = Layout(part["cu_seqlens"], part["max_seqlen"])
     loss = model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"]).loss
     assert loss is not None
@@ -102,7 +103,7 @@ def trained(folder: str, tokenizer: Any, seed: int, window: int, steps: int) -> 
     with torch.no_grad():
         for first in range(0, held_out.size, BATCH):
             batch = masks([held_out[i] for i in range(first, min(first + BATCH, held_out.size))])
-            weight = data_c4.num_tokens(batch)["loss_generating"]
+            weight = num_tokens(batch)["loss_generating"]
             loss, masked = loss + weight * loss_of(model.eval(), batch).item(), masked + weight
     return loss / masked
 

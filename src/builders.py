@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,6 @@ from transformers import PreTrainedTokenizerFast
 
 from src import checkpoint, data_c4, pretrained, processes
 from src.attention import resolve
-from src.bert_padding import tile_tables
 from src.callbacks import (
     ConsoleLine,
     Guard,
@@ -76,6 +76,7 @@ from src.config import (
 from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import TILE_ROWS
 from src.hf_bert import HFBert
+from src.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
 from src.mosaic_bert import MosaicBert
 
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
@@ -514,18 +515,12 @@ def highest_rate(config: RunConfig) -> float:
     return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
 
 
-def split_batch(config: RunConfig) -> Callable[[data_c4.Batch, int], list[data_c4.Batch]]:
+def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
     """What cuts a padded batch into the model's microbatches."""
     if config.model.name != "mosaic_bert":
-        return data_c4.split_padded
-    if resolve(config.model.options.get("attention", "auto")) != "triton":
-        return data_c4.split_unpadded
-
-    def split_with_tables(batch: data_c4.Batch, microbatch_size: int) -> list[data_c4.Batch]:
-        parts = data_c4.split_unpadded(batch, microbatch_size)
-        return [{"tables": tile_tables(part["cu_seqlens"], TILE_ROWS), **part} for part in parts]
-
-    return split_with_tables
+        return split_padded
+    triton = resolve(config.model.options.get("attention", "auto")) == "triton"
+    return partial(split_unpadded, tile_sizes=TILE_ROWS if triton else ())
 
 
 def _folder(source: LoaderConfig | StreamConfig) -> tuple[str | None, str | None]:
@@ -574,6 +569,6 @@ def _data_spec(
             worker_init_fn=processes.settle_worker,
         ),
         split_batch=split_batch(config),  # pyright: ignore
-        get_num_samples_in_batch=data_c4.num_samples,
-        get_num_tokens_in_batch=data_c4.num_tokens,  # pyright: ignore
+        get_num_samples_in_batch=num_samples,
+        get_num_tokens_in_batch=num_tokens,  # pyright: ignore
     )

@@ -19,7 +19,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
 from src.config import MaskingSchedule
-from src.data_c4 import Batch, StreamingC4, mask_batch, num_tokens
+from src.data_c4 import StreamingC4, mask_batch
+from src.microbatches import Batch, num_tokens
 
 
 class TrainingError(RuntimeError):

@@ -17,7 +17,8 @@ from src.bert_layers import BertForSequenceClassification, BertForTokenClassific
 from src.builders import build, build_model_config, with_kernels
 from src.config import Component, ConfigError
 from src.configuration_bert import MosaicBertConfig
-from src.data_c4 import IGNORED, Batch, load_tokenizer
+from src.data_c4 import load_tokenizer
+from src.microbatches import IGNORED, Batch
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 

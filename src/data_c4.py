@@ -1,10 +1,9 @@
-"""The data's way: MDS shards -> samples -> masked, padded batches -> unpadded microbatches. Imports no other file here.
+"""The data's way: MDS shards -> samples -> masked, padded batches.
 
     StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens; one dataset
                            or several, mixed; in streaming's order, or with samples of like length together
     EachSampleOnce         evaluation's view of it: no sample repeated, none left out
     MaskingCollator        samples -> padded (B, S) batch, masked as a pure function of seed, epoch, sample, position
-    split_unpadded         batch -> microbatches without padding, with their layout; split_padded for padded models
 
 Letters: B sequences, S longest length in the batch, T real tokens, M masked tokens.
 
@@ -30,6 +29,9 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NotRequired, TypedDict
 
+if __name__ == "__main__":  # python src/data_c4.py: packages before the files of src, and src as a package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import huggingface_hub
 import numpy as np
 import torch
@@ -52,12 +54,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from src.microbatches import IGNORED, Batch, num_tokens
+
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Any]
-
-IGNORED = -100
-"""Label of a position that carries no loss."""
 
 TOKENS_KEY = "mosaic_bert_tokens"
 """Key of index.json that describes shards of tokens; streaming reads past it. Shards of text have none."""
@@ -932,84 +931,6 @@ def mask_batch(batch: Batch, rate: float) -> Batch:
         "labels": torch.where(masked, batch["input_ids"], IGNORED),
         **{name: x for name, x in batch.items() if name not in ("input_ids", "mask_u", "replacement")},
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Microbatches
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
-    """Cut a padded batch (B, S) into padded microbatches, each no longer than its longest sequence, on the CPU.
-
-    Counts are Python ints, so that asking for them never waits for a GPU: ``num_samples``, ``num_tokens`` (real ones),
-    and ``num_masked``, those that carry loss. In a batch without a single one, the first microbatch counts 1, because
-    Composer divides by their sum; its loss is 0.
-    """
-    microbatches = []
-    for start in range(0, len(batch["input_ids"]), microbatch_size):
-        rows = slice(start, start + microbatch_size)
-        lengths = batch["attention_mask"][rows].sum(dim=1)
-        part: Batch = {name: x[rows, : int(lengths.max())] for name, x in batch.items()}
-        part["num_samples"] = len(lengths)
-        part["num_tokens"] = int(lengths.sum())
-        part["num_masked"] = int((part["labels"] >= 0).sum())
-        microbatches.append(part)
-    if not any(part["num_masked"] for part in microbatches):
-        microbatches[0]["num_masked"] = 1
-    return microbatches
-
-
-def split_unpadded(batch: Batch, microbatch_size: int) -> list[Batch]:
-    """Cut a padded batch into microbatches of real tokens, each with its layout, on the CPU.
-
-    Nothing slices a layout afterwards.
-
-    Returns:
-        For each microbatch, its sequences sorted by length: ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,)
-        int64 into 0..T-1, ``indices`` (T,) int64 into the flattened (B * S), ``cu_seqlens`` (B + 1,) int32, the int
-        ``max_seqlen``, and the counts of ``split_padded``. A microbatch that is small enough comes back as it is.
-
-    Raises:
-        ValueError: ``batch`` is a microbatch already, and larger than ``microbatch_size``.
-    """
-    if "cu_seqlens" in batch:
-        if batch["num_samples"] > microbatch_size:
-            raise ValueError(f"a microbatch of {batch['num_samples']} samples cannot be cut again to {microbatch_size}")
-        return [batch]
-    microbatches = []
-    for part in split_padded(batch, microbatch_size):
-        # Longest first: neighbours of one length share an attention tile, and a GPU's last tiles are its smallest.
-        lengths, order = part["attention_mask"].sum(dim=1).sort(descending=True, stable=True)
-        position = torch.arange(part["input_ids"].shape[1])
-        indices = (order[:, None] * len(position) + position)[position < lengths[:, None]]
-        labels = part["labels"].flatten()[indices]
-        masked_index = (labels >= 0).nonzero().squeeze(1)
-        microbatches.append(
-            {
-                "input_ids": part["input_ids"].flatten()[indices],
-                "labels": labels[masked_index],
-                "masked_index": masked_index,
-                "indices": indices,
-                "cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32),
-                "max_seqlen": int(lengths.max()),
-                **{name: part[name] for name in ("num_samples", "num_tokens", "num_masked")},
-            }
-        )
-    return microbatches
-
-
-def num_samples(batch: Batch) -> int:
-    """Sequences of a batch or microbatch."""
-    return batch["num_samples"] if "num_samples" in batch else len(batch["input_ids"])
-
-
-def num_tokens(batch: Batch) -> dict[str, int]:
-    """Real tokens of a batch or microbatch ("total"), and those that carry loss ("loss_generating")."""
-    if "num_tokens" in batch:
-        return {"total": batch["num_tokens"], "loss_generating": batch["num_masked"]}
-    masked = int((batch["labels"] >= 0).sum()) if "labels" in batch else 0  # no labels yet: the rate is scheduled
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": masked}
 
 
 def fullest_batch(tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int) -> Batch:

@@ -20,9 +20,10 @@ from src import builders, checkpoint, classifier, pretrained
 from src.callbacks import ConsoleLine, Guard, MetricsFile, Reseed, TrainingError
 from src.config import Component
 from src.convert import write_text
-from src.data_c4 import IGNORED, save_tokenizer
+from src.data_c4 import save_tokenizer
 from src.finetune_config import DEFAULT_METRICS, RunSpec
 from src.labelled import Collator, Encoded, classes_of, counts, encode, read_sets, split_batch
+from src.microbatches import IGNORED
 from src.summary import environment
 
 RESULT, MODEL, PREDICTIONS = "result.json", "model", "predictions"

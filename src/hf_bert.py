@@ -4,8 +4,8 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from src.bert_layers import UnpaddedMaskedLMOutput
-from src.data_c4 import Batch
 from src.masked_lm_loss import masked_lm_loss
+from src.microbatches import Batch
 from src.mosaic_bert import MaskedLMModel
 
 
@@ -26,7 +26,7 @@ class HFBert(MaskedLMModel):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
-        """A microbatch of ``data_c4.split_padded``; logits are computed for every position, as this model does."""
+        """A microbatch of ``microbatches.split_padded``; logits are computed for every position, as this model does."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, S, V)
         masked = batch["labels"] >= 0
         return UnpaddedMaskedLMOutput(**masked_lm_loss(logits[masked], batch["labels"][masked]))

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from src.config import ConfigError, nearest
-from src.data_c4 import IGNORED, Batch
 from src.finetune_config import LabelledData
+from src.microbatches import IGNORED, Batch
 
 Row = dict[str, Any]
 Example = dict[str, Any]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
 from src.configuration_bert import MosaicBertConfig
-from src.data_c4 import Batch
+from src.microbatches import Batch
 
 
 class LanguageCrossEntropy(Metric):

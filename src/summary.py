@@ -18,8 +18,9 @@ from composer.utils import dist, get_device
 
 from src.builders import build_parallelism, highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
-from src.data_c4 import MaskingCollator, StreamingC4, fullest_batch, num_tokens
+from src.data_c4 import MaskingCollator, StreamingC4, fullest_batch
 from src.hf_bert import HFBert
+from src.microbatches import num_tokens
 from src.mosaic_bert import MosaicBert
 
 SAMPLES = 512

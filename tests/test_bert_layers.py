@@ -14,7 +14,7 @@ from src.bert_layers import (
     Layout,
 )
 from src.configuration_bert import MosaicBertConfig
-from src.data_c4 import split_unpadded
+from src.microbatches import split_unpadded
 
 SMALL = dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40)
 RAGGED = [9, 1, 17, 4, 17]

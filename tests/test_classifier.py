@@ -11,7 +11,7 @@ from src import classifier, pretrained
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.classifier import METRICS, Classifier, EntityF1, build_model
 from src.config import Component, ConfigError
-from src.data_c4 import IGNORED
+from src.microbatches import IGNORED
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 

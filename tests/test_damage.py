@@ -11,8 +11,8 @@ from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
 import convert_c4
-from src import data_c4
 from src.data_c4 import DataError, EachSampleOnce, MaskingCollator, StreamingC4, build_dataloader
+from src.microbatches import split_unpadded
 from tests.conftest import MAX_SEQ_LEN
 
 
@@ -268,5 +268,5 @@ def test_a_document_of_one_character_and_of_none_known(tokenizer, tmp_path):
     assert [len(dataset[i]["input_ids"]) for i in range(4)] == [3, 3, 2, 2]
     batch = MaskingCollator(tokenizer, 0.99, seed=1)([dataset[i] for i in range(4)])
     assert (batch["labels"] >= 0).sum(dim=1).tolist() == [1, 0, 0, 0]
-    assert sum(part["num_tokens"] for part in data_c4.split_unpadded(batch, 1)) == 10
+    assert sum(part["num_tokens"] for part in split_unpadded(batch, 1)) == 10
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([3, 3, 2, 2]))

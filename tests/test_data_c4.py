@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 import convert_c4
 from src import data_c4
 from src.data_c4 import TOKENS_KEY, DataError, EachSampleOnce, MaskingCollator, StreamingC4, mask_batch
+from src.microbatches import IGNORED
 from tests.conftest import MAX_SEQ_LEN
 
 
@@ -579,7 +580,7 @@ def test_masks_are_a_pure_function(tokenizer):
         n = len(samples[i]["input_ids"])
         assert torch.equal(alone["labels"][0], together["labels"][i, :n])
         assert torch.equal(alone["input_ids"][0], together["input_ids"][i, :n])
-        assert (together["labels"][i, n:] == data_c4.IGNORED).all()
+        assert (together["labels"][i, n:] == IGNORED).all()
         assert (together["input_ids"][i, n:] == tokenizer.pad_token_id).all()
     assert together["input_ids"].shape == (5, 30) and together["attention_mask"].sum(1).tolist() == [5, 30, 12, 30, 7]
 
@@ -640,56 +641,6 @@ def test_a_lower_rate_masks_a_subset(tokenizer):
     was, now = low["labels"] >= 0, high["labels"] >= 0
     assert (now | ~was).all() and now.sum() > was.sum()
     assert torch.equal(low["input_ids"][was], high["input_ids"][was])
-
-
-# Microbatches
-
-
-@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 100])
-def test_microbatches_hold_the_batch(microbatch_size, tokenizer):
-    lengths = [5, 30, 12, 30, 7]
-    batch = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of(lengths, tokenizer))
-    parts = data_c4.split_unpadded(batch, microbatch_size)
-    assert [p["num_samples"] for p in parts] == [min(microbatch_size, 5 - i) for i in range(0, 5, microbatch_size)]
-    for i, part in enumerate(parts):
-        rows = slice(i * microbatch_size, (i + 1) * microbatch_size)
-        ids, labels = batch["input_ids"][rows], batch["labels"][rows]
-        S = batch["attention_mask"][rows].sum(1).max()
-        flat = part["indices"]
-        assert torch.equal(part["input_ids"], ids[:, :S].flatten()[flat])
-        assert sorted(flat.tolist()) == batch["attention_mask"][rows, :S].flatten().nonzero().squeeze(1).tolist()
-        unpadded_labels = torch.full_like(part["input_ids"], data_c4.IGNORED)
-        unpadded_labels[part["masked_index"]] = part["labels"]
-        assert torch.equal(unpadded_labels, labels[:, :S].flatten()[flat])
-        assert part["cu_seqlens"].dtype == torch.int32
-        got = part["cu_seqlens"].diff().tolist()
-        assert got == sorted(lengths[rows], reverse=True) and part["max_seqlen"] == max(got)
-        starts = part["input_ids"][part["cu_seqlens"][:-1].long()]
-        assert (starts == tokenizer.cls_token_id).all()
-        assert (part["num_tokens"], part["num_masked"]) == (sum(got), len(part["labels"]))
-        assert all(type(part[k]) is int for k in ("max_seqlen", "num_samples", "num_tokens", "num_masked"))
-        assert data_c4.num_tokens(part) == {"total": sum(got), "loss_generating": len(part["labels"])}
-    assert data_c4.num_tokens(batch)["loss_generating"] == sum(p["num_masked"] for p in parts)
-    assert data_c4.num_samples(batch) == 5
-
-
-def test_a_microbatch_comes_back_as_it_is(tokenizer):
-    batch = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of([5, 9], tokenizer))
-    (part,) = data_c4.split_unpadded(batch, 2)
-    assert data_c4.split_unpadded(part, 2)[0] is part
-    with pytest.raises(ValueError, match="cannot be cut again"):
-        data_c4.split_unpadded(part, 1)
-
-
-def test_a_batch_without_masked_tokens_counts_one(tokenizer):
-    batch = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of([2, 2], tokenizer))
-    parts = data_c4.split_unpadded(batch, 1)
-    assert [p["num_masked"] for p in parts] == [1, 0] and len(parts[0]["labels"]) == 0
-
-
-def test_padded_microbatches_are_no_longer_than_they_must(tokenizer):
-    batch = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of([5, 9, 30], tokenizer))
-    assert [p["input_ids"].shape for p in data_c4.split_padded(batch, 2)] == [(2, 9), (1, 30)]
 
 
 # Script

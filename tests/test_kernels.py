@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.saved_bytes import count, kept_bytes
 from src import attention, flash_attn_triton, fused_torch, geglu_triton, kernels, layer_norm_triton
 from src.configuration_bert import MosaicBertConfig
-from src.data_c4 import split_unpadded
+from src.microbatches import split_unpadded
 from tests.test_bert_layers import batch_of, gradients, model_of, unpadded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from src.config import ConfigError
-from src.data_c4 import IGNORED
 from src.finetune_config import LabelledData
 from src.labelled import Collator, classes_of, counts, encode, hold_out, read_set, read_sets, split_batch
+from src.microbatches import IGNORED
 
 ROWS = [
     {"text": '"no", he said twice', "label": "neg"},

@@ -5,8 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arms import SDPA_ON_CPU
 from src.configuration_bert import MosaicBertConfig
-from src.data_c4 import split_padded, split_unpadded
 from src.hf_bert import HFBert
+from src.microbatches import split_padded, split_unpadded
 from src.mosaic_bert import LanguageCrossEntropy, MaskedAccuracy, MosaicBert
 from tests.test_bert_layers import RAGGED, SMALL, batch_of
 

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import extrapolation, pretraining, publish, quality, texts
 from benchmarks.arms import Shape
-from src.data_c4 import IGNORED, load_tokenizer
+from src.data_c4 import load_tokenizer
+from src.microbatches import IGNORED
 
 NUMBER = r"-?\d+\.\d+"
 
