@@ -15,11 +15,8 @@ Last line: ``kernels device=… checked=… failed=… attention_S512_vs_flex=�
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks import report
 from benchmarks.arms import c4_like_lengths
 from src import attention as A
 from src import fused_torch, geglu_triton, layer_norm_triton
@@ -279,9 +277,8 @@ def main(argv: list[str]) -> int:
         "head": lambda: [head_case(math.ceil(0.3 * tokens), D, V, dtype, device)],
     }
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    card = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
-    print(f"# {card}, {dtype}, python {platform.python_version()}, torch {torch.__version__}, commit {commit}")
+    about = report.machine(device)
+    print(f"# {report.described(about)}, {dtype}{', interpreted' if args.toy else ''}")
     matmul, bandwidth = peaks(dtype) if device == "cuda" else (math.nan, math.nan)
     if device == "cuda":
         print(f"# measured peaks: {matmul / 1e12:.0f} TFLOP/s in a product, {bandwidth / 1e12:.2f} TB/s in a copy")
@@ -324,10 +321,9 @@ def main(argv: list[str]) -> int:
                         summary.append(f"{case.name}_{case.size.split()[0].replace('=', '')}_vs_{key}={ratio:.2f}")
                 print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        about = {"card": card, "torch": torch.__version__, "commit": commit, "dtype": str(dtype)}
-        path = args.out / f"kernels-{card.split(',')[0].replace(' ', '_')}.json"
-        path.write_text(json.dumps({**about, "matmul": matmul, "bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
+        path = args.out / f"kernels-{about['device'].replace(' ', '_') if device == 'cuda' else 'cpu'}.json"
+        peak = {} if device == "cpu" else {"matmul": matmul, "bandwidth": bandwidth}
+        report.write_json(path, {**about, "dtype": str(dtype), **peak, "rows": rows})
     print(f"kernels device={device} checked={checked} failed={len(failed)} {' '.join(summary)}")
     return int(bool(failed))
 

@@ -2,13 +2,28 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str:
+    """Of this code: as git says, else as benchmarks/gpu/prepare.sh wrote it down for a machine without git."""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        if said:
+            return said
+    written = ROOT / ".gpu" / "commit"
+    return written.read_text().strip() if written.exists() else "unknown"
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -21,13 +36,13 @@ def machine(device: str) -> dict[str, Any]:
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         threads = torch.get_num_threads()
         name = f"{threads} thread{'s' * (threads > 1)} of {(models or [platform.machine()])[0]}"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"triton": version("triton")} if device == "cuda" else {}),
         "transformers": transformers.__version__,
-        "commit": commit,
+        "commit": commit(),
         "date": date.today().isoformat(),
     }
 

@@ -1,7 +1,6 @@
 """Benchmarks run, and compare the same with the same; what they print on a busy machine means nothing here."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pretraining, scaling, startup, step, time_to_loss
+from benchmarks import pretraining, report, scaling, startup, step, time_to_loss
 from benchmarks.ablations import ABLATIONS
 from benchmarks.arms import ARMS, HFStrong, MosaicBert, Shape, check, make_batch, runnable, step_flops
 from src.hf_bert import HFBert
@@ -295,15 +294,14 @@ def test_large_has_the_parameters_that_are_published_for_it():
     assert sum(p.numel() for p in model.bert.parameters()) == pytest.approx(434e6, rel=1e-3)
 
 
-def test_the_benchmark_of_kernels_runs():
-    """All cases and peers that a CPU has, at toy size, through the interpreter: each is checked before it is timed."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--toy"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("kernels device=cpu checked=10 failed=0 ")
-    for name in ("attention_S64_vs_flex", "layer_norm_T200_vs_torch", "geglu_T200_vs_torch", "head_M60_vs_torch"):
-        assert f" {name}=" in last
+def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit() == "unknown"  # git finds no repository
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.commit() == "unknown"
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu" / "commit").write_text("abc123\n")
+    assert report.commit() == "abc123"
 
 
 @pytest.mark.slow  # half a minute: it converts, loads and starts in processes of their own, as users do

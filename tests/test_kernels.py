@@ -298,9 +298,9 @@ def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
         ([30, 2], 0.3),
         ([7], 0.3),
     ):
-        (micro,) = split_unpadded({name: x.to(DEVICE) for name, x in batch_of(lengths, rate).items()}, len(lengths))
-        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
-        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"].to(DEVICE), micro["max_seqlen"])
+        inputs = (micro["input_ids"].to(DEVICE), layout, micro["masked_index"].to(DEVICE), micro["labels"].to(DEVICE))
         torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
         counts.append(micro["num_masked"])
     assert 1 in counts and counter.frame_count <= 4

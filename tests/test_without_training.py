@@ -1,0 +1,57 @@
+"""The model, its kernels, their tests and their benchmarks need none of what training needs."""
+
+import os
+import re
+import subprocess
+import sys
+
+from tests.conftest import MODEL
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = {"composer", "streaming", "omegaconf", "datasets", "torchmetrics", "einops", "matplotlib"}
+
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+"""Python imports sitecustomize when it starts, in child processes too: as if those packages were not installed."""
+
+ON_A_GPU_MACHINE = """
+import contextlib
+import importlib
+import pytest
+
+for arguments in ("--collect-only", "--collect-only -m gpu", "tests/test_geglu_triton.py::test_large_gates"):
+    assert pytest.main(["-p", "no:cacheprovider", *arguments.split()]) == 0
+for name in ("kernels", "step", "tune_kernels", "saved_bytes", "aot"):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with contextlib.suppress(SystemExit):
+        module.main(["--toy" if name == "kernels" else "--help"])
+"""
+"""In one process, as torch takes seconds to import."""
+
+
+def test_a_gpu_machine_has_torch_triton_transformers_and_pytest(tmp_path):
+    """No Composer, no streaming, no git: all that is about kernels is collected and runs, through the interpreter."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path / "bin"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU_MACHINE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(re.findall(r"^tests/(\w+)\.py::", done.stdout, re.MULTILINE)) == set(MODEL)
+    assert re.search(r"^[5-9]/\d+ tests collected", done.stdout, re.MULTILINE) and "\n1 passed" in done.stdout
+    for module in ("step", "tune_kernels", "aot", "saved_bytes"):
+        assert f"python -m benchmarks.{module} " in done.stdout
+    (last,) = re.findall("^kernels device=.*", done.stdout, re.MULTILINE)
+    # Every implementation is checked before it is timed; newer versions of FlexAttention have no backward on a CPU.
+    assert re.match("kernels device=cpu checked=(9|10) failed=0 ", last)
+    for name in ("attention_S64_vs_torch", "layer_norm_T200_vs_torch", "geglu_T200_vs_torch", "head_M60_vs_torch"):
+        assert f" {name}=" in last
