@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-onnx.txt requirements-data.txt
 
-.PHONY: help setup quickstart test test-slow lint bench bench-full
+.PHONY: help setup quickstart test test-slow gpu lint bench bench-full
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -35,12 +35,15 @@ test: setup  ## Run the test suite (minutes, no GPU, no network)
 test-slow: setup  ## Run the tests that take longer: launchers, whole runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800
 
+gpu: setup  ## Fill .gpu/ for a machine with a GPU, and say what to run there (docs/gpu.md)
+	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh
+
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck docs/slurm.sbatch .ci/run
+	$(BIN)/shellcheck docs/slurm.sbatch .ci/run benchmarks/gpu/*.sh
 
 bench: setup  ## A look at the speed of this machine, into runs/bench
 	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench

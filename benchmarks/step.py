@@ -177,6 +177,8 @@ def measure(S: int, fill: str, names: list[str], trained: dict[str, Trained], ar
             loss, gradients = check(ARMS[name], shape, device, args.dtype, batch)
             trained[name].step(batch)  # warm
         except torch.OutOfMemoryError as error:
+            if name == OURS:
+                sys.exit(f"S={S} fill={fill}: ours does not fit; lower --tokens: {str(error).splitlines()[0]}")
             print(f"S={S} fill={fill} {name}: does not fit: {str(error).splitlines()[0]}", flush=True)
             continue
         except ValueError as error:

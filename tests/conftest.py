@@ -20,7 +20,9 @@ import pytest
 import torch
 import yaml
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic algorithms
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
 
 MAX_SEQ_LEN = 32

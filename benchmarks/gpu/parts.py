@@ -1,0 +1,278 @@
+"""What benchmarks/gpu/run.sh measures that no other benchmark does.
+
+    TOY=1 TRITON_INTERPRET=1 python -m benchmarks.gpu.parts curve --out FOLDER      one part, here on a CPU
+
+    environment    card, versions, measured ceilings, what a launch costs the host
+    model          loss and gradients of two layers at base widths, against the same weights run plainly
+    curve          tokens per second over microbatches, lengths, accumulation, and ways to copy a batch to the card
+    profile        kernels of a step by time, and the share of it that the card is busy
+    trainer        main.py on .gpu/mds, with Composer from .gpu/whl where it is not installed
+
+Needs neither Composer nor streaming, but for the trainer. With TOY=1 all of it runs on a CPU; figures mean nothing.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+
+from benchmarks import report, step
+from benchmarks.arms import MosaicBert, Shape, c4_like_lengths, check, make_batch
+from benchmarks.kernels import peaks
+from src import layer_norm_triton
+from src.bert_layers import Layout
+from src.flash_attn_triton import TILE_ROWS
+from src.microbatches import Batch, split_unpadded
+
+TOY = os.environ.get("TOY") == "1"
+DEVICE, DTYPE = ("cpu", torch.float32) if TOY else ("cuda", torch.bfloat16)
+SHAPE = step.TOY if TOY else Shape()
+OURS = partial(MosaicBert, attention="triton", kernels="triton")
+
+
+def synchronize() -> None:
+    if not TOY:
+        torch.cuda.synchronize()
+
+
+def write(folder: Path, name: str, data: Any) -> None:
+    """After each row, so that a part that is stopped leaves what it has."""
+    report.write_json(folder / f"{name}.json", data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environment and correctness
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def host_us(function: Callable[[], Any], calls: int) -> float:
+    """Microseconds that the host needs to start something, the median; the card is not waited for."""
+    times = []
+    for _ in range(3 + calls):
+        started = time.perf_counter()
+        function()
+        times.append(1e6 * (time.perf_counter() - started))
+    synchronize()
+    return statistics.median(times[3:])
+
+
+def environment(out: Path) -> None:
+    about: dict[str, Any] = {**report.machine(DEVICE), "cores": os.cpu_count()}
+    if not TOY:
+        card = torch.cuda.get_device_properties(0)
+        about |= {"memory_gib": card.total_memory / 2**30, "multiprocessors": card.multi_processor_count}
+        fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        about[fields] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        matmul, bandwidth = peaks(DTYPE)
+        about |= {"matmul_tflops": matmul / 1e12, "copy_tb_per_s": bandwidth / 1e12}
+    x, weight = torch.randn(4 if TOY else 128, 768, device=DEVICE), torch.ones(768, device=DEVICE)
+    calls = 3 if TOY else 300
+    about["host_us_of_an_addition"] = host_us(lambda: x + x, calls)
+    about["host_us_of_a_kernel"] = host_us(lambda: layer_norm_triton.layer_norm(x, weight, weight, 1e-12, x), calls)
+    write(out, "environment", about)
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+
+
+def model(out: Path) -> None:
+    rows = []
+    for dtype in (torch.float32,) if TOY else (torch.float32, torch.bfloat16):
+        for S in (32,) if TOY else (128, 512, 2048):
+            batch = make_batch(c4_like_lengths(3 if TOY else max(6, 4096 // S), S), SHAPE.vocabulary, 0.3)
+            loss, gradients = check(OURS, SHAPE, DEVICE, dtype, batch)  # raises where they are more than rounding
+            rows.append({"dtype": str(dtype), "length": S, "loss_error": loss, "gradient_error": gradients})
+            write(out, "model", rows)
+            print(rows[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def moved(x: Any, pinned: bool) -> Any:
+    """A microbatch on the card, as Composer brings it over: by copies that do not wait, from pinned memory or not."""
+    if isinstance(x, dict):
+        return {name: moved(y, pinned) for name, y in x.items()}
+    if isinstance(x, torch.Tensor):
+        return (x.pin_memory() if pinned else x).to(DEVICE, non_blocking=True)
+    return x
+
+
+class Training:
+    """Our model in training with its optimizer, on microbatches as the loader cuts them."""
+
+    def __init__(self, dropout: float):
+        self.model = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE).model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def microbatch(self, B: int, S: int, fill: str) -> Batch:
+        """One of B sequences, on the host."""
+        lengths = c4_like_lengths(B, S) if fill == "c4" else torch.full((B,), S)
+        return split_unpadded(make_batch(lengths, SHAPE.vocabulary, 0.3), B, TILE_ROWS)[0]
+
+    def step(self, parts: list[Batch], copy: str) -> None:
+        """Forward and backward of each microbatch, then the optimizer."""
+        masked = sum(part["num_masked"] for part in parts)
+        for part in parts:
+            part = moved(part, copy == "pinned") if copy != "before" else part
+            layout = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
+            with torch.autocast(DEVICE, DTYPE, enabled=not TOY):
+                output = self.model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"])
+            (output.loss_sum / masked).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def speed(self, part: Batch, microbatches: int, copy: str, steps: int) -> dict[str, float]:
+        """Of steps that follow one another without waiting."""
+        parts = [moved(part, False) if copy == "before" else part] * microbatches
+        for _ in range(1 if TOY else 3):
+            self.step(parts, copy)
+        synchronize()
+        if not TOY:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step(parts, copy)
+        enqueued = time.perf_counter() - started
+        synchronize()
+        took = time.perf_counter() - started
+        tokens = part["num_tokens"] * microbatches
+        return {
+            "tokens": tokens,
+            "ms": 1e3 * took / steps,
+            "tokens_per_s": tokens * steps / took,
+            "host_share": enqueued / took,  # near 1: the card waits for the host
+            "peak_gib": 0.0 if TOY else torch.cuda.max_memory_allocated() / 2**30,
+        }
+
+
+# Dropout, sequences of a microbatch, length, fill, microbatches of a step, when and from where they are copied.
+GRID = [
+    *((0.1, B, 128, "c4", 1, "before") for B in (128, 512, 1024, 256, 64)),
+    *((0.1, 128, 128, "c4", 8, copy) for copy in ("before", "pageable", "pinned")),
+    *((0.1, B, 512, fill, 1, "before") for B, fill in ((128, "c4"), (256, "c4"), (128, "1.0"), (32, "c4"))),
+    *((0.1, B, 2048, fill, 1, "before") for B, fill in ((64, "c4"), (32, "1.0"), (128, "c4"))),
+    *((0.0, B, S, fill, 1, "before") for B, S, fill in ((512, 128, "c4"), (512, 128, "1.0"), (128, 512, "c4"))),
+]
+TOY_GRID = [(0.1, 4, 32, "c4", 1, "before"), (0.1, 4, 32, "c4", 2, "pageable"), (0.0, 2, 32, "1.0", 1, "before")]
+COLUMNS = ("dropout", "sequences", "length", "fill", "microbatches", "copy")
+
+
+def curve(out: Path) -> None:
+    rows, training, current = [], None, None
+    for setting in TOY_GRID if TOY else GRID:
+        dropout, B, S, fill, microbatches, copy = setting
+        if dropout != current or training is None:
+            training, current = None, dropout  # the one before is freed first
+            training = Training(dropout)
+        row: dict[str, Any] = dict(zip(COLUMNS, setting, strict=True))
+        try:
+            row |= training.speed(training.microbatch(B, S, fill), microbatches, copy, 1 if TOY else 8)
+        except torch.OutOfMemoryError as error:
+            row["error"] = str(error).splitlines()[0]
+            torch.cuda.empty_cache()
+        rows.append(row)
+        write(out, "curve", rows)
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def profile(out: Path) -> None:
+    training, data, text = Training(0.1), {}, []
+    kind = DeviceType.CPU if TOY else DeviceType.CUDA
+    activities = [ProfilerActivity.CPU, *([] if TOY else [ProfilerActivity.CUDA])]
+    settings = [(128, 128, "c4"), (512, 128, "c4"), (128, 512, "c4"), (32, 2048, "1.0")]
+    for B, S, fill in [(4, 32, "c4")] if TOY else settings:
+        parts = [moved(training.microbatch(B, S, fill), False)]
+        for _ in range(1 if TOY else 3):
+            training.step(parts, "before")
+        synchronize()
+        with profiler(activities=activities) as recorded:
+            training.step(parts, "before")
+            synchronize()
+        spent, calls, begin, end = Counter(), Counter(), float("inf"), 0.0
+        for event in recorded.events() or ():
+            if event.device_type == kind and not event.is_user_annotation and "Sync" not in event.name:
+                span = event.time_range
+                spent[event.name] += span.end - span.start
+                calls[event.name] += 1
+                begin, end = min(begin, span.start), max(end, span.end)
+        busy, took, name = sum(spent.values()), end - begin, f"S={S} B={B} fill={fill}"
+        data[name] = {
+            "launches": sum(calls.values()),
+            "ms": took / 1e3,
+            "busy_share": busy / took,
+            "kernels": [{"name": n[:120], "calls": calls[n], "ms": us / 1e3} for n, us in spent.most_common(30)],
+        }
+        write(out, "profile", data)
+        text += [f"{name}: {sum(calls.values())} launches in {took / 1e3:.1f} ms, busy for {busy / took:.0%} of it"]
+        text += [f"{us / busy:6.1%} {us / 1e3:9.3f} ms {calls[n]:5d} x {n[:110]}" for n, us in spent.most_common(20)]
+        text += ["The host:", recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)]
+        (out / "profile.txt").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+def trainer(out: Path) -> None:
+    """Some steps of the reference recipe at two sizes of microbatches; tokens per second are step_monitor's."""
+    here, environment, rows = report.ROOT / ".gpu", dict(os.environ), []
+    if subprocess.run([sys.executable, "-c", "import composer"], capture_output=True).returncode:
+        environment["PYTHONPATH"] = str(out / "site")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", out / "site"]
+        subprocess.run([*pip, *here.glob("whl/*.whl")], check=True)
+    for microbatch, batch in ((16, 32),) if TOY else ((512, 2048), (128, 2048)):
+        settings = {
+            "data_local": here / "mds",
+            "tokenizer_name": here / "tokenizer",
+            "max_seq_len": 128,
+            "global_train_batch_size": batch,
+            "device_train_microbatch_size": microbatch,
+            "max_duration": "4ba" if TOY else "16ba",
+            "scheduler.t_warmup": "1ba",
+            "eval_interval": "1000ba",
+            "save_folder": "null",
+            "autoresume": "false",
+            "callbacks.step_monitor.warmup": 2,
+            "callbacks.step_monitor.window_size": 8,
+            "loggers.metrics_file.path": out / f"{microbatch}.jsonl",
+            "loggers.tensorboard.log_dir": out / "tensorboard",
+            **({} if TOY else {"model.model_config.vocab_size": 30528}),  # C4's; that of .gpu/tokenizer is small
+        }
+        yaml = "yamls/quickstart.yaml" if TOY else "yamls/mosaic_bert.yaml"
+        command = [sys.executable, "main.py", yaml, *(f"{name}={value}" for name, value in settings.items())]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"microbatches of {microbatch}: {done.stderr[-2000:]}")
+        logged = [json.loads(line) for line in (out / f"{microbatch}.jsonl").read_text().splitlines()]
+        last = [line for line in logged if "step/tokens_per_s" in line][-1]
+        rows.append({"microbatch": microbatch, **{name: x for name, x in last.items() if name.startswith("step/")}})
+        write(out, "trainer", rows)
+        print(rows[-1])
+
+
+def main(argv: list[str]) -> None:
+    """Run a part."""
+    parts = {function.__name__: function for function in (environment, model, curve, profile, trainer)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--out", type=Path, required=True, help="folder for PART.json")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    parts[args.part](args.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

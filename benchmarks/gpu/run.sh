@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# All that only a card can say of this recipe: correctness first, then speed. Each part has its own process and time
+# limit; one that fails leaves the others. On the GPU machine, in a copy of this repository (docs/gpu.md):
+#
+#   bash benchmarks/gpu/run.sh                      all parts, in 8 minutes at most
+#   ONLY="tests curve" bash benchmarks/gpu/run.sh   some of them
+#   TOY=1 bash benchmarks/gpu/run.sh                on a CPU, interpreted, at toy size: only that all of it runs
+#
+# PYTHON: which one. OUT: folder for gpu.json, log.txt, profile.txt. BUDGET: seconds for all. SCALE: times the limits.
+# The exit status is 1 if a part failed or was left out for want of time.
+set -u
+cd "$(dirname "$0")/../.." || exit
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-470} SCALE=${SCALE:-1}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd) WORK=$(mktemp -d)
+trap 'rm -r "$WORK"' EXIT
+export TOY PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+: >"$OUT/log.txt"
+rm -f "$OUT/gpu.json"
+
+# part NAME SECONDS COMMAND...: what the command writes to $WORK/NAME/*.json becomes $OUT/gpu.json's entry of that name.
+part() {
+    local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status
+    shift 2
+    case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
+    mkdir "$WORK/$name"
+    if [ "$left" -lt 15 ]; then
+        status="no time" && echo "== $name: no time is left" | tee -a "$OUT/log.txt"
+    else
+        echo "== $name: $*" | tee -a "$OUT/log.txt"
+        timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$WORK/log" 2>&1
+        status=$?
+        cat "$WORK/log" >>"$OUT/log.txt"
+        tail -n 25 "$WORK/log" | cut -c1-220
+        echo "== $name: exit $status after $((SECONDS - began)) s, $SECONDS s in all" | tee -a "$OUT/log.txt"
+    fi
+    "$PYTHON" -m benchmarks.gpu.results keep "$OUT" "$WORK/$name" "$status" $((SECONDS - began))
+}
+
+run() { part "$1" "$2" "$PYTHON" -m "${@:3}" --out "$WORK/$1"; }
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+select=(-m "not slow") toy=() lengths=(--lengths 128 512 2048) rounds=(--rounds 8)
+has xdist && select+=(-n 10)
+has pytest_timeout && select+=(--timeout 100)
+if [ "$TOY" = 1 ]; then
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 # the compiler takes minutes on a CPU
+    select=(-m "not slow and not gpu" -k "large_scores or strided or waits or spent") toy=(--toy) lengths=() rounds=()
+fi
+step=(benchmarks.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
+
+run environment 40 benchmarks.gpu.parts environment
+part tests 130 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" \
+    tests/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
+run model 60 benchmarks.gpu.parts model
+run attention 100 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases attention
+run rowwise 60 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
+run curve 70 benchmarks.gpu.parts curve
+run profile 40 benchmarks.gpu.parts profile
+run step 110 "${step[@]}" --arms hf_bert hf_strong
+run tiles 70 benchmarks.tune_kernels "${toy[@]}" --head_sizes 64
+run modernbert 70 "${step[@]}" --arms modernbert --lengths 512
+run compiled 70 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
+if [ -d .gpu/mds ]; then
+    run trainer 100 benchmarks.gpu.parts trainer
+fi
+cp "$WORK"/profile/profile.txt "$OUT" 2>/dev/null
+"$PYTHON" -m benchmarks.gpu.results summary "$OUT" | tee -a "$OUT/log.txt"
+exit "${PIPESTATUS[0]}"
