@@ -9,7 +9,7 @@ PYTHON=${PYTHON:-.venv/bin/python} VERSION=${VERSION:-3.12}
 mkdir -p .gpu/whl
 git describe --always --dirty >.gpu/commit
 
-names="antlr4-python3-runtime|backoff|boto3|botocore|brotli|catalogue|coolname|cramjam|dill|gql|graphql-core"
+names="antlr4-python3-runtime|backoff|boto3|botocore|brotli|catalogue|coolname|cramjam|gql|graphql-core"
 names+="|importlib.metadata|jmespath|lightning-utilities|mosaicml|mosaicml-cli|mosaicml-streaming|omegaconf"
 names+="|prompt.toolkit|psutil|py-cpuinfo|python-dateutil|python-snappy|questionary|ruamel.yaml|s3transfer|six"
 names+="|torchmetrics|validators|wcwidth|websockets|xxhash|zipp|zstd"
