@@ -47,7 +47,7 @@ def test_a_gpu_machine_has_torch_triton_transformers_and_pytest(tmp_path):
     done = subprocess.run([sys.executable, "-c", ON_A_GPU_MACHINE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"^tests/(\w+)\.py::", done.stdout, re.MULTILINE)) == set(MODEL)
-    assert re.search(r"^[5-9]/\d+ tests collected", done.stdout, re.MULTILINE) and "\n1 passed" in done.stdout
+    assert re.search(r"^\d+/\d+ tests collected", done.stdout, re.MULTILINE) and "\n1 passed" in done.stdout
     for module in ("step", "tune_kernels", "aot", "saved_bytes"):
         assert f"python -m benchmarks.{module} " in done.stdout
     (last,) = re.findall("^kernels device=.*", done.stdout, re.MULTILINE)
