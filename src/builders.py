@@ -45,12 +45,13 @@ from composer.optim import (
 )
 from composer.optim.scheduler import _convert_time
 from composer.utils import dist
-from composer.utils.parallelism import FSDPConfig
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
 from src import checkpoint, data_c4, pretrained, processes
 from src.attention import resolve
 from src.callbacks import (
+    AverageGradients,
     ConsoleLine,
     Guard,
     LargestStep,
@@ -372,6 +373,8 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = data_c4.fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
         callbacks.append(LargestStep(split_batch(config)(largest, size)[0]))
+    if config.parallelism_config is not None:
+        callbacks.append(AverageGradients())
     if config.time_limit is not None:
         callbacks.append(TimeLimit(seconds(config.time_limit)))
     if config.train_loader.streams:
@@ -401,34 +404,62 @@ def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed
     return [checkpoint.Saver(folder, path, config.save_interval, overwrite, keep), StopOnSignal()]
 
 
-STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD"]
-"""FSDP's ways to share the model out."""
+FSDP_OPTIONS = {
+    **{f.name: "FSDP1's, or has no effect here; remove it" for f in dataclasses.fields(FSDPConfig)},
+    "activation_checkpointing": "set model.gradient_checkpointing: true",
+    "mixed_precision": "weights are gathered in fp32 and autocast casts them; FSDP would cast ALiBi's slopes too",
+    "sharding_strategy": "reshard_after_forward: true is FSDP1's FULL_SHARD, false its SHARD_GRAD_OP",
+    "state_dict_type": "checkpoints hold whole weights, so that any number of processes resumes from them",
+}
+"""Options of Composer's for FSDP that cannot be set, and what to do."""
+WITHOUT_FSDP = {
+    "algorithms.ema": "Composer's cannot average sharded weights",
+    "algorithms.swa": "Composer's cannot average sharded weights",
+    "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; take step_monitor's grad_norm",
+}
+"""What Composer gets wrong with FSDP."""
 
 
 def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
-    """Composer's ``parallelism_config``: ``{fsdp: {...}}`` with what its FSDPConfig takes; each BertLayer is a unit.
+    """Composer's ``parallelism_config``: FSDP2 (``fully_shard``), each BertLayer a unit and the rest another.
 
-    Composer takes unknown keys in silence. Its mixed precisions by name cast buffers too, and ALiBi's slopes may not
-    be: without ``mixed_precision`` parameters are cast and buffers are not.
+    ``{fsdp: {reshard_after_forward: true}}`` frees gathered weights after the forward pass and gathers them again for
+    the backward; false keeps them.
+
+    Raises:
+        ConfigError: options that cannot be set, and parts of the run that do not work with FSDP; all in one message.
     """
-    options = config.parallelism_config
-    if options is None:
+    if config.parallelism_config is None:
         return None
-    if list(options) != ["fsdp"] or not isinstance(options["fsdp"], dict):
-        raise ConfigError(f"parallelism_config: {{fsdp: {{...}}}} is what there is, not {options!r}")
-    low = config.precision.removeprefix("amp_")
-    default = {"param_dtype": low, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    given = {"mixed_precision": default, **options["fsdp"]}
-    known = [field.name for field in dataclasses.fields(FSDPConfig) if not field.name.startswith("_")]
-    faults = [f"unexpected {str(name)!r} ({nearest(str(name), known)})" for name in given if name not in known]
-    if given.get("sharding_strategy", STRATEGIES[0]) not in STRATEGIES:
-        faults.append(f"sharding_strategy is one of {', '.join(STRATEGIES)}")
-    mixed = given["mixed_precision"]
-    if low != "fp32" and mixed != "FULL" and not (isinstance(mixed, dict) and mixed.get("buffer_dtype") == "fp32"):
-        faults.append(f"mixed_precision must leave buffers in fp32: FULL, or such as {default}")
+    given = config.parallelism_config.get("fsdp")
+    if list(config.parallelism_config) != ["fsdp"] or not isinstance(given, dict):
+        raise ConfigError(f"parallelism_config: expected {{fsdp: {{...}}}}, got {config.parallelism_config!r}")
+    faults, takes = [], ["reshard_after_forward"]
+    for name in map(str, given):
+        if name not in takes:
+            reason = FSDP_OPTIONS.get(name, f"unknown; {nearest(name, takes)}")
+            faults.append(f"parallelism_config.fsdp.{name}: {reason}")
+    reshard = given.get("reshard_after_forward", True)
+    if not isinstance(reshard, bool):
+        faults.append(f"parallelism_config.fsdp.reshard_after_forward: expected true or false, got {reshard!r}")
+    for path, reason in WITHOUT_FSDP.items():
+        section, name = path.split(".")
+        if name in getattr(config, section):
+            faults.append(f"{path}: {reason}")
+    clipping = config.algorithms.get("gradient_clipping")
+    if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
+        faults.append(
+            "algorithms.gradient_clipping.clipping_type: adaptive compares norms of shards; take norm or value"
+        )
+    if config.device_train_microbatch_size == "auto":
+        faults.append(
+            "device_train_microbatch_size: give a number. Composer has auto for FSDP1 alone, and fails there on torch "
+            "2.7.1 and later (unshard_with_sync is not defined)"
+        )
     if faults:
-        raise ConfigError(f"parallelism_config.fsdp: {'; '.join(faults)}")
-    return {"fsdp": given}
+        raise ConfigError("\n  ".join(["this run cannot use FSDP", *faults]))
+    # An instance, because Composer takes FSDP1 of a dict.
+    return {"fsdp": FSDP2Config(reshard_after_forward=reshard, state_dict_type="full", mixed_precision="FULL")}
 
 
 def check_device(config: RunConfig) -> None:
@@ -440,8 +471,6 @@ def check_device(config: RunConfig) -> None:
         faults.append(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
     if config.device_train_microbatch_size == "auto":
         faults.append("device_train_microbatch_size: auto needs a GPU, and none is found; give a number")
-    if config.parallelism_config is not None:
-        faults.append("parallelism_config: FSDP needs GPUs, and none is found; without it, data parallelism (DDP) runs")
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
 

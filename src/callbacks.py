@@ -17,6 +17,8 @@ from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from src.config import MaskingSchedule
 from src.data_c4 import StreamingC4, mask_batch
@@ -135,6 +137,11 @@ class Guard(Callback):
             raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want.value} batches")
 
 
+def _local(p: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter: its shard, with FSDP."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 class LargestStep(Callback):
     """Before the first step, forward and backward once over the largest microbatch that can come, and discard it.
 
@@ -155,7 +162,8 @@ class LargestStep(Callback):
         state.model.train()
         try:
             # Adam's two moments come into being with the first step.
-            moments = torch.empty(2 * sum(p.numel() for p in parameters if p not in states), device=device)
+            new = sum(_local(p).numel() for p in parameters if p not in states)
+            moments = torch.empty(2 * new, device=device)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 with get_precision_context(state.precision, state.precision_config):
                     loss = state.model(batch).loss
@@ -174,6 +182,23 @@ class LargestStep(Callback):
         finally:
             for p in parameters:
                 p.grad = None
+
+
+class AverageGradients(Callback):
+    """Make FSDP's gradients the average over processes where the backend adds them up: gloo of torch 2.7 takes
+    ``ReduceOp.AVG`` for ``SUM``, in silence.
+    """
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        world_size = dist.get_world_size()
+        ones = state.device.tensor_to_device(torch.ones(world_size))
+        average = torch.empty_like(ones[:1])
+        torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
+        if average.item() == 1:
+            return
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_all_reduce_hook(lambda gradient: gradient.div_(world_size))
 
 
 class ScheduledMasking(Callback):
@@ -276,7 +301,9 @@ class StepMonitor(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-        logger.log_metrics({"step/grad_norm": torch.nn.utils.get_total_norm(grads).item()})
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        logger.log_metrics({"step/grad_norm": norm.item()})
 
     def batch_end(self, state: State, logger: Logger) -> None:
         seconds = time.perf_counter() - self.started

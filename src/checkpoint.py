@@ -233,9 +233,6 @@ class Saver(CheckpointSaver):
         self.run_folder = folder
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        if state.fsdp_sharded_state_dict_enabled:  # a folder with a file a rank, which torch writes
-            super()._save_checkpoint(state, logger)
-            return
         self.last_checkpoint_batch = state.timestamp.batch
         epoch, step = state.timestamp.epoch.value, state.timestamp.batch.value
         path = Path(self.filename.format(state)).with_name(NAME.format(epoch=epoch, batch=step, rank=0))

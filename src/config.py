@@ -215,7 +215,7 @@ class RunConfig:
     compile_config: dict[str, Any] | None = None
     """Arguments of torch.compile; ``{}`` compiles with its defaults. None does not compile."""
     parallelism_config: dict[str, Any] | None = None
-    """Composer's, for FSDP: ``{fsdp: {...}}``. None is data parallelism (DDP)."""
+    """``{fsdp: {}}`` shards weights, gradients and the optimizer's state over the processes (FSDP2). None is DDP."""
     dist_timeout: float = 1800
     """Seconds after which a process that waits for another gives up."""
 

@@ -144,10 +144,8 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     top.
     """
     parallelism = build_parallelism(config)
-    strategy = "NO_SHARD" if parallelism is None else parallelism["fsdp"].get("sharding_strategy", "FULL_SHARD")
-    sharded = {"NO_SHARD": 0, "SHARD_GRAD_OP": 12, "_HYBRID_SHARD_ZERO2": 12}.get(strategy, 16)  # of 16 bytes
-    over = dist.get_local_world_size() if "HYBRID" in strategy else dist.get_world_size()
-    states = (16 - sharded + sharded / over) * parameters
+    sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
+    states = (16 - sharded + sharded / dist.get_world_size()) * parameters
     size = config.device_train_microbatch_size
     if size == "auto":
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"

@@ -6,7 +6,7 @@ import yaml
 from composer.core import Time, Timestamp
 from composer.loggers import TensorboardLogger
 from composer.optim import DecoupledAdamW
-from composer.utils.parallelism import FSDPConfig
+from composer.utils.parallelism import FSDP2Config
 
 from src import builders, config
 from src.builders import build, padded_vocab_size
@@ -121,45 +121,71 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
 
 
-# FSDP: its options are checked here; it has run nowhere yet.
+# FSDP; tests/test_fsdp.py runs it.
 
 
-def fsdp(options):
-    return builders.build_parallelism(config.load("yamls/mosaic_bert.yaml", [f"parallelism_config={options}"]))
+def fsdp(*overrides):
+    without = any(override.startswith("parallelism_config=") for override in overrides)
+    options = [*overrides] if without else ["parallelism_config={fsdp: {}}", *overrides]
+    return builders.build_parallelism(config.load("yamls/quickstart.yaml", options))
 
 
-def test_fsdp_options_reach_composer_and_slopes_stay_fp32():
-    assert builders.build_parallelism(config.load("yamls/mosaic_bert.yaml")) is None
-    given = fsdp("{fsdp: {sharding_strategy: SHARD_GRAD_OP}}")
-    FSDPConfig(**given["fsdp"])
-    mixed = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    assert given == {"fsdp": {"sharding_strategy": "SHARD_GRAD_OP", "mixed_precision": mixed}}
+def test_fsdp_is_fsdp2_with_whole_checkpoints_and_fp32_weights():
+    assert builders.build_parallelism(config.load("yamls/quickstart.yaml")) is None
+    given = fsdp()["fsdp"]
+    assert isinstance(given, FSDP2Config) and given.reshard_after_forward is True
+    assert (given.state_dict_type, given.mixed_precision) == ("full", "FULL")
+    assert fsdp("parallelism_config.fsdp.reshard_after_forward=false")["fsdp"].reshard_after_forward is False
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("override", "message"),
     [
-        ("{}", "is what there is, not {}"),
-        ("{tp: {}}", "is what there is, not {'tp': {}}"),
-        ("{fsdp: {sharding_stratgy: FULL_SHARD}}", "unexpected 'sharding_stratgy' (did you mean 'sharding_strategy'?)"),
-        ("{fsdp: {sharding_strategy: HALF}}", "sharding_strategy is one of FULL_SHARD"),
-        ("{fsdp: {mixed_precision: PURE}}", "must leave buffers in fp32"),
+        ("parallelism_config={}", "expected {fsdp: {...}}, got {}"),
+        ("parallelism_config={tp: {}}", "expected {fsdp: {...}}, got {'tp': {}}"),
+        ("parallelism_config={fsdp: null}", "expected {fsdp: {...}}, got {'fsdp': None}"),
+        ("parallelism_config.fsdp.reshard_after_foward=false", "unknown; did you mean 'reshard_after_forward'?"),
+        ("parallelism_config.fsdp.reshard_after_forward=2", "reshard_after_forward: expected true or false, got 2"),
+        (
+            "parallelism_config.fsdp.sharding_strategy=SHARD_GRAD_OP",
+            "sharding_strategy: reshard_after_forward: true is",
+        ),
+        ("parallelism_config.fsdp.mixed_precision=PURE", "mixed_precision: weights are gathered in fp32"),
+        ("parallelism_config.fsdp.state_dict_type=sharded", "state_dict_type: checkpoints hold whole weights"),
+        ("parallelism_config.fsdp.cpu_offload=true", "cpu_offload: FSDP1's, or has no effect here; remove it"),
+        ("algorithms.ema.half_life=1ba", "algorithms.ema: Composer's cannot average sharded weights"),
+        (
+            "callbacks.optimizer_monitor={}",
+            "callbacks.optimizer_monitor: Composer's logs norms of one process's shards",
+        ),
+        (
+            "device_train_microbatch_size=auto",
+            "device_train_microbatch_size: give a number. Composer has auto for FSDP1",
+        ),
     ],
 )
-def test_fsdp_options_that_cannot_be(options, message):
+def test_what_cannot_go_with_fsdp(override, message):
     with pytest.raises(config.ConfigError) as error:
-        fsdp(options)
+        fsdp(override)
     assert message in str(error.value)
+
+
+def test_all_that_cannot_go_with_fsdp_is_said_at_once():
+    clipping = "algorithms.gradient_clipping={clipping_type: adaptive, clipping_threshold: 0.1}"
+    with pytest.raises(config.ConfigError) as error:
+        fsdp(clipping, "algorithms.swa={}", "parallelism_config.fsdp.forward_prefetch=true")
+    paths = [line.strip().split(": ")[0] for line in str(error.value).splitlines()[1:]]
+    options = ["parallelism_config.fsdp.forward_prefetch", "algorithms.swa"]
+    assert paths == [*options, "algorithms.gradient_clipping.clipping_type"]
 
 
 def test_what_this_machine_cannot_do_is_refused_in_one_message(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = config.load("yamls/mosaic_bert.yaml", ["device_train_microbatch_size=auto", "parallelism_config={fsdp: {}}"])
+    run = config.load("yamls/mosaic_bert.yaml", ["device_train_microbatch_size=auto"])
     with pytest.raises(config.ConfigError) as error:
         builders.check_device(run)
     message = str(error.value)
     assert "precision: amp_bf16 needs a GPU" in message and "device_train_microbatch_size: auto" in message
-    assert "parallelism_config: FSDP needs GPUs" in message
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     builders.check_device(run)
 

@@ -205,18 +205,15 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     assert gib(many, "precision=amp_bf16") < 0.75 * gib(many)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "bytes_each"),
-    [("FULL_SHARD", 2), ("SHARD_GRAD_OP", 5.5), ("HYBRID_SHARD", 4), ("_HYBRID_SHARD_ZERO2", 7), ("NO_SHARD", 16)],
-)
-def test_memory_of_states_that_fsdp_shards(strategy, bytes_each, tokenizer, monkeypatch):
-    """Of 8 processes, 4 a node: a share of weights, gradients and moments, or of all but the weights."""
+@pytest.mark.parametrize(("fsdp", "bytes_each"), [(None, 16), (True, 2), (False, 5.5)])
+def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenizer, monkeypatch):
+    """Of 8 processes: a share of weights, gradients and moments, or of all but the weights."""
     monkeypatch.setattr(main.builders.dist, "get_world_size", lambda: 8)
-    monkeypatch.setattr(main.builders.dist, "get_local_world_size", lambda: 4)
-    fsdp = f"parallelism_config={{fsdp: {{sharding_strategy: {strategy}}}}}"
-    run = load("yamls/mosaic_bert.yaml", [fsdp, "device_train_microbatch_size=auto"])
-    text = memory(run, None, 2**30, None)  # pyright: ignore[reportArgumentType]
-    assert text.startswith(f"{bytes_each:.2f} GiB for weights, gradients and Adam")
+    option = "null" if fsdp is None else f"{{fsdp: {{reshard_after_forward: {fsdp}}}}}"
+    run = load("yamls/quickstart.yaml", [*overrides, f"parallelism_config={option}"])
+    model = main.builders.build_model(run, tokenizer)
+    text = memory(run, model, 2**30, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
+    assert f": {bytes_each:.2f} for weights, gradients and Adam" in text
 
 
 def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, capsys):
