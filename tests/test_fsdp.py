@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-import main
 from src.bert_layers import BertForMaskedLM
-from src.config import load
 from src.pretrained import load_pretrained
 from tests.test_launch import launch
 from tests.test_main import fit
@@ -51,11 +49,6 @@ def test_a_checkpoint_of_shards_is_read_like_any_other(overrides, tmp_path):
     torch.testing.assert_close(weights, shards.full_tensor(), rtol=0, atol=0)
 
 
-def test_auto_microbatch_is_refused_before_the_run(overrides):
-    with pytest.raises(main.ConfigError, match="device_train_microbatch_size: give a number"):
-        main.builders.build_parallelism(load(QUICKSTART, [*overrides, FSDP, "device_train_microbatch_size=auto"]))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Two processes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,14 +70,8 @@ def norms_of(folder):
 )
 def test_two_processes_compute_what_ddp_computes(options, overrides, tmp_path):
     """Losses, gradient norms and evaluation, to fp32 rounding; ranks have another number of samples to evaluate."""
-    run = [
-        *overrides,
-        *options[1],
-        "device_train_microbatch_size=3",
-        "device_eval_batch_size=7",
-        "max_duration=8ba",
-        "eval_interval=2ba",
-    ]
+    sizes = ["device_train_microbatch_size=3", "device_eval_batch_size=7"]
+    run = [*overrides, *options[1], *sizes, "max_duration=8ba", "eval_interval=2ba"]
     want = launch(2, run, tmp_path / "ddp")
     for name, option in (("frees", FSDP), ("keeps", "parallelism_config={fsdp: {reshard_after_forward: false}}")):
         losses, evaluation, tokens = launch(2, [*run, option], tmp_path / name)
@@ -96,21 +83,13 @@ def test_two_processes_compute_what_ddp_computes(options, overrides, tmp_path):
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(overrides, tmp_path):
     """After 4 of 8 steps, right after an evaluation, which leaves weights gathered; without FSDP to fp32 rounding."""
-    run = [
-        *overrides,
-        DROPOUT,
-        FSDP,
-        "autoresume=true",
-        "save_overwrite=false",
-        "max_duration=8ba",
-        "save_interval=4ba",
-    ]
-    run += ["scheduler={name: constant_with_warmup, t_warmup: 1ba}"]
+    saving = ["autoresume=true", "save_overwrite=false", "save_interval=4ba", "eval_interval=2ba"]
+    schedule = "scheduler={name: constant_with_warmup, t_warmup: 1ba}"  # which max_duration does not stretch
+    run = [*overrides, DROPOUT, FSDP, schedule, *saving, "max_duration=8ba"]
     want, want_eval, _ = launch(2, run, tmp_path / "whole")
-    longer = [*run, "resume.allow=[max_duration]"]
-    for name, processes, last in (("two", 2, FSDP), ("without", 2, "parallelism_config=null")):
-        launch(processes, [*run, "max_duration=4ba"], tmp_path / name)
-        losses, evaluation, _ = launch(processes, [*longer, last], tmp_path / name)
+    for name, last in (("sharded", FSDP), ("whole weights", "parallelism_config=null")):
+        launch(2, [*run, "max_duration=4ba"], tmp_path / name)
+        losses, evaluation, _ = launch(2, [*run, "resume.allow=[max_duration]", last], tmp_path / name)
         if last == FSDP:
             assert losses == want and evaluation == want_eval
         assert losses == pytest.approx(want, rel=1e-6) and evaluation == pytest.approx(want_eval, rel=1e-6)
