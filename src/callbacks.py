@@ -196,9 +196,13 @@ class AverageGradients(Callback):
         torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
         if average.item() == 1:
             return
+
+        def divide(gradient: torch.Tensor) -> None:
+            gradient.div_(world_size)
+
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
-                module.set_all_reduce_hook(lambda gradient: gradient.div_(world_size))
+                module.set_all_reduce_hook(divide)
 
 
 class ScheduledMasking(Callback):
