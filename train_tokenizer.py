@@ -218,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     if size < args.vocab_size:
         print(f"the text has pieces for {size} entries only, not for {args.vocab_size}", file=sys.stderr)
 
-    from transformers import BertTokenizerFast  # takes seconds to import, as the next
+    # Both take seconds to import.
+    from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     from src.data_c4 import save_tokenizer
 

@@ -277,7 +277,7 @@ class HFBert(Arm):
             hidden_dropout_prob=s.dropout,
             attention_probs_dropout_prob=0.0,
             max_position_embeddings=s.length,
-            attn_implementation="eager" if plain else "sdpa",
+            attn_implementation="eager" if plain else "sdpa",  # pyright: ignore
         )
         return transformers.BertForMaskedLM(config)
 
@@ -320,8 +320,9 @@ class ModernBertSameShape(HFBert):
             num_attention_heads=s.heads,
             max_position_embeddings=s.length,
             sparse_prediction=not plain,
-            reference_compile=False if plain else None,  # None: it compiles parts of itself on a GPU
-            attn_implementation="eager" if plain else "sdpa",
+            # None: it compiles parts of itself on a GPU
+            reference_compile=False if plain else None,  # pyright: ignore
+            attn_implementation="eager" if plain else "sdpa",  # pyright: ignore
             **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
         )
         return transformers.ModernBertForMaskedLM(config)

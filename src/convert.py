@@ -55,7 +55,8 @@ class Tokens:
         self.max_seq_len, self.pack = max_seq_len, pack
         # Half the bytes on disk and in flight, wherever the vocabulary allows it.
         self.dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-        self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.cls: Any = tokenizer.cls_token_id
+        self.sep: Any = tokenizer.sep_token_id
         self.backend: Tokenizer = tokenizer.backend_tokenizer
         self.description: dict[str, Any] = {  # what training checks before it uses the shards
             "tokenizer": name,

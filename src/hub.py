@@ -27,7 +27,7 @@ def folder(name: str, repo_type: str, patterns: list[str], complete: Callable[[P
         pass  # nothing is cached
     try:
         info = huggingface_hub.repo_info(name, repo_type=repo_type, timeout=10)  # offline this fails at once
-        there = [file.rfilename for file in info.siblings or []]
+        there = [file.rfilename for file in info.siblings or []]  # pyright: ignore[reportAttributeAccessIssue]
         wanted = []
         for pattern in patterns:
             choices = [choice for choice in pattern.split("|") if fnmatch.filter(there, choice)]
