@@ -5,6 +5,7 @@ imported, runs the kernels on the CPU, slowly, to test them.
 """
 
 import collections
+import re
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,18 @@ except ImportError:  # triton is not made for every platform
 CHOICES = ("auto", "triton", "torch")
 CAPABILITY = (8, 0)
 """Of a GPU, at least: Ampere, the first that has bf16. Turing also has too little shared memory for a tile."""
+FIRST_TRITON = {
+    (10, 0): "3.3.0",
+    (10, 3): "3.6.0",
+    (10, 7): "3.9.0",
+    (11, 0): "3.7.0",
+    (12, 0): "3.3.1",
+    (12, 1): "3.6.0",
+}
+"""The first Triton that compiles the kernels, by compute capability from Blackwell on. An older one may abort the
+process instead of raising."""
+NEXT_TRITON = "3.10.0"
+"""The first that was not tried: it is needed for a newer capability that is not in FIRST_TRITON."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASK_BITS = 16
 """Random bits that decide over an element: a probability of dropout is rounded down to a multiple of 2^-16."""
@@ -70,10 +83,17 @@ def refused(capability: tuple[int, int]) -> str | None:
     if capability < CAPABILITY:
         least = ".".join(map(str, CAPABILITY))
         return f"Triton's kernels need compute capability {least}, and this GPU has {name}"
-    version = getattr(triton, "__version__", "0.0.0")
-    if capability[0] == 12 and tuple(map(int, version.split(".")[:3])) < (3, 3, 1):
-        return f"Triton {version} has no matrix products for compute capability {name}; 3.3.1 has"
-    return None
+    version = getattr(triton, "__version__", "0")
+    first = FIRST_TRITON.get(capability, NEXT_TRITON)
+    if capability < min(FIRST_TRITON) or _numbers(version) >= _numbers(first):
+        return None
+    verb = "does" if capability in FIRST_TRITON else "may"
+    return f"Triton {version} does not compile for compute capability {name}; {first} {verb}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 6, 0) of "3.6.0+git1234"."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def resolve(kernels: str) -> str:

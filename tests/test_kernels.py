@@ -73,7 +73,7 @@ def test_triton_where_it_cannot_run(monkeypatch):
     assert kernels.resolve("auto") == "auto" and not kernels.use_triton("auto", torch.ones(1))
 
 
-def test_a_gpu_that_is_too_old_or_too_new(monkeypatch):
+def test_a_gpu_that_is_too_old(monkeypatch):
     """It is refused by name, and auto does without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "_this_gpu", kernels._this_gpu.__wrapped__)  # without their caches
@@ -86,10 +86,28 @@ def test_a_gpu_that_is_too_old_or_too_new(monkeypatch):
     with pytest.raises(ValueError, match=r"need compute capability 8.0"):
         attention.resolve("triton", device_type="cuda")
     assert kernels.resolve("auto") == "auto" and attention.resolve("auto", device_type="cuda") == "torch"
-    monkeypatch.setattr(kernels.triton, "__version__", "3.3.0")
-    assert "no matrix products for compute capability 12.0; 3.3.1 has" in kernels.refused((12, 0))
-    monkeypatch.setattr(kernels.triton, "__version__", "3.10.1")
-    assert kernels.refused((12, 0)) is kernels.refused((10, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "first", "last_without"),
+    [
+        ((10, 0), "3.3.0", "3.2.0"),
+        ((10, 3), "3.6.0", "3.5.1"),
+        ((12, 0), "3.3.1", "3.3.0"),
+        ((12, 1), "3.6.0+git1234", "3.5.1.post1"),
+        ((13, 0), "3.10.0", "3.9.0"),  # a card that no Triton was tried with
+    ],
+)
+def test_a_gpu_newer_than_triton(capability, first, last_without, monkeypatch):
+    """Taken from the first Triton on that compiles for it; Ampere, Ada and Hopper by each."""
+    monkeypatch.setattr(kernels.triton, "__version__", last_without)
+    name = ".".join(map(str, capability))
+    verb = "may" if capability == (13, 0) else "does"
+    reason = f"Triton {last_without} does not compile for compute capability {name}; {first.split('+')[0]} {verb}"
+    assert kernels.refused(capability) == reason
+    assert {kernels.refused(older) for older in ((8, 0), (8, 6), (8, 9), (9, 0))} == {None}
+    monkeypatch.setattr(kernels.triton, "__version__", first)
+    assert kernels.refused(capability) is None
 
 
 def test_fp64_and_probabilities_that_are_none_are_refused():
