@@ -13,8 +13,8 @@ Each program takes one tile (some rows of one sequence) of one head; the tiles c
 Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 
-Eager code goes through autograd.Function; torch.compile sees the custom ops ``mosaic_bert::flash_attn`` and
-``mosaic_bert::flash_attn_backward`` (which cost some 60 us a call more, and hence not everywhere).
+Eager code goes through autograd.Function; torch.compile sees custom ops, one for the forward and one for the backward
+(which cost some 60 us a call more, and hence not everywhere).
 """
 
 import math
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import DTYPES, interpreted, launch
+from .kernels import DTYPES, interpreted, launch, ops_of
 
 try:
     import triton
@@ -482,7 +482,7 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-@torch.library.custom_op("mosaic_bert::flash_attn", mutates_args=())
+@torch.library.custom_op(f"{ops_of(__name__)}::forward", mutates_args=())
 def _flash_attn_op(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, dkdv_table: Tensor, dq_table: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -495,7 +495,7 @@ def _(q, k, v, slopes, table, dkdv_table, dq_table):
     return q.new_empty(T, N, H), q.new_empty(N, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("mosaic_bert::flash_attn_backward", mutates_args=())
+@torch.library.custom_op(f"{ops_of(__name__)}::backward", mutates_args=())
 def _flash_attn_backward_op(
     do: Tensor,
     q: Tensor,

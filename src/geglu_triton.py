@@ -11,7 +11,6 @@ Launch: tiles of ROWS x BLOCK of the output, row by row in a one-dimensional gri
 
 # pyright: reportOptionalMemberAccess=false
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, launch, rows_of
+from .kernels import dropout_scale, dropout_threshold, launch, ops_of, rows_of
 
 try:
     import triton
@@ -170,10 +169,11 @@ class _Geglu(torch.autograd.Function):
 
 
 # For torch.compile, as in layer_norm_triton.py.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_forward_op = torch.library.custom_op(f"{_NAMESPACE}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+_forward_op = torch.library.custom_op(
+    f"{ops_of(__name__)}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda")
+)
 _backward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
+    f"{ops_of(__name__)}::backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
 )
 
 

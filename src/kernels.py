@@ -120,6 +120,12 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(keep_mask, triton.JITFunction)
 
 
+def ops_of(module: str) -> str:
+    """The namespace of a module's custom ops: its own, as Hugging Face's loader may import a second copy of the module
+    into the same process, and of two ops of one name the later one takes the place of the first."""
+    return re.sub(r"\W", "_", module)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """``x`` (..., D) as (T, D) with neighbours in memory along D; a copy only if it must be.
 

@@ -15,7 +15,6 @@ Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dime
 
 # pyright: reportOptionalMemberAccess=false
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, launch, rows_of
+from .kernels import dropout_scale, dropout_threshold, launch, ops_of, rows_of
 
 try:
     import triton
@@ -296,12 +295,12 @@ class _LayerNorm(torch.autograd.Function):
         return _gradients(ctx, _backward, dy)
 
 
-# For torch.compile, which cannot look into a launch: the same two functions as operators. Their names carry this
-# module's, because Hugging Face's loader may import a second copy of it into the same process.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_forward_op = torch.library.custom_op(f"{_NAMESPACE}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+# For torch.compile, which cannot look into a launch: the same two functions as operators.
+_forward_op = torch.library.custom_op(
+    f"{ops_of(__name__)}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda")
+)
 _backward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
+    f"{ops_of(__name__)}::backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
 )
 
 

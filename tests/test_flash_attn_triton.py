@@ -1,5 +1,8 @@
 """The attention kernels against the reference: on a CPU through Triton's interpreter, on a GPU as they are."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -271,6 +274,22 @@ def test_custom_op_is_sound():
     tables = [tile_table(cu_seqlens, tile.rows) for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
     torch.library.opcheck(F._flash_attn_op, (q, k, v, A.alibi_slopes(2).to(DEVICE), *tables))
+
+
+def test_a_second_copy_leaves_the_first_its_ops(monkeypatch):
+    """As an exported folder's, which may have other tiles, beside src in one process."""
+    spec = importlib.util.spec_from_file_location("src.exported_flash_attn_triton", F.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    monkeypatch.setattr(copy, "_forward", None)
+    qkv, cu_seqlens, _ = make([17, 5], 2, 16)
+    tables = [tile_table(cu_seqlens, tile.rows) for tile in (LARGE.forward, LARGE.dkdv, LARGE.dq)]
+    inputs = (*(x.detach() for x in qkv.unbind(1)), A.alibi_slopes(2).to(DEVICE), *tables)
+    monkeypatch.setattr(F, "tiles_for", lambda *args: LARGE)
+    assert torch.equal(F._flash_attn_op(*inputs)[0], F._forward(*inputs[:5])[0])
+    with pytest.raises(TypeError):
+        copy._flash_attn_op(*inputs)
 
 
 def test_compiled_is_eager():
