@@ -11,7 +11,8 @@ forward and backward together, in rounds that interleave all implementations, ea
 overwritten: minima, and the median over rounds of peer / ours. Bytes and FLOPs are those that the task itself has
 (inputs and outputs read or written once; recomputation not counted), beside the card's measured peaks.
 
-Last line: ``kernels device=… checked=… failed=… attention_S512_vs_flex=… …``. Needs no Composer.
+Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``; what is left out, a peer that
+does not run here, is printed with its reason. Needs no Composer.
 """
 
 import argparse
@@ -283,7 +284,7 @@ def main(argv: list[str]) -> int:
     if device == "cuda":
         print(f"# measured peaks: {matmul / 1e12:.0f} TFLOP/s in a product, {bandwidth / 1e12:.2f} TB/s in a copy")
 
-    rows, summary, checked, failed = [], [], 0, []
+    rows, summary, checked, left_out, failed = [], [], 0, 0, []
     for name in args.cases:
         for case in makers[name]():
             want = results_of(case.reference, case.inputs, torch.float64 if dtype == torch.float32 else torch.float32)
@@ -296,6 +297,7 @@ def main(argv: list[str]) -> int:
                     if label == "ours":
                         raise
                     print(f"{case.name} {case.size} {label}: does not run: {str(reason).splitlines()[0]}")
+                    left_out += 1
                     continue
                 checked += 1
                 wrong = faults(error, plain, dtype)
@@ -324,7 +326,7 @@ def main(argv: list[str]) -> int:
         path = args.out / f"kernels-{about['device'].replace(' ', '_') if device == 'cuda' else 'cpu'}.json"
         peak = {} if device == "cpu" else {"matmul": matmul, "bandwidth": bandwidth}
         report.write_json(path, {**about, "dtype": str(dtype), **peak, "rows": rows})
-    print(f"kernels device={device} checked={checked} failed={len(failed)} {' '.join(summary)}")
+    print(f"kernels device={device} checked={checked} failed={len(failed)} left_out={left_out} {' '.join(summary)}")
     return int(bool(failed))
 
 
