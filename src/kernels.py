@@ -9,6 +9,7 @@ import re
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,9 +68,14 @@ def unavailable(device_type: str) -> str | None:
     """Why the kernels cannot run on such a device, or None if they can."""
     if triton is None:
         return "triton is not installed (torch brings it on Linux)"
-    if device_type != "cuda":
-        return None if interpreted() else f"Triton's kernels need a CUDA device, and this is {device_type}"
-    return _this_gpu()
+    if device_type == "cuda":
+        return _this_gpu()
+    if not interpreted():
+        return f"Triton's kernels need a CUDA device, and this is {device_type}"
+    if _numbers(np.__version__) >= (2, 5) and _numbers(triton.__version__) < (3, 7):
+        # It takes int() of an array of one element for a loop's bound: a TypeError from numpy 2.5 on.
+        return f"Triton {triton.__version__} interprets no loop with numpy {np.__version__}; it needs numpy < 2.5"
+    return None
 
 
 @cache
@@ -135,8 +141,9 @@ def rows_of(x: Tensor) -> Tensor:
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"the Triton kernels take fp16, bf16 and fp32, not {x.dtype}; set kernels to torch")
-    if not (x.is_cuda or interpreted()):
-        raise ValueError(f"the Triton kernels need a tensor on a GPU, not on {x.device}; set kernels to auto or torch")
+    missing = None if x.is_cuda else unavailable(x.device.type)
+    if missing is not None:
+        raise ValueError(f"{missing}; set kernels to auto or torch")
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 

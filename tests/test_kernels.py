@@ -65,12 +65,31 @@ def test_triton_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="'triton' cannot run here: .* need a CUDA device, .*; choose auto or torch"):
         model_of(kernels="triton")
-    with pytest.raises(ValueError, match="need a tensor on a GPU, not on cpu"):
+    with pytest.raises(ValueError, match="need a CUDA device, and this is cpu; set kernels to auto or torch"):
         kernels.rows_of(torch.ones(2, 3))
     monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.resolve("triton")
     assert kernels.resolve("auto") == "auto" and not kernels.use_triton("auto", torch.ones(1))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
+def test_numpy_that_is_too_new_for_the_interpreter(monkeypatch):
+    """One message, not a traceback out of a kernel; Triton 3.7 mended it."""
+    monkeypatch.setattr(kernels.np, "__version__", "2.5.0")
+    monkeypatch.setattr(kernels.triton, "__version__", "3.6.0")
+    message = "Triton 3.6.0 interprets no loop with numpy 2.5.0; it needs numpy < 2.5"
+    with pytest.raises(ValueError, match=f"kernels 'triton' cannot run here: {message}; choose auto or torch"):
+        model_of(kernels="triton")
+    with pytest.raises(ValueError, match=message):
+        attention.resolve("triton", device_type="cpu")
+    with pytest.raises(ValueError, match=f"{message}; set kernels to auto or torch"):
+        kernels.rows_of(torch.ones(2, 3))
+    monkeypatch.setattr(kernels.triton, "__version__", "3.7.0")
+    assert kernels.unavailable("cpu") is None
+    monkeypatch.setattr(kernels.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(kernels.np, "__version__", "2.4.6")
+    assert kernels.unavailable("cpu") is None
 
 
 def test_a_gpu_that_is_too_old(monkeypatch):
