@@ -4,9 +4,9 @@
 
 Says for each build the registers of a thread, bytes spilled to local memory, and shared memory of a program, and ends
 in ``aot kernels=… spilling=… over_limit=…``; exits with 1 if a build spills or asks for more shared memory than the
-card has. Triton builds a kernel anew for strides that are multiples of 16 elements and for others; so does this, except
-for attention, where heads of a multiple of 16 are always aligned, and others never. What runs faster is for
-``tune_kernels.py`` to say, on the card.
+card has. With ``--out`` it rewrites its Triton's section there, and keeps those of others. Triton builds a kernel anew
+for strides that are multiples of 16 elements and for others; so does this, except for attention, where heads of a
+multiple of 16 are always aligned, and others never. What runs faster is for ``tune_kernels.py`` to say, on the card.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from src import flash_attn_triton, geglu_triton, kernels, layer_norm_triton
 
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 """Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, appendix on them)."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -81,7 +81,7 @@ def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator
         constants = {**shape, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
         variant = f"H={head_size}, {tile.rows} x {tile.cols}"
         yield Build(kernel, variant, dtype, constants, tile.warps, tile.stages, aligned=head_size % 16 == 0)
-    constants = {**shape, "ROWS": F.DELTA_ROWS}
+    constants = {**shape, "ROWS": F.delta_rows(head_size)}
     yield Build(F.flash_attn_delta, f"H={head_size}", dtype, constants, aligned=head_size % 16 == 0)
 
 
@@ -107,7 +107,8 @@ def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
 
 
 def compile_for(build: Build, architecture: int) -> dict[str, int]:
-    """Registers a thread, bytes spilled a thread, bytes of shared memory a program.
+    """Registers a thread, bytes spilled a thread, bytes of shared memory a program; whether it has ``wgmma``, Hopper's
+    asynchronous product, and whether ptxas makes it wait for each (its note C7515).
 
     Raises:
         Exception: what the compiler raises.
@@ -121,13 +122,45 @@ def compile_for(build: Build, architecture: int) -> dict[str, int]:
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = _output("cuobjdump", "-res-usage", file.name)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return {"registers": found["REG"], "spilled": found["STACK"], "shared": compiled.metadata.shared}
+    wgmma = "wgmma" in compiled.asm["ptx"]
+    return {
+        "registers": found["REG"],
+        "spilled": found["STACK"],
+        "shared": compiled.metadata.shared,
+        "wgmma": wgmma,
+        "serialised": wgmma and _serialised(compiled.asm["ptx"]),
+    }
+
+
+def _serialised(ptx: str) -> bool:
+    """Whether ptxas notes C7515, "wgmma.mma_async instructions are serialized". Triton does not hand its notes on."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        return "C7515" in _output("ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull)
+
+
+def _output(tool: str, *arguments: str) -> str:
+    """What one of the tools that Triton brings prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    run = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return run.stdout
+
+
+def write_section(path: Path, lines: list[str]) -> None:
+    """Put this Triton's section into the file, in the order of versions, in place of the one it had."""
+    sections = re.split(r"^(?=## Triton )", path.read_text() if path.exists() else "", flags=re.MULTILINE)[1:]
+    title = f"## Triton {triton.__version__}\n"
+    sections = [text.rstrip() for text in sections if not text.startswith(title)] + [title + "\n" + "\n".join(lines)]
+    sections.sort(key=lambda text: [int(number) for number in re.findall(r"\d+", text.partition("\n")[0])])
+    path.write_text(
+        "\n\n".join(["# Every kernel, compiled ahead of time by `python -m benchmarks.aot`", *sections]) + "\n"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -139,22 +172,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--head_sizes", type=int, nargs="+", default=[16, 24, 32, 48, 64, 80, 128])
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 768, 1024, 4096], help="hidden sizes")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, help="write the table there too")
+    parser.add_argument("--out", type=Path, help="write the table there too, as a section")
     args = parser.parse_args(argv)
 
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}; no GPU was used, and no figure here is a time.",
+        f"With torch {torch.__version__}; no GPU was used, and no figure here is a time.",
         "",
         "| card | kernel | dtype | variant | strides | warps | stages | registers | spilled | shared memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    refusals: list[str] = []
-    built = spilling = over_limit = 0
-    for architecture in [*args.architectures, 75, 120]:
+    notes: list[str] = []
+    built = spilling = over_limit = wgmma = serialised = 0
+    for architecture in dict.fromkeys([75, *args.architectures]):
         reason = kernels.refused(divmod(architecture, 10))
         if architecture not in args.architectures or reason is not None:
-            refusals += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
+            notes += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
             continue
         for dtype in args.dtypes:
             rowwise = itertools.chain(
@@ -170,14 +203,19 @@ def main(argv: list[str]) -> int:
                 built += 1
                 spilling += usage["spilled"] > 0
                 over_limit += usage["shared"] > SHARED_MEMORY[architecture]
+                wgmma += usage["wgmma"]
+                serialised += usage["serialised"]
                 cells: list[Any] = [f"sm_{architecture}", build.kernel.__name__, dtype, build.variant]
-                cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages, *usage.values()]
+                cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages]
+                cells += [usage["registers"], usage["spilled"], usage["shared"]]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
                 print(lines[-1], flush=True)
-    lines += ["", *refusals, "", f"aot kernels={built} spilling={spilling} over_limit={over_limit}"]
-    print("\n".join(lines[-3 - len(refusals) :]))
+    if wgmma:
+        notes.append(f"{serialised} of {wgmma} builds with wgmma wait for each product (ptxas's note C7515).")
+    tail = ["", *notes, "", f"aot kernels={built} spilling={spilling} over_limit={over_limit}"]
+    print("\n".join(tail))
     if args.out is not None:
-        args.out.write_text("\n".join(lines) + "\n")
+        write_section(args.out, lines + tail)
     return int(spilling + over_limit > 0)
 
 

@@ -63,20 +63,20 @@ class Tiles:
     dq: Tile
 
 
-# By (architecture, largest padded head size, bytes of an element); the first that fits is taken, in this order. Chosen
-# so that the compiler reports no spilled register and shared memory fits the card (benchmarks/results/kernels_aot.md);
-# speed is for benchmarks/tune_kernels.py to say, on the card. Architectures: 90 is H100 (227 KiB of shared memory a
-# program), 80 is A100 (163 KiB), 0 is every other one, which may have 99 KiB.
+# By (architecture, largest padded head size, bytes of an element); the first that fits is taken. Chosen so that none
+# spills or exceeds the card's shared memory (benchmarks/results/kernels_aot.md); speed is for tune_kernels.py to say.
 TILES: dict[tuple[int, int, int], Tiles] = {
-    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),  # H100: 227 KiB a program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),  # A100: 163 KiB
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
-    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
-    (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),
+    (80, 128, 2): Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(64, 32, 4, 2)),
+    (100, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B200
+    (103, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B300
+    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),  # any other: 99 KiB
+    (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
@@ -340,7 +340,13 @@ if triton is not None:
 # Launches
 # ----------------------------------------------------------------------------------------------------------------------
 
-DELTA_ROWS = 64
+DELTA_TILE = 2048
+"""Elements of a tile of flash_attn_delta: 16 a thread."""
+
+
+def delta_rows(head_size: int) -> int:
+    """Rows of such a tile."""
+    return DELTA_TILE // padded_head_size(head_size)
 
 
 def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
@@ -392,8 +398,9 @@ def _delta(out: Tensor, do: Tensor) -> Tensor:
     """(N, T) fp32: the sum over H of do * out."""
     T, N, H = out.shape
     delta = torch.empty(N, T, dtype=torch.float32, device=out.device)
-    constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": DELTA_ROWS}
-    launch(flash_attn_delta, -(-T // DELTA_ROWS) * N, out, do, delta, *_strides(out, do), T, N, T, **constants)
+    rows = delta_rows(H)
+    constants = {"H": H, "BLOCK_H": padded_head_size(H), "ROWS": rows}
+    launch(flash_attn_delta, -(-T // rows) * N, out, do, delta, *_strides(out, do), T, N, T, **constants)
     return delta
 
 

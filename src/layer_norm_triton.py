@@ -71,10 +71,10 @@ if triton is not None:
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
         weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+        tl.store(mean_ptr + row, mean, mask=row < T)  # before y: after it, a build spills
+        tl.store(rstd_ptr + row, rstd, mask=row < T)
         y = centred * rstd[:, None] * weight + bias
         tl.store(y_ptr + row64 * D + column, y, mask=real)
-        tl.store(mean_ptr + row, mean, mask=row < T)
-        tl.store(rstd_ptr + row, rstd, mask=row < T)
 
     @triton.jit
     def layer_norm_backward(
@@ -114,6 +114,9 @@ if triton is not None:
             row = (i * programs + program) * ROWS + tl.arange(0, ROWS)
             row64 = row.to(tl.int64)[:, None]
             real = (row[:, None] < T) & (column < D)
+            # The statistics first and the sums last: in another order some builds spill a register or two.
+            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)[:, None]
             z = tl.load(x_ptr + row64 * x_stride + column, mask=real, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + row64 * D + column, mask=real, other=0.0).to(tl.float32)
             if DROPOUT:
@@ -121,11 +124,7 @@ if triton is not None:
                 z = tl.where(keep, z * scale, 0.0)
             if RESIDUAL:
                 z += tl.load(residual_ptr + row64 * residual_stride + column, mask=real, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)[:, None]
             n = (z - mean) * rstd  # beyond D it is no 0, but dy is
-            dweight += dy * n
-            dbias += dy
             g = dy * weight
             dz = rstd * (g - tl.sum(g, axis=1)[:, None] / D - n * (tl.sum(g * n, axis=1)[:, None] / D))
             if WRITE_DRESIDUAL:
@@ -133,6 +132,8 @@ if triton is not None:
             if DROPOUT:
                 dz = tl.where(keep, dz * scale, 0.0)
             tl.store(dx_ptr + row64 * D + column, dz, mask=real)
+            dweight += dy * n
+            dbias += dy
         offset = program.to(tl.int64) * D + tl.arange(0, BLOCK_D)
         mask = tl.arange(0, BLOCK_D) < D
         tl.store(partial_ptr + offset, tl.sum(dweight, axis=0), mask=mask)
