@@ -25,7 +25,7 @@ ifneq ($(or $(INSTALLED),$(STACK)),$(STACK))
 $(error $(VENV) holds the $(INSTALLED) stack. Delete it first (rm -r $(VENV)), or name another folder: make setup STACK=$(STACK) VENV=.venv-$(STACK))
 endif
 
-.PHONY: help setup quickstart test test-slow gpu lint bench bench-full
+.PHONY: help setup quickstart test test-slow test-versions gpu lint bench bench-full
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is
@@ -53,7 +53,10 @@ test: setup  ## Run the test suite (minutes, no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup  ## Run the tests that take longer: launchers, whole runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not versions" --timeout 1800
+
+test-versions: setup  ## Compare exported folders across versions of torch and transformers (installs 15 GB into .matrix)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m versions -s
 
 gpu: setup  ## Fill .gpu/ for a machine with a GPU, and say what to run there (docs/gpu.md)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh

@@ -133,6 +133,7 @@ def environment(torch_version, transformers_version):
     return python, str(overlay)
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.timeout(7200)
 def test_what_one_version_writes_another_reads(tmp_path):
