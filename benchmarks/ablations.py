@@ -31,6 +31,9 @@ class NoSlopes(nn.Module):
         super().__init__()
         self.register_buffer("slopes", torch.zeros(num_heads), persistent=False)
 
+    def forward(self, device: torch.device) -> Tensor:
+        return self.slopes
+
 
 class LearnedPositions(MosaicBert):
     """A position's embedding takes the place of its segment's, a table that is there and otherwise says nothing."""

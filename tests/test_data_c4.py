@@ -661,5 +661,6 @@ def test_script_prints_what_training_sees(token_shards, tmp_path, capsys):
 
 def test_script_refuses_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data_c4.py", str(tmp_path), "--tokenizer", str(tmp_path / "none")])
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
     with pytest.raises(SystemExit, match="^data_c4.py: .*no such folder"):
         runpy.run_path(data_c4.__file__, run_name="__main__")
