@@ -13,8 +13,7 @@ Each program takes one tile (some rows of one sequence) of one head; the tiles c
 Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 
-Eager code goes through autograd.Function; torch.compile sees custom ops, one for the forward and one for the backward
-(which cost some 60 us a call more, and hence not everywhere).
+Eager code goes through autograd.Function; torch.compile sees custom ops, which cost some 60 us a call more.
 """
 
 import math
@@ -64,7 +63,8 @@ class Tiles:
 
 
 # By (architecture, largest padded head size, bytes of an element); the first that fits is taken. Chosen so that none
-# spills or exceeds the card's shared memory (benchmarks/results/kernels_aot.md); speed is for tune_kernels.py to say.
+# spills or exceeds the card's shared memory with any Triton (benchmarks/results/kernels_aot.md): registers differ from
+# one to the next. Speed is for benchmarks/tune_kernels.py to say.
 TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),  # H100: 227 KiB a program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
@@ -76,8 +76,10 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),  # any other: 99 KiB
     (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+    (0, 16, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (0, 32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 2)),
+    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)),
+    (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
 """Every number of rows for which a kernel may want a table of tiles."""
@@ -88,9 +90,7 @@ def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
     for (arch, largest, itemsize), tiles in TILES.items():
         if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
             return tiles
-    raise ValueError(
-        f"flash_attn_triton takes heads of at most {MAX_HEAD_SIZE} in {DTYPES}, not {head_size} in {dtype}"
-    )
+    raise ValueError(f"attention 'triton' takes heads of at most {MAX_HEAD_SIZE}, not {head_size} in {dtype}")
 
 
 def padded_head_size(head_size: int) -> int:
