@@ -35,7 +35,7 @@ def test_both_stacks_have_the_same_composer_and_differ_where_they_must():
 
 
 def test_the_current_stack_has_what_composer_and_streaming_list():
-    """Within their bounds, but for the four; what is left out is named in the file, or imported by nothing."""
+    """Within their bounds, four aside; what is left out is named in the file, or imported by nothing."""
     current, lacking = pins("requirements-current.txt"), set()
     listed = [Requirement(r) for name in ("mosaicml", "mosaicml-streaming") for r in metadata.requires(name) or ()]
     for requirement in listed:
@@ -93,7 +93,7 @@ def test_setup_installs_a_stack_once(stack, make):
     pip = "-m pip install --quiet"
     assert done.returncode == 0, done.stderr
     assert calls == [f"-m venv {make.venv}", f"{pip} {first}", f"{pip} --no-deps {second}"]
-    for arguments in ([f"STACK={stack}"], []):  # a venv's stack is the one to go on with
+    for arguments in ([f"STACK={stack}"], []):  # without STACK, the one that is installed
         done, calls = make(*arguments)
         assert done.returncode == 0 and calls == []
     other = next(name for name in INSTALLS if name != stack)

@@ -8,7 +8,7 @@
     profile        kernels of a step by time, and the share of it that the card is busy
     trainer        main.py on .gpu/mds, with Composer from .gpu/whl where it is not installed
 
-Needs neither Composer nor streaming, but for the trainer. With TOY=1 all of it runs on a CPU; figures mean nothing.
+Only the trainer needs Composer and streaming. With TOY=1 all of it runs on a CPU; figures mean nothing.
 """
 
 import argparse
