@@ -40,7 +40,7 @@ def results_of(folder):
 def launch(processes, overrides, folder):
     command = ["composer", "-n", str(processes), "main.py", QUICKSTART, *options_in(overrides, folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + done.stdout  # where the launcher shows the errors of other ranks
     return results_of(folder)
 
 
