@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from src.microbatches import IGNORED, Batch, num_tokens
 
@@ -178,7 +178,8 @@ def _fingerprint(
 ) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
-    cls, sep = (str(tokenizer.cls_token), tokenizer.cls_token_id), (str(tokenizer.sep_token), tokenizer.sep_token_id)
+    cls = str(tokenizer.cls_token), int(tokenizer.cls_token_id)  # pyright: ignore
+    sep = str(tokenizer.sep_token), int(tokenizer.sep_token_id)  # pyright: ignore
     if backend["post_processor"] in (_as_bert_processing(cls, sep), _as_template(cls, sep)):
         backend["post_processor"] = form(cls, sep)
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
