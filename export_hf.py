@@ -193,12 +193,18 @@ def card_of(source: Pretrained, auto_class: str, out: Path) -> str:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give the folder its name, in place of an older one."""
+    """Give the folder its name, in place of an older one, which stays if that fails."""
     replaced = out.with_name(f".{out.name}.replaced")
+    if not out.exists():
+        partial.rename(out)
+        return
     shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
+    out.rename(replaced)
+    try:
+        partial.rename(out)
+    except OSError:
+        replaced.rename(out)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

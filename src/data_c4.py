@@ -45,9 +45,7 @@ from streaming.base.shuffle import get_shuffle
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -98,8 +96,21 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
 
 def _from_pretrained(name: str, **options: Any) -> Any:
-    """transformers' tokenizer; code that comes with one is never run, and nobody is asked whether it may be."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    """transformers' tokenizer; code that comes with one is never run, and nobody is asked whether it may be.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: this version of transformers cannot read it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that it does not understand makes of it
+        raise ValueError(
+            f"tokenizer {name!r}: transformers {transformers.__version__} cannot read it ({_first_line(error)}); what "
+            "transformers 5 saved may need 5, the current stack"
+        ) from None
 
 
 def _hub_tokenizer(name: str) -> Any:
@@ -152,9 +163,22 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         config["additional_special_tokens"] = extra
     for name in ("backend", "is_local", "local_files_only", "model_specific_special_tokens"):
         config.pop(name, None)
-    parts = type(backend.model), type(backend.normalizer), type(backend.pre_tokenizer)
-    if parts != (WordPiece, BertNormalizer, BertPreTokenizer) or config["tokenizer_class"] == "TokenizersBackend":
-        # A class of its own may be built anew from the vocabulary; this one is what tokenizer.json says.
+    parts = json.loads(backend.to_str())
+    normalizer = parts["normalizer"] or {}
+    if normalizer.get("type") == "BertNormalizer":  # both versions let these options win over tokenizer.json
+        config["do_lower_case"], config["strip_accents"] = normalizer["lowercase"], normalizer["strip_accents"]
+        config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
+    word_piece = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    word_piece["unk_token"] = str(tokenizer.unk_token)
+    is_bert = (
+        word_piece.items() <= parts["model"].items()
+        and normalizer.get("type") == "BertNormalizer"
+        and normalizer["clean_text"]
+        and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        and parts["post_processor"] in _bert_post_processors(tokenizer)
+    )
+    if not is_bert or config["tokenizer_class"] == "TokenizersBackend":
+        # transformers 5 builds any other class anew from the vocabulary; this one is what tokenizer.json says.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -165,45 +189,40 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     [CLS] A [SEP] B [SEP] has two forms in a tokenizer.json, the one that transformers 4 writes and the one that 5
     writes; they have one fingerprint.
     """
-    return _fingerprint(tokenizer, _as_bert_processing)
+    return _fingerprint(tokenizer, 0)
 
 
 def earlier_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """What shards and checkpoints may hold in its place that were made when the two forms had a fingerprint each."""
-    return _fingerprint(tokenizer, _as_template)
+    return _fingerprint(tokenizer, 1)
 
 
-def _fingerprint(
-    tokenizer: PreTrainedTokenizerFast, form: Callable[[tuple[str, int], tuple[str, int]], dict[str, Any]]
-) -> str:
+def _fingerprint(tokenizer: PreTrainedTokenizerFast, form: int) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
-    cls = str(tokenizer.cls_token), int(tokenizer.cls_token_id)  # pyright: ignore
-    sep = str(tokenizer.sep_token), int(tokenizer.sep_token_id)  # pyright: ignore
-    if backend["post_processor"] in (_as_bert_processing(cls, sep), _as_template(cls, sep)):
-        backend["post_processor"] = form(cls, sep)
+    forms = _bert_post_processors(tokenizer)
+    if backend["post_processor"] in forms:
+        backend["post_processor"] = forms[form]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
 
 
-def _as_bert_processing(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
-    """[CLS] A [SEP] B [SEP] as transformers 4 writes it; of both tokens the name and the id."""
-    return {"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}
-
-
-def _as_template(cls: tuple[str, int], sep: tuple[str, int]) -> dict[str, Any]:
-    """The same as transformers 5 writes it."""
+def _bert_post_processors(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], dict[str, Any]]:
+    """[CLS] A [SEP] B [SEP] as transformers 4 writes it, and as 5 does."""
+    cls = str(tokenizer.cls_token), tokenizer.cls_token_id
+    sep = str(tokenizer.sep_token), tokenizer.sep_token_id
 
     def special(name: str, segment: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": name, "type_id": segment}}
 
     single = [special(cls[0], 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep[0], 0)]
-    return {
+    template = {
         "type": "TemplateProcessing",
         "single": single,
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}, special(sep[0], 1)],
         "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (cls, sep)},
     }
+    return {"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}, template
 
 
 def encode_prefix(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int) -> list[int]:

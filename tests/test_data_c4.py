@@ -18,6 +18,7 @@ from streaming.base.batching.random import generate_work_random_batching
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.spanner import Spanner
 from tokenizers import processors
+from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
 import convert_c4
@@ -191,6 +192,14 @@ def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(t
         data_c4._check_tokens({**description, "fingerprint": "other"}, tokenizer, MAX_SEQ_LEN, Path("here"))
 
 
+ONLY_CLS = {
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}},
+    }
+}
 ODD = {
     "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
     "pre_tokenizer": {"type": "Whitespace"},
@@ -198,13 +207,18 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("changed", [{}, ODD], ids=["as BERT's", "with parts of its own"])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, ODD, ONLY_CLS, {"model": {"max_input_chars_per_word": 3}}],
+    ids=["as BERT's", "odd", "[CLS]", "words"],
+)
 def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
     """transformers 5 would put BERT's parts in their place; nor may a folder that we write depend on it."""
     folder, out = tmp_path / "tokenizer", tmp_path / "out"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "tokenizer.json"
-    said = {**json.loads(file.read_text()), **changed}
+    said = json.loads(file.read_text())
+    said |= {part: {**(said[part] if part == "model" else {}), **options} for part, options in changed.items()}
     file.write_text(json.dumps(said))
     loaded = data_c4.load_tokenizer(str(folder))
     assert json.loads(loaded.backend_tokenizer.to_str()) == said
@@ -216,6 +230,22 @@ def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == ("PreTrainedTokenizerFast" if changed else "BertTokenizer")
     assert not isinstance(config.get("extra_special_tokens"), list) and "backend" not in config
+
+
+def test_options_of_the_normalizer_are_saved(tokenizer, tmp_path):
+    """Both versions of transformers let tokenizer_config.json win over tokenizer.json."""
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False, handle_chinese_chars=False)
+    data_c4.save_tokenizer(tokenizer, tmp_path)
+    again = data_c4.load_tokenizer(str(tmp_path))
+    assert data_c4.tokenizer_fingerprint(again) == data_c4.tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_one_message(tokenizer_folder, tmp_path):
+    """As 5 saves some: AttributeErrors and TypeErrors of its code are no message."""
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="tokenizer': transformers [0-9.]+ cannot read it"):
+        data_c4.load_tokenizer(str(tmp_path / "tokenizer"))
 
 
 # Samples

@@ -218,6 +218,23 @@ def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_p
     assert (old / "README.md").read_text() == (exported[0] / "README.md").read_text()  # which tells of the training
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    old, partial, rename = tmp_path / "out", tmp_path / "out.partial", Path.rename
+    for folder in (old, partial):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+
+    def failing(self, target):
+        if self == partial:
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        export_hf.publish(partial, old)
+    assert (old / "config.json").read_text() == "out" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_is_exported_can_be_exported_again_and_begun_with(exported, trained):
     """The way back: the same weights, the same tokenizer."""
     there, back = load_pretrained(trained, BertForMaskedLM), pretrained.read(exported[0])

@@ -11,6 +11,11 @@
 set -u
 cd "$(dirname "$0")/../.." || exit
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-470} SCALE=${SCALE:-1}
+parts="environment tests model attention rowwise curve profile step tiles modernbert compiled trainer"
+for name in ${ONLY:-}; do
+    case " $parts " in *" $name "*) ;; *) echo "ONLY: there is no part $name; parts: $parts" >&2 && exit 2 ;; esac
+done
+"$PYTHON" -c "import torch" || { echo "PYTHON=$PYTHON does not run, or has no torch" >&2 && exit 2; }
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd) WORK=$(mktemp -d)
 trap 'rm -r "$WORK"' EXIT
