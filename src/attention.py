@@ -272,7 +272,12 @@ def torch_ragged(
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     rows = [
         F.scaled_dot_product_attention(
-            tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v), attn_mask=bias, dropout_p=dropout_p
+            tile.queries_of(wide_q),
+            tile.keys_of(wide_k),
+            tile.keys_of(wide_v),
+            # A copy: torch's memory-efficient kernel loads 16 bytes at once, and a slice may begin between them.
+            attn_mask=bias.clone(memory_format=torch.contiguous_format),
+            dropout_p=dropout_p,
         )
         for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype)
     ]

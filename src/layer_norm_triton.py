@@ -155,7 +155,10 @@ over rows; with 16, a D of 768 spills on sm_90. Chosen by compiling for sm_80 an
 
 
 def tile(D: int, kind: str) -> dict[str, int]:
-    """Shape of a tile and warps, for ``kind`` forward or backward.
+    """Shape of a tile and options of the compiler, for ``kind`` forward or backward.
+
+    The backward rounds each product before it is added to: g - mean(g) is then 0 where D is 1, as it must be, and not
+    the rounding of g times 1/std, which is 10^6 there.
 
     Raises:
         ValueError: D is more than MAX_D.
@@ -165,7 +168,7 @@ def tile(D: int, kind: str) -> dict[str, int]:
     block, choice = max(16, triton.next_power_of_2(D)), TILES[kind]
     rows = max(1, choice["elements"] // block)
     warps = min(choice["max_warps"], max(1, rows * block // choice["per_warp"]))
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
+    return {"ROWS": rows, "BLOCK_D": block, "num_warps": warps, "enable_fp_fusion": kind == "forward"}
 
 
 def _forward(

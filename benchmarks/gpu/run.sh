@@ -33,7 +33,8 @@ part() {
         status="no time" && echo "== $name: no time is left" | tee -a "$OUT/log.txt"
     else
         echo "== $name: $*" | tee -a "$OUT/log.txt"
-        timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$WORK/log" 2>&1
+        # Interrupted, not ended: pytest then reports the failures that it has, and Python says where it was.
+        timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >"$WORK/log" 2>&1
         status=$?
         cat "$WORK/log" >>"$OUT/log.txt"
         tail -n 25 "$WORK/log" | cut -c1-220
@@ -46,7 +47,7 @@ run() { part "$1" "$2" "$PYTHON" -m "${@:3}" --out "$WORK/$1"; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 select=(-m "not slow") toy=() lengths=(--lengths 128 512 2048) rounds=(--rounds 8)
-has xdist && select+=(-n 10)
+has xdist && select+=(-n 12)
 has pytest_timeout && select+=(--timeout 100)
 if [ "$TOY" = 1 ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 # the compiler takes minutes on a CPU
@@ -55,7 +56,7 @@ fi
 step=(benchmarks.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
 
 run environment 40 benchmarks.gpu.parts environment
-part tests 130 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" \
+part tests 130 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" --durations=10 \
     tests/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
 run model 60 benchmarks.gpu.parts model
 run attention 100 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases attention
