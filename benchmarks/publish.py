@@ -208,8 +208,144 @@ def scaling(part: str) -> list[str]:
     return [f"{report.described(machine)}; `{found[part]['command']}`.", "", table(part, rows), ""]
 
 
+def gpu() -> list[str]:
+    """docs/gpu.md's figures: of each card, what benchmarks/gpu/run.sh kept of it as gpu-CARD.json."""
+    lines = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        parts = json.loads(path.read_text())
+        found = {name: part["results"] for name, part in parts.items() if part["results"]}
+        about = found["environment"]
+        machine = {name: about[name] for name in ("device", "python", "torch", "triton", "date") if name in about}
+        lines += [f"### {about['device']}", ""]
+        lines += [f"{report.described(machine)}. [{path.name}](../benchmarks/results/{path.name})", ""]
+        if "matmul_tflops" in about:  # not on a CPU
+            lines += [
+                f"Measured: {about['matmul_tflops']:.0f} TFLOP/s in a bf16 product, {about['copy_tb_per_s']:.1f} TB/s "
+                f"in a copy. To start an addition the host needs {about['host_us_of_an_addition']:.0f} µs, a kernel of "
+                f"ours {about['host_us_of_a_kernel']:.0f} µs.",
+                "",
+            ]
+        if "tests" in parts:
+            notes = [parts["tests"][name] for name in ("commit", "note") if name in parts["tests"]]
+            lines += [f"Tests: {'; '.join([parts['tests']['last_line'].strip('= '), *notes])}.", ""]
+        for title, name, rows_of in (
+            ("Two layers of base widths, compared with the same weights run plainly", "model", _model),
+            ("A step of base size, bf16, AdamW", "curve", _steps),
+            ("Through `main.py` and Composer, length 128", "trainer", _trainer),
+            ("Attention, forward and backward", "attention", _kernels),
+            ("Other kernels, forward and backward", "rowwise", _kernels),
+            ("How long the card works within a step", "profile", _profile),
+            ("Tiles of the attention kernels, ms by length", "tiles", _tiles),
+        ):
+            if name in found:
+                commit = parts[name].get("commit", about["commit"])
+                notes = [f"commit {commit}", *([parts[name]["note"]] if "note" in parts[name] else [])]
+                lines += [f"**{title}** ({'; '.join(notes)})", "", rows_of(found[name]), ""]
+    return lines
+
+
+def _steps(rows: list[dict]) -> str:
+    header = [
+        "dropout",
+        "length",
+        "fill",
+        "sequences",
+        "microbatches",
+        "copied",
+        "tokens/s",
+        "host's share",
+        "peak GiB",
+    ]
+    return report.table(
+        header,
+        [
+            [
+                f"{row['dropout']:g}",
+                *(str(row[name]) for name in ("length", "fill", "sequences", "microbatches", "copy")),
+                *(
+                    [f"{row['tokens_per_s']:,.0f}", f"{row['host_share']:.2f}", f"{row['peak_gib']:.1f}"]
+                    if "tokens_per_s" in row
+                    else [row["error"], "", ""]
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _trainer(rows: list[dict]) -> str:
+    header = ["microbatch", "tokens/s", "fill", "MFU", "waiting for data"]
+    return report.table(
+        header,
+        [
+            [
+                str(row["microbatch"]),
+                f"{row['step/tokens_per_s']:,.0f}",
+                *(f"{row[f'step/{name}']:.2f}" for name in ("fill", "mfu", "data_wait_share")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _kernels(found: dict) -> str:
+    return report.table(
+        ["kernel", "size", "implementation", "ms", "time / ours, median", "error"],
+        [
+            [
+                row["case"],
+                row["size"],
+                row["implementation"],
+                f"{row['ms']:.2f}",
+                f"{row['times_ours']:.2f}",
+                f"{row['error']:.1e}",
+            ]
+            for row in found["rows"]
+        ],
+    )
+
+
+def _profile(found: dict) -> str:
+    return report.table(
+        ["step", "launches", "ms", "card is busy", "longest kernels"],
+        [
+            [
+                name,
+                str(step["launches"]),
+                f"{step['ms']:.1f}",
+                f"{step['busy_share']:.0%}",
+                ", ".join(
+                    f"{kernel['name'].split('<')[0][:40]} {kernel['ms']:.1f} ms" for kernel in step["kernels"][:4]
+                ),
+            ]
+            for name, step in found.items()
+        ],
+    )
+
+
+def _tiles(found: dict) -> str:
+    rows = [
+        [row["kernel"], tile, *(f"{ms:.3f}" for ms in by_length.values())]
+        for row in found["rows"]
+        for tile, by_length in row["ms"].items()
+    ]
+    lengths = next(iter(found["rows"][0]["ms"].values()))
+    return report.table(["kernel", "rows, columns, warps, stages", *lengths], rows)
+
+
+def _model(rows: list[dict]) -> str:
+    return report.table(
+        ["dtype", "length", "error of the loss", "of the gradients"],
+        [
+            [row["dtype"], str(row["length"]), f"{row['loss_error']:.0e}", f"{row['gradient_error']:.1e}"]
+            for row in rows
+        ],
+    )
+
+
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "step": step,
+    "gpu": gpu,
     "time to loss": time_to_loss,
     "taken away": partial(changes, TAKEN_AWAY, "taken away"),
     "changed": partial(changes, CHANGED, "changed"),

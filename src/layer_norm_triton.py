@@ -151,7 +151,8 @@ TILES = {
 }
 """``elements`` in a tile while D is small, and ``per_warp``. Forward: up to D = 1,024 a row is one warp's, 32 elements
 a thread, so that its sums need no barrier. Backward: 8 elements a thread, because each takes 10 registers with the sums
-over rows; with 16, a D of 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; no GPU has timed it yet."""
+over rows; with 16, a D of 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes have not
+been timed."""
 
 
 def tile(D: int, kind: str) -> dict[str, int]:

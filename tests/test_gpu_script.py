@@ -9,10 +9,11 @@ import sys
 import pytest
 
 import convert_c4
+from benchmarks import publish
 
 
 @pytest.mark.slow  # minutes: each part is a process of its own
-def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, tmp_path):
+def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, tmp_path, monkeypatch):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
     shutil.copytree(tokenizer_folder, copy / ".gpu" / "tokenizer")
@@ -32,6 +33,11 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
     assert done.stdout.splitlines()[-1].startswith("gpu card=1_thread") and " parts=12 failed=0 " in done.stdout
     assert parts["environment"]["results"]["commit"] == "abc123"
     assert all(part["status"] == "0" and part["results"] for name, part in parts.items() if name != "tests")
+    assert " passed" in parts["tests"]["last_line"] and parts["step"]["last_line"].startswith("step overhead_share=")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    shutil.copy(out / "gpu.json", tmp_path / "results" / "gpu-toy.json")
+    assert "| 4 | 1 | before |" in "\n".join(publish.gpu())
     assert {file.name for file in out.iterdir()} == {"gpu.json", "log.txt", "profile.txt"}
     log = (out / "log.txt").read_text()
     assert " passed" in log and "attention_S64_vs_torch=" in log

@@ -2,7 +2,7 @@
 # All that only a card can say of this recipe: correctness first, then speed. Each part has its own process and time
 # limit; one that fails leaves the others. On the GPU machine, in a copy of this repository (docs/gpu.md):
 #
-#   bash benchmarks/gpu/run.sh                      all parts, in 8 minutes at most
+#   bash benchmarks/gpu/run.sh                      all parts, in 15 minutes at most
 #   ONLY="tests curve" bash benchmarks/gpu/run.sh   some of them
 #   TOY=1 bash benchmarks/gpu/run.sh                on a CPU, interpreted, at toy size: only that all of it runs
 #
@@ -10,8 +10,8 @@
 # The exit status is 1 if a part failed or was left out for want of time.
 set -u
 cd "$(dirname "$0")/../.." || exit
-PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-470} SCALE=${SCALE:-1}
-parts="environment tests model attention rowwise curve profile step tiles modernbert compiled trainer"
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-900} SCALE=${SCALE:-1}
+parts="environment tests model curve profile trainer step attention rowwise tiles compiled modernbert"
 for name in ${ONLY:-}; do
     case " $parts " in *" $name "*) ;; *) echo "ONLY: there is no part $name; parts: $parts" >&2 && exit 2 ;; esac
 done
@@ -25,7 +25,7 @@ rm -f "$OUT/gpu.json"
 
 # part NAME SECONDS COMMAND...: what the command writes to $WORK/NAME/*.json becomes $OUT/gpu.json's entry of that name.
 part() {
-    local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status
+    local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status line=""
     shift 2
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
     mkdir "$WORK/$name"
@@ -33,14 +33,15 @@ part() {
         status="no time" && echo "== $name: no time is left" | tee -a "$OUT/log.txt"
     else
         echo "== $name: $*" | tee -a "$OUT/log.txt"
-        # Interrupted, not ended: pytest then reports the failures that it has, and Python says where it was.
+        # Interrupted, so that Python says where it was.
         timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >"$WORK/log" 2>&1
         status=$?
         cat "$WORK/log" >>"$OUT/log.txt"
         tail -n 25 "$WORK/log" | cut -c1-220
+        line=$(tail -n 1 "$WORK/log" | cut -c1-2000)
         echo "== $name: exit $status after $((SECONDS - began)) s, $SECONDS s in all" | tee -a "$OUT/log.txt"
     fi
-    "$PYTHON" -m benchmarks.gpu.results keep "$OUT" "$WORK/$name" "$status" $((SECONDS - began))
+    "$PYTHON" -m benchmarks.gpu.results keep "$OUT" "$WORK/$name" "$status" $((SECONDS - began)) "$line"
 }
 
 run() { part "$1" "$2" "$PYTHON" -m "${@:3}" --out "$WORK/$1"; }
@@ -56,20 +57,20 @@ fi
 step=(benchmarks.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
 
 run environment 40 benchmarks.gpu.parts environment
-part tests 130 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" --durations=10 \
+part tests 150 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" -vv --durations=10 \
     tests/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
 run model 60 benchmarks.gpu.parts model
-run attention 100 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases attention
-run rowwise 60 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
-run curve 70 benchmarks.gpu.parts curve
-run profile 40 benchmarks.gpu.parts profile
-run step 110 "${step[@]}" --arms hf_bert hf_strong
-run tiles 70 benchmarks.tune_kernels "${toy[@]}" --head_sizes 64
-run modernbert 70 "${step[@]}" --arms modernbert --lengths 512
-run compiled 70 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
+run curve 90 benchmarks.gpu.parts curve
+run profile 50 benchmarks.gpu.parts profile
 if [ -d .gpu/mds ]; then
-    run trainer 100 benchmarks.gpu.parts trainer
+    run trainer 150 benchmarks.gpu.parts trainer
 fi
+run step 150 "${step[@]}" --arms hf_bert hf_strong
+run attention 100 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases attention
+run rowwise 80 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
+run tiles 120 benchmarks.tune_kernels "${toy[@]}" --head_sizes 64
+run compiled 90 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
+run modernbert 90 "${step[@]}" --arms modernbert --lengths 512
 cp "$WORK"/profile/profile.txt "$OUT" 2>/dev/null
 "$PYTHON" -m benchmarks.gpu.results summary "$OUT" | tee -a "$OUT/log.txt"
 exit "${PIPESTATUS[0]}"
