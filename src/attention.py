@@ -345,7 +345,7 @@ def _flash_attn_missing(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"flash-attn needs a CUDA device, and this is {device_type}"
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference,
     "torch": torch_ragged,
     "triton": triton_kernels,

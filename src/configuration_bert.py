@@ -63,7 +63,7 @@ class MosaicBertConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(pad_token_id=pad_token_id, **{"auto_map": dict(AUTO_MAP), **kwargs})
+        super().__init__(**{"pad_token_id": pad_token_id, "auto_map": dict(AUTO_MAP), **kwargs})
         self.tie_word_embeddings = tie_word_embeddings  # transformers 5 has no default of its own
         if hidden_size % num_attention_heads:
             raise ValueError(

@@ -13,7 +13,7 @@ and torch adds up the (P, D) partial sums: no atomics, so the same bits each tim
 Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dimensional grid; see ``tile``.
 """
 
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 
 from collections.abc import Callable
 from typing import Any
