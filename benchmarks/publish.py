@@ -90,16 +90,18 @@ def step() -> list[str]:
                 rows.append([str(cell["length"]), NAMES[name], speed, ratio, flops, memory])
     cell = cells[0]
     share = ", ".join(f"{c['overhead_share']:.0%} at {c['length']}" for c in cells)
+    commits = ", ".join(dict.fromkeys(c["machine"]["commit"] for c in cells))
     sizes = ", ".join(f"{c['sequences']} sequences at {c['length']} ({c['real_share']:.0%} real tokens)" for c in cells)
     return [
         f"A whole step (forward, backward, AdamW) of {cell['layers']} layers of 768, on {cell['machine']['device']}: "
         f"{sizes}, with lengths like C4's, {cell['masked']:.0%} masked, "
-        f"{cell['rounds']} rounds in turn, commit {cell['machine']['commit']}; `python -m benchmarks.step` "
+        f"{cell['rounds']} rounds in turn, commit {commits}; `python -m benchmarks.step` "
         f"([all of it]({link('step', 'md')})).",
         "",
         report.table(["length", "model", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "GiB"], rows),
         "",
-        f"Ratios above 1 mean that ours is faster. Of our step, {share} is not its matrix products.",
+        f"Ratios above 1 mean that ours is faster; tokens/s are of the fastest round. Of our step, {share} is not its "
+        "matrix products.",
         "",
     ]
 
@@ -209,15 +211,17 @@ def scaling(part: str) -> list[str]:
 
 
 def gpu() -> list[str]:
-    """docs/gpu.md's figures: of each card, what benchmarks/gpu/run.sh kept of it as gpu-CARD.json."""
+    """docs/gpu.md's figures: of each card, what benchmarks/gpu/run.sh left, as gpu-CARD.json.
+
+    ``commit`` and ``note`` of a part are added by hand: where it ran at another commit, or did not run whole.
+    """
     lines = []
     for path in sorted(RESULTS.glob("gpu-*.json")):
         parts = json.loads(path.read_text())
-        found = {name: part["results"] for name, part in parts.items() if part["results"]}
-        about = found["environment"]
+        about = parts.get("environment", {}).get("results") or {}
         machine = {name: about[name] for name in ("device", "python", "torch", "triton", "date") if name in about}
-        lines += [f"### {about['device']}", ""]
-        lines += [f"{report.described(machine)}. [{path.name}](../benchmarks/results/{path.name})", ""]
+        lines += [f"### {about.get('device', path.stem.removeprefix('gpu-'))}", ""]
+        lines += [f"{report.described(machine) if machine else 'Unknown machine'}. [{path.name}]({GPU}{path.name})", ""]
         if "matmul_tflops" in about:  # not on a CPU
             lines += [
                 f"Measured: {about['matmul_tflops']:.0f} TFLOP/s in a bf16 product, {about['copy_tb_per_s']:.1f} TB/s "
@@ -225,122 +229,88 @@ def gpu() -> list[str]:
                 f"ours {about['host_us_of_a_kernel']:.0f} µs.",
                 "",
             ]
-        if "tests" in parts:
-            notes = [parts["tests"][name] for name in ("commit", "note") if name in parts["tests"]]
-            lines += [f"Tests: {'; '.join([parts['tests']['last_line'].strip('= '), *notes])}.", ""]
-        for title, name, rows_of in (
-            ("Two layers of base widths, compared with the same weights run plainly", "model", _model),
-            ("A step of base size, bf16, AdamW", "curve", _steps),
-            ("Through `main.py` and Composer, length 128", "trainer", _trainer),
-            ("Attention, forward and backward", "attention", _kernels),
-            ("Other kernels, forward and backward", "rowwise", _kernels),
-            ("How long the card works within a step", "profile", _profile),
-            ("Tiles of the attention kernels, ms by length", "tiles", _tiles),
-        ):
-            if name in found:
-                commit = parts[name].get("commit", about["commit"])
-                notes = [f"commit {commit}", *([parts[name]["note"]] if "note" in parts[name] else [])]
-                lines += [f"**{title}** ({'; '.join(notes)})", "", rows_of(found[name]), ""]
+        for name, (title, rows_of) in GPU_PARTS.items():
+            part = parts.get(name, {"status": "not run", "results": None})
+            notes = [f"commit {part.get('commit') or about.get('commit', 'unknown')}"]
+            notes += [f"exit status {part['status']}"] if part["status"] not in ("0", "not run") else []
+            notes += [part["note"]] if "note" in part else []
+            if name == "tests":
+                lines += [
+                    f"**{title}** ({'; '.join(notes)}): {part.get('last_line', '').strip('= ') or 'no result'}",
+                    "",
+                ]
+            elif part["results"]:
+                lines += [f"**{title}** ({'; '.join(notes)})", "", rows_of(part["results"]), ""]
+            else:
+                lines += [f"**{title}**: no result ({part['status']})", ""]
     return lines
 
 
-def _steps(rows: list[dict]) -> str:
-    header = [
-        "dropout",
-        "length",
-        "fill",
-        "sequences",
-        "microbatches",
-        "copied",
-        "tokens/s",
-        "host's share",
-        "peak GiB",
-    ]
-    return report.table(
-        header,
-        [
-            [
-                f"{row['dropout']:g}",
-                *(str(row[name]) for name in ("length", "fill", "sequences", "microbatches", "copy")),
-                *(
-                    [f"{row['tokens_per_s']:,.0f}", f"{row['host_share']:.2f}", f"{row['peak_gib']:.1f}"]
-                    if "tokens_per_s" in row
-                    else [row["error"], "", ""]
-                ),
-            ]
-            for row in rows
-        ],
-    )
+def values_of(row: dict, **formats: str) -> list[str]:
+    """A row's values, each in its format; empty where the row has none."""
+    return [format(row[name], form) if name in row else "" for name, form in formats.items()]
+
+
+def _curve(rows: list[dict]) -> str:
+    header = ["length", "sequences", "tokens/s", "fill", "microbatches", "copied", "dropout", "peak GiB"]
+    body = []
+    for row in sorted(rows, key=lambda row: (row["length"], row["microbatches"], row["sequences"])):
+        speed = values_of(row, tokens_per_s=",.0f")[0] or "out of memory"
+        rest = (str(row[name]) for name in ("fill", "microbatches", "copy"))
+        numbers = [f"{row['dropout']:g}", *values_of(row, peak_gib=".1f")]
+        body.append([str(row["length"]), str(row["sequences"]), speed, *rest, *numbers])
+    return report.table(header, body)
 
 
 def _trainer(rows: list[dict]) -> str:
     header = ["microbatch", "tokens/s", "fill", "MFU", "waiting for data"]
-    return report.table(
-        header,
-        [
-            [
-                str(row["microbatch"]),
-                f"{row['step/tokens_per_s']:,.0f}",
-                *(f"{row[f'step/{name}']:.2f}" for name in ("fill", "mfu", "data_wait_share")),
-            ]
-            for row in rows
-        ],
-    )
+    formats = {"step/tokens_per_s": ",.0f", "step/fill": ".2f", "step/mfu": ".2f", "step/data_wait_share": ".2f"}
+    return report.table(header, [[str(row["microbatch"]), *values_of(row, **formats)] for row in rows])
 
 
 def _kernels(found: dict) -> str:
-    return report.table(
-        ["kernel", "size", "implementation", "ms", "time / ours, median", "error"],
-        [
-            [
-                row["case"],
-                row["size"],
-                row["implementation"],
-                f"{row['ms']:.2f}",
-                f"{row['times_ours']:.2f}",
-                f"{row['error']:.1e}",
-            ]
-            for row in found["rows"]
-        ],
-    )
+    header = ["kernel", "size", "implementation", "ms, minimum", "ms, median", "time / ours, median", "error"]
+    formats = {"ms": ".2f", "ms_median": ".2f", "times_ours": ".2f", "error": ".1e"}
+    names = ("case", "size", "implementation")
+    return report.table(header, [[*(row[name] for name in names), *values_of(row, **formats)] for row in found["rows"]])
 
 
 def _profile(found: dict) -> str:
-    return report.table(
-        ["step", "launches", "ms", "card is busy", "longest kernels"],
-        [
-            [
-                name,
-                str(step["launches"]),
-                f"{step['ms']:.1f}",
-                f"{step['busy_share']:.0%}",
-                ", ".join(
-                    f"{kernel['name'].split('<')[0][:40]} {kernel['ms']:.1f} ms" for kernel in step["kernels"][:4]
-                ),
-            ]
-            for name, step in found.items()
-        ],
-    )
+    body = []
+    for name, step in found.items():
+        longest = ", ".join(f"{k['name'].split('<')[0][:40]} {k['ms']:.1f} ms" for k in step["kernels"][:4])
+        body.append([name, str(step["launches"]), f"{step['busy_share'] * step['ms']:.1f}", longest])
+    return report.table(["step", "kernels", "ms in all of them", "the longest"], body)
 
 
 def _tiles(found: dict) -> str:
-    rows = [
+    body = [
         [row["kernel"], tile, *(f"{ms:.3f}" for ms in by_length.values())]
         for row in found["rows"]
         for tile, by_length in row["ms"].items()
     ]
     lengths = next(iter(found["rows"][0]["ms"].values()))
-    return report.table(["kernel", "rows, columns, warps, stages", *lengths], rows)
+    return report.table(["kernel", "rows, columns, warps, stages", *lengths], body)
 
 
 def _model(rows: list[dict]) -> str:
-    return report.table(
-        ["dtype", "length", "error of the loss", "of the gradients"],
-        [
-            [row["dtype"], str(row["length"]), f"{row['loss_error']:.0e}", f"{row['gradient_error']:.1e}"]
-            for row in rows
-        ],
-    )
+    header = ["dtype", "length", "error of the loss", "of the gradients"]
+    formats = {"dtype": "", "length": "", "loss_error": ".0e", "gradient_error": ".1e"}
+    return report.table(header, [values_of(row, **formats) for row in rows])
+
+
+GPU = "../benchmarks/results/"
+GPU_PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "tests": ("Tests", str),
+    "model": ("Two layers of base widths, compared with the same weights run plainly", _model),
+    "curve": ("A step of base size, bf16, AdamW", _curve),
+    "profile": ("Kernels of a step", _profile),
+    "trainer": ("main.py with Composer, length 128", _trainer),
+    "attention": ("Attention, forward and backward", _kernels),
+    "rowwise": ("Other kernels, forward and backward", _kernels),
+    "tiles": ("Tiles of the attention kernels, ms by length", _tiles),
+}
+"""Parts of run.sh that have a table; those of benchmarks.step are in the pages of that."""
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {
@@ -377,7 +347,7 @@ def page() -> str:
         "# Results",
         "",
         "Made by `python -m benchmarks.publish`, of [benchmarks/results](../benchmarks/results); each file there names",
-        "the script that wrote it. The kernels, compiled for five cards, are in",
+        "the script that wrote it. The kernels, compiled for seven architectures, are in",
         "[kernels_aot.md](../benchmarks/results/kernels_aot.md); how cost grows is in [scaling.md](scaling.md).",
         "",
     ]
@@ -385,7 +355,8 @@ def page() -> str:
         for device in FIRST:
             path = RESULTS / f"{name}-{device}.md"
             if path.exists():
-                text = re.sub(r"^#", "##", path.read_text().strip(), flags=re.MULTILINE)
+                title, _, text = path.read_text().strip().partition("\n")
+                text = re.sub(r"^#", "##", f"{title} ({device})\n{text}", flags=re.MULTILINE)
                 parts += [re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text), ""]
     for name, title in LINES.items():
         if (RESULTS / name).exists():

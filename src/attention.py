@@ -264,23 +264,22 @@ def torch_ragged(
     """torch's scaled_dot_product_attention for each sequence, neighbours of one length together; no padding.
 
     On a CPU without dropout, memory is linear in T. Otherwise torch keeps what its kernel needs, with dropout on a CPU
-    (N, L, L) probabilities of each sequence. On a GPU it waits for the device to read ``cu_seqlens``.
+    (N, L, L) probabilities of each sequence, on a GPU a bias (N, L, L) for each length of the batch. On a GPU it waits
+    for the device to read ``cu_seqlens``.
     """
     if q.device.type == "cpu" and dropout_p == 0:
         return _FlashOnCPU.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
-    rows = [
-        F.scaled_dot_product_attention(
-            tile.queries_of(wide_q),
-            tile.keys_of(wide_k),
-            tile.keys_of(wide_v),
-            # A copy: torch's memory-efficient kernel loads 16 bytes at once, and a slice may begin between them.
-            attn_mask=bias.clone(memory_format=torch.contiguous_format),
-            dropout_p=dropout_p,
-        )
-        for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype)
-    ]
+    rows, copies = [], {}
+    for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype):
+        if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, and a slice may begin between them
+            key = tile.length, tile.queries.start
+            if key not in copies:
+                copies[key] = bias.clone(memory_format=torch.contiguous_format)
+            bias = copies[key]
+        qkv = tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v)
+        rows.append(F.scaled_dot_product_attention(*qkv, attn_mask=bias, dropout_p=dropout_p))
     out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in rows])
     return out.to(q.dtype)
 

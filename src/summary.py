@@ -16,7 +16,7 @@ from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device
 
-from src.builders import build_parallelism, highest_rate, split_batch
+from src.builders import build_parallelism, device_train_batch_size, highest_rate, split_batch
 from src.config import MaskingSchedule, RunConfig
 from src.data_c4 import MaskingCollator, StreamingC4, fullest_batch
 from src.hf_bert import HFBert
@@ -160,7 +160,7 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
 
-    activations = extrapolated(kept, size)
+    activations = extrapolated(kept, min(size, device_train_batch_size(config)))
     return (
         f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
         f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"

@@ -199,10 +199,11 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
         text = memory(run, model, 0, dataset)  # pyright: ignore[reportArgumentType]
         return float(text.split("about ")[1].split()[0])
 
-    many = "device_train_microbatch_size=100000"
-    assert gib(many) == pytest.approx(2 * gib("device_train_microbatch_size=50000"), abs=0.02)
-    assert gib(many, "model.gradient_checkpointing=true") < 0.7 * gib(many)
-    assert gib(many, "precision=amp_bf16") < 0.75 * gib(many)
+    many = ("global_train_batch_size=100000", "device_train_microbatch_size=100000")
+    assert gib(*many) == pytest.approx(2 * gib(many[0], "device_train_microbatch_size=50000"), abs=0.02)
+    assert gib("global_train_batch_size=50000", many[1]) == pytest.approx(gib(*many) / 2, abs=0.02)
+    assert gib(*many, "model.gradient_checkpointing=true") < 0.7 * gib(*many)
+    assert gib(*many, "precision=amp_bf16") < 0.75 * gib(*many)
 
 
 @pytest.mark.parametrize(("fsdp", "bytes_each"), [(None, 16), (True, 2), (False, 5.5)])

@@ -163,8 +163,8 @@ class Training:
 
 # Dropout, sequences of a microbatch, length, fill, microbatches of a step, when and from where they are copied.
 GRID = [
-    *((0.1, B, 128, "c4", 1, "before") for B in (128, 512, 1024, 256, 64)),
-    *((0.1, 128, 128, "c4", 8, copy) for copy in ("before", "pageable", "pinned")),
+    *((0.1, B, 128, "c4", 1, "before") for B in (512, 64, 128, 256, 1024)),
+    *((0.1, B, 128, "c4", n, copy) for B, n in ((128, 8), (512, 2)) for copy in ("before", "pageable", "pinned")),
     *((0.1, B, 512, fill, 1, "before") for B, fill in ((128, "c4"), (256, "c4"), (128, "1.0"), (32, "c4"))),
     *((0.1, B, 2048, fill, 1, "before") for B, fill in ((64, "c4"), (32, "1.0"), (128, "c4"))),
     *((0.0, B, S, fill, 1, "before") for B, S, fill in ((512, 128, "c4"), (512, 128, "1.0"), (128, 512, "c4"))),
@@ -245,6 +245,7 @@ def trainer(out: Path) -> None:
             "eval_interval": "1000ba",
             "save_folder": "null",
             "autoresume": "false",
+            "progress_bar": "false",
             "callbacks.step_monitor.warmup": 2,
             "callbacks.step_monitor.window_size": 8,
             "loggers.metrics_file.path": out / f"{microbatch}.jsonl",
@@ -253,14 +254,13 @@ def trainer(out: Path) -> None:
         }
         yaml = "yamls/quickstart.yaml" if TOY else "yamls/mosaic_bert.yaml"
         command = [sys.executable, "main.py", yaml, *(f"{name}={value}" for name, value in settings.items())]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"microbatches of {microbatch}: {done.stderr[-2000:]}")
+        if subprocess.run(command, env=environment).returncode:
+            sys.exit(f"microbatches of {microbatch}: main.py failed")
         logged = [json.loads(line) for line in (out / f"{microbatch}.jsonl").read_text().splitlines()]
         last = [line for line in logged if "step/tokens_per_s" in line][-1]
         rows.append({"microbatch": microbatch, **{name: x for name, x in last.items() if name.startswith("step/")}})
         write(out, "trainer", rows)
-        print(rows[-1])
+        print(rows[-1], flush=True)
 
 
 def main(argv: list[str]) -> None:

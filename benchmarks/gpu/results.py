@@ -1,6 +1,6 @@
 """What benchmarks/gpu/run.sh keeps of its parts: one JSON. It runs after each part, hence without importing torch.
 
-    python -m benchmarks.gpu.results keep OUT FOLDER STATUS SECONDS LINE    adds the part of that folder to OUT/gpu.json
+    python -m benchmarks.gpu.results keep OUT FOLDER STATUS SECONDS LOG     adds the part of that folder to OUT/gpu.json
     python -m benchmarks.gpu.results summary OUT                            prints the last line
 
 Last line: ``gpu card=… parts=… failed=… tokens_per_s_128=…``.
@@ -11,14 +11,19 @@ import sys
 from pathlib import Path
 
 
-def keep(out: str, folder: str, status: str, seconds: str, line: str) -> int:
-    """How a part ended ("0", another exit status, "no time"), the last line that it printed, and the JSON that it left,
-    if any; the exit status."""
+def keep(out: str, folder: str, status: str, seconds: str, log: str) -> int:
+    """How a part ended ("0", another exit status, "no time"), the last line of its log, and the JSON that it left, if
+    any; the exit status."""
     path = Path(out, "gpu.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     results = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-    part = {"status": status, "seconds": int(seconds), "last_line": line, "results": results[0] if results else None}
-    known[Path(folder).name] = part
+    lines = Path(log).read_text(errors="replace").split("\n") if Path(log).exists() else []
+    known[Path(folder).name] = {
+        "status": status,
+        "seconds": int(seconds),
+        "last_line": next((line[:500] for line in reversed(lines) if line.strip()), ""),
+        "results": results[0] if results else None,
+    }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(known, indent=1) + "\n")
     partial.replace(path)

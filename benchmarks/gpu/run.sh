@@ -10,7 +10,7 @@
 # The exit status is 1 if a part failed or was left out for want of time.
 set -u
 cd "$(dirname "$0")/../.." || exit
-PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-900} SCALE=${SCALE:-1}
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-880} SCALE=${SCALE:-1}
 parts="environment tests model curve profile trainer step attention rowwise tiles compiled modernbert"
 for name in ${ONLY:-}; do
     case " $parts " in *" $name "*) ;; *) echo "ONLY: there is no part $name; parts: $parts" >&2 && exit 2 ;; esac
@@ -25,10 +25,10 @@ rm -f "$OUT/gpu.json"
 
 # part NAME SECONDS COMMAND...: what the command writes to $WORK/NAME/*.json becomes $OUT/gpu.json's entry of that name.
 part() {
-    local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status line=""
+    local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status
     shift 2
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
-    mkdir "$WORK/$name"
+    mkdir "$WORK/$name" && rm -f "$WORK/log"
     if [ "$left" -lt 15 ]; then
         status="no time" && echo "== $name: no time is left" | tee -a "$OUT/log.txt"
     else
@@ -38,10 +38,9 @@ part() {
         status=$?
         cat "$WORK/log" >>"$OUT/log.txt"
         tail -n 25 "$WORK/log" | cut -c1-220
-        line=$(tail -n 1 "$WORK/log" | cut -c1-2000)
         echo "== $name: exit $status after $((SECONDS - began)) s, $SECONDS s in all" | tee -a "$OUT/log.txt"
     fi
-    "$PYTHON" -m benchmarks.gpu.results keep "$OUT" "$WORK/$name" "$status" $((SECONDS - began)) "$line"
+    "$PYTHON" -m benchmarks.gpu.results keep "$OUT" "$WORK/$name" "$status" $((SECONDS - began)) "$WORK/log"
 }
 
 run() { part "$1" "$2" "$PYTHON" -m "${@:3}" --out "$WORK/$1"; }
