@@ -45,7 +45,6 @@ class Build:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    enable_fp_fusion: bool = True
     aligned: bool = True
     """Strides and widths are multiples of 16."""
 
@@ -94,9 +93,9 @@ def layer_norm_builds(width: int, dtype: str) -> Iterator[Build]:
             if kind == "backward":
                 constants["WRITE_DRESIDUAL"] = dropout
             constants |= layer_norm_triton.tile(width, kind)
-            options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
             variant = f"D={width}{', residual' * residual}{', dropout' * dropout}"
-            yield Build(getattr(layer_norm_triton, f"layer_norm_{kind}"), variant, dtype, constants, **options)
+            kernel = getattr(layer_norm_triton, f"layer_norm_{kind}")
+            yield Build(kernel, variant, dtype, constants, constants.pop("num_warps"))
 
 
 def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
@@ -121,7 +120,7 @@ def compile_for(build: Build, architecture: int) -> dict[str, int]:
     compiled = triton.compile(
         ASTSource(build.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={name: getattr(build, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")},
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

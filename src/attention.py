@@ -102,12 +102,17 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
     return name
 
 
-@cache
 def _fastest(device_type: str) -> str:
-    """What ``auto`` means on such a device; said once."""
+    """What ``auto`` means on such a device."""
     name = "triton" if device_type == "cuda" and kernels.unavailable(device_type) is None else "torch"
-    log.info("attention: auto is %s on %s", name, device_type)
+    if not torch.compiler.is_compiling():
+        _say_once(name, device_type)
     return name
+
+
+@cache
+def _say_once(name: str, device_type: str) -> None:
+    log.info("attention: auto is %s on %s", name, device_type)
 
 
 def reference(

@@ -72,14 +72,25 @@ def unavailable(device_type: str) -> str | None:
         return _this_gpu()
     if not interpreted():
         return f"Triton's kernels need a CUDA device, and this is {device_type}"
-    if _numbers(np.__version__) >= (2, 5) and _numbers(triton.__version__) < (3, 7):
+    return _interpreter_refused()
+
+
+@torch.compiler.assume_constant_result  # traced, a compiled model would depend on what is in the caches of re
+def _interpreter_refused() -> str | None:
+    version = getattr(triton, "__version__", "0")
+    if _numbers(np.__version__) >= (2, 5) and _numbers(version) < (3, 7):
         # It takes int() of an array of one element for a loop's bound: a TypeError from numpy 2.5 on.
-        return f"Triton {triton.__version__} interprets no loop with numpy {np.__version__}; it needs numpy < 2.5"
+        return f"Triton {version} interprets no loop with numpy {np.__version__}; it needs numpy < 2.5"
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _this_gpu() -> str | None:
+    return _asked_once()
+
+
+@cache
+def _asked_once() -> str | None:
     return refused(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None  # None: another machine's
 
 

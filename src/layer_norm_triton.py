@@ -156,10 +156,7 @@ been timed."""
 
 
 def tile(D: int, kind: str) -> dict[str, int]:
-    """Shape of a tile and options of the compiler, for ``kind`` forward or backward.
-
-    The backward rounds each product before it is added to: g - mean(g) is then 0 where D is 1, as it must be, and not
-    the rounding of g times 1/std, which is 10^6 there.
+    """Shape of a tile and warps, for ``kind`` forward or backward.
 
     Raises:
         ValueError: D is more than MAX_D.
@@ -169,7 +166,7 @@ def tile(D: int, kind: str) -> dict[str, int]:
     block, choice = max(16, triton.next_power_of_2(D)), TILES[kind]
     rows = max(1, choice["elements"] // block)
     warps = min(choice["max_warps"], max(1, rows * block // choice["per_warp"]))
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": warps, "enable_fp_fusion": kind == "forward"}
+    return {"ROWS": rows, "BLOCK_D": block, "num_warps": warps}
 
 
 def _forward(

@@ -1,5 +1,7 @@
 """What the kernels share, and whole models with them."""
 
+import re
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -95,8 +97,7 @@ def test_numpy_that_is_too_new_for_the_interpreter(monkeypatch):
 def test_a_gpu_that_is_too_old(monkeypatch):
     """It is refused by name, and auto does without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "_this_gpu", kernels._this_gpu.__wrapped__)  # without their caches
-    monkeypatch.setattr(attention, "_fastest", attention._fastest.__wrapped__)
+    monkeypatch.setattr(kernels, "_this_gpu", kernels._asked_once.__wrapped__)  # without its cache
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert kernels.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -319,7 +320,24 @@ def test_whole_model_compiles_without_a_break(choice):
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_what_runs_is_a_constant_of_a_compiled_model(monkeypatch):
+    """No guard on what re or functools hold in their caches, and no warning of them."""
+    monkeypatch.setattr(kernels, "_asked_once", lambda: None if re.findall("[a-z]+", "gpu") else "")
+
+    def f(x):
+        chosen = attention.resolve("auto", 0.0, "cuda") == "triton" and kernels.unavailable("cpu") is None
+        return x + 1 if chosen else x - 1
+
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for i in range(3):
+        assert compiled(torch.zeros(2))[0] == (1 if kernels.interpreted() else -1)
+        re.compile(f"{i}[a-z]{{{i}}}")
+    assert counter.frame_count == 1
+
+
 def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
     """With all kernels, whatever the batch: sizes are variables from the first on; 0 and 1 masked tokens, and a single
     tile, are apart. (Not 3 tiles at first: torch takes sizes that are equal then, as the table's columns, for one.)"""
