@@ -156,7 +156,7 @@ class AlibiSlopes(nn.Module):
         """
         if self.slopes.is_meta and device.type != "meta":  # load_state_dict(assign=True) leaves it there
             self.fill(device)
-        # Asked first while compiling: a guard on ``checked`` would compile the model once more.
+        # is_compiling comes first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
         if not torch.compiler.is_compiling() and self.checked is not self.slopes and not self.slopes.is_meta:
             want = alibi_slopes(len(self.slopes), "cpu")
             if not torch.equal(self.slopes.cpu(), want):

@@ -84,7 +84,7 @@ def _interpreter_refused() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # has no effect on a cached function: hence two
 def _this_gpu() -> str | None:
     return _asked_once()
 

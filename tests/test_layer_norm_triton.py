@@ -88,13 +88,13 @@ def test_outputs_and_gradients(T, D, residual, p, dtype, poisoned):  # noqa: F81
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_one_column_is_its_bias(dtype):
-    """Its gradient is dy * weight less itself, times 1/std: 0 but for the rounding of the product, which a GPU adds
-    unrounded to the other."""
+    """The gradient is (g - mean(g)) / std with g = dy * weight, and mean(g) = g: 0. A GPU rounds g in the mean, but not
+    in the fused multiply-add that subtracts it: what is left is at most the rounding error of g, times 1/std."""
     tensors, dy = inputs_of(5, 1, dtype)
     y, dx, dweight, dbias, dresidual = run(lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r), tensors, dy)
     assert torch.equal(y, tensors[2].to(dtype).expand(5, 1)) and not dweight.any()
     torch.testing.assert_close(dbias, dy.float().sum(0))
-    rstd = 1e6
+    rstd = 1e6  # of a variance of 0, with an epsilon of 1e-12
     assert dx.abs().max() <= rstd * torch.finfo(torch.float32).eps * (dy.float() * tensors[1]).abs().max()
     assert torch.equal(dx, dresidual)
 
