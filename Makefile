@@ -42,12 +42,12 @@ $(VENV)/.installed: $(RUNTIME) requirements-onnx.txt $(NO_DEPS)
 	@echo $(STACK) > $@
 
 quickstart: setup  ## Pretrain a small MosaicBERT on Wikipedia leads, or on your text: TEXT=path (5 minutes, 2 cores)
-	$(BIN)/python quickstart.py text $(RUN) $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m scripts.quickstart text $(RUN) $(if $(TEXT),--text "$(TEXT)")
 	$(BIN)/python train_tokenizer.py $(RUN)/text/c4-train.00000-of-00001.json.gz --out $(RUN)/tokenizer --vocab_size 8192 --overwrite
 	$(BIN)/python convert_c4.py --out_root $(RUN)/mds --splits train val --source $(RUN)/text \
 		--tokenizer $(RUN)/tokenizer --max_seq_len 64 --pack chunk --overwrite
 	PATH="$(abspath $(BIN)):$$PATH" composer main.py yamls/quickstart.yaml
-	$(BIN)/python quickstart.py report $(RUN) $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m scripts.quickstart report $(RUN) $(if $(TEXT),--text "$(TEXT)")
 
 test: setup  ## Run the test suite (minutes, no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
@@ -69,19 +69,19 @@ lint: setup  ## Check style and types
 	$(BIN)/shellcheck docs/slurm.sbatch .ci/run benchmarks/gpu/*.sh
 
 bench: setup  ## A look at the speed of this machine, into runs/bench
-	$(BIN)/python -m benchmarks.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
-	$(BIN)/python -m benchmarks.data --quick --out runs/bench/data-cpu.txt
-	$(BIN)/python -m benchmarks.scaling --parts length gpus --lengths 128 512 2048 --rounds 2 --out runs/bench
-	$(BIN)/python -m benchmarks.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
+	$(BIN)/python -m benchmarks.speed.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
+	$(BIN)/python -m benchmarks.speed.loader --quick --out runs/bench/data-cpu.txt
+	$(BIN)/python -m benchmarks.speed.scaling --parts length gpus --lengths 128 512 2048 --rounds 2 --out runs/bench
+	$(BIN)/python -m benchmarks.learning.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
 
 bench-full: setup  ## All that benchmarks/results holds, and the pages made of it
-	$(BIN)/python -m benchmarks.step --out benchmarks/results
-	$(BIN)/python -m benchmarks.data --out benchmarks/results/data-cpu.txt
-	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup-cpu.txt
-	$(BIN)/python -m benchmarks.order --out benchmarks/results/order-cpu.txt
-	$(BIN)/python -m benchmarks.scaling --out benchmarks/results
-	$(BIN)/python -m benchmarks.faults --kills 40 --out benchmarks/results/faults-cpu.txt
-	$(BIN)/python -m benchmarks.time_to_loss --ablate --beyond --out benchmarks/results
-	$(BIN)/python -m benchmarks.quality --out benchmarks/results
-	$(BIN)/python -m benchmarks.extrapolation --out benchmarks/results
+	$(BIN)/python -m benchmarks.speed.step --out benchmarks/results
+	$(BIN)/python -m benchmarks.speed.loader --out benchmarks/results/data-cpu.txt
+	$(BIN)/python -m benchmarks.speed.startup --out benchmarks/results/startup-cpu.txt
+	$(BIN)/python -m benchmarks.learning.order --out benchmarks/results/order-cpu.txt
+	$(BIN)/python -m benchmarks.speed.scaling --out benchmarks/results
+	$(BIN)/python -m benchmarks.restarts.faults --kills 40 --out benchmarks/results/faults-cpu.txt
+	$(BIN)/python -m benchmarks.learning.time_to_loss --ablate --beyond --out benchmarks/results
+	$(BIN)/python -m benchmarks.learning.quality --out benchmarks/results
+	$(BIN)/python -m benchmarks.learning.extrapolation --out benchmarks/results
 	$(BIN)/python -m benchmarks.publish

@@ -11,35 +11,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from composer import Trainer
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, reproducibility
 
-from src import builders, checkpoint, processes
-from src.callbacks import Interrupted, TrainingError
-from src.config import ConfigError, RunConfig, hide_environment, load, settings, to_dict
-from src.data_c4 import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
-from src.resume import ResumeCheck, dataset_fingerprint
-from src.summary import environment, summarize
-
-
-def meet(timeout: float) -> None:
-    """Connect the processes of a run; before streaming does, with a time-out of its own.
-
-    Raises:
-        ConfigError: some do not come within ``timeout`` seconds, or the port is taken.
-    """
-    try:
-        dist.initialize_dist(get_device(None), timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ConfigError(
-            f"process {dist.get_global_rank()} of {dist.get_world_size()} did not meet the others at {where} within "
-            f"{timeout:g} s (dist_timeout): {str(error).splitlines()[0]}\n"
-            "Check that node 0 has this MASTER_ADDR and that MASTER_PORT is free there, that WORLD_SIZE is the number "
-            "of processes on all nodes, that each node has its own NODE_RANK, and that all of them were started."
-        ) from None
+from src.common.environment import environment
+from src.common.errors import ConfigError, Interrupted, TrainingError
+from src.common.signals import die_with_parent
+from src.data import shared_memory
+from src.data.shards import dataset_fingerprint
+from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
+from src.train import builders, checkpoint, models, optim, processes
+from src.train.config import RunConfig, load, settings
+from src.train.data import build_evaluators, build_train_data
+from src.train.processes import meet, share_cores
+from src.train.resume import ResumeCheck
+from src.train.schema import hide_environment, to_dict
+from src.train.validate import summarize
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -48,7 +36,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     builders.check_device(config)
     meet(config.dist_timeout)
     if dist.get_local_rank() == 0:
-        processes.remove_stale_shared_memory()
+        shared_memory.remove_stale_shared_memory()
     folder, found = checkpoint.find(builders.local_save_folder(config), config.autoresume)
     try:
         return assemble(config, folder, found)
@@ -62,12 +50,15 @@ def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str 
     """The Trainer, which goes on from the checkpoint ``found`` if there is one."""
     reproducibility.seed_all(config.seed)  # the same weights on every rank
     tokenizer = load_tokenizer(config.tokenizer_name)
-    model = builders.build_model(config, tokenizer)
+    model = models.build_model(config, tokenizer)
     if found is None and config.load_path is None:
-        builders.load_pretrained(config, model, tokenizer)
-    train_data = builders.build_train_data(config, tokenizer)
+        models.load_pretrained(config, model, tokenizer)
+    train_data = build_train_data(config, tokenizer)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-    fingerprints = {"dataset": dataset_fingerprint(dataset), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    fingerprints = {
+        "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
     earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
     check = ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
     if found is not None:
@@ -76,10 +67,10 @@ def assemble(config: RunConfig, folder: checkpoint.RunFolder | None, found: str 
         run_name=config.run_name,
         seed=config.seed,
         model=model,
-        optimizers=builders.build_optimizer(config, model),
-        schedulers=builders.build_scheduler(config),
+        optimizers=optim.build_optimizer(config, model),
+        schedulers=optim.build_scheduler(config),
         train_dataloader=train_data,
-        eval_dataloader=builders.build_evaluators(config, tokenizer, train_data),
+        eval_dataloader=build_evaluators(config, tokenizer, train_data),
         max_duration=config.max_duration,
         eval_interval=config.eval_interval,
         precision=config.precision,
@@ -152,16 +143,16 @@ def print_evaluation(trainer: Trainer) -> None:
 def validate(config: RunConfig) -> None:
     """Build what training would build, and print what it would do and need."""
     tokenizer = load_tokenizer(config.tokenizer_name)
-    model = builders.build_model(config, tokenizer)
-    builders.load_pretrained(config, model, tokenizer)
-    builders.build_optimizer(config, model)
+    model = models.build_model(config, tokenizer)
+    models.load_pretrained(config, model, tokenizer)
+    optim.build_optimizer(config, model)
     builders.build_algorithms(config)
     builders.build_callbacks(config, tokenizer)
     builders.build_parallelism(config)
-    train_data = builders.build_train_data(config, tokenizer)
-    builders.build_evaluators(config, tokenizer, train_data)
+    train_data = build_train_data(config, tokenizer)
+    build_evaluators(config, tokenizer, train_data)
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-    print(summarize(config, model, dataset, builders.build_scheduler(config)))
+    print(summarize(config, model, dataset, optim.build_scheduler(config)))
 
 
 def train(config: RunConfig, argv: list[str]) -> None:
@@ -206,19 +197,10 @@ def main(argv: list[str]) -> None:
         train(config, argv)
 
 
-def share_cores() -> None:
-    """Give each process of a node its share of the cores, unless OMP_NUM_THREADS says how many it takes.
-
-    torch takes all of them in each process, and on a CPU threads that wait keep those that work from their cores.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_local_world_size()))
-
-
 def run(argv: list[str]) -> None:
     """``main``; what a user can cause ends in one message, without a traceback."""
     if "LOCAL_RANK" in os.environ:  # a launcher's
-        processes.die_with_parent()
+        die_with_parent()
         share_cores()
     try:
         main(argv)

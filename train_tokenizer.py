@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from src.text import Counts, iter_documents, pieces
+from src.convert.sources import Counts, iter_documents
+from src.data.tokenizer import pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
 
     other = None
     if args.compare is not None:
-        from src.data_c4 import load_tokenizer  # takes seconds to import, and fails before the work is done
+        from src.data.tokenizer import load_tokenizer  # takes seconds to import, and fails before the work is done
 
         other = load_tokenizer(args.compare)
 
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     # Both take seconds to import.
     from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
-    from src.data_c4 import save_tokenizer
+    from src.data.tokenizer import save_tokenizer
 
     partial = args.out.with_name(f"{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

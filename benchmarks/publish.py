@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.scaling import TABLES, table
+from benchmarks.speed.scaling import TABLES, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -95,7 +95,7 @@ def step() -> list[str]:
     return [
         f"A whole step (forward, backward, AdamW) of {cell['layers']} layers of 768, on {cell['machine']['device']}: "
         f"{sizes}, with lengths like C4's, {cell['masked']:.0%} masked, "
-        f"{cell['rounds']} rounds in turn, commit {commits}; `python -m benchmarks.step` "
+        f"{cell['rounds']} rounds in turn, commit {commits}; `python -m benchmarks.speed.step` "
         f"([all of it]({link('step', 'md')})).",
         "",
         report.table(["length", "model", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "GiB"], rows),
@@ -120,7 +120,7 @@ def time_to_loss() -> list[str]:
         "Time to the same held-out loss, small models trained from scratch on Wikipedia leads, "
         f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
         f"on {found['machine']['device']}, {commits(found, 'ours', *found['ratios'])}; "
-        f"`python -m benchmarks.time_to_loss` ([how]({link('time_to_loss', 'md')})).",
+        f"`python -m benchmarks.learning.time_to_loss` ([how]({link('time_to_loss', 'md')})).",
         "",
         report.table(["beside", "its final loss", "ours needs of its time", "95% interval (seeds)"], rows),
         "",
@@ -165,7 +165,7 @@ def quality() -> list[str]:
         f"scratch on the same text for the same {settings['minutes']:g} minutes of {found['machine']['device']}: the "
         f"topics of Wikipedia leads (11), the sentences of Rotten Tomatoes (2). {settings['seeds']} pretraining seeds, "
         f"{settings['finetuning_seeds']} fine-tuning seeds each, commit {found['machine']['commit']}; "
-        f"`python -m benchmarks.quality` ([how]({link('quality', 'md')})).",
+        f"`python -m benchmarks.learning.quality` ([how]({link('quality', 'md')})).",
         "",
         report.table(["task", "MosaicBERT", "beside", "its", "difference", "95% interval"], rows),
         "",
@@ -189,7 +189,7 @@ def extrapolation() -> list[str]:
         f"Beyond the length of training: the same models, pretrained at {trained} tokens, on {found['reviews']} film "
         f"reviews, the same {found['masked']:,} masked tokens at each length. HF BERT's loss is "
         f"{statistics.fmean(hf):.4f} at {trained}, where its positions end; commit {found['machine']['commit']}, "
-        f"`python -m benchmarks.extrapolation` ([how]({link('extrapolation', 'md')})).",
+        f"`python -m benchmarks.learning.extrapolation` ([how]({link('extrapolation', 'md')})).",
         "",
         report.table(["tokens", "MosaicBERT's loss", f"to {trained}", "95% interval"], rows),
         "",

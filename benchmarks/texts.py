@@ -13,7 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import NamedTuple
 
-from quickstart import default_documents
+from scripts.quickstart import default_documents
 
 UNCATEGORIZED = "Uncategorized"
 

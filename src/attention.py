@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import flash_attn_triton, kernels
+from . import flash_attn_triton, triton_common
 from .bert_padding import tile_tables
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
 
 def _fastest(device_type: str) -> str:
     """What ``auto`` means on such a device."""
-    name = "triton" if device_type == "cuda" and kernels.unavailable(device_type) is None else "torch"
+    name = "triton" if device_type == "cuda" and triton_common.unavailable(device_type) is None else "torch"
     if not torch.compiler.is_compiling():
         _say_once(name, device_type)
     return name
@@ -357,7 +357,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 WITH_DROPOUT = {"reference", "torch"}
 MISSING: dict[str, Callable[[str], str | None]] = {
-    "triton": kernels.unavailable,
+    "triton": triton_common.unavailable,
     "flash_attn": _flash_attn_missing,
 }
 """Why an implementation cannot run on a type of device, or None; those that are not named always can."""

@@ -35,14 +35,14 @@ from .bert_padding import (
 )
 from .configuration_bert import MosaicBertConfig
 from .flash_attn_triton import TILE_ROWS
-from .fused_torch import dropout
-from .fused_torch import geglu as geglu_torch
-from .fused_torch import layer_norm as layer_norm_torch
 from .geglu_triton import geglu as geglu_triton
-from .kernels import draw_key, use_triton
-from .kernels import resolve as resolve_kernels
 from .layer_norm_triton import layer_norm as layer_norm_triton
 from .masked_lm_loss import masked_lm_head_loss, masked_lm_loss
+from .torch_ops import dropout
+from .torch_ops import geglu as geglu_torch
+from .torch_ops import layer_norm as layer_norm_torch
+from .triton_common import draw_key, use_triton
+from .triton_common import resolve as resolve_kernels
 
 
 @dataclass

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import DTYPES, interpreted, launch, ops_of
+from .triton_common import DTYPES, interpreted, launch, ops_of
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # see kernels.py
+except ImportError:  # see triton_common.py
     triton = None
 
 LOG2E = math.log2(math.e)
@@ -64,7 +64,7 @@ class Tiles:
 
 # By (architecture, largest padded head size, bytes of an element); the first that fits is taken. Chosen so that none
 # spills or exceeds the card's shared memory with Triton 3.3.0 or 3.8.0, whose registers differ
-# (benchmarks/results/kernels_aot.md). Speed is for benchmarks/tune_kernels.py to say.
+# (benchmarks/results/kernels_aot.md). Speed is for benchmarks/benchmarks/kernels/tune.py to say.
 TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB a program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),

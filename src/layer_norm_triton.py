@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import dropout_scale, dropout_threshold, launch, ops_of, rows_of
+from .triton_common import dropout_scale, dropout_threshold, launch, ops_of, rows_of
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # see kernels.py
+except ImportError:  # see triton_common.py
     triton = None
 
 if triton is not None:
-    from .kernels import keep_mask
+    from .triton_common import keep_mask
 
     @triton.jit
     def layer_norm_forward(

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """The label of a row that has none: no loss, no gradient, not counted. Any negative label is taken for it."""
+
 BLOCK_ELEMENTS = 2**24
 """Logits in one block, 64 MB in fp32; a large card is busy with one, and it is little beside what training keeps."""
 
@@ -126,3 +127,7 @@ def _weight_grad(dlogits: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(dlogits.t(), x, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return torch.mm(dlogits.t(), x)
+
+
+IGNORED = -100
+"""Label of a position that carries no loss."""

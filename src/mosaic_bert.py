@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
 from src.configuration_bert import MosaicBertConfig
-from src.microbatches import Batch
+from src.data.microbatches import Batch
 
 
 class LanguageCrossEntropy(Metric):

@@ -32,12 +32,12 @@ import contextlib
 import importlib
 import pytest
 
-for arguments in ("--collect-only", "--collect-only -m gpu", "tests/test_geglu_triton.py::test_large_gates"):
+for arguments in ("--collect-only", "--collect-only -m gpu", "tests/model/test_geglu_triton.py::test_large_gates"):
     assert pytest.main(["-p", "no:cacheprovider", *arguments.split()]) == 0
-for name in ("kernels", "step", "tune_kernels", "saved_bytes", "aot"):
+for name in ("kernels.compare", "speed.step", "kernels.tune", "kernels.saved_bytes", "kernels.aot"):
     module = importlib.import_module(f"benchmarks.{name}")
     with contextlib.suppress(SystemExit):
-        module.main(["--toy" if name == "kernels" else "--help"])
+        module.main(["--toy" if name == "kernels.compare" else "--help"])
 """
 """In one process, as torch takes seconds to import."""
 
@@ -49,9 +49,9 @@ def test_a_gpu_machine_has_torch_triton_transformers_and_pytest(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path / "bin"), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", ON_A_GPU_MACHINE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(re.findall(r"^tests/(\w+)\.py::", done.stdout, re.MULTILINE)) == set(MODEL)
+    assert set(re.findall(r"^tests/([\w/.]+)::", done.stdout, re.MULTILINE)) == MODEL
     assert re.search(r"^\d+/\d+ tests collected", done.stdout, re.MULTILINE) and "\n1 passed" in done.stdout
-    for module in ("step", "tune_kernels", "aot", "saved_bytes"):
+    for module in ("speed.step", "kernels.tune", "kernels.aot", "kernels.saved_bytes"):
         assert f"python -m benchmarks.{module} " in done.stdout
     (last,) = re.findall("^kernels device=.*", done.stdout, re.MULTILINE)
     # Each case and peer is checked before it is timed.

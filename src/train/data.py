@@ -1,0 +1,139 @@
+"""A run's training and validation data."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from composer.core import DataSpec, Evaluator
+from composer.utils import dist
+from transformers import PreTrainedTokenizerFast
+
+from src import data_c4
+from src.attention import resolve
+from src.common.errors import ConfigError
+from src.data import shared_memory
+from src.data.masking import MaskingCollator
+from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
+from src.data.shards import Source
+from src.flash_attn_triton import TILE_ROWS
+from src.train import processes
+from src.train.config import LoaderConfig, MaskingSchedule, RunConfig, StreamConfig
+
+
+def device_train_batch_size(config: RunConfig) -> int:
+    """Sequences that each device takes in a step."""
+    world_size = dist.get_world_size()
+    if config.global_train_batch_size % world_size:
+        raise ConfigError(
+            f"global_train_batch_size: {config.global_train_batch_size} is not a multiple of the {world_size} devices"
+        )
+    return config.global_train_batch_size // world_size
+
+
+def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
+    """The training data, shuffled, in batches of the device's share."""
+    loader = config.train_loader
+    batch_size = device_train_batch_size(config)
+    dataset = _streaming_c4(
+        config,
+        tokenizer,
+        loader,
+        batch_size=batch_size,
+        shuffle=loader.shuffle,
+        shuffle_seed=loader.shuffle_seed,
+        num_canonical_nodes=loader.num_canonical_nodes,
+        length_window=loader.length_window,
+        moving_crop=loader.moving_crop,
+        predownload=loader.predownload,
+    )
+    rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
+    collator = MaskingCollator(tokenizer, rate, config.seed)
+    return _data_spec(config, dataset, collator, loader, batch_size)
+
+
+def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
+    """The held-out data, each sample once; labels are part of metrics' names: metrics/eval/LanguageCrossEntropy."""
+    # Streaming allows one dataset a folder, and evaluation only indexes it, so those on the same folder share it.
+    streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
+    alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
+    datasets: dict[Any, Any] = alone
+    evaluators = []
+    for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
+        batch_size, folder = config.device_eval_batch_size, _folder(loader)
+        if folder in streams:
+            raise ConfigError(
+                f"{label}: evaluates on train_loader.streams.{streams[folder]} itself; take another split"
+            )
+        if folder not in datasets:
+            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
+        once = data_c4.EachSampleOnce(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
+        collator = MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
+        spec = _data_spec(config, once, collator, loader, batch_size)
+        evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
+    return evaluators
+
+
+def highest_rate(config: RunConfig) -> float:
+    """Largest share of tokens that a training batch will have masked."""
+    rate = config.mlm_probability
+    return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
+
+
+def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
+    """What cuts a padded batch into the model's microbatches."""
+    if config.model.name != "mosaic_bert":
+        return split_padded
+    triton = resolve(config.model.options.get("attention", "auto")) == "triton"
+    return partial(split_unpadded, tile_sizes=TILE_ROWS if triton else ())
+
+
+def _folder(source: LoaderConfig | StreamConfig) -> tuple[str | None, str | None]:
+    return source.local, source.split
+
+
+def _streaming_c4(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
+) -> data_c4.StreamingC4:
+    streams = config.train_loader.streams if loader is config.train_loader else {}
+    sources = {name: Source(**vars(stream)) for name, stream in streams.items()}
+    one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
+    downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
+    dataset = data_c4.StreamingC4(
+        tokenizer,
+        config.max_seq_len,
+        **({"sources": sources} if sources else one),
+        verify=config.data_verify,
+        cache_limit=loader.cache_limit,
+        **{name: value for name, value in downloads.items() if value is not None},  # None leaves it to streaming
+        **order,
+    )
+    if dist.get_local_rank() == 0:
+        shared_memory.own_shared_memory(dataset._shm_prefix_int, dataset._filelock_root)
+    return dataset
+
+
+def _data_spec(
+    config: RunConfig,
+    dataset: data_c4.StreamingC4 | data_c4.EachSampleOnce,
+    collator: MaskingCollator,
+    loader: LoaderConfig,
+    batch_size: int,
+) -> DataSpec:
+    """Batches are cut by us: Composer's default would cut a microbatch's layout into nonsense."""
+    return DataSpec(
+        data_c4.build_dataloader(
+            dataset,
+            collator,
+            batch_size,
+            num_workers=loader.num_workers,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+            timeout=loader.timeout,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=processes.settle_worker,
+        ),
+        split_batch=split_batch(config),  # pyright: ignore
+        get_num_samples_in_batch=num_samples,
+        get_num_tokens_in_batch=num_tokens,  # pyright: ignore
+    )

@@ -1,0 +1,243 @@
+"""What a run logs: step monitor, stream shares, console line, metrics file."""
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from composer.callbacks.speed_monitor import get_gpu_flops_available
+from composer.core import Callback, Event, State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import create_interval_scheduler, dist
+from torch.distributed.tensor import DTensor
+
+from src.data.microbatches import num_tokens
+from src.data_c4 import StreamingC4
+
+
+class StreamShares(Callback):
+    """How much of training each of several mixed datasets is.
+
+    Logs, by the dataset's name:
+        data/sample_share/<name>: share of the samples that an epoch draws; once.
+        data/token_share/<name>: share of the real tokens of all processes since it was last logged; every ``steps``
+            steps, and at the end of an epoch.
+
+    Args:
+        steps: batches between two counts, each of which waits for all processes.
+    """
+
+    def __init__(self, steps: int = 100):
+        self.steps = steps
+        self.names: list[str] = []
+        self.tokens = torch.zeros(0)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        dataset: Any = state.train_dataloader.dataset  # pyright: ignore
+        assert isinstance(dataset, StreamingC4)
+        self.names, self.tokens = list(dataset.shares), torch.zeros(len(dataset.shares), dtype=torch.int64)
+        logger.log_metrics({f"data/sample_share/{name}": share for name, share in dataset.shares.items()})
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        lengths = state.batch["attention_mask"].sum(dim=1)
+        self.tokens.index_add_(0, state.batch["stream"][:, 0], lengths)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value % self.steps == 0:
+            self._log(state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._log(state, logger)
+
+    def _log(self, state: State, logger: Logger) -> None:
+        total = state.device.tensor_to_device(self.tokens)
+        dist.all_reduce(total, reduce_operation="SUM")
+        shares = (total / total.sum().clamp(min=1)).tolist()
+        logger.log_metrics({f"data/token_share/{n}": share for n, share in zip(self.names, shares, strict=True)})
+        self.tokens = torch.zeros_like(self.tokens)
+
+
+class StepMonitor(Callback):
+    """What a step computed, and where its time went.
+
+    ======================= ========================================================================================
+    step/tokens_per_s       real tokens of all processes a second: loading, forward, backward, optimizer, nothing else
+    step/samples_per_s      sequences of all processes a second, likewise
+    step/mfu                model FLOPs done in that time, of those that the GPU's data sheet promises; GPUs only
+    step/data_wait_share    share of that time spent waiting for data
+    step/fill               T / (B * S): real tokens among the padded ones, of this process's batch
+    step/masked_tokens      tokens that carry loss, of this process's batch
+    step/grad_norm          L2 norm of the gradient, as the optimizer sees it
+    ======================= ========================================================================================
+
+    Evaluation and saving lie between steps and are in no step's time; SpeedMonitor counts saving as training.
+
+    Args:
+        window_size: steps that rates and shares are averaged over.
+        warmup: first steps of a process, which are left out: they compile, allocate and fill caches.
+        gpu_flops_available: FLOP/s of one GPU in this precision; None takes Composer's table of data sheets.
+    """
+
+    def __init__(self, window_size: int = 20, warmup: int = 5, gpu_flops_available: float | None = None):
+        self.warmup = warmup
+        # Of each step: seconds, seconds of them waiting, tokens, samples, FLOPs (of this process).
+        self.steps: deque[tuple[float, float, int, int, int]] = deque(maxlen=window_size)
+        self.started = self.waited = 0.0
+        self.gpu_flops_available = gpu_flops_available
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.gpu_flops_available is None:
+            self.gpu_flops_available = get_gpu_flops_available(state)  # 0 on a CPU
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self.started = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self.waited = time.perf_counter() - self.started
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        logger.log_metrics({"step/grad_norm": norm.item()})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        seconds = time.perf_counter() - self.started
+        counts, now, before = num_tokens(state.batch), state.timestamp, state.previous_timestamp
+        logger.log_metrics(
+            {
+                "step/fill": counts["total"] / state.batch["input_ids"].numel(),
+                "step/masked_tokens": counts["loss_generating"],
+            }
+        )
+        if self.warmup:
+            self.warmup -= 1
+            return
+        assert before is not None, "set with every batch"
+        model: Any = state.model.module if state.is_model_ddp else state.model
+        tokens, samples = now.token.value - before.token.value, now.sample.value - before.sample.value
+        self.steps.append((seconds, self.waited, tokens, samples, model.flops_per_batch(state.batch)))
+        time_s, waited, tokens, samples, flops = (sum(column) for column in zip(*self.steps, strict=True))
+        metrics = {
+            "step/tokens_per_s": tokens / time_s,
+            "step/samples_per_s": samples / time_s,
+            "step/data_wait_share": waited / time_s,
+        }
+        if self.gpu_flops_available:
+            metrics["step/mfu"] = flops / time_s / self.gpu_flops_available
+        logger.log_metrics(metrics)
+
+
+class ConsoleLine(LoggerDestination):
+    """Print a line each ``interval``: step, loss, learning rate, speed, and the time that is left at that speed.
+
+    Speed and gradient norm are StepMonitor's, the learning rate is LRMonitor's; without them, the line lacks them. Each
+    evaluation is a line too. Rank 0 prints, to standard error.
+
+    Args:
+        interval: such as 100ba, 1ep or 60sec.
+    """
+
+    PARTS = (
+        ("lr", "lr {:.2e}"),
+        ("step/grad_norm", "grad {:.2f}"),
+        ("step/tokens_per_s", "{:,.0f} tokens/s"),
+        ("step/mfu", "mfu {:.1%}"),
+        ("step/data_wait_share", "waiting for data {:.1%}"),
+    )
+
+    def __init__(self, interval: str = "100ba"):
+        self.is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})
+        self._metrics: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._metrics.update(metrics)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.BATCH_END):
+            self._training_line(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self.is_due(state, Event.EPOCH_END):
+            self._training_line(state)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        prefix = f"metrics/{state.dataloader_label}/"
+        values = [f"{k.removeprefix(prefix)} {v:.5g}" for k, v in self._metrics.items() if k.startswith(prefix)]
+        self._print(state, [f"{state.dataloader_label}:", *values])
+
+    def _training_line(self, state: State) -> None:
+        known = {"lr" if name.startswith("lr-") else name: value for name, value in self._metrics.items()}
+        parts = [text.format(known[name]) for name, text in self.PARTS if name in known]
+        done = state.get_elapsed_duration()
+        if done is not None and 0 < done.value < 1:
+            left = state.timestamp.total_wct * (1 / done.value - 1)
+            parts.append(f"{str(left).split('.')[0]} left")
+        self._print(state, [f"loss {known.get('loss/train/total', math.nan):.4f}", *parts])
+
+    @staticmethod
+    def _print(state: State, parts: list[str]) -> None:
+        if dist.get_global_rank() == 0:
+            done = state.get_elapsed_duration()
+            share = f" ({done.value:.1%})" if done is not None else ""
+            print(f"step {state.timestamp.batch.value:,}{share}  {'  '.join(parts)}", file=sys.stderr, flush=True)
+
+
+class MetricsFile(LoggerDestination):
+    """Write metrics as JSON lines, one a training step and one an evaluation, to be read by scripts and plots.
+
+    Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, evaluation excluded) done so far, and
+    whatever was logged since the last line. A resumed run keeps the lines up to where it resumes.
+
+    Args:
+        path: of the file; its folder is made.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self._pending: dict[str, Any] = {}
+        self._file: TextIO | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if dist.get_global_rank() == 0:
+            self._pending.update({name: float(value) for name, value in metrics.items()})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            done = state.timestamp.batch.value
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["batch"] <= done] if done else []
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            swap = self.path.with_name(f"{self.path.name}.partial")  # a kill may not take the kept lines with it
+            swap.write_text("".join(f"{line}\n" for line in kept))
+            swap.replace(self.path)
+            self._file = self.path.open("a")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, state: State) -> None:
+        if self._file is None:
+            return
+        now = state.timestamp
+        line = {
+            "batch": now.batch.value,
+            "sample": now.sample.value,
+            "token": now.token.value,
+            "seconds": now.total_wct.total_seconds(),
+            **self._pending,
+        }
+        self._pending = {}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()

@@ -1,0 +1,323 @@
+"""Benchmarks run, and compare the same with the same; what they print on a busy machine means nothing here."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.learning import pretraining, time_to_loss
+from benchmarks.learning.ablations import ABLATIONS
+from benchmarks.speed import scaling, startup, step
+from benchmarks.variants import ARMS, HFStrong, MosaicBert, Shape, check, make_batch, runnable, step_flops
+from src.hf_bert import HFBert
+from src.mosaic_bert import MosaicBert as ComposerMosaicBert
+
+SHAPE = Shape(layers=2, hidden=48, heads=3, width=96, vocabulary=211, length=64)
+NUMBER = r"-?\d+(\.\d+)?"
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(torch.tensor([64, 33, 1, 64, 17, 5, 2]), SHAPE.vocabulary, 0.3)
+
+
+EVERY = {name: ARMS[name] for name in runnable("cpu") if name != "mosaic_bert_compiled"}
+EVERY |= {f"ablation {name}": arm for name, arm in ABLATIONS.items()}
+
+
+def test_each_arm_computes_what_its_weights_mean(batch):
+    few = {name: x[-3:, :17] for name, x in batch.items()}  # for Triton's interpreter
+    wrong = {}
+    for name, arm in EVERY.items():
+        try:
+            check(arm, SHAPE, "cpu", torch.float32, few if "triton" in name else batch)
+        except ValueError as error:
+            wrong[name] = str(error)
+    assert not wrong
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_the_compiled_arm_computes_what_its_weights_mean(batch):
+    check(ARMS["mosaic_bert_compiled"], SHAPE, "cpu", torch.float32, batch)
+
+
+def test_each_arm_keeps_to_the_budget_of_bf16(batch):
+    for name in ("mosaic_bert", "mosaic_bert_padded", "hf_strong", "modernbert"):
+        check(ARMS[name], SHAPE, "cpu", torch.bfloat16, batch)
+
+
+def test_an_arm_that_computes_something_else_is_refused(batch, monkeypatch):
+    """One token in the wrong sequence."""
+    parts = MosaicBert.parts
+
+    def moved(self, batch):
+        (part,) = parts(self, batch)
+        part["layout"].cu_seqlens[1] -= 1  # a token of the longest sequence goes to the next
+        return [part]
+
+    monkeypatch.setattr(MosaicBert, "parts", moved)
+    with pytest.raises(ValueError, match="loss and gradients are off"):
+        check(MosaicBert, SHAPE, "cpu", torch.float32, batch)
+
+
+def test_work_is_counted_as_the_models_themselves_say(batch):
+    for name, composer in (("mosaic_bert", ComposerMosaicBert), ("hf_bert", HFBert)):
+        arm = ARMS[name](SHAPE)
+        model = composer(arm.model.config)
+        assert step_flops(arm, batch) == model.flops_per_batch(batch)
+
+
+def test_groups_hold_each_sequence_once_with_less_padding(batch):
+    parts = HFStrong(SHAPE).parts(batch)
+    assert len(parts) == 4
+    assert sum(len(part["input_ids"]) for part in parts) == len(batch["input_ids"])
+    assert sum(int(part["attention_mask"].sum()) for part in parts) == int(batch["attention_mask"].sum())
+    assert sum(len(part["masked_labels"]) for part in parts) == int((batch["labels"] >= 0).sum())
+    assert sum(part["input_ids"].numel() for part in parts) < 0.6 * batch["input_ids"].numel()
+
+
+def test_modernbert_has_the_parameters_of_ours():
+    def parameters(name, shape):
+        with torch.device("meta"):
+            return sum(p.numel() for p in ARMS[name](shape, "meta").model.parameters())
+
+    for shape in (Shape(), Shape(layers=6, hidden=256, heads=8, width=1024, vocabulary=4096)):
+        ours = parameters("mosaic_bert", shape)
+        for name in ("modernbert", "modernbert_same_shape"):
+            assert parameters(name, shape) == pytest.approx(ours, rel=0.02)
+
+
+def test_arms_of_a_family_train_the_same_weights(batch):
+    names = ["mosaic_bert", "mosaic_bert_padded", "hf_bert", "hf_strong"]
+    trained = step.build(names, SHAPE, "cpu", torch.float32)
+    before = trained["mosaic_bert_padded"].arm.model.cls.predictions.decoder.weight.clone()
+    trained["mosaic_bert"].step(batch)
+    after = trained["mosaic_bert_padded"].arm.model.bert.embeddings.word_embeddings.weight
+    assert not torch.equal(before, after)
+    assert trained["hf_bert"].optimizer is trained["hf_strong"].optimizer
+    assert {id(p) for p in trained["hf_strong"].arm.model.parameters()} == {
+        id(p) for group in trained["hf_bert"].optimizer.param_groups for p in group["params"]
+    }
+
+
+def test_the_step_benchmark_ends_with_its_line_and_keeps_its_results(tmp_path, capsys):
+    step.main(["--toy", "--arms", "hf_bert", "hf_strong", "modernbert", "--out", str(tmp_path)])
+    assert re.fullmatch(
+        f"step overhead_share={NUMBER} vs_hf_128={NUMBER} flop_ratio_128={NUMBER} vs_hf_128_full={NUMBER} "
+        f"flop_ratio_128_full={NUMBER} vs_strong={NUMBER} vs_modernbert={NUMBER} device=cpu layers=2",
+        capsys.readouterr().out.splitlines()[-1],
+    )
+    step.main(["--toy", "--arms", "hf_bert", "--fill", "c4", "--out", str(tmp_path)])
+    cells = {cell["fill"]: cell for cell in json.loads((tmp_path / "step-cpu.json").read_text())}
+    assert list(cells["c4"]["arms"]) == ["mosaic_bert", "hf_bert"]  # measured again
+    assert list(cells["1.0"]["arms"]) == ["mosaic_bert", "hf_bert", "hf_strong", "modernbert"]
+    assert cells["c4"]["real_share"] < 0.95 and cells["1.0"]["real_share"] == 1.0
+    assert "| hf_strong |" in (tmp_path / "step-cpu.md").read_text()
+
+
+def test_no_time_for_an_arm_that_is_wrong(batch, monkeypatch, capsys):
+    monkeypatch.setitem(ARMS, "hf_strong", partial(HFStrong))
+    monkeypatch.setattr(HFStrong, "loss_sum", lambda self, part: 1.01 * super(HFStrong, self).loss_sum(part))
+    step.main(["--toy", "--arms", "hf_strong", "--fill", "c4"])
+    printed = capsys.readouterr().out
+    assert "hf_strong: no time is taken" in printed and "vs_strong" not in printed
+
+
+def test_peak_memory_is_what_making_and_two_steps_took_at_most():
+    class Allocates:
+        def step(self, batch):
+            self.kept = torch.ones(2**25)  # 128 MiB, the second time beside the first
+            assert self.kept.sum() == 2**25
+
+    assert step.peak_bytes_here(Allocates, {}) == pytest.approx(2 * 2**27, abs=2**24)  # the kernel counts in batches
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_is_at_least_that_of_its_tensors():
+    """In a process of its own, as the benchmark measures it: weights, gradients, two moments, logits."""
+    command = [sys.executable, "-m", "benchmarks.speed.step", "--peak_memory", "hf_bert"]
+    command += ["--lengths", "512", "--fill", "1.0"]
+    done = subprocess.run([*command, "--layers", "1", "--tokens", "512"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parameters = sum(p.numel() for p in ARMS["hf_bert"](Shape(layers=1)).model.parameters())
+    least = 4 * (4 * parameters + 512 * Shape().vocabulary)
+    assert least < int(done.stdout) < 2 * least
+
+
+def curve(losses, step_seconds=1.0, rate=1e-3):
+    points = [{"step": 10 * i, "tokens": 1000 * i, "loss": loss} for i, loss in enumerate(losses)]
+    return {"points": points, "step_seconds": step_seconds, "steps": points[-1]["step"], "rate": rate}
+
+
+def test_time_to_a_loss_is_interpolated_on_the_smoothed_mean():
+    line = [curve([9.0, 8.0, 7.0, 6.0, 5.0], 2.0)]  # smoothing leaves a line as it is
+    assert time_to_loss.time_to(line, 6.5) == pytest.approx(2.0 * 25)
+    assert time_to_loss.time_to(line, 9.5) == 0.0 and time_to_loss.time_to(line, 4.9) == np.inf
+    two = [curve([9.0, 8.0, 7.0, 6.0, 5.0]), curve([11.0, 10.0, 9.0, 8.0, 7.0])]
+    assert time_to_loss.time_to(two, 8.0) == pytest.approx(20)
+    bumpy = [curve([9.0, 6.0, 9.0, 6.0, 5.0])]
+    assert time_to_loss.mean_curve(bumpy)[1].tolist() == pytest.approx([9.0, 8.0, 7.0, 20 / 3, 5.0])
+
+
+def test_ratio_interval_and_worth():
+    """Ours falls twice as fast for a step and needs half the time for one."""
+    rival = [curve([10.0, 9.0 + d, 8.0 + d, 7.0 + d, 6.0 + d], 2.0) for d in (-0.2, 0.0, 0.2)]
+    ours = [curve([10.0, 8.0, 6.0, 4.0, 2.0])] * 3
+    assert time_to_loss.ratio(ours, rival) == pytest.approx(0.25)
+    low, high = time_to_loss.interval(time_to_loss.ratio, ours, rival)
+    assert 0.22 < low < 0.25 < high < 0.28
+    assert time_to_loss.interval(time_to_loss.ratio, ours, rival[1:2] * 3) == pytest.approx((0.25, 0.25))
+    assert time_to_loss.common_loss(ours, rival) == pytest.approx(6.0)
+    assert time_to_loss.worth(ours, rival) == pytest.approx(4.0)
+    assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
+    low, high = time_to_loss.interval(time_to_loss.worth, ours, rival)
+    assert 3.5 < low < 4.0 < high < 4.5
+    apart, together = (time_to_loss.interval(time_to_loss.worth, rival, rival, paired) for paired in (False, True))
+    assert apart[0] < 1.0 < apart[1] and together == (1.0, 1.0)
+
+
+def test_the_schedule_warms_up_stays_and_falls():
+    class Stub:
+        steps, recipe = 100, pretraining.Recipe()
+
+    factor = pretraining.Run.factor
+    assert [factor(Stub(), i) for i in (0, 5, 6)] == pytest.approx([1 / 6, 1.0, 1.0])
+    assert factor(Stub(), 53) == pytest.approx(0.51) and factor(Stub(), 100) == pytest.approx(0.02)
+    Stub.recipe = pretraining.Recipe(stable=0.7)
+    assert factor(Stub(), 70) == 1.0 and factor(Stub(), 85) == pytest.approx(0.51)
+
+
+@pytest.mark.slow  # a quarter of a minute of training
+def test_time_to_loss_runs_in_pieces_and_ends_with_its_line(tmp_path, tokenizer_folder, capsys):
+    """Finished runs stay as they are; other settings are refused; what was taken away is compared with ours."""
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    argv = ["--toy", "--arms", "hf_bert", "hf_strong", "--folder", str(tmp_path), "--out", str(tmp_path / "report")]
+
+    def run(*options):
+        time_to_loss.main([*argv, *options])
+        return capsys.readouterr().out.splitlines()
+
+    assert run("--hours", "0")[-1] == "time_to_loss runs_left=12"
+    line = f"time_to_loss ratio={NUMBER} ratio_low={NUMBER} ratio_high={NUMBER} ratio_strong={NUMBER}".replace(
+        NUMBER, rf"({NUMBER}|inf)"
+    )
+    assert re.fullmatch(line, run()[-1])
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "curves").iterdir()}
+    assert len(written) == 12
+    printed = run("--ablate", "--only", "no_glu", "mask_15")
+    assert re.fullmatch(line, printed[-1]) and any(text.startswith("| no_glu |") for text in printed)
+    assert len(list((tmp_path / "curves").iterdir())) == 18  # two of them search for the learning rate of no_glu
+    assert all(path.stat().st_mtime_ns == then for path, then in written.items())
+    steps = {json.loads(path.read_text())["steps"] for path in written if "tuning" not in path.name}
+    assert min(steps) >= time_to_loss.TOY.evaluations
+    report = json.loads((tmp_path / "report" / "time_to_loss-cpu.json").read_text())
+    assert set(report["curves"]) == {"ours", "hf_bert", "hf_strong", "no_glu", "mask_15"}
+    assert set(report["changes"]) == {"no_glu", "mask_15"}
+    assert set(report["searched"]) == {"ours", "hf_bert", "hf_strong", "no_glu"}
+    assert (tmp_path / "report" / "time_to_loss-cpu.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        time_to_loss.main([*argv[1:]])
+
+
+def test_all_arms_see_the_same_held_out_tokens_and_the_same_order(tmp_path, tokenizer_folder):
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    text = time_to_loss.wikipedia(tmp_path, time_to_loss.TOY)
+    first = [batch["input_ids"] for batch in text.evaluation]
+    assert all(torch.equal(a, b) for a, b in zip(first, [b["input_ids"] for b in text.evaluation], strict=True))
+    masked = sum(int((batch["labels"] >= 0).sum()) for batch in text.evaluation)
+    assert masked / sum(int(batch["attention_mask"].sum()) for batch in text.evaluation) == pytest.approx(
+        0.15, abs=0.03
+    )
+
+    def documents(masking):
+        batches = text.batches(3, 20, masking)  # more than two epochs
+        return [torch.where(b["labels"] >= 0, b["labels"], b["input_ids"]) for b in batches]
+
+    for a, b in zip(documents((0.15, 0.15)), documents((0.3, 0.1)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    epoch = torch.cat([b[:, 1:3] for b in documents((0.3, 0.3))[:8]])
+    assert len(epoch) == len(text.train)
+    held_out = {sample["input_ids"].tobytes() for sample in text.held_out}
+    assert not held_out & {sample["input_ids"].tobytes() for sample in text.train}
+
+
+def test_growth_runs_and_ends_with_its_line(tmp_path, capsys):
+    scaling.main(["--toy", "--parts", "length", "sizes", "--out", str(tmp_path)])
+    assert re.fullmatch(
+        f"scaling time_per_token={NUMBER} hf_time_per_token={NUMBER} parameters_large={NUMBER}",
+        capsys.readouterr().out.splitlines()[-1],
+    )
+    scaling.main(["--toy", "--parts", "gpus", "--out", str(tmp_path)])
+    assert set(json.loads((tmp_path / "scaling-cpu.json").read_text())) == {"length", "gpus", "sizes"}
+    assert "## GPUs" in (tmp_path / "scaling-cpu.md").read_text()
+
+
+@pytest.mark.slow  # two processes, which import torch
+def test_ranks_send_their_gradients_once_and_get_the_mean(tmp_path):
+    """Their gradient is that of one process on both batches, else they end with an error."""
+    scaling.main(["--toy", "--parts", "ranks", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "scaling-cpu.json").read_text())["ranks"]["rows"]
+    assert row["ranks"] == 2 and row["bytes"] == 4 * row["parameters"]
+
+
+@pytest.mark.slow  # a process that imports Composer
+def test_startup_is_the_sum_of_its_parts(overrides, tmp_path, capsys):
+    """The run that is measured trains one step and leaves nothing behind."""
+    startup.main(["--runs", "1", "--out", str(tmp_path / "startup.txt"), "yamls/quickstart.yaml", *overrides])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (tmp_path / "startup.txt").read_text().splitlines()[-1]
+    found = re.fullmatch(r"startup seconds=(\S+) imports=(\S+) build=(\S+) first_step=(\S+)", line)
+    assert found is not None
+    whole, *parts = map(float, found.groups())
+    assert whole == pytest.approx(sum(parts), abs=0.03) and min(parts) > 0
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_communication_is_hidden_until_little_is_left_to_hide_it():
+    rows = {(row["link"], row["gpus"]): row for row in scaling.gpus(137_000_000, 400_000)}
+    fast, slow = scaling.LINKS
+    assert rows[fast, 8]["bytes_per_gpu"] == 2 * 7 / 8 * 4 * 137_000_000
+    assert rows[fast, 8]["reduce_ms"] == pytest.approx(2.131, rel=1e-3)
+    assert rows[fast, 8]["efficiency"] > 0.99 > rows[fast, 512]["efficiency"] > rows[slow, 512]["efficiency"]
+
+
+def test_large_has_the_parameters_that_are_published_for_it():
+    shape = scaling.shape_of("mosaic_bert_large")
+    assert (shape.layers, shape.hidden, shape.heads, shape.width) == (24, 1024, 16, 4096)
+    with torch.device("meta"):
+        model = ARMS["mosaic_bert"](shape, "meta").model
+    assert sum(p.numel() for p in model.bert.parameters()) == pytest.approx(434e6, rel=1e-3)
+
+
+def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit() == "unknown"  # git finds no repository
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.commit() == "unknown"
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu" / "commit").write_text("abc123\n")
+    assert report.commit() == "abc123"
+
+
+@pytest.mark.slow  # half a minute: it converts, loads and starts in processes of their own, as users do
+def test_the_data_benchmark_ends_with_its_line(tmp_path):
+    out = tmp_path / "data.txt"
+    command = [sys.executable, "-m", "benchmarks.speed.loader", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    number = r"\d+(\.\d+)?"
+    assert re.fullmatch(
+        f"data loader_tokens_per_s={number} loader_vs_plain={number} text_loader_vs_plain={number} "
+        f"convert_docs_per_s={number} bytes_per_token={number}",
+        done.stdout.splitlines()[-1],
+    )
+    assert out.read_text() == done.stdout
+    assert "start at 100,000 samples" in done.stdout

@@ -1,0 +1,54 @@
+"""benchmarks/gpu/run.sh at toy size, on the CPU, through the interpreter."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import convert_c4
+from benchmarks import publish
+
+
+@pytest.mark.slow  # minutes: each part is a process of its own
+def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, tmp_path, monkeypatch):
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(".", copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    shutil.copytree(tokenizer_folder, copy / ".gpu" / "tokenizer")
+    (copy / ".gpu" / "commit").write_text("abc123\n")
+    tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", "128", "--pack", "chunk"]
+    shards = ["--out_root", str(copy / ".gpu" / "mds"), "--splits", "train", "val", "--source", str(c4_folder)]
+    convert_c4.main([*shards, *tokens])
+
+    def run(**settings):
+        environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "TOY": "1", "SCALE": "10", **settings}
+        command = ["bash", str(copy / "benchmarks" / "gpu" / "run.sh")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done, json.loads((out / "gpu.json").read_text())
+
+    done, parts = run(BUDGET="3000")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("gpu card=1_thread") and " parts=12 failed=0 " in done.stdout
+    assert parts["environment"]["results"]["commit"] == "abc123"
+    assert all(part["status"] == "0" and part["results"] for name, part in parts.items() if name != "tests")
+    assert " passed" in parts["tests"]["last_line"] and parts["step"]["last_line"].startswith("step overhead_share=")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    shutil.copy(out / "gpu.json", tmp_path / "results" / "gpu-toy.json")
+    assert re.search(r"\| 32 \| 4 \| [\d,]+ \| c4 \| 1 \| before \|", "\n".join(publish.gpu()))
+    assert {file.name for file in out.iterdir()} == {"gpu.json", "log.txt", "profile.txt"}
+    log = (out / "log.txt").read_text()
+    assert " passed" in log and "attention_S64_vs_torch=" in log
+    assert parts["trainer"]["results"][0]["step/tokens_per_s"] > 0
+
+    (copy / "benchmarks" / "kernels" / "tune.py").unlink()
+    done, parts = run(ONLY="tiles environment compiled", BUDGET="3000")
+    assert done.returncode == 1 and "FAILED: tiles: 1" in done.stdout
+    assert {name: part["status"] for name, part in parts.items()} == {"environment": "0", "tiles": "1", "compiled": "0"}
+    done, _ = run(ONLY="curve enviroment")
+    assert done.returncode == 2 and "there is no part enviroment; parts: environment tests" in done.stderr
+    done, parts = run(ONLY="environment curve", BUDGET="14")
+    assert done.returncode == 1 and [part["status"] for part in parts.values()] == ["no time"] * 2

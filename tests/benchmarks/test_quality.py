@@ -1,0 +1,140 @@
+"""The benchmarks of quality: what is evaluated is never trained on, the same is compared with the same."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import publish, texts
+from benchmarks.learning import extrapolation, pretraining, quality
+from benchmarks.variants import Shape
+from src.data.tokenizer import load_tokenizer
+from src.masked_lm_loss import IGNORED
+
+NUMBER = r"-?\d+\.\d+"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {task: quality.labelled(task) for task in quality.TASKS}
+
+
+def test_no_row_that_is_evaluated_is_trained_on(rows):
+    parts = {part: {*quality.unlabelled(part)} for part in ("train", "validation", "test")}
+    assert not parts["train"] & (parts["validation"] | parts["test"]) and not parts["validation"] & parts["test"]
+    topics = {row.text for row in rows["topics"]}
+    assert topics <= set.union(*parts.values())
+    assert not {row.text for row in rows["sentences"]} & set.union(*parts.values())
+    shares = [sum(texts.part_of(text) == part for text in topics) / len(topics) for part in parts]
+    assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
+
+
+def test_tasks_are_what_they_are_said_to_be(rows, tmp_path):
+    assert len({row.label for row in rows["topics"]}) == 11 and len(rows["topics"]) > 9000
+    assert {row.label for row in rows["sentences"]} == {"0", "1"} and len(rows["sentences"]) == 8530
+    quality.write_tasks(tmp_path, quality.TOY)
+    lines = {path.stem: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert set(lines) == {f"{task}-{part}" for task in quality.TASKS for part in ("train", "validation", "test")}
+    assert all(line[0] == "text,label" for line in lines.values())
+
+
+def test_the_interval_holds_rows_and_seeds():
+    """Of an arm that is right wherever the other one is, and in a tenth of the rest."""
+    rng = np.random.default_rng(1)
+    b = rng.random((3, 5, 1000)) < 0.5
+    a = b | (rng.random(b.shape) < 0.1)
+    low, high = quality.interval(a, b)
+    assert 0 < low < (a.mean() - b.mean()) < high < 0.1
+    assert quality.interval(b, b) == (0.0, 0.0)
+    by_seed = np.zeros((3, 5, 1000), bool)
+    by_seed[0] = True  # all of the difference comes from one pretraining seed
+    low, high = quality.interval(by_seed, np.zeros_like(by_seed))
+    assert (low, high) == pytest.approx((0.0, 1.0))
+
+
+def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
+    setup = pretraining.Setup(batch=32, vocabulary=1000, documents=4, shape=Shape(1, 16, 2, 32, 0, length=32))
+    text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], setup)
+    ids = np.random.default_rng(0).integers(5, 200, 240).tolist()
+    whole = extrapolation.masked_review(text, 0, ids)
+    assert 10 < int((whole["labels"] >= 0).sum()) < 60
+    for room in (30, 60, 120, 240):
+        batch = extrapolation.cut(whole, text, room)
+        assert batch["input_ids"].shape == (240 // room, room + 2)
+        for name, x in batch.items():
+            torch.testing.assert_close(x[:, 1:-1].reshape(1, -1), whole[name], rtol=0, atol=0)
+        assert (batch["input_ids"][:, 0] == text.tokenizer.cls_token_id).all()
+        assert (batch["input_ids"][:, -1] == text.tokenizer.sep_token_id).all()
+        assert (batch["labels"][:, [0, -1]] == IGNORED).all() and batch["attention_mask"].all()
+
+
+def test_the_loss_at_a_length_is_that_of_the_model(tokenizer_folder):
+    """And depends on the length, for weights that look at their context."""
+    setup = pretraining.Setup(batch=32, vocabulary=1000, shape=Shape(1, 16, 2, 32, 0, length=32))
+    text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], setup)
+    torch.manual_seed(0)
+    arm = pretraining.make_arm(text, pretraining.RECIPES["ours"])
+    arm.model.eval()
+    with torch.no_grad():
+        for p in arm.model.parameters():
+            p.mul_(50 if p.dim() == 2 else 1)
+    review = extrapolation.masked_review(text, 0, np.random.default_rng(0).integers(5, 200, 240).tolist())
+    short, long = (extrapolation.losses(arm, text, [review], room)[0] for room in (30, 240))
+    batch = extrapolation.cut(review, text, 240)
+    logits = arm.model(batch["input_ids"], batch["attention_mask"]).logits[0]
+    want = torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
+    assert long == pytest.approx(want, rel=1e-5) and abs(short - long) > 1e-3 * long
+
+
+@pytest.mark.slow  # a minute: 36 fine-tunings
+def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, monkeypatch):
+    argv = ["--toy", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
+    with pytest.raises(SystemExit, match="the hours are spent"):
+        quality.main([*argv, "--hours", "0"])
+    quality.main(argv)
+    fields = " ".join(
+        f"{task}_vs_{rival}{end}={NUMBER}"
+        for task in quality.TASKS
+        for rival in ("hf", "untrained")
+        for end in ("", "_low", "_high")
+    )
+    assert re.fullmatch(f"quality {fields}", capsys.readouterr().out.splitlines()[-1])
+    report = json.loads((tmp_path / "report" / "quality-cpu.json").read_text())
+    assert np.array(report["tasks"]["topics"]["arms"]["ours"]["test"]).shape == (2, 2)
+
+    def again(*args, **options):
+        raise AssertionError("what is finished is done again")
+
+    monkeypatch.setattr(quality, "finetune_once", again)
+    monkeypatch.setattr(pretraining.Run, "curve", again)
+    quality.main(argv)
+    capsys.readouterr()
+    extrapolation.main(argv)
+    line = (
+        f"extrapolation reviews=\\d+ loss_1x={NUMBER} loss_2x={NUMBER} loss_4x={NUMBER} loss_8x={NUMBER} hf_1x={NUMBER}"
+    )
+    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
+    assert (tmp_path / "report" / "extrapolation-cpu.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        quality.main(argv[1:])
+
+
+def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
+    """The committed ones; and a figure that was changed by hand is seen."""
+    publish.main(["--check"])
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- measured: step -->\n<!-- end -->\nafter\n")
+    publish.main([])
+    publish.main(["--check"])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    page.write_text(text.replace("<!-- end", "by hand\n<!-- end"))
+    with pytest.raises(SystemExit, match="README.md is not what"):
+        publish.main(["--check"])
+    page.write_text(text.replace("measured: step", "measured: steps"))
+    with pytest.raises(SystemExit, match="there is no block 'steps'"):
+        publish.main([])

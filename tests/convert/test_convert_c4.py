@@ -1,0 +1,654 @@
+import contextlib
+import fcntl
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import MDSWriter, StreamingDataset
+
+import convert_c4
+from src.convert import conversion, filters
+from src.convert import unit as units
+from src.convert.sources import iter_documents
+from src.convert.stats import Stats
+from src.data.shards import TOKENS_KEY
+from src.data.streaming import alone_on_node
+from src.data.tokenizer import PIECE, encode_prefix, pieces, tokenizer_fingerprint
+
+LONG = "the cat sat on the mat and looked at the moon . " * 40
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n".join(["a short one", LONG, "the album", ""]))
+    return str(folder)
+
+
+def convert(out, source, *options, split="mine"):
+    convert_c4.main(["--out_root", str(out), "--splits", split, "--source", source, *options])
+    return Path(out) / split
+
+
+def opened(**kwargs):
+    with alone_on_node():  # tests run in two processes
+        return StreamingDataset(**kwargs)
+
+
+def tokens_of(folder):
+    dtype = json.loads((folder / "index.json").read_text())[TOKENS_KEY]["dtype"]
+    return [np.frombuffer(s["tokens"], dtype).tolist() for s in opened(local=str(folder), batch_size=1)]
+
+
+def test_text(tmp_path, source, capsys):
+    folder = convert(tmp_path, source)
+    dataset = opened(local=str(folder), batch_size=1)
+    assert [s["text"] for s in dataset] == ["a short one", LONG, "the album"]
+    index = json.loads((folder / "index.json").read_text())
+    assert TOKENS_KEY not in index and all("sha1" in shard["raw_data"]["hashes"] for shard in index["shards"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("convert split=mine documents=3 samples=3 tokens=0 bytes=")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
+
+
+def test_c4_splits_and_columns(tmp_path, c4_folder, documents):
+    """C4's own files, with what columns they have; small splits are their beginnings."""
+    names = ["train", "val", "val_small"]
+    convert_c4.main(["--out_root", str(tmp_path), "--splits", *names, "--source", str(c4_folder), "--limit", "95"])
+    for name, want in zip(names, (documents[:95], documents[300:], documents[300:]), strict=True):
+        assert [s["text"] for s in opened(local=str(tmp_path / name), batch_size=1)] == want
+
+
+def test_small_splits_have_their_size(monkeypatch, tmp_path, c4_folder):
+    assert conversion.SMALL == {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
+    monkeypatch.setitem(conversion.SMALL, "train_small", ("train", 7))
+    convert(tmp_path, str(c4_folder), split="train_small")
+    assert opened(local=str(tmp_path / "train_small"), batch_size=1).size == 7
+
+
+def test_columns_where_present(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "u", "other": 1}\n{"text": "y"}\n')
+    samples = list(opened(local=str(convert(tmp_path, str(tmp_path / "a.jsonl"))), batch_size=1))
+    assert samples == [{"text": "x", "url": "u"}, {"text": "y", "url": ""}]
+
+
+def test_truncate_keeps_what_the_tokenizer_would(tmp_path, source, tokenizer_folder, tokenizer):
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "20", "--pack", "truncate"]
+    folder = convert(tmp_path, source, *options)
+    want = [tokenizer(t, truncation=True, max_length=20)["input_ids"] for t in ("a short one", LONG, "the album")]
+    assert tokens_of(folder) == want
+    assert json.loads((folder / "index.json").read_text())[TOKENS_KEY] == {
+        "tokenizer": tokenizer_folder,
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": len(tokenizer),
+        "max_seq_len": 20,
+        "pack": "truncate",
+        "dtype": "uint16",
+    }
+
+
+def test_chunk_loses_nothing(tmp_path, source, tokenizer_folder, tokenizer, capsys):
+    """Own text is cut into chunks unless told otherwise; put together again they are the document."""
+    folder = convert(tmp_path, source, "--tokenizer", tokenizer_folder, "--max_seq_len", "20")
+    assert "--pack chunk" in capsys.readouterr().out
+    samples = tokens_of(folder)
+    assert all(s[0] == tokenizer.cls_token_id and s[-1] == tokenizer.sep_token_id and len(s) <= 20 for s in samples)
+    together = [i for s in samples for i in s[1:-1]]
+    want = [i for t in ("a short one", LONG, "the album") for i in tokenizer(t, add_special_tokens=False)["input_ids"]]
+    assert together == want
+    assert [len(s) for s in samples[1:-2]] == [20] * len(samples[1:-2])
+    assert json.loads((folder / "index.json").read_text())[TOKENS_KEY]["pack"] == "chunk"
+
+
+def test_large_vocabularies_take_32_bits(tokenizer):
+    class Large(type(tokenizer)):
+        size = 2**16
+
+        def __len__(self):
+            return self.size
+
+    large = Large(tokenizer_object=tokenizer.backend_tokenizer)
+    assert convert_c4.Tokens("x", large, 8, "chunk").dtype == np.uint16
+    large.size += 1
+    assert convert_c4.Tokens("x", large, 8, "chunk").dtype == np.uint32
+
+
+def test_compression(tmp_path, source):
+    folder = convert(tmp_path, source, "--compression", "zstd:7")
+    assert [p.name for p in folder.glob("shard*")] == ["shard.00000.mds.zstd"]
+    cache = tmp_path / "cache"
+    samples = list(opened(local=str(cache), remote=str(folder), batch_size=1))
+    assert samples[1]["text"] == LONG
+
+
+def test_existing_output_is_not_overwritten_unless_asked(tmp_path, source):
+    folder = convert(tmp_path, source)
+    before = (folder / "shard.00000.mds").read_bytes()
+    with pytest.raises(ValueError, match="mine exists; give --overwrite"):
+        convert(tmp_path, source, "--limit", "1")
+    assert (folder / "shard.00000.mds").read_bytes() == before
+    convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert opened(local=str(folder), batch_size=1).size == 1
+
+
+def test_a_failure_leaves_the_old_split_and_goes_on_later(tmp_path, source, monkeypatch):
+    folder = convert(tmp_path, source)
+
+    def full_disk(self, sample):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MDSWriter, "write", full_disk)
+        for options in (["--overwrite"], []):
+            with pytest.raises(OSError, match="No space left"):
+                convert(tmp_path, source, *options, split="mine" if options else "other")
+    assert opened(local=str(folder), batch_size=1).size == 3
+    assert not (tmp_path / "other").exists()
+    convert(tmp_path, source, split="other")
+    assert not (tmp_path / "other.partial").exists()
+
+
+def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, monkeypatch):
+    """Old and new change places by two renames; whatever stops them, a split is there afterwards."""
+    folder = convert(tmp_path, source)
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "split":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert opened(local=str(folder), batch_size=1).size == 3
+
+    folder.rename(tmp_path / ".mine.replaced")  # as kill -9 between the renames leaves it
+    with pytest.raises(ValueError, match="mine exists; give --overwrite"):
+        convert(tmp_path, source)
+    assert opened(local=str(folder), batch_size=1).size == 3
+    convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
+
+
+def test_overwrite_replaces_datasets_only(tmp_path, source):
+    """A split named as the folder of the text would replace the text."""
+    with pytest.raises(ValueError, match=r"texts holds no dataset \(no index.json\)"):
+        convert(tmp_path, source, "--overwrite", split="texts")
+    assert [p.name for p in Path(source).iterdir()] == ["a.txt"]
+
+
+def test_bad_lines(tmp_path, capsys):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "x"}\nbroken\n')
+    with pytest.raises(ValueError, match="a.jsonl:2: no JSON"):
+        convert(tmp_path, str(source))
+    assert not (tmp_path / "mine").exists()
+    convert(tmp_path, str(source), "--skip_bad")
+    printed = capsys.readouterr()
+    assert "bad=1" in printed.out and "a.jsonl:2" in printed.err
+
+
+def test_no_documents_is_an_error_that_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"no document \(2 empty, 0 bad\)"):
+        convert(tmp_path, str(tmp_path / "a.txt"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_no_tokens_is_an_error_too(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text("\u200b\n")  # no white space, yet BERT's normalizer drops it
+    with pytest.raises(ValueError, match="no token of any document"):
+        convert(tmp_path, str(tmp_path / "a.txt"), "--tokenizer", tokenizer_folder, "--max_seq_len", "8")
+    assert not list(tmp_path.glob("mine*"))
+
+
+def test_lock_is_free_after_a_crash(tmp_path, source):
+    with (tmp_path / ".mine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process"):
+            convert(tmp_path, source)
+    convert(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits", "a", "b"], "is one split, and 2 names"),
+        (["--splits", "../a"], "no plain name"),
+        (["--splits", ".a"], "no plain name"),
+        (["--splits", ""], "no plain name"),
+        (["--splits", "a", "--max_seq_len", "8"], "act only with --tokenizer"),
+        (["--splits", "a", "--tokenizer", "x"], "needs a --max_seq_len"),
+        (["--splits", "a", "--compression", "rar"], "no compression"),
+        (["--splits", "a", "--limit", "0"], "at least 1"),
+        (["--splits", "a", "--num_workers", "0"], "at least 1"),
+        (["--splits", "a", "--tokenizer", "x", "--max_seq_len", "65536"], "from 3 to 65,535"),
+        (["--splits", "a", "--part", "1/2", "--limit", "5"], "--part does not go with a limit"),
+        (["--splits", "a", "--part", "1/2", "--dedup"], "--part does not go with --dedup"),
+        (["--splits", "a", "--merge"], "leave out --source"),
+        (["--splits", "a", "--tokenizer", "/none", "--max_seq_len", "8"], "no such folder"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message, tmp_path, source):
+    with pytest.raises(ValueError, match=message):
+        convert_c4.main(["--out_root", str(tmp_path / "out"), "--source", source, *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_c4_has_these_splits_only(tmp_path, c4_folder):
+    with pytest.raises(ValueError, match="C4 has no split test; there are train, val"):
+        convert(tmp_path, str(c4_folder), split="test")
+
+
+def test_errors_are_one_line_and_an_exit_code(tmp_path, monkeypatch):
+    """A text given to sys.exit is printed to stderr, with exit code 1."""
+    options = ["--out_root", str(tmp_path), "--splits", "x", "--source", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", ["convert_c4.py", *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("convert_c4.py", run_name="__main__")
+    assert end.value.code == f"convert_c4.py: {tmp_path / 'none'}: there is no such file or folder"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many units: workers, interruptions, parts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path, documents, monkeypatch):
+    """241 documents that make 13 units: a file that is read in parts, a gzip, small files."""
+    monkeypatch.setattr(conversion, "UNIT_BYTES", (16384, 16384))
+    documents = [" ".join(document.split()) for document in documents]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("\n".join(documents[:160]))
+    (folder / "c.txt.gz").write_bytes(gzip.compress("\n".join(documents[160:220]).encode(), mtime=0))
+    for i, document in enumerate(documents[220:240]):
+        (folder / f"d{i:02}.jsonl").write_text(json.dumps({"text": document}) + "\n")
+    (folder / "a.txt").write_text(" ".join(documents[240:300]))
+    return str(folder)
+
+
+def bytes_of(folder):
+    """Every file's bytes, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_do_not_depend_on_workers(tmp_path, many, tokenizer_folder):
+    for options in ([], ["--tokenizer", tokenizer_folder, "--max_seq_len", "16"]):
+        name = "tokens" if options else "text"
+        one = convert(tmp_path / "1" / name, many, *options, "--num_workers", "1")
+        three = convert(tmp_path / "3" / name, many, *options, "--num_workers", "3")
+        assert len(list(one.glob("shard*"))) == 12 and bytes_of(one) == bytes_of(three)
+        assert (
+            json.loads((one / "conversion.json").read_text())["units"] == 13
+        )  # one part lies within a line that begins before it
+
+
+@pytest.mark.parametrize("kind", ["one gzip", "many files"])
+def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
+    """Of Python and numpy, eight times the text in: a gzip is one share of work however long it is."""
+    monkeypatch.setattr(conversion, "UNIT_BYTES", (1 << 20, 1 << 20))
+    line = json.dumps({"text": "the cat sat on the mat . " * 40}) + "\n"
+    peaks = []
+    for number in (1000, 8000):  # 1 kB each
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        if kind == "one gzip":
+            with gzip.open(folder / "a.json.gz", "wt", compresslevel=1) as file:
+                file.writelines(line for _ in range(number))
+        else:
+            for i in range(number):
+                (folder / f"{i // 100}").mkdir(exist_ok=True)
+                (folder / f"{i // 100}" / f"{i}.jsonl").write_text(line)
+        tracemalloc.start()
+        try:
+            convert(tmp_path, str(folder), "--num_workers", "1", "--size_limit", "1mb", split=f"out{number}")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + (1 << 20)  # the text grew by 7 MB
+
+
+def test_what_is_in_shards_does_not_depend_on_units(tmp_path, many, tokenizer_folder, monkeypatch):
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "64", "--num_workers", "1"]
+    first = tokens_of(convert(tmp_path / "1", many, *options))
+    monkeypatch.setattr(conversion, "UNIT_BYTES", (1 << 30, 1 << 30))
+    assert tokens_of(convert(tmp_path / "2", many, *options)) == first
+
+
+def test_a_stopped_conversion_goes_on(tmp_path, many, monkeypatch, capsys):
+    """What is complete is not done again; the result is that of a conversion that was not stopped."""
+    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    done, stops = [], [4, 9]
+    convert_unit = units.convert_unit
+
+    def some(job, unit, beat):
+        if len(done) in stops:
+            stops.remove(len(done))
+            raise OSError(28, "No space left on device")
+        convert_unit(job, unit, beat)
+        done.append(unit.number)
+
+    monkeypatch.setattr(conversion, "convert_unit", some)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            convert(tmp_path, many, "--num_workers", "1")
+    assert "4 of 13 units" in capsys.readouterr().err
+    (tmp_path / "mine.partial" / "units" / "000009.partial").mkdir()  # as a killed worker leaves it
+    folder = convert(tmp_path, many, "--num_workers", "1", "--skip_bad")
+    assert sorted(done) == list(range(13)) and bytes_of(folder) == bytes_of(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts", "whole"]
+
+
+def test_a_conversion_can_be_stopped_at_any_rename(tmp_path, documents, monkeypatch):
+    """And between the last rename and cleaning up. Each state on disk begins with one."""
+    monkeypatch.setattr(conversion, "UNIT_BYTES", (8192, 8192))
+    source = tmp_path / "a.txt"
+    source.write_text("\n".join(documents[:60]))
+    whole = bytes_of(convert(tmp_path / "whole", str(source), "--num_workers", "1"))
+    for name in ("rename", "rmtree"):
+        original = getattr(os if name == "rename" else shutil, name)
+        stop, stopped = 0, True
+        while stopped:
+            stop, stopped, calls, out = stop + 1, False, 0, tmp_path / f"{name}{stop}"
+
+            def stopping(*args, original=original, **kwargs):
+                nonlocal calls, stopped
+                calls += 1
+                if calls == stop:  # noqa: B023
+                    stopped = True
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+                patched.setattr(os if name == "rename" else shutil, name, stopping)
+                convert(out, str(source), "--num_workers", "1")
+            published = (out / "mine").exists()  # what is left then is in nobody's way
+            convert(out, str(source), "--num_workers", "1", *(["--overwrite"] if published else []))
+            assert bytes_of(out / "mine") == whole and not (out / "mine.partial").exists(), f"{name} {stop}"
+        assert stop > (12 if name == "rename" else 1)
+
+
+def test_other_settings_or_sources_do_not_go_on(tmp_path, many, monkeypatch):
+    def fail(job, unit, beat):
+        raise OSError("stop")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
+        patched.setattr(conversion, "convert_unit", fail)
+        convert(tmp_path, many, "--num_workers", "1")
+    with pytest.raises(ValueError, match=r"was begun otherwise \(size_limit: 64mb there, 1mb here\).*--overwrite"):
+        convert(tmp_path, many, "--size_limit", "1mb")
+    os.utime(Path(many) / "a.txt", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"otherwise \(times: "):
+        convert(tmp_path, many)
+    (Path(many) / "e.txt").write_text("more")
+    with pytest.raises(ValueError, match="files: 23 there, 24 here"):
+        convert(tmp_path, many)
+    convert(tmp_path, many, "--overwrite", "--num_workers", "1")
+
+
+STOPPED = """
+import sys, convert_c4
+convert_c4.UNIT_BYTES = (16384, 16384)
+convert_c4.main(["--out_root", sys.argv[1], "--splits", "mine", "--source", sys.argv[2], "--num_workers", "2"])
+"""
+
+
+def wait_for(condition, process):
+    while not condition():
+        time.sleep(0.005)
+        assert process.poll() is None
+
+
+def convert_and_die(moment, *args):
+    """Convert in this process, which is killed at a moment counted in samples, syncs and renames."""
+    calls = itertools.count(1)
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    MDSWriter.write, os.fsync, os.rename = mortal(MDSWriter.write), mortal(os.fsync), mortal(os.rename)
+    convert(*args)
+
+
+def test_kill_9_at_many_moments(tmp_path, many):
+    """One process, killed and begun again until it comes to an end."""
+    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    random, complete, kills = np.random.default_rng(0), set(), 0
+    while not (tmp_path / "mine").exists():
+        moment = int(random.integers(1, 120))
+        process = multiprocessing.get_context("fork").Process(
+            target=convert_and_die, args=(moment, tmp_path, many, "--num_workers", "1")
+        )
+        process.start()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if not (tmp_path / "mine").exists():
+            now = {path.name for path in (tmp_path / "mine.partial" / "units").glob("??????")}
+            assert now >= complete
+            complete = now
+    assert kills > 3 and bytes_of(tmp_path / "mine") == bytes_of(whole)
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_parent_of_workers(tmp_path, many):
+    """Workers end too, and a rerun goes on. A second live conversion is refused."""
+    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path, many], stderr=subprocess.DEVNULL) as process:
+        units_folder = tmp_path / "mine.partial" / "units"
+        wait_for(lambda: units_folder.exists() and any(units_folder.glob("??????")), process)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(ValueError, match="another process is writing"):
+            convert(tmp_path, many)
+        process.send_signal(signal.SIGKILL)
+    complete = list(units_folder.glob("??????"))
+    folder = convert(tmp_path, many, "--num_workers", "2")
+    assert complete and bytes_of(folder) == bytes_of(whole)
+
+
+def killed_at_unit_5(job, unit, beat):
+    if unit.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    units.convert_unit(job, unit, beat)
+
+
+def fails_at_unit_5(job, unit, beat):
+    if unit.number == 5:
+        raise ValueError("no good")
+    units.convert_unit(job, unit, beat)
+
+
+def test_a_worker_that_dies_ends_the_conversion(tmp_path, many, monkeypatch):
+    with monkeypatch.context() as patched:
+        for function, error, message in (
+            (killed_at_unit_5, OSError, "a worker process was killed by signal 9; out of memory?"),
+            (fails_at_unit_5, ValueError, "no good"),
+        ):
+            patched.setattr(conversion, "convert_unit", function)
+            with pytest.raises(error, match=message):
+                convert(tmp_path, many, "--num_workers", "2")
+    assert any((tmp_path / "mine.partial" / "units").glob("??????"))
+    assert opened(local=str(convert(tmp_path, many)), batch_size=1).size == 241
+
+
+def test_parts_are_put_together_to_the_same_split(tmp_path, many, capsys):
+    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    for part in ("2/3", "1/3"):
+        convert(tmp_path, many, "--num_workers", "1", "--part", part)
+    merge = ["--out_root", str(tmp_path), "--splits", "mine", "--merge"]
+    with pytest.raises(ValueError, match="mine.part-003-of-003 is not there"):
+        convert_c4.main(merge)
+    convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--size_limit", "1mb")
+    with pytest.raises(ValueError, match=r"003-of-003 was made otherwise than .*size_limit: 64mb in the first, 1mb"):
+        convert_c4.main(merge)
+    convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--overwrite")
+    lost = tmp_path / "mine.part-002-of-003" / "units" / "000004"
+    lost.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="1 of 13 units are not done; mine.part-002-of-003 lacks"):
+        convert_c4.main(merge)
+    (tmp_path / "elsewhere").rename(lost)
+    convert_c4.main(merge)
+    ours, theirs = bytes_of(tmp_path / "mine"), bytes_of(whole)
+    assert json.loads(ours.pop("conversion.json")) == {**json.loads(theirs.pop("conversion.json")), "times": None}
+    assert ours == theirs and not list(tmp_path.glob("mine.part*"))
+    with pytest.raises(ValueError, match="mine exists"):
+        convert_c4.main(merge)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "x", "1/1000"])
+def test_parts_that_are_none(part, tmp_path, source, capsys):
+    with pytest.raises(SystemExit):
+        convert(tmp_path, source, "--part", part)
+    assert "is no part such as 3/16" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was counted, what was left out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "16", "--pack", "truncate", "--num_workers", "1"]
+    folder = convert(tmp_path, many, *options)
+    lengths = [len(ids) for ids in tokens_of(folder)]
+    assert np.fromfile(folder / "lengths.bin", "<u2").tolist() == lengths
+    stats = json.loads((folder / "stats.json").read_text())
+    assert (stats["documents"], stats["samples"], stats["tokens"]) == (241, 241, sum(lengths))
+    assert stats["fill"] == sum(lengths) / (241 * 16)
+    assert stats["bytes"] == sum(path.stat().st_size for path in folder.glob("shard*"))
+    assert stats["bytes_per_token"] == stats["bytes"] / sum(lengths)
+    assert stats["sample_tokens"]["histogram"] == {str(k): lengths.count(k) for k in sorted(set(lengths))}
+    assert stats["sample_tokens"]["percentiles"]["50"] == sorted(lengths)[120]
+
+    cut = total = 0
+    for document in iter_documents(many):
+        text = document["text"]
+        encoding = tokenizer(text, truncation=True, max_length=16, return_offsets_mapping=True)
+        total += len(text)
+        whole = len(tokenizer(text)["input_ids"]) < 16
+        cut += 0 if whole else len(text) - encoding["offset_mapping"][-2][1]
+    assert stats["characters"] == total and stats["cut_share"] == cut / total > 0.5
+    printed = capsys.readouterr().out
+    assert f"{cut / total:.1%} of the text cut off" in printed and "fill 100.0%" in printed
+
+
+def test_text_has_stats_and_no_lengths(tmp_path, source):
+    folder = convert(tmp_path, source)
+    assert not (folder / "lengths.bin").exists() and not (folder / "dropped.jsonl").exists()
+    stats = json.loads((folder / "stats.json").read_text())
+    assert "tokens" not in stats and stats["document_characters"]["histogram"] == {"9": 1, "11": 1, "1920": 1}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_dedup(workers, tmp_path, many):
+    """The first in the source's order stays, in whatever unit the others are."""
+    first, last = Path(many) / "a.txt", Path(many) / "z.txt"
+    line = (Path(many) / "b.txt").read_text().splitlines()[100]
+    first.write_text("Two  Words\n" + first.read_text() + "\nUnique here")
+    last.write_text(f"two words \n{line}\nﬁne\nfine\nunlike\n")
+    folder = convert(tmp_path, many, "--dedup", "--num_workers", workers)
+    texts = [sample["text"] for sample in opened(local=str(folder), batch_size=1)]
+    assert len(texts) == 2 + 241 + 2 and texts[0] == "Two  Words" and texts[-2:] == ["ﬁne", "unlike"]
+    assert [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()] == [
+        {"reason": "duplicate", "place": f"{last}:1", "text": "two words "},
+        {"reason": "duplicate", "place": f"{last}:2", "text": line[:80]},
+        {"reason": "duplicate", "place": f"{last}:4", "text": "fine"},
+    ]
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["dropped"] == {"duplicate": 3, "contaminated": 0} and stats["documents"] == 248
+
+
+def test_dedup_goes_on_in_both_passes(tmp_path, many, monkeypatch):
+    (Path(many) / "z.txt").write_text((Path(many) / "a.txt").read_text())
+    whole = convert(tmp_path / "whole", many, "--dedup", "--num_workers", "1")
+    for name in ("hash_unit", "convert_unit"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
+            original = getattr(units, name)
+
+            def stopping(job, unit, beat, original=original):
+                if unit.number == 7:
+                    raise OSError("stop")
+                original(job, unit, beat)
+
+            patched.setattr(conversion, name, stopping)
+            convert(tmp_path, many, "--dedup", "--num_workers", "1")
+    assert bytes_of(convert(tmp_path, many, "--dedup", "--num_workers", "1")) == bytes_of(whole)
+
+
+def test_decontaminate(tmp_path, many):
+    text = next(iter(iter_documents(str(Path(many) / "b.txt"))))["text"]
+    words = filters.words_of(text)[2:15]
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text(json.dumps({"text": "Before: " + " -- ".join(words).upper() + "!"}) + '\n{"text": "short"}\n')
+    folder = convert(tmp_path, many, "--decontaminate", str(evaluation), "--num_workers", "2")
+    (line,) = (folder / "dropped.jsonl").read_text().splitlines()
+    place = f"{Path(many) / 'b.txt'}:1"
+    assert json.loads(line) == {
+        "reason": "contaminated",
+        "words": " ".join(words),
+        "place": place,
+        "text": text[:80],
+    }
+    assert opened(local=str(folder), batch_size=1).size == 240
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="no text has 13 words"):
+        convert(tmp_path, many, "--decontaminate", str(tmp_path / "short.txt"), split="other")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+ODD = [
+    "word " * 9000,
+    "x" * 40_000 + " end",
+    "tab\tand\nline " * 40,
+    "\u200b",
+    "日本" * 300,
+    "a  b   " * 500,
+    " lead",
+    "é́" * 90 + " y" * 90,
+]
+
+
+@pytest.mark.parametrize("max_seq_len", [3, 16, 3000])
+def test_truncated_samples_are_those_of_text_shards(max_seq_len, tokenizer):
+    """Only a prefix is tokenized, with the same result."""
+    texts = [text for text in ODD if tokenizer.tokenize(text)]
+    samples = convert_c4.Tokens("x", tokenizer, max_seq_len, "truncate").samples(iter(ODD), Stats())
+    for text, sample in zip(texts, samples, strict=True):
+        want = encode_prefix(tokenizer, text, max_seq_len - 2)
+        assert (
+            sample[1:-1].tolist() == want == tokenizer(text, add_special_tokens=False)["input_ids"][: max_seq_len - 2]
+        )
+
+
+def test_long_documents_are_tokenized_in_pieces(tokenizer):
+    samples = list(convert_c4.Tokens("x", tokenizer, 16, "chunk").samples(iter([ODD[0], ODD[2]]), Stats()))
+    together = [i for sample in samples for i in sample[1:-1].tolist()]
+    assert together == [i for text in (ODD[0], ODD[2]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert [len(sample) for sample in samples[:600]] == [16] * 600
+    assert all("".join(p for p, _ in pieces(text)) == text for text in ODD)
+    assert max(len(piece) for text in ODD for piece, _ in pieces(text)) == PIECE
+    assert [last for _, last in pieces(ODD[1])] == [False, False, True]

@@ -1,0 +1,261 @@
+import gzip
+import json
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from streaming import MDSWriter
+
+from src.convert import sources
+from src.convert.sources import (
+    BadText,
+    Counts,
+    Span,
+    _hub_dataset,
+    _hub_revision,
+    files_of,
+    iter_documents,
+    read,
+    units_of,
+)
+
+TEXTS = ["First document.", "Zweites, mit Umlaut: ä.", "third"]
+
+
+def json_lines(texts=TEXTS, **extra):
+    return "".join(json.dumps({"text": text, **extra}) + "\n" for text in texts).encode()
+
+
+def texts_of(source, **options):
+    return [document["text"] for document in iter_documents(str(source), **options)]
+
+
+WRITERS = {
+    "a.jsonl": lambda path: path.write_bytes(json_lines()),
+    "a.json": lambda path: path.write_bytes(json_lines()),
+    "a.json.gz": lambda path: path.write_bytes(gzip.compress(json_lines())),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(json_lines())),
+    "a.txt": lambda path: path.write_bytes("\r\n".join(TEXTS).encode()),
+    "a.txt.gz": lambda path: path.write_bytes(gzip.compress("\n".join(TEXTS).encode())),
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_form(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert texts_of(tmp_path / name) == TEXTS
+
+
+def test_a_folder_is_read_in_sorted_order_with_its_subfolders(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.txt").write_text("three\n")
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n  \n")
+    (tmp_path / "notes.md").write_text("not read")
+    counts = Counts()
+    assert texts_of(tmp_path, counts=counts) == ["one", "two", "three"]
+    assert (counts.documents, counts.empty, counts.bad) == (3, 2, 0)
+
+
+def test_c4_folder_has_splits_and_columns(tmp_path):
+    folder = tmp_path / "en"
+    folder.mkdir()
+    for name, texts in (("train.00001", ["c"]), ("train.00000", ["a", "b"]), ("validation.00000", ["v"])):
+        data = json_lines(texts, timestamp="2019-04-25T12:57:54Z", url="u")
+        (folder / f"c4-{name}-of-00002.json.gz").write_bytes(gzip.compress(data))
+    for source in (tmp_path, folder):
+        assert texts_of(source, split="train") == ["a", "b", "c"] and texts_of(source, split="val") == ["v"]
+    assert next(iter_documents(str(folder))) == {"text": "a", "timestamp": "2019-04-25T12:57:54Z", "url": "u"}
+
+
+def test_hub(monkeypatch):
+    """The real calls, on a dataset of two files that stands for the hub's; its revision is the hub's at the time."""
+    import datasets
+    import huggingface_hub
+
+    def rows(files):
+        for file in files:
+            yield from ({"text": f"{file}{i}", "timestamp": "t", "url": "u"} for i in range(2))
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": ["a", "b"]})
+
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=f"sha of {name}"))
+    _hub_revision.cache_clear()
+    want = [{"text": text, "timestamp": "t", "url": "u"} for text in ("a0", "a1", "b0", "b1")]
+    assert list(iter_documents(split="val")) == want
+    revision = "sha of allenai/c4"
+    assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True, "revision": revision})]
+    second = list(units_of(files_of(None, "val"), 1))[1]
+    assert second == [Span(f"hub:val@{revision}#1")]
+    assert list(read(second[0], False, Counts())) == [(f"hub:val@{revision}#1:{i + 1}", want[2 + i]) for i in range(2)]
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    for module, name in ((datasets, "load_dataset"), (huggingface_hub, "dataset_info")):
+        monkeypatch.setattr(module, name, offline)
+        with pytest.raises(ValueError, match=r"cannot be had from the hub \(no route\); offline, give a source"):
+            list(iter_documents(split="train"))
+        _hub_revision.cache_clear()
+    _hub_dataset.cache_clear()
+
+
+GOOD, GZ = json_lines(["good"]), gzip.compress(json_lines(["good", "lost"] * 2000))
+BAD = {
+    "x.jsonl": (GOOD + b"{not json}\n" + GOOD, "x.jsonl:2: no JSON", 2),
+    "y.jsonl": (GOOD + b'{"txt": 1}\n', "y.jsonl:2: no field 'text'", 1),
+    "z.jsonl": (b'["text"]\n' + GOOD, "z.jsonl:1: no field 'text'", 1),
+    "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "half.jsonl:2: no Unicode text", 1),
+    "deep.jsonl": (GOOD + b"[" * 200_000, "deep.jsonl:2: no JSON", 1),
+    "u.txt": (b"good\n\xff\xfe\n", "u.txt:2: no UTF-8", 1),
+    "n.json.gz": (GOOD, "n.json.gz:1: the rest of the file cannot be unpacked", 0),
+    "p.parquet": (b"no parquet", "p.parquet:1: the rest of the file cannot be read as parquet", 0),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_is_named_with_file_and_line_or_counted(name, tmp_path):
+    data, message, good = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadText) as error:
+        texts_of(tmp_path / name)
+    assert message in str(error.value)
+    counts = Counts()
+    assert texts_of(tmp_path / name, skip_bad=True, counts=counts) == ["good"] * good
+    assert counts.bad == 1 and message in counts.first_bad[0]
+
+
+def test_a_truncated_gzip_gives_its_beginning_and_the_next_file(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(GZ[:-20])
+    (tmp_path / "b.txt").write_text("next\n")
+    with pytest.raises(BadText, match=r"a.json.gz:\d+: the rest of the file"):
+        texts_of(tmp_path)
+    counts = Counts()
+    texts = texts_of(tmp_path, skip_bad=True, counts=counts)
+    assert texts[0] == "good" and texts[-1] == "next" and counts.bad == 1
+
+
+def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
+    """Arrow looks at neither while it reads the footer; both are named, and the next file is read."""
+    data = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).buffers()
+    bad_utf8 = pyarrow.StringArray.from_buffers(2, data[1], data[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad_utf8}), tmp_path / "a.parquet")
+    table = pyarrow.table({"text": [f"page {i}" for i in range(2000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", compression="zstd")
+    page = bytearray((tmp_path / "b.parquet").read_bytes())
+    page[1000:1500] = bytes(500)
+    (tmp_path / "b.parquet").write_bytes(page)
+    (tmp_path / "c.txt").write_text("next\n")
+    with pytest.raises(BadText, match="a.parquet:2: "):
+        texts_of(tmp_path)
+    counts = Counts()
+    assert texts_of(tmp_path, skip_bad=True, counts=counts) == ["good", "next"]
+    assert counts.bad == 2 and "b.parquet:1: the rest of the file" in counts.first_bad[1]
+
+
+def test_the_suffix_decides_not_the_rest_of_the_name(tmp_path):
+    (tmp_path / "my.txt.jsonl").write_bytes(json_lines())
+    assert texts_of(tmp_path / "my.txt.jsonl") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    data = "\n".join(TEXTS).encode() if name == "a.txt" else json_lines()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
+    assert texts_of(tmp_path / name) == TEXTS
+
+
+def test_a_c4_folder_without_the_split(tmp_path):
+    (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(GOOD))
+    with pytest.raises(ValueError, match=r"c4-validation\.\*\) are not here"):
+        texts_of(tmp_path, split="val")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none", "no such file"), ("a.md", "known are .json.gz"), (".", "known are")]
+)
+def test_sources_that_cannot_be_read(name, message, tmp_path):
+    (tmp_path / "a.md").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / name)
+
+
+def of_units(source, size):
+    """Texts of the source by units, each read on its own."""
+    counts = Counts()
+    spans = units_of(files_of(str(source)), size)
+    return [[d["text"] for span in unit for _, d in read(span, False, counts)] for unit in spans]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 10, 1000])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_large_file_is_read_in_parts_that_lose_and_repeat_nothing(size, ending, tmp_path):
+    """Parts begin anywhere: within a line, at its beginning, at its end."""
+    texts = ["one", "x" * 25, "zwölf", "y", "last"]
+    (tmp_path / "a.txt").write_bytes(ending.join(texts).encode())
+    units = of_units(tmp_path, size)
+    assert [text for unit in units for text in unit] == texts
+    assert len(units) == -(-(tmp_path / "a.txt").stat().st_size // size)
+
+
+def test_places_in_parts_are_bytes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\nthree\n")
+    assert list(read(Span(str(path), 2, 99), False, Counts())) == [
+        (f"{path}:byte 4", {"text": "two"}),
+        (f"{path}:byte 8", {"text": "three"}),
+    ]
+    assert [place for place, _ in read(Span(str(path)), False, Counts())] == [f"{path}:{i}" for i in (1, 2, 3)]
+
+
+def test_units_group_small_files_and_leave_gzip_whole(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
+    assert [len(unit) for unit in units_of(files_of(str(tmp_path)), 3 * 4096)] == [3, 3, 3]
+    folder = tmp_path / "gz"
+    folder.mkdir()
+    (folder / "a.json.gz").write_bytes(GZ)
+    assert of_units(folder, 1) == [["good", "lost"] * 2000]
+
+
+def test_parquet_is_read_by_row_groups(tmp_path):
+    table = pyarrow.table({"text": [f"row {i}" for i in range(10)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    assert [len(unit) for unit in of_units(tmp_path, 1)] == [4, 4, 2]
+    places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), False, Counts())]
+    assert places == [f"{tmp_path / 'a.parquet'}:{i}" for i in (5, 6, 7, 8)]
+
+
+def test_lines_have_a_longest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE", 10)
+    (tmp_path / "a.txt").write_text("short\n" + "x" * 35 + "\nnine byte\nlast")
+    with pytest.raises(BadText, match="a.txt:2: a line of more than 10 bytes"):
+        texts_of(tmp_path)
+    counts = Counts()
+    assert texts_of(tmp_path, skip_bad=True, counts=counts) == ["short", "nine byte", "last"] and counts.bad == 1
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "gz"])
+def test_mds_shards_are_a_source(compression, tmp_path):
+    rows = [{"text": f"{text} {i}", "url": "u" * i, "n": i} for i, text in enumerate(TEXTS * 20)]
+    columns = {"text": "str", "url": "str", "n": "int"}
+    with MDSWriter(out=str(tmp_path / "s"), columns=columns, compression=compression, size_limit=500) as writer:
+        for row in rows:
+            writer.write(row)
+    assert list(iter_documents(str(tmp_path / "s"))) == [{"text": r["text"], "url": r["url"]} for r in rows]
+    assert len(of_units(tmp_path / "s", 1)) == len(list((tmp_path / "s").glob("shard*"))) > 3
+
+
+def test_mds_shards_of_tokens_are_none(tmp_path):
+    with MDSWriter(out=str(tmp_path / "s"), columns={"tokens": "bytes"}) as writer:
+        writer.write({"tokens": b"1234"})
+    with pytest.raises(ValueError, match=r"no column 'text' \(tokens\)"):
+        texts_of(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no index of MDS shards"):
+        texts_of(tmp_path / "s")

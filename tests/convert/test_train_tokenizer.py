@@ -1,0 +1,161 @@
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from streaming import MDSWriter
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import AutoTokenizer
+
+import train_tokenizer
+from src.convert.sources import iter_documents
+
+
+@pytest.fixture
+def source(tmp_path, documents):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join([*documents[:60], "Naloxone reverses opioids. " * 30, "日本 café Über-naïve"]))
+    return str(path)
+
+
+def train(source, out, *options, size="700"):
+    train_tokenizer.main([source, "--out", str(out), "--vocab_size", size, *options])
+    return AutoTokenizer.from_pretrained(out)
+
+
+def test_a_bert_tokenizer(source, tmp_path, capsys):
+    tokenizer = train(source, tmp_path / "tokenizer")
+    assert tokenizer.is_fast and type(tokenizer).__name__.removesuffix("Fast") == "BertTokenizer"
+    assert tokenizer.convert_tokens_to_ids(train_tokenizer.SPECIAL) == [0, 1, 2, 3, 4]
+    assert (tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token_id) == ("[CLS]", "[SEP]", 4)
+    assert len(tokenizer) == 700
+    assert tokenizer.tokenize("Naloxone, [MASK].") == ["naloxone", ",", "[MASK]", "."]
+    assert tokenizer.decode(tokenizer("the café")["input_ids"]) == "[CLS] the cafe [SEP]"
+    assert set(tokenizer.all_special_tokens) == set(train_tokenizer.SPECIAL)
+    pair = tokenizer("a", "b")
+    assert pair["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("日本")["input_ids"])[1:-1] == ["日", "本"]
+    assert tokenizer.tokenize("☃") == ["[UNK]"]
+    assert capsys.readouterr().out.startswith("tokenizer vocab_size=700 documents=62 seconds=")
+
+
+def test_case_is_kept_when_asked(source, tmp_path):
+    tokenizer = train(source, tmp_path / "cased", "--no-lowercase")
+    assert tokenizer.tokenize("Naloxone") == ["Naloxone"] and not tokenizer.do_lower_case
+    assert train(source, tmp_path / "uncased").do_lower_case
+
+
+def test_the_same_text_gives_the_same_bytes(source, tmp_path):
+    """Here and in a process of its own: hash tables are seeded anew."""
+    for name in ("a", "b"):
+        train(source, tmp_path / name, size="900")
+    command = [sys.executable, "train_tokenizer.py", source, "--out", tmp_path / "c", "--vocab_size", "900"]
+    subprocess.run(command, check=True, capture_output=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert len({(tmp_path / name / file).read_bytes() for name in ("a", "b", "c")}) == 1
+
+
+def test_a_small_text_gives_a_smaller_vocabulary(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some words and some more words\n")
+    tokenizer = train(str(tmp_path / "a.txt"), tmp_path / "t")
+    assert len(tokenizer) < 100 and "pieces for" in capsys.readouterr().err
+
+
+def test_continuations_are_what_may_stand_inside_a_word():
+    inside = [c for c in "aé1,.日'-" if train_tokenizer.continues_words(c)]
+    assert inside == ["a", "é", "1"]
+
+
+def test_limit(source, tmp_path, capsys):
+    train(source, tmp_path / "t", "--limit", "10")
+    assert "documents=10" in capsys.readouterr().out
+
+
+def test_a_split_of_shards_is_a_source(source, tmp_path):
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"text": "str"}) as writer:
+        for document in iter_documents(source):
+            writer.write(document)
+    train(source, tmp_path / "a")
+    train(str(tmp_path / "mds"), tmp_path / "b")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
+    """As for convert_c4.py; the hub is played by a function."""
+    asked = []
+
+    def documents(source, counts):
+        asked.append(source)
+        counts.documents = 1
+        yield {"text": "some words and some more"}
+
+    monkeypatch.setattr(train_tokenizer, "iter_documents", documents)
+    train_tokenizer.main(["--out", str(tmp_path / "t"), "--vocab_size", "100"])
+    assert asked == [None] and (tmp_path / "t" / "tokenizer.json").exists()
+
+
+def test_words_are_counted_in_bounded_memory(monkeypatch):
+    """Rare words go, frequent ones stay with their counts; what WordPiece cannot know is not kept at all."""
+    monkeypatch.setattr(train_tokenizer, "MOST_WORDS", 10)
+    normalizer = BertNormalizer()
+    texts = [f"The the cat, rare{i} sat " + "x" * 101 for i in range(100)]
+    counts = train_tokenizer.count_words(texts, normalizer)
+    assert len(counts) == 10 and (counts["the"], counts["cat"], counts["sat"]) == (200, 100, 100)
+    assert max(map(len, counts)) < 10
+    assert train_tokenizer.count_words(["b a", "a b b"], normalizer) == {"a": 2, "b": 3}
+
+
+def test_the_trainer_sees_the_counts(monkeypatch):
+    words = Counter({"often": 2500, "twice": 2, "once": 1})
+    text = " ".join(train_tokenizer.repeated(words)).split()
+    assert Counter(text) == words
+    monkeypatch.setattr(train_tokenizer, "MOST_TEXT", 1300)
+    assert Counter(" ".join(train_tokenizer.repeated(words)).split()) == {"often": 1250, "twice": 1}
+
+
+def test_compare(source, tmp_path, capsys):
+    """The domain's word first, whole here and in pieces there."""
+    (tmp_path / "other.txt").write_text("nana lolo xonxon ee the cat " * 9)
+    train(str(tmp_path / "other.txt"), tmp_path / "other", size="60")
+    capsys.readouterr()
+    tokenizer = train(source, tmp_path / "t", "--compare", str(tmp_path / "other"))
+    lines = capsys.readouterr().out.splitlines()
+    words = [word for d in iter_documents(source) for word, _ in BertPreTokenizer().pre_tokenize_str(d["text"])]
+    pieces = sum(len(tokenizer.tokenize(word)) for word in words)
+    unknown = sum("[UNK]" in tokenizer.tokenize(word) for word in words)
+    assert lines[0] == (
+        f"this tokenizer: {pieces / len(words):.3f} tokens a word, "
+        f"{unknown / len(words):.3%} of {len(words):,} words unknown"
+    )
+    assert lines[1].startswith(f"{tmp_path / 'other'}: ") and lines[2].split()[:3] == ["times", "this", "tokenizer"]
+    table = {line.split()[1]: line.split() for line in lines[3:-1]}
+    other = AutoTokenizer.from_pretrained(tmp_path / "other")
+    assert table["naloxone"] == ["30", "naloxone", *other.tokenize("naloxone")] and len(table["naloxone"]) > 5
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train(source, tmp_path / "u", "--compare", str(tmp_path / "none"))
+    assert not (tmp_path / "u").exists()
+
+
+def test_refusals(source, tmp_path):
+    out = tmp_path / "t"
+    with pytest.raises(ValueError, match="has no room for the text's characters; take "):
+        train(source, out, size="20")
+    assert not out.exists()
+    train(source, out)
+    with pytest.raises(ValueError, match="exists; give --overwrite"):
+        train(source, out)
+    assert len(train(source, out, "--overwrite", size="600")) == 600
+    (out / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds more than a tokenizer \(model.safetensors\)"):
+        train(source, out, "--overwrite")
+    assert (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="--limit must be at least 1"):
+        train(source, tmp_path / "u", "--limit", "0")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no document"):
+        train(str(tmp_path / "empty.txt"), tmp_path / "u")
+    with pytest.raises(ValueError, match="no such file"):
+        train(str(tmp_path / "none"), tmp_path / "u")
+    assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["empty.txt", "t", "texts.txt"]

@@ -1,0 +1,61 @@
+"""What training sends to the device, from the padded batch that the loader gives."""
+
+import pytest
+import torch
+
+from src.bert_padding import tile_tables
+from src.data.microbatches import num_samples, num_tokens, split_padded, split_unpadded
+from src.masked_lm_loss import IGNORED
+from tests.model.test_bert_layers import batch_of
+
+LENGTHS = [5, 30, 12, 30, 7]
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 100])
+def test_microbatches_hold_the_batch(microbatch_size):
+    batch = batch_of(LENGTHS)
+    parts = split_unpadded(batch, microbatch_size)
+    assert [p["num_samples"] for p in parts] == [min(microbatch_size, 5 - i) for i in range(0, 5, microbatch_size)]
+    for i, part in enumerate(parts):
+        rows = slice(i * microbatch_size, (i + 1) * microbatch_size)
+        ids, labels = batch["input_ids"][rows], batch["labels"][rows]
+        S = batch["attention_mask"][rows].sum(1).max()
+        flat = part["indices"]
+        assert torch.equal(part["input_ids"], ids[:, :S].flatten()[flat])
+        assert sorted(flat.tolist()) == batch["attention_mask"][rows, :S].flatten().nonzero().squeeze(1).tolist()
+        unpadded_labels = torch.full_like(part["input_ids"], IGNORED)
+        unpadded_labels[part["masked_index"]] = part["labels"]
+        assert torch.equal(unpadded_labels, labels[:, :S].flatten()[flat])
+        assert part["cu_seqlens"].dtype == torch.int32
+        got = part["cu_seqlens"].diff().tolist()
+        assert got == sorted(LENGTHS[rows], reverse=True) and part["max_seqlen"] == max(got)
+        assert (flat[part["cu_seqlens"][:-1].long()] % S == 0).all()  # each begins where a sequence does
+        assert (part["num_tokens"], part["num_masked"]) == (sum(got), len(part["labels"]))
+        assert all(type(part[k]) is int for k in ("max_seqlen", "num_samples", "num_tokens", "num_masked"))
+        assert num_tokens(part) == {"total": sum(got), "loss_generating": len(part["labels"])}
+    assert num_tokens(batch)["loss_generating"] == sum(p["num_masked"] for p in parts)
+    assert num_samples(batch) == 5
+
+
+def test_tables_of_tiles_are_made_for_a_kernel_that_takes_them():
+    for part in split_unpadded(batch_of(LENGTHS), 2, tile_sizes=(16, 64)):
+        want = tile_tables(part["cu_seqlens"], (16, 64))
+        assert part["tables"].keys() == want.keys()
+        assert all(torch.equal(part["tables"][rows], table) for rows, table in want.items())
+    assert "tables" not in split_unpadded(batch_of(LENGTHS), 100)[0]
+
+
+def test_a_microbatch_comes_back_as_it_is():
+    (part,) = split_unpadded(batch_of([5, 9]), 2)
+    assert split_unpadded(part, 2)[0] is part
+    with pytest.raises(ValueError, match="cannot be cut again"):
+        split_unpadded(part, 1)
+
+
+def test_a_batch_without_masked_tokens_counts_one():
+    parts = split_unpadded(batch_of([2, 2], rate=0.0), 1)
+    assert [p["num_masked"] for p in parts] == [1, 0] and len(parts[0]["labels"]) == 0
+
+
+def test_padded_microbatches_are_no_longer_than_they_must():
+    assert [p["input_ids"].shape for p in split_padded(batch_of([5, 9, 30]), 2)] == [(2, 9), (1, 30)]

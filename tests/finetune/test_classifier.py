@@ -1,0 +1,224 @@
+"""Heads and metrics: what GLUE defines, by plain formulas beside torchmetrics; weights of each kind of model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
+from src.common.errors import ConfigError
+from src.finetune import model
+from src.finetune.model import METRICS, Classifier, EntityF1, build_model
+from src.masked_lm_loss import IGNORED
+from src.train import weights
+from src.train.schema import Component
+
+SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+
+
+def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
+    """A metric over batches of these sizes, the last one smaller or empty."""
+    metric = METRICS[name](list(classes))
+    for part in zip(predictions.split(sizes), labels.split(sizes), strict=True):
+        metric.update(*part)
+    return metric.compute().item()
+
+
+@pytest.fixture
+def two_classes():
+    return torch.tensor([0, 1, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 1, 1, 1, 0])
+
+
+def test_metrics_of_two_classes(two_classes):
+    predictions, labels = two_classes
+    p, y = predictions.numpy(), labels.numpy()
+    right, wrong = ((p == 1) & (y == 1)).sum(), ((p == 1) & (y == 0)).sum()
+    missed, negative = ((p == 0) & (y == 1)).sum(), ((p == 0) & (y == 0)).sum()
+    assert min(right, wrong, missed, negative) > 0  # else the formulas are not told apart
+    f1 = 2 * right / (2 * right + wrong + missed)
+    other = 2 * negative / (2 * negative + wrong + missed)
+    norm = np.sqrt(float((right + wrong) * (right + missed) * (negative + wrong) * (negative + missed)))
+    matthews = (right * negative - wrong * missed) / norm
+    for name, want in (
+        ("accuracy", (p == y).mean()),
+        ("f1", f1),
+        ("macro_f1", (f1 + other) / 2),
+        ("matthews", matthews),
+    ):
+        assert measure(name, predictions, labels) == pytest.approx(want, abs=1e-6), name
+
+
+def test_metrics_of_three_classes():
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 0, 2])
+    predictions = torch.tensor([0, 2, 2, 2, 1, 0, 1, 0])
+    f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 2 * 2 / (3 + 3)]
+    assert measure("accuracy", predictions, labels, "abc") == pytest.approx(5 / 8)
+    assert measure("macro_f1", predictions, labels, "abc") == pytest.approx(np.mean(f1))
+
+
+def test_correlations():
+    labels = torch.tensor([0.0, 1.0, 2.5, 2.5, 4.0, 5.0, 3.0, 1.5], dtype=torch.float64)
+    predictions = labels.exp() + torch.tensor([0, 5, 0, 3, 0, 0, 90, 0], dtype=torch.float64)
+    p, y = predictions.numpy(), labels.numpy()
+    assert measure("pearson", predictions, labels) == pytest.approx(np.corrcoef(p, y)[0, 1], abs=1e-9)
+
+    def ranks(x):  # equal values share the mean of their ranks
+        return np.array([(x < value).sum() + ((x == value).sum() + 1) / 2 for value in x])
+
+    want = np.corrcoef(ranks(p), ranks(y))[0, 1]
+    assert want < 0.99 and measure("spearman", predictions, labels) == pytest.approx(want, abs=1e-6)
+
+
+def test_words_that_are_not_labelled_do_not_count():
+    labels = torch.tensor([[0, IGNORED, 1], [1, IGNORED, IGNORED]])
+    predictions = torch.tensor([[0, 1, 0], [1, 0, 0]])
+    assert measure("accuracy", predictions, labels, sizes=(1, 1)) == pytest.approx(2 / 3)
+    assert measure("macro_f1", predictions, labels, sizes=(1, 1)) == pytest.approx(2 / 3)
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        ("O B-PER I-PER O", {("PER", 1, 3)}),
+        ("B-PER B-PER I-PER", {("PER", 0, 1), ("PER", 1, 3)}),
+        ("B-PER I-LOC", {("PER", 0, 1), ("LOC", 1, 2)}),  # conlleval: another type begins an entity
+        ("O I-LOC I-LOC O I-PER", {("LOC", 1, 3), ("PER", 4, 5)}),
+        ("O O", set()),
+    ],
+)
+def test_entities(tags, entities):
+    numbers = torch.tensor([TAGS.index(tag) for tag in tags.split()])
+    assert EntityF1(TAGS)._entities(numbers) == entities
+
+
+def test_entity_f1():
+    def numbers(tags):
+        return torch.tensor([[TAGS.index(tag) if tag != "-" else IGNORED for tag in line.split()] for line in tags])
+
+    labels = numbers(["- B-PER - I-PER O -", "- B-LOC O B-LOC - -"])
+    # The first is right across the piece between; one of the second row's has the wrong end; one is invented.
+    predictions = numbers(["O B-PER O I-PER O O", "O B-LOC I-LOC B-PER O O"])
+    metric = EntityF1(TAGS)
+    for row in range(2):
+        metric.update(predictions[row : row + 1], labels[row : row + 1])
+    assert metric.compute().item() == pytest.approx(2 * 1 / (3 + 3))
+    nothing = EntityF1(TAGS)
+    nothing.update(numbers(["O -"]), numbers(["O -"]))
+    assert nothing.compute().item() == 0
+
+
+def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **options):
+    component = Component(name, {"model_config": SHAPE, **options})
+    return build_model(component, tokenizer, source, kind, classes, max_seq_len)
+
+
+@pytest.mark.parametrize("name", ["mosaic_bert", "hf_bert"])
+@pytest.mark.parametrize("kind", ["classification", "regression", "tokens"])
+def test_heads(name, kind, tokenizer):
+    """The class, the shape, the loss, and the names of the classes in the saved model."""
+    torch.manual_seed(0)
+    model = model_of(name, kind, [] if kind == "regression" else ["no", "yes", "O"], tokenizer)
+    classes = {"tokens": "TokenClassification"}.get(kind, "SequenceClassification")
+    assert type(model).__name__ == f"BertFor{classes}"
+    assert isinstance(model, (BertForSequenceClassification, BertForTokenClassification)) == (name == "mosaic_bert")
+    ids = torch.tensor([[2, 9, 10, 3], [2, 11, 3, 0]])
+    labels = {
+        "classification": torch.tensor([2, 1]),
+        "regression": torch.tensor([0.5, -3.0]),
+        "tokens": torch.tensor([[IGNORED, 2, 1, IGNORED], [IGNORED, 0, IGNORED, IGNORED]]),
+    }[kind]
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    output = Classifier(model.eval(), kind, {})(batch)
+    if kind == "regression":
+        want = ((output.logits.squeeze(1) - labels) ** 2).mean()
+    else:
+        counted = labels != IGNORED
+        log_p = output.logits[counted].log_softmax(-1)
+        want = -log_p[torch.arange(len(log_p)), labels[counted]].mean()
+        assert model.config.id2label == {0: "no", 1: "yes", 2: "O"} and model.config.label2id["yes"] == 1
+    torch.testing.assert_close(output.loss, want)
+
+
+def test_predictions():
+    logits = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
+    assert Classifier(torch.nn.Module(), "classification", {}).predictions(logits).tolist() == [1, 0]
+    numbers = Classifier(torch.nn.Module(), "regression", {}).predictions(logits[:, :1])
+    torch.testing.assert_close(numbers, torch.tensor([0.1, 0.8]).double())
+    # In bf16, as under autocast, the metric still gets fp64: Pearson's sums lose digits otherwise.
+    model, found = Classifier(torch.nn.Module(), "regression", {}), []
+    metric = SimpleNamespace(update=lambda *values: found.extend(values))
+    model.update_metric({"labels": torch.tensor([1.0])}, SimpleNamespace(logits=logits[:1, :1].bfloat16()), metric)  # pyright: ignore
+    assert [x.dtype for x in found] == [torch.float64] * 2
+
+
+def test_the_encoder_comes_from_the_folder_and_the_head_is_new(tokenizer, tmp_path):
+    for name in ("mosaic_bert", "hf_bert"):
+        torch.manual_seed(0)
+        before = model_of(name, "classification", ["a", "b"], tokenizer)
+        before.save_pretrained(tmp_path / name)
+        source = weights.read(tmp_path / name)
+        for kind, classes in (("classification", ["x", "y"]), ("regression", []), ("tokens", ["O", "B-X", "I-X"])):
+            after = model_of(name, kind, classes, tokenizer, source, model_config={})
+            for key, weight in after.bert.state_dict().items():  # pyright: ignore
+                torch.testing.assert_close(weight, before.bert.state_dict()[key], rtol=0, atol=0)  # pyright: ignore
+            assert after.classifier.weight.std() > 0  # pyright: ignore
+            if kind == "classification":
+                assert not torch.equal(after.classifier.weight, before.classifier.weight)  # pyright: ignore
+
+
+def test_attention_dropout(tokenizer):
+    """It acts in training with the implementation that has it, and is refused with the one that has not."""
+    dropped = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+    model = model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=dropped, attention="torch")
+    ids = torch.arange(5, 25)[None]
+    torch.manual_seed(1)
+    first, second = model.train()(ids).logits, model(ids).logits
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(model.eval()(ids).logits, model(ids).logits, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="model.mosaic_bert: attention 'triton'"):
+        model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=dropped, attention="triton")
+
+
+def test_refusals(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="unexpected 'kernel' .did you mean 'kernels'"):
+        build_model(Component("mosaic_bert", {"kernel": 1}), tokenizer, None, "regression", [], 32)
+    with pytest.raises(ConfigError, match="model: unknown 'bert'"):
+        build_model(Component("bert", {}), tokenizer, None, "regression", [], 32)
+    with pytest.raises(ConfigError, match="model.model_config.attention: it is model.attention"):
+        model_of("mosaic_bert", "regression", [], tokenizer, model_config={**SHAPE, "attention": "torch"})
+    with pytest.raises(ConfigError, match="unexpected 'hiden_size'"):
+        model_of("mosaic_bert", "regression", [], tokenizer, model_config={"hiden_size": 8})
+    with pytest.raises(ConfigError, match="max_seq_len: 64 is more than this model's 40 positions"):
+        model_of(
+            "hf_bert",
+            "regression",
+            [],
+            tokenizer,
+            max_seq_len=64,
+            model_config={**SHAPE, "max_position_embeddings": 40},
+        )
+    assert model_of("mosaic_bert", "regression", [], tokenizer, max_seq_len=10_000)  # ALiBi has no limit
+    model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="Take model hf_bert"):
+        model_of("mosaic_bert", "regression", [], tokenizer, weights.read(tmp_path), model_config={})
+    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
+        model.read_tokenizer(None, None)
+    assert isinstance(model_of("hf_bert", "tokens", ["a", "b"], tokenizer), transformers.BertForTokenClassification)
+
+
+def test_gradient_checkpointing(tokenizer):
+    """The same gradients as without."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        options = {"model_config": {**SHAPE, "hidden_dropout_prob": 0.0}, "gradient_checkpointing": checkpointing}
+        model = model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, **options).train()
+        assert model.is_gradient_checkpointing == checkpointing
+        model(torch.arange(5, 15)[None], labels=torch.tensor([1])).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,550 @@
+"""Plans, runs and tables, in this process with tiny models; the processes themselves in test_jobs.py and at the end."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from composer import Trainer
+from transformers import BertForSequenceClassification
+
+import finetune
+from src.bert_layers import BertForTokenClassification
+from src.common.errors import ConfigError, TrainingError
+from src.finetune import gpus, model, plan, run
+from src.finetune.config import RunSpec, load
+from src.finetune.data import Encoded, read_sets
+from src.finetune.run import MODEL, RESULT, data_spec
+from src.train.schema import read
+from src.train.weights import load_pretrained
+from tests.finetune.test_glue import snapshot_in, write_task
+from tests.finetune.test_labelled_data import write as write_rows
+
+WORDS = "river city war music state water".split()
+MODEL_OF = {
+    "mosaic_bert": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
+    "hf_bert": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def rows(number, seed=0):
+    """Texts of words, a class, a number and a tag for each word, all of which follow from the text."""
+    chosen = random.Random(seed)
+    texts = [[chosen.choice(WORDS) for _ in range(chosen.randint(2, 6))] for _ in range(number)]
+    return [
+        {
+            "text": " ".join(words),
+            "second": words[0],
+            "label": "wet" if "river" in words or "water" in words else "dry",
+            "number": words.count("river") - words.count("war"),
+            "words": words,
+            "tags": ["B-WET" if word in ("river", "water") else "O" for word in words],
+        }
+        for words in texts
+    ]
+
+
+@pytest.fixture
+def tree(tmp_path, tokenizer_folder):
+    """A config of one task on 30 rows."""
+    train, held_out = (write_rows(tmp_path / f"{n}.jsonl", rows(30, i)) for i, n in enumerate(("train", "held-out")))
+    return {
+        "run_name": "test",
+        "folder": str(tmp_path / "out"),
+        "pretrained": None,
+        "model": {"name": "mosaic_bert", "model_config": {**MODEL_OF["mosaic_bert"], **NO_DROPOUT}},
+        "tokenizer_name": tokenizer_folder,
+        "max_seq_len": 16,
+        "precision": "fp32",
+        "tasks": {
+            "mine": {
+                **{"lr": 3e-3, "batch_size": 8, "epochs": 1, "seeds": [1]},
+                "data": {"train": train, "validation": held_out, "text": "text"},
+            }
+        },
+        "optimizer": {"name": "adamw"},
+        "scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"},
+    }
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs happen in this process: the names of those that did."""
+    done = []
+
+    def run(queue, devices, say):
+        failed = {}
+        for job in queue:
+            assert job.command[:2] == [sys.executable, finetune.__file__]
+            if job.needs in failed:
+                failed[job.name] = f"not run, because {job.needs} failed"
+                continue
+            try:
+                finetune.main(job.command[2:])
+                done.append(job.name)
+            except (TrainingError, ValueError) as error:
+                failed[job.name] = str(error)
+        return failed
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
+    monkeypatch.setattr(gpus, "run", run)
+    monkeypatch.setattr("finetune.die_with_parent", lambda: None)
+    return done
+
+
+@pytest.fixture
+def go(tree, write, here):
+    """Change the config, run it, and return the results of its runs by name."""
+
+    def go(*overrides):
+        config = load(write(tree), overrides)
+        finetune.finetune(config)
+        specs = plan.plan(config)
+        return {
+            spec.name: json.loads((Path(spec.folder) / RESULT).read_text()) for spec in specs if plan.is_finished(spec)
+        }
+
+    return go
+
+
+def data_of(tree):
+    """The task's data as the config has it."""
+    data = load_tree(tree).tasks["mine"].data
+    assert data is not None
+    return data
+
+
+def losses_in(folder):
+    lines = [
+        json.loads(line) for path in Path(folder).glob("*/metrics.jsonl") for line in path.read_text().splitlines()
+    ]
+    return [line["loss/train/total"] for line in lines if "loss/train/total" in line]
+
+
+LEARNING = {
+    "classification": ("mosaic_bert", {}),
+    "pairs": ("hf_bert", {"text_pair": "second", "metrics": ["accuracy", "f1", "macro_f1", "matthews"]}),
+    "regression": ("mosaic_bert", {"kind": "regression", "label": "number"}),
+    "tokens": (
+        "mosaic_bert",
+        {"kind": "tokens", "text": "words", "label": "tags", "metrics": ["accuracy", "entity_f1"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEARNING)
+def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
+    """On held-out rows, far better than by chance; and what a run leaves. The test set is no part of the score."""
+    model, options = LEARNING[what]
+    data = tree["tasks"]["mine"]["data"]
+    data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
+    data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
+    tree["model"] |= {"name": model, "model_config": {**MODEL_OF[model], **NO_DROPOUT}}
+    result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}")["mine-seed1"]
+    assert result["score"] > 0.8
+    metrics = result["metrics"]["validation"]
+    assert list(metrics) == list(result["metrics"]["test"])
+    assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
+    assert result["rows"] == {"train": 200, "validation": 30, "test": 9} and result["steps"] == 4 * 13
+
+    (folder,) = (path.parent for path in Path(tree["folder"]).glob("*/result.json"))
+    held_out = rows(30, 1)
+    predicted = (folder / "predictions" / "validation.txt").read_text().splitlines()
+    if what == "regression":
+        errors = [float(p) - row["number"] for p, row in zip(predicted, held_out, strict=True)]
+        assert sum(e * e for e in errors) / 30 < 0.5
+    elif what == "tokens":
+        pairs = [(p.split(), row["tags"]) for p, row in zip(predicted, held_out, strict=True)]
+        right = sum(a == b for tags, want in pairs for a, b in zip(tags, want, strict=True))
+        assert right / sum(len(want) for _, want in pairs) == pytest.approx(metrics["accuracy"])
+    else:
+        right = [p == row["label"] for p, row in zip(predicted, held_out, strict=True)]
+        assert sum(right) / 30 == pytest.approx(metrics["accuracy"])
+
+
+def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
+    tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
+    go()
+    (folder,) = Path(tree["folder"]).glob("mine-*")
+    model = load_pretrained(folder / MODEL, BertForTokenClassification)
+    row = rows(30, 1)[3]
+    encoded = tokenizer(row["words"], is_split_into_words=True, return_tensors="pt")
+    predicted = model(encoded["input_ids"], encoded["attention_mask"]).logits[0].argmax(-1).tolist()
+    first = [i for i, word in enumerate(encoded.word_ids(0)) if word is not None and word != encoded.word_ids(0)[i - 1]]
+    names = " ".join(model.config.id2label[predicted[i]] for i in first)
+    assert (folder / "predictions" / "validation.txt").read_text().splitlines()[3] == names
+
+
+def test_order_of_rows(tokenizer):
+    """A function of seed and epoch; each row once an epoch, the last batch smaller; evaluation in the file's order."""
+    examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
+
+    def epochs(seed):
+        loader = data_spec(Encoded(examples, 0, 0), tokenizer, 5, seed).dataloader
+        return [[batch["labels"].tolist() for batch in loader] for _ in range(2)]
+
+    first, second = epochs(3)
+    assert first != second and epochs(3) == [first, second] and epochs(4)[0] != first
+    for epoch in (first, second):
+        assert [len(batch) for batch in epoch] == [5, 5, 5, 5, 3]
+        assert sorted(i for batch in epoch for i in batch) == list(range(23))
+    assert sum(epochs(None)[0], []) == list(range(23))
+
+
+def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkeypatch):
+    seeds, build = [], data_spec
+
+    def recorded(encoded, tokenizer, batch_size, shuffle_seed=None):
+        seeds.append((len(encoded.examples), shuffle_seed))
+        return build(encoded, tokenizer, batch_size, shuffle_seed)
+
+    monkeypatch.setattr(run, "data_spec", recorded)
+    tree["tasks"]["mine"]["data"]["validation"] = 0.3
+    go("tasks.mine.seeds=[7]")
+    sizes = {seed: size for size, seed in seeds}
+    assert set(sizes) == {None, 7} and len(seeds) == 2
+    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"].texts)
+
+
+@pytest.mark.parametrize("kind", ["classification", "tokens"])
+def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
+    """Nor does the result on how evaluation is done; a row weighs the same as any, and so does a labelled word."""
+    if kind == "tokens":
+        tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
+    want = go()
+    expected = losses_in(tree["folder"])
+    tree["folder"] = str(tmp_path / "other")
+    got = go("device_train_microbatch_size=3", "eval_batch_size=7", "eval_interval=1ba")
+    assert losses_in(tree["folder"]) == pytest.approx(expected, rel=1e-5) and len(expected) == 4
+    assert got["mine-seed1"]["metrics"] == want["mine-seed1"]["metrics"]
+
+
+def test_the_same_seed_gives_the_same_run(tree, go, tmp_path):
+    tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
+    go("tasks.mine.seeds=[1,2]")
+    one, two = (
+        [json.loads(line)["loss/train/total"] for line in path.read_text().splitlines() if "loss/train" in line]
+        for path in sorted((tmp_path / "out").glob("*/metrics.jsonl"))
+    )
+    tree["folder"] = str(tmp_path / "again")
+    go("eval_interval=1ba")  # evaluation moves no random state of training
+    assert losses_in(tree["folder"]) == one != two
+
+
+def test_attention_dropout_acts(tree, go, tmp_path):
+    go("model.attention=torch")
+    without = losses_in(tree["folder"])
+    tree["folder"] = str(tmp_path / "dropped")
+    go("model.attention=torch", "model.model_config.attention_probs_dropout_prob=0.5")
+    assert losses_in(tree["folder"]) != without
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def keys(config):
+    return [spec.key for spec in plan.plan(config)]
+
+
+def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_folder):
+    """All that the result hangs on, and the contents of files rather than their names."""
+    tree["tasks"]["mine"]["seeds"] = [1, 2]
+    path = write(tree)
+    want = keys(load(path))
+    assert len(set(want)) == 2
+    for override in (
+        "tasks.mine.lr=1e-3",
+        "tasks.mine.batch_size=4",
+        "tasks.mine.epochs=2",
+        "tasks.mine.weight_decay=0.5",
+        "tasks.mine.seeds=[3,4]",
+        "tasks.mine.data.text=second",
+        "tasks.mine.data.text_pair=second",
+        "tasks.mine.data.validation=0.2",
+        "tasks.mine.data.metrics=[f1]",
+        "max_seq_len=15",
+        "device_train_microbatch_size=4",
+        "optimizer.eps=1e-7",
+        "scheduler.t_warmup=2ba",
+        "model.model_config.num_hidden_layers=1",
+        "model.attention=reference",
+    ):
+        assert not set(keys(load(path, [override]))) & set(want), override
+    copy = shutil.copy(tmp_path / "train.jsonl", tmp_path / "copy.jsonl")
+    for override in (
+        f"folder={tmp_path}/elsewhere",
+        "run_name=other",
+        "eval_batch_size=3",
+        "eval_interval=2ba",
+        "save_models=false",
+        f"tasks.mine.data.train={copy}",
+    ):
+        assert keys(load(path, [override])) == want, override
+
+    other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    assert keys(load(path, [f"tokenizer_name={other}"])) == want
+    options = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**options, "do_lower_case": False}))
+    assert not set(keys(load(path, [f"tokenizer_name={other}"]))) & set(want)
+    with (tmp_path / "held-out.jsonl").open("a") as file:
+        file.write(json.dumps(rows(1)[0]) + "\n")
+    assert not set(keys(load(path))) & set(want)
+
+
+def test_other_weights_are_another_run(tree, write, trained, tmp_path):
+    """By their contents, wherever they lie."""
+    del tree["model"]["model_config"]
+    copy = shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    want = keys(load(write(tree), [f"pretrained={trained}"]))
+    assert keys(load(write(tree), [f"pretrained={copy}"])) == want
+    (copy / "latest-rank0.pt").unlink()
+    (copy / "latest-rank0.pt").symlink_to("ep0-ba2-rank0.pt")
+    assert keys(load(write(tree), [f"pretrained={copy}"])) != want
+
+
+def test_finished_runs_are_not_run_again(tree, go, here, capsys):
+    go("tasks.mine.seeds=[1,2]", "save_models=false")
+    assert here == ["mine-seed1", "mine-seed2"]
+    table = Path(tree["folder"], "table.md").read_text()
+    go("tasks.mine.seeds=[1,2]", "save_models=false")
+    assert len(here) == 2 and Path(tree["folder"], "table.md").read_text() == table
+    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    go("tasks.mine.seeds=[1,2,3]", "save_models=false")
+    assert here[2:] == ["mine-seed3"]
+    go("tasks.mine.seeds=[2]")  # now with its model
+    assert here[3:] == ["mine-seed2"]
+
+
+def test_a_failed_run_is_named_and_takes_down_what_starts_from_it(tree, write, here, capsys):
+    data = tree["tasks"]["mine"].pop("data")
+    tree["tasks"] = {
+        "bad": {**tree["tasks"]["mine"], "data": data, "lr": 1e30, "seeds": [1, 2]},
+        "child": {**tree["tasks"]["mine"], "data": data, "starts_from": "bad"},
+        "good": {**tree["tasks"]["mine"], "data": data, "seeds": [1, 2]},
+    }
+    with pytest.raises(SystemExit) as end:
+        finetune.main([write(tree)])
+    assert end.value.code == 1 and here == ["good-seed1", "good-seed2"]
+    out = capsys.readouterr().out
+    for line in (
+        "FAILED bad-seed1: the loss is",
+        "FAILED bad-seed2: ",
+        "FAILED child-seed1: not run, because bad-seed1",
+    ):
+        assert line in out
+    assert "finetune runs=2 failed=3 average=" in out.splitlines()[-1]
+    held = json.loads(Path(tree["folder"], "table.json").read_text())
+    assert list(held["failed"]) == ["bad-seed1", "bad-seed2", "child-seed1"] and list(held["tasks"]) == ["good"]
+    assert held["tasks"]["good"]["score"]["n"] == 2 and held["tasks"]["good"]["score"]["interval"]
+    for name in ("table.txt", "table.md"):
+        assert "FAILED bad-seed1" in Path(tree["folder"], name).read_text()
+
+
+def test_a_task_starts_from_anothers_encoder(tree, go, here):
+    """From its first seed's, with a new head; the model in between is kept although models are not."""
+    shared = tree["tasks"].pop("mine")
+    number = {**shared["data"], "kind": "regression", "label": "number"}
+    tree["tasks"] = {
+        "late": {**shared, "data": number, "starts_from": "first", "lr": 1e-12},
+        "first": {**shared, "seeds": [5, 6]},
+    }
+    go("save_models=false", "only=[late]")
+    assert here == ["first-seed5", "first-seed6", "late-seed1"]
+    specs = {spec.name: spec for spec in plan.plan(load_tree(tree, "save_models=false"))}
+    saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL).exists()]
+    assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL}"
+
+    kept = []
+    result = run.run(dataclasses.replace(specs["late-seed1"], save_model=True))
+    for spec in (specs["first-seed5"], specs["late-seed1"]):
+        kept.append(load_pretrained(Path(spec.folder) / MODEL, model.HEADS["regression"][0]))
+    for (name, before), after in zip(
+        kept[0].bert.state_dict().items(), kept[1].bert.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6, msg=name)
+    assert kept[1].classifier.weight.shape == (1, 24) and result["steps"] == 4
+
+    tree["tasks"]["first"]["lr"] = 1e-3  # another start is another run
+    assert plan.plan(load_tree(tree))[-1].key != specs["late-seed1"].key
+
+
+def load_tree(tree, *overrides):
+    path = Path(tree["folder"]).parent / "tree.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return load(str(path), overrides)
+
+
+def test_the_yaml_of_glue(tree, tmp_path, here):
+    """Shrunk: tasks by name, from files of the hub's form: MNLI's two sets, and a task that starts from it."""
+    for task in ("rte", "mnli", "stsb"):
+        write_task(tmp_path / "glue", task)
+    small = [f"tasks.{task}={{batch_size: 4, epochs: 1, seeds: [1]}}" for task in ("rte", "mnli", "stsb")]
+    model = [f"model.model_config.{name}={value}" for name, value in MODEL_OF["mosaic_bert"].items()]
+    where = [f"folder={tree['folder']}", f"glue_folder={tmp_path}/glue", f"tokenizer_name={tree['tokenizer_name']}"]
+    options = ["pretrained=null", "precision=fp32", "only=[rte,stsb]", *small, *model, *where]
+    config = load("yamls/finetune_glue.yaml", options)
+    assert finetune.finetune(config) == 0
+    assert here == ["mnli-seed1", "rte-seed1", "stsb-seed1"]
+    held = json.loads(Path(tree["folder"], "table.json").read_text())["tasks"]
+    assert {task: list(found["metrics"]) for task, found in held.items()} == {
+        "mnli": ["accuracy (matched)", "accuracy (mismatched)"],
+        "rte": ["accuracy"],
+        "stsb": ["pearson", "spearman"],
+    }
+    table = Path(tree["folder"], "table.txt").read_text()
+    assert "3 tasks" in table and "mnli     score" in table
+    assert keys(dataclasses.replace(config, only=["mnli"])) == keys(config)[:1]
+    model = json.loads(next(Path(tree["folder"]).glob("mnli-*/model/config.json")).read_text())
+    assert list(model["id2label"].values()) == ["entailment", "neutral", "contradiction"]
+
+
+def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
+    """Shrunk, from a checkpoint of main.py: its shape and its tokenizer; a tenth of the rows held out."""
+    rows_file = tree["tasks"]["mine"]["data"]["train"]
+    options = [
+        f"tasks.mine.data.train={rows_file}",
+        "tasks.mine.seeds=[1]",
+        "tasks.mine.epochs=1",
+        f"folder={tmp_path}/out",
+    ]
+    config = load("yamls/finetune_own.yaml", [f"pretrained={trained}", *options])
+    assert finetune.finetune(config) == 0
+    (spec,) = plan.plan(config)
+    model = json.loads((Path(spec.folder) / MODEL / "config.json").read_text())
+    assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
+    assert (Path(spec.folder) / MODEL / "tokenizer.json").exists()
+    result = json.loads((Path(spec.folder) / RESULT).read_text())
+    assert sum(result["rows"].values()) == 30 and 0 < result["rows"]["validation"] < 10
+    assert (
+        plan.plan(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
+        == spec.key
+    )
+
+
+def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
+    """From the hub's cache; what is not there is named at once."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
+    with pytest.raises(ConfigError, match="pretrained: no file, no folder, and somebody/bert: neither cached nor"):
+        plan.plan(load(write(tree)))
+    folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
+    source = model.transformers.BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
+    BertForSequenceClassification(source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del tree["tokenizer_name"]
+    (spec,) = plan.plan(load(write(tree)))
+    assert spec.config.pretrained == str(folder)
+    with pytest.raises(ConfigError, match="pretrained: ./none: there is no such file or folder"):
+        plan.plan(load(write(tree), ["pretrained=./none"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Failures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("precision=amp_bf16", "precision: amp_bf16 needs a GPU, and none is found; precision=fp32 runs here"),
+        ("tasks.mine.data.text=txt", "no column 'txt'; did you mean 'text'"),
+        ("tasks.mine.data.label=number", "tasks.mine: validation: the class"),
+        ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: there is no such file"),
+        ("optimizer.beta=1", "optimizer.adamw: unexpected 'beta'"),
+        ("optimizer.lr=1", "optimizer.adamw: unexpected 'lr'"),
+        ("scheduler.name=linear", "scheduler: unknown 'linear'"),
+        ("model.atention=x", "model.mosaic_bert: unexpected 'atention'"),
+        ("model.model_config.num_attention_heads=5", "is not a multiple of num_attention_heads 5"),
+        ("tokenizer_name=null", "tokenizer_name: missing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(override, fault, tree, write, here, tmp_path):
+    if "label" in override:
+        write_rows(tmp_path / "held-out.jsonl", [{**rows(1)[0], "number": 77}])
+    with pytest.raises(ConfigError) as error:
+        finetune.main([write(tree), override])
+    assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
+
+
+def spec_of(tree, *overrides):
+    (spec,) = plan.plan(load_tree(tree, *overrides))
+    Path(spec.folder).mkdir(parents=True)
+    return spec
+
+
+def test_too_little_memory(tree, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(Trainer, "fit", full)
+    with pytest.raises(
+        TrainingError, match="too little memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"
+    ):
+        run.run(spec_of(tree))
+
+
+def test_a_metric_that_is_no_number(tree, monkeypatch):
+    """A correlation of numbers that are all alike."""
+    tree["tasks"]["mine"]["data"] |= {"kind": "regression", "label": "number"}
+    monkeypatch.setattr(
+        "src.finetune.model.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
+    )
+    spec = spec_of(tree)
+    with pytest.raises(TrainingError, match="pearson on validation is no number: the model gives the same one"):
+        run.run(spec)
+    assert not plan.is_finished(spec)
+
+
+def test_usage(monkeypatch, capsys, tree, write):
+    with pytest.raises(SystemExit) as end:
+        finetune.main([])
+    assert end.value.code == 2 and "finetune_own.yaml" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="start it with python, without a launcher"):
+        finetune.main([write(tree)])
+
+
+def test_a_runs_spec_is_what_its_process_reads(tree, go):
+    go()
+    (path,) = Path(tree["folder"]).glob("*/run.yaml")
+    spec = read(RunSpec, str(path), [], lambda spec, faults: None)
+    assert spec.folder == str(path.parent) and spec.config.tasks["mine"].data is not None
+
+
+@pytest.mark.slow
+def test_processes(tree, write, monkeypatch):
+    """A run that fails, one that is done, an interruption that ends them, and the rest at the next call."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
+    data = tree["tasks"]["mine"]["data"]
+    tree["tasks"]["bad"] = {**tree["tasks"]["mine"], "data": data, "lr": 1e30}
+    command = [sys.executable, "finetune.py", write(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "mine-seed1: done" in done.stderr and "bad-seed1: failed: finetune.py: the loss is" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("finetune runs=1 failed=1 average=")
+
+    process = subprocess.Popen([*command, "tasks.mine.epochs=100000", "only=[mine]"], stderr=subprocess.PIPE, text=True)
+    while not list(Path(tree["folder"]).glob("mine-seed1-*/metrics.jsonl"))[1:]:
+        assert process.poll() is None
+        time.sleep(0.2)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and "another process is writing" in second.stderr
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 1
+    assert process.stderr is not None and "interrupted; finished runs are kept" in process.stderr.read()
+    left = subprocess.run(
+        ["pgrep", "-f", f"{finetune.__file__} --run {tree['folder']}"], capture_output=True, text=True
+    )
+    assert left.stdout == ""

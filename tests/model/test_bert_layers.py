@@ -1,0 +1,409 @@
+"""The unpadded model against a plain, padded re-statement of it, and what Hugging Face's users expect of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import bert_layers, torch_ops
+from src.attention import alibi_slopes
+from src.bert_layers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Layout,
+)
+from src.configuration_bert import MosaicBertConfig
+from src.data.microbatches import split_unpadded
+
+SMALL = dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40)
+RAGGED = [9, 1, 17, 4, 17]
+
+
+def model_of(cls=BertForMaskedLM, dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    model = cls(MosaicBertConfig(**{**SMALL, "hidden_dropout_prob": 0.0, "initializer_range": 0.3, **changes})).to(
+        dtype
+    )
+    for name, p in model.named_parameters():  # biases and norms away from their initial values, so that each one counts
+        if p.ndim < 2:
+            torch.nn.init.normal_(p, mean=1.0 if "norm" in name.lower() and "weight" in name else 0.0, std=0.3)
+    return model
+
+
+def batch_of(lengths=RAGGED, rate=0.4, V=97):
+    g = torch.Generator().manual_seed(1)
+    S = max(lengths)
+    mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, V, mask.shape, generator=g) * mask
+    masked = (torch.rand(mask.shape, generator=g) < rate) & mask.bool()
+    labels = torch.where(masked, torch.randint(0, V, mask.shape, generator=g), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def no_dropout(name, x):
+    return x
+
+
+def padded_forward(state, config, ids, mask, dropout=no_dropout):
+    """MosaicBERT on (B, S), every position and every layer in full, from the equations. ``dropout`` gets the place."""
+    D, N = config.hidden_size, config.num_attention_heads
+    H = D // N
+    B, S = ids.shape
+
+    def norm(x, name):
+        return F.layer_norm(x, (D,), state[name + ".weight"], state[name + ".bias"], config.layer_norm_eps)
+
+    def linear(x, name):
+        return F.linear(x, state[name + ".weight"], state.get(name + ".bias"))
+
+    e = "bert.embeddings."
+    x = F.embedding(ids, state[e + "word_embeddings.weight"]) + state[e + "token_type_embeddings.weight"][0]
+    x = dropout("embeddings", norm(x, e + "LayerNorm"))
+    i = torch.arange(S)
+    bias = -alibi_slopes(N).to(x.dtype)[:, None, None] * (i[:, None] - i).abs()
+    for layer in range(config.num_hidden_layers):
+        p = f"bert.encoder.layer.{layer}."
+        q, k, v = linear(x, p + "attention.self.Wqkv").view(B, S, 3, N, H).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / H**0.5 + bias
+        scores = scores.masked_fill(~mask.bool()[:, None, None, :], float("-inf"))
+        a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, S, D)
+        a = dropout(f"attention {layer}", linear(a, p + "attention.output.dense"))
+        x = norm(x + a, p + "attention.output.LayerNorm")
+        gate, up = linear(x, p + "mlp.gated_layers").chunk(2, dim=-1)
+        h = dropout(f"mlp {layer}", 0.5 * gate * (1 + torch.erf(gate / 2**0.5)) * up)
+        x = norm(x + linear(h, p + "mlp.wo"), p + "mlp.layernorm")
+    t = "cls.predictions.transform."
+    h = norm(F.gelu(linear(x, t + "dense")), t + "LayerNorm")
+    return F.linear(h, state[e + "word_embeddings.weight"], state["cls.predictions.decoder.bias"])
+
+
+def padded_loss(model, batch, dropout=no_dropout):
+    state = dict(model.named_parameters())
+    logits = padded_forward(state, model.config, batch["input_ids"], batch["attention_mask"], dropout)
+    return F.cross_entropy(logits[batch["labels"] >= 0], batch["labels"][batch["labels"] >= 0]), logits
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def unpadded(model, batch, microbatch_size=10**6):
+    """Loss of the batch, weighted over microbatches by their masked tokens, as the trainer does."""
+    parts = split_unpadded(batch, microbatch_size)
+    total = sum(part["num_masked"] for part in parts)
+    outputs = [
+        model.forward_unpadded(p["input_ids"], Layout(p["cu_seqlens"], p["max_seqlen"]), p["masked_index"], p["labels"])
+        for p in parts
+    ]
+    return sum(o.loss * (p["num_masked"] / total) for o, p in zip(outputs, parts, strict=True))
+
+
+TOLERANCES = {torch.float64: dict(rtol=1e-10, atol=1e-11), torch.float32: dict(rtol=2e-4, atol=2e-5)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("lengths", [RAGGED, [17], [1], [1, 1, 2]], ids=str)
+@pytest.mark.parametrize("attention", ["torch", "reference"])
+def test_equals_padded_restatement(lengths, dtype, attention):
+    """Logits, loss and every gradient."""
+    model = model_of(dtype=dtype, attention=attention)
+    batch = batch_of(lengths, rate=0.99)
+    want_loss, want_logits = padded_loss(model, batch)
+    want = gradients(model, want_loss)
+
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], want_logits[real], **TOLERANCES[dtype])
+    loss = unpadded(model, batch)
+    torch.testing.assert_close(loss, want_loss, **TOLERANCES[dtype])
+    got = gradients(model, loss)
+    assert got.keys() == want.keys() and all(g.any() for name, g in want.items() if max(lengths) > 1)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], **TOLERANCES[dtype], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 5])
+def test_loss_and_gradients_do_not_depend_on_the_microbatch(microbatch_size):
+    model = model_of()
+    batch = batch_of([9, 1, 17, 4, 17], rate=0.2)
+    batch["labels"][3] = -100  # a sequence, hence a microbatch of 1, without a masked token
+    want_loss, _ = padded_loss(model, batch)
+    want = gradients(model, want_loss)
+    loss = unpadded(model, batch, microbatch_size)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0)
+    for name, grad in gradients(model, loss).items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-9, atol=1e-11)
+
+
+def test_dropout_acts_in_three_places_and_nowhere_else(monkeypatch):
+    """With the masks recorded from the unpadded run, the padded re-statement gives the same loss and gradients."""
+    model = model_of(hidden_dropout_prob=0.3).train()
+    batch = batch_of(rate=0.5)
+    (part,) = split_unpadded(batch, 100)
+    recorded, keep_mask = [], torch_ops.keep_mask
+
+    def recording(x, threshold):
+        keep = keep_mask(x, threshold)
+        recorded.append(keep.to(x.dtype) / (1 - threshold / 2**16))
+        return keep
+
+    monkeypatch.setattr(torch_ops, "keep_mask", recording)
+    monkeypatch.setattr(F, "dropout", None)  # nothing goes round it
+    got_loss = unpadded(model, batch)
+    got = gradients(model, got_loss)
+    L = model.config.num_hidden_layers
+    assert len(recorded) == 1 + 2 * L  # embeddings; attention output and GLU of each layer
+
+    B, S = batch["input_ids"].shape
+    rows_of_last = part["indices"][part["masked_index"]]
+    names = ["embeddings", *(f"{place} {i}" for i in range(L) for place in ("attention", "mlp"))]
+    masks = {}
+    for name, keep in zip(names, recorded, strict=True):
+        rows = rows_of_last if name.endswith(f" {L - 1}") else part["indices"]
+        assert len(keep) == len(rows)
+        masks[name] = keep.new_ones(B * S, keep.shape[1]).index_copy(0, rows, keep).view(B, S, -1)
+    want_loss, _ = padded_loss(model, batch, lambda name, x: x * masks[name])
+    torch.testing.assert_close(got_loss, want_loss, rtol=1e-10, atol=0)
+    for name, grad in gradients(model, want_loss).items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-9, atol=1e-11)
+
+
+def test_evaluation_has_no_dropout():
+    model = model_of(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, attention="torch").eval()
+    batch = batch_of()
+    assert torch.equal(unpadded(model, batch), unpadded(model, batch))
+    model.train()
+    assert not torch.equal(unpadded(model, batch), unpadded(model, batch))
+
+
+def test_labels_beside_padded_input_give_the_same_loss_as_the_full_logits():
+    model = model_of()
+    batch = batch_of()
+    fast = model(**batch)
+    full = model(**batch, return_logits=True, output_hidden_states=True)
+    assert fast.logits is None and full.logits.shape == (*batch["input_ids"].shape, 97)
+    assert len(full.hidden_states) == model.config.num_hidden_layers + 1
+    for name in ("loss", "loss_sum", "correct", "count"):
+        torch.testing.assert_close(fast[name], full[name], rtol=1e-10, atol=0)
+    assert fast.count == (batch["labels"] >= 0).sum()
+    assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+def test_token_zero_can_be_a_label():
+    model = model_of()
+    batch = batch_of()
+    batch["labels"][0, 0] = 0
+    assert model(**batch).count == (batch["labels"] != -100).sum()
+
+
+def test_nothing_masked_is_a_loss_of_zero_with_gradients():
+    model = model_of()
+    batch = batch_of(rate=0.0)
+    loss = unpadded(model, batch)
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_padding_side_and_amount_do_not_matter():
+    model = model_of().eval()
+    ids = torch.tensor([[5, 6, 7]])
+    right = model(F.pad(ids, (0, 4)), F.pad(torch.ones_like(ids), (0, 4))).logits[:, :3]
+    left = model(F.pad(ids, (2, 0)), F.pad(torch.ones_like(ids), (2, 0))).logits[:, 2:]
+    alone = model(ids).logits
+    torch.testing.assert_close(right, alone, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(left, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(monkeypatch):
+    batch, calls = batch_of(), []
+    forward = bert_layers.BertLayer.forward
+    monkeypatch.setattr(
+        bert_layers.BertLayer, "forward", lambda self, *args: calls.append(self) or forward(self, *args)
+    )
+    results = []
+    for checkpointing in (False, True):
+        model = model_of(hidden_dropout_prob=0.2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls.clear()
+        torch.manual_seed(5)
+        results.append(gradients(model, unpadded(model, batch)))
+        assert len(calls) == (2 if checkpointing else 1) * model.config.num_hidden_layers
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name])
+
+
+def test_base_size_has_the_published_state_dict():
+    """Names and shapes of the published MosaicBERT-Base, 137 M parameters."""
+    with torch.device("meta"):
+        model = BertForMaskedLM(MosaicBertConfig())
+    D, intermediate, V = 768, 3072, 30528
+    want = {
+        "bert.embeddings.word_embeddings.weight": (V, D),
+        "bert.embeddings.token_type_embeddings.weight": (2, D),
+        "bert.embeddings.LayerNorm.weight": (D,),
+        "bert.embeddings.LayerNorm.bias": (D,),
+        "cls.predictions.transform.dense.weight": (D, D),
+        "cls.predictions.transform.dense.bias": (D,),
+        "cls.predictions.transform.LayerNorm.weight": (D,),
+        "cls.predictions.transform.LayerNorm.bias": (D,),
+        "cls.predictions.decoder.weight": (V, D),
+        "cls.predictions.decoder.bias": (V,),
+    }
+    for i in range(12):
+        layer = f"bert.encoder.layer.{i}."
+        want |= {
+            layer + "attention.self.Wqkv.weight": (3 * D, D),
+            layer + "attention.self.Wqkv.bias": (3 * D,),
+            layer + "attention.output.dense.weight": (D, D),
+            layer + "attention.output.dense.bias": (D,),
+            layer + "attention.output.LayerNorm.weight": (D,),
+            layer + "attention.output.LayerNorm.bias": (D,),
+            layer + "mlp.gated_layers.weight": (2 * intermediate, D),
+            layer + "mlp.wo.weight": (D, intermediate),
+            layer + "mlp.wo.bias": (D,),
+            layer + "mlp.layernorm.weight": (D,),
+            layer + "mlp.layernorm.bias": (D,),
+        }
+    assert {name: tuple(x.shape) for name, x in model.state_dict().items()} == want
+    assert sum(p.numel() for p in model.parameters()) == 137_400_384
+
+
+def test_decoder_is_tied_and_weights_are_normal():
+    torch.manual_seed(0)
+    model = BertForMaskedLM(MosaicBertConfig(**{**SMALL, "hidden_size": 96, "intermediate_size": 200}))
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and p.numel() > 1000:
+            assert abs(p.std() - 0.02) < 0.001 and abs(p.mean()) < 0.002, name
+        elif "norm" in name.lower() and name.endswith("weight"):
+            assert (p == 1).all()
+        elif p.ndim == 1:
+            assert (p == 0).all()
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double().half()])
+def test_slopes_stay_fp32_and_out_of_the_state_dict(convert):
+    model = convert(model_of(num_attention_heads=6))
+    slopes = model.bert.encoder.alibi.slopes
+    assert slopes.dtype == torch.float32 and torch.equal(slopes, alibi_slopes(6))
+    assert not any("slopes" in name for name in model.state_dict())
+
+
+def test_slopes_survive_the_meta_device():
+    with torch.device("meta"):
+        model = BertForMaskedLM(MosaicBertConfig(**SMALL))
+    model.to_empty(device="cpu")
+    assert torch.equal(model.bert.encoder.alibi.slopes, alibi_slopes(3))
+
+
+def test_weights_assigned_to_a_model_on_the_meta_device():
+    """Nothing that is saved holds the slopes."""
+    model, batch = model_of(dtype=torch.float32), batch_of()
+    with torch.device("meta"):
+        other = BertForMaskedLM(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other.eval()(**batch).loss, model.eval()(**batch).loss)
+
+
+def test_slopes_that_nobody_initialised_are_refused():
+    """As when a library builds the model on the meta device and fills in only what was saved."""
+    model, batch = model_of(dtype=torch.float32), batch_of()
+    for left in (float("nan"), 0.0):
+        model.bert.encoder.alibi.slopes = torch.full((3,), left)
+        with pytest.raises(ValueError, match=r"the ALiBi slopes are \[.*\], not \[0.0625, .*from_pretrained"):
+            model(**batch)
+    model._init_weights(model.bert.encoder.alibi)  # as transformers 5 does, after loading
+    assert model(**batch).loss.isfinite()
+
+
+def test_autocast_keeps_stream_low_and_statistics_high(monkeypatch):
+    """Residual stream and norms' output in bf16; parameters, gradients, loss in fp32; close to fp32's loss."""
+    model = model_of(dtype=torch.float32, initializer_range=0.05)
+    batch, seen = batch_of(), set()
+    for module in model.modules():
+        if isinstance(module, bert_layers.LayerNorm):
+            module.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+    want = unpadded(model, batch)
+    assert seen == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = unpadded(model, batch)
+    assert seen == {torch.bfloat16} and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=0.02, atol=0)
+    assert {g.dtype for g in gradients(model, loss).values()} == {torch.float32}
+
+
+def test_masked_rows_only_in_the_last_layer_and_the_head(monkeypatch):
+    rows, forward = [], bert_layers.BertGatedLinearUnitMLP.forward
+    monkeypatch.setattr(
+        bert_layers.BertGatedLinearUnitMLP, "forward", lambda self, x: rows.append(len(x)) or forward(self, x)
+    )
+    batch = batch_of()
+    unpadded(model_of(), batch)
+    T, M = int(batch["attention_mask"].sum()), int((batch["labels"] >= 0).sum())
+    assert rows == [T, T, M]
+
+
+def test_base_model_and_its_arguments():
+    model = model_of(BertModel, dtype=torch.float32).eval()
+    batch = batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    out = model(ids, mask, output_hidden_states=True)
+    assert out.last_hidden_state.shape == (5, 17, 24) and out.pooler_output.shape == (5, 24)
+    assert not out.last_hidden_state[~mask.bool()].any() and torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(attention_mask=mask, inputs_embeds=embeds).last_hidden_state, out.last_hidden_state)
+    segment_one = model(ids, mask, torch.ones_like(ids)).last_hidden_state
+    assert not torch.allclose(segment_one[mask.bool()], out.last_hidden_state[mask.bool()])
+    left = model(ids.flip(1), mask.flip(1)).pooler_output
+    assert left.shape == out.pooler_output.shape
+    for refused in ({"position_ids": ids}, {"head_mask": mask}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=f"takes no {next(iter(refused))}"):
+            model(ids, mask, **refused)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "loss"),
+    [
+        (3, torch.tensor([0, 2, 1, 1, 0]), F.cross_entropy),
+        (1, torch.tensor([0.5, 2, 1, 1, 0]), lambda x, y: F.mse_loss(x[:, 0], y)),
+        (2, torch.ones(5, 2), F.binary_cross_entropy_with_logits),
+    ],
+)
+def test_sequence_classification(num_labels, labels, loss):
+    model = model_of(BertForSequenceClassification, dtype=torch.float32, num_labels=num_labels).eval()
+    batch = batch_of()
+    out = model(batch["input_ids"], batch["attention_mask"], labels=labels)
+    assert out.logits.shape == (5, num_labels)
+    torch.testing.assert_close(out.loss, loss(out.logits, labels))
+    pooled = model.bert(batch["input_ids"], batch["attention_mask"]).pooler_output
+    torch.testing.assert_close(out.logits, model.classifier(pooled))
+
+
+def test_token_classification():
+    """The mean over the labels that are not -100, whatever padding holds; logits of the last states."""
+    model = model_of(BertForTokenClassification, dtype=torch.float32, num_labels=3).eval()
+    batch = batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = torch.where((ids % 2 == 0) & mask.bool(), ids % 3, -100)
+    out = model(ids, mask, labels=labels)
+    assert out.logits.shape == (*ids.shape, 3)
+    torch.testing.assert_close(out.logits, model.classifier(model.bert(ids, mask).last_hidden_state))
+    counted = labels >= 0
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[counted], labels[counted]))
+    assert len(model(ids, mask, return_dict=False)) == 1 and model.bert.pooler is None
+
+
+def test_attention_dropout_only_where_it_acts():
+    model_of(attention_probs_dropout_prob=0.1, attention="torch")
+    with pytest.raises(ValueError, match="'nope' is not there"):
+        model_of(attention="nope")
+    with pytest.raises(ValueError, match="not a multiple"):
+        MosaicBertConfig(hidden_size=10, num_attention_heads=3)

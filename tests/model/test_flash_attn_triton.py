@@ -1,0 +1,341 @@
+"""The attention kernels against the reference: on a CPU through Triton's interpreter, on a GPU as they are."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src import attention as A
+from src import flash_attn_triton as F
+from src import triton_common
+from src.bert_padding import tile_table, tile_tables, unpack_heads
+from src.triton_common import launches
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    triton_common.unavailable(DEVICE) is not None, reason=str(triton_common.unavailable(DEVICE))
+)
+
+bf16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter truncates where it should round to bf16"),
+)
+LARGE = F.Tiles(*3 * [F.Tile(64, 64, 4, 1)])
+SMALL = F.Tiles(F.Tile(32, 16, 4, 1), F.Tile(16, 32, 4, 1), F.Tile(16, 16, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """Composer allows it, and then the reference would be the wrong one of the two."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """The interpreter's time goes by steps, not by work: larger tiles for fp32 there."""
+    if DEVICE == "cpu":
+        chosen = F.tiles_for
+        monkeypatch.setattr(
+            F, "tiles_for", lambda H, dtype, arch: LARGE if dtype.itemsize == 4 else chosen(H, dtype, arch)
+        )
+
+
+def make(lengths, N=1, H=16, dtype=torch.float32, seed=0, scale=1.0, device=DEVICE):
+    """q, k, v as views of one packed product, and a gradient for the output."""
+    torch.manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    qkv = (scale * torch.randn(sum(lengths), 3, N, H)).to(device, dtype).requires_grad_()
+    grad = torch.randn(sum(lengths), N, H).to(device, dtype)
+    return qkv, cu_seqlens, grad
+
+
+def run(impl, qkv, cu_seqlens, grad, slopes=None, tables=None):
+    slopes = A.alibi_slopes(qkv.shape[2]).to(qkv.device) if slopes is None else slopes
+    max_seqlen = int(cu_seqlens.diff().max())
+    out = A.attention(*unpack_heads(qkv), cu_seqlens, max_seqlen, slopes, impl=impl, tables=tables)
+    return out, torch.autograd.grad(out, qkv, grad)[0]
+
+
+def assert_within_budget(qkv, cu_seqlens, grad, slopes=None, largest_lse=0.0):
+    """Output and gradients of q, k and v err at most twice as much as the padded reference's in the same dtype.
+
+    Both against fp64; the reference's products are taken in the dtype, its softmax in fp32, as eager PyTorch would.
+    A floor covers what eager PyTorch hits exactly (the gradient of a softmax over one token is 0 there, and here the
+    rounding of do.v - do.out: 3 eps measured), and that a probability is exp2(s - lse) with lse rounded to fp32.
+    """
+    got = run("triton", qkv, cu_seqlens, grad, slopes)
+    want = run("reference", qkv.detach().double().requires_grad_(), cu_seqlens, grad.double(), slopes)
+    plain = run("reference", qkv.detach().requires_grad_(), cu_seqlens, grad, slopes)
+    for what, x, y, z in zip(("out", "dq dk dv"), got, want, plain, strict=True):
+        assert x.dtype == qkv.dtype and x.isfinite().all()
+        floor = (4 * torch.finfo(x.dtype).eps + largest_lse * 2**-24) * y.abs().max().item()
+        parts = ((t,) if what == "out" else t.unbind(1) for t in (x, y, z))
+        for i, (of_x, of_y, of_z) in enumerate(zip(*parts, strict=True)):
+            error = (of_x.double() - of_y).abs().max().item()
+            allowed = max(2 * (of_z.double() - of_y).abs().max().item(), floor)
+            assert error <= allowed, f"{what} {i}: {error:.3g} > {allowed:.3g}"
+
+
+# Pairwise: each length with each head size or number of heads at least once, not the product of all.
+CASES = [
+    ([0, 1, 15, 16, 17], 1, 16),
+    ([63, 64, 65], 3, 24),
+    ([127, 1, 0, 0, 200], 1, 32),
+    ([17, 63, 16], 3, 48),
+    ([65, 15], 12, 64),
+    ([200, 33], 1, 80),
+    ([64, 127, 1], 1, 128),
+    ([513, 2], 1, 16),
+]
+
+
+@pytest.mark.parametrize(("lengths", "N", "H"), CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=str)
+def test_equals_reference(lengths, N, H, dtype):
+    before = launches.copy()
+    assert_within_budget(*make(lengths, N, H, dtype))
+    ran = {f"flash_attn_{name}": 1 for name in ("forward", "delta", "dkdv", "dq")}
+    assert launches - before == ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=str)
+def test_tiles_of_other_sizes_give_the_same(dtype, monkeypatch):
+    monkeypatch.setattr(F, "tiles_for", lambda *args: SMALL)
+    monkeypatch.setattr(F, "TILE_ROWS", (16, 32))
+    assert_within_budget(*make([33, 16, 1, 50], 2, 24, dtype))
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 0, 5, 0], [1, 1, 1]], ids=str)
+def test_short_and_empty_sequences(lengths):
+    assert_within_budget(*make(lengths, 2, 16))
+
+
+def test_an_empty_batch():
+    out, grad = run("triton", *make([0, 0]))
+    assert out.shape == (0, 1, 16) and grad.shape == (0, 3, 1, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=str)
+def test_large_scores(dtype):
+    """Scores of +-80 and more, at which exp overflows in fp16 and underflows in fp32."""
+    qkv, cu_seqlens, grad = make([70, 9], 2, 16, dtype, scale=4.5)
+    scores = torch.einsum("inh,jnh->nij", *qkv[:70, :2].detach().double().unbind(1)) / 4
+    assert scores.min() < -80 and scores.max() > 80
+    assert_within_budget(qkv, cu_seqlens, grad, largest_lse=scores.max().item() * F.LOG2E)
+
+
+def test_slopes_of_zero_are_plain_attention():
+    qkv, cu_seqlens, grad = make([64, 37], 2, 32)
+    out, _ = run("triton", qkv, cu_seqlens, grad, torch.zeros(2, device=DEVICE))
+    for rows in (slice(0, 64), slice(64, 101)):
+        q, k, v = (x.transpose(0, 1) for x in qkv[rows].unbind(1))
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+        torch.testing.assert_close(out[rows], want, rtol=2e-5, atol=2e-6)
+
+
+def test_views_of_any_stride():
+    """Heads and tokens far apart, a head's dimensions not beside each other or misplaced, an expanded gradient."""
+    T, N, H = 40, 2, 16
+    cu_seqlens = torch.tensor([0, 33, 40], dtype=torch.int32, device=DEVICE)
+    torch.manual_seed(0)
+    q = torch.randn(N, T, 3 * H + 1, device=DEVICE)[:, :, H + 1 : 2 * H + 1].transpose(0, 1)
+    k = torch.randn(T, N, 2 * H, device=DEVICE)[:, :, ::2]
+    v = torch.randn(H, N, T, device=DEVICE).permute(2, 1, 0)
+    slopes = A.alibi_slopes(N).to(DEVICE)
+    got, want = [], []
+    for impl, result in (("triton", got), ("reference", want)):
+        x = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (q, k, v)]
+        out = A.attention(*x, cu_seqlens, 33, slopes, impl=impl)
+        result += [out, *torch.autograd.grad(out, x, torch.ones((), device=DEVICE).expand_as(out))]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_every_row_is_written_and_nothing_else(monkeypatch):
+    """Fresh memory is full of NaN; the bytes before and behind each buffer keep what they had."""
+    guarded, empty = [], torch.empty
+
+    def guarded_empty(*size, dtype=torch.float32, device="cpu"):
+        numel = int(torch.Size(size).numel())
+        memory = empty(numel + 256, dtype=dtype, device=device).fill_(float("nan"))
+        memory[:128], memory[-128:] = 7, 7
+        guarded.append(memory)
+        return memory[128:-128].view(size)
+
+    batch = make([33, 1, 0, 20], 2, 24)
+    want = run("reference", *batch)
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    got = run("triton", *batch)
+    monkeypatch.undo()
+    assert len(guarded) == 4  # out, lse, the packed gradient, delta
+    for memory in guarded:
+        assert (memory[:128] == 7).all() and (memory[-128:] == 7).all()
+        assert memory.isfinite().all()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_bits_each_time():
+    batch = make([65, 33], 3, 24, torch.float16)
+    first, second = run("triton", *batch), run("triton", *batch)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+some_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
+few = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+@few
+@given(some_lengths, st.integers(0, 3))
+def test_no_token_sees_another_sequence(lengths, which):
+    """Another content of one sequence changes no bit of the others' outputs and gradients."""
+    qkv, cu_seqlens, grad = make(lengths)
+    which %= len(lengths)
+    start, end = cu_seqlens[which].item(), cu_seqlens[which + 1].item()
+    changed = qkv.detach().clone()
+    changed[start:end] += 1
+    (a, da), (b, db) = run("triton", qkv, cu_seqlens, grad), run("triton", changed.requires_grad_(), cu_seqlens, grad)
+    others = [*range(start), *range(end, sum(lengths))]
+    assert torch.equal(a[others], b[others]) and torch.equal(da[others], db[others])
+    assert start == end or not torch.equal(a[start:end], b[start:end])
+
+
+@few
+@given(some_lengths, st.randoms(use_true_random=False))
+def test_any_order_of_sequences_gives_the_same_rows(lengths, random):
+    qkv, cu_seqlens, grad = make(lengths)
+    order = random.sample(range(len(lengths)), len(lengths))
+    rows = [row for b in order for row in range(cu_seqlens[b].item(), cu_seqlens[b + 1].item())]
+    other_cu_seqlens = torch.tensor([0, *(lengths[b] for b in order)]).cumsum(0).to(cu_seqlens)
+    a, da = run("triton", qkv, cu_seqlens, grad)
+    b, db = run("triton", qkv.detach()[rows].requires_grad_(), other_cu_seqlens, grad[rows])
+    assert torch.equal(a[rows], b) and torch.equal(da[rows], db)
+
+
+def test_the_packed_gradient_is_not_copied():
+    """unpack_heads hands on the buffer that the kernels wrote; gradients that lie elsewhere are stacked."""
+    x = torch.randn(5, 3, 2, 4, requires_grad=True)
+    buffer = torch.randn(5, 3, 2, 4)
+    (grad,) = torch.autograd.grad(unpack_heads(x), x, buffer.unbind(1))
+    assert grad.data_ptr() == buffer.data_ptr() and torch.equal(grad, buffer)
+    apart = [t.clone() for t in buffer.unbind(1)]
+    assert torch.equal(torch.autograd.grad(unpack_heads(x), x, apart)[0], buffer)
+    q, k, v = buffer.unbind(1)
+    (grad,) = torch.autograd.grad(unpack_heads(x), x, (k, q, v))  # beside each other, in another order
+    assert torch.equal(grad, torch.stack((k, q, v), 1))
+    pair = torch.randn(5, 2, 2, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(unpack_heads(pair), pair, (k, v))  # two of three: with a gap between tokens
+    assert torch.equal(grad, buffer[:, 1:])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_tile_table_covers_each_token_once(rows):
+    lengths = [3, 0, 65, 16, 1, 64, 0]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    table = tile_table(cu_seqlens, rows)
+    assert table.dtype == torch.int32 and table.shape == (sum(-(-n // rows) for n in lengths), 3)
+    tokens = [start + row for start, n, first in table.tolist() for row in range(first, min(first + rows, n))]
+    assert sorted(tokens) == list(range(sum(lengths)))
+    assert table[:, 1].tolist() == sorted(table[:, 1].tolist(), reverse=True)
+    assert tile_table(torch.zeros(1, dtype=torch.int32), rows).shape == (0, 3)
+
+
+def test_what_cannot_be_done_is_refused(monkeypatch):
+    qkv, cu_seqlens, grad = make([5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="one dtype of fp16, bf16, fp32"):
+        run("triton", qkv, cu_seqlens, grad)
+    with pytest.raises(ValueError, match="at most 128"):
+        run("triton", *make([5], H=144, dtype=torch.float16))
+    with pytest.raises(ValueError, match="slopes in fp32"):
+        run("triton", *make([5]), torch.ones(1, dtype=torch.float16, device=DEVICE))
+    with pytest.raises(ValueError, match="'triton' has no dropout: .* reference, torch"):
+        A.resolve("triton", 0.1)
+    monkeypatch.setattr(triton_common, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="need a CUDA device, and this is cpu"):
+        A.resolve("triton", device_type="cpu")
+    monkeypatch.setattr(triton_common, "triton", None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        A.resolve("triton", device_type="cuda")
+
+
+def test_auto_is_triton_on_cuda():
+    assert A.resolve("auto", device_type="cpu") == "torch" and A.resolve("auto", device_type="cuda") == "triton"
+    with pytest.raises(ValueError, match="flash-attn"):
+        A.resolve("flash_attn", device_type="cpu")
+
+
+def test_custom_op_is_sound():
+    """Schema, fake tensors, autograd registration, and tracing with changing sizes, as torch.library checks them."""
+    qkv, cu_seqlens, _ = make([17, 5], 2, 16)
+    tiles = F.tiles_for(16, qkv.dtype, F._architecture(qkv.device))
+    tables = [tile_table(cu_seqlens, tile.rows) for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
+    q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
+    torch.library.opcheck(F._flash_attn_op, (q, k, v, A.alibi_slopes(2).to(DEVICE), *tables))
+
+
+def test_a_second_copy_leaves_the_first_its_ops(monkeypatch):
+    """As an exported folder's, which may have other tiles, beside src in one process."""
+    spec = importlib.util.spec_from_file_location("src.exported_flash_attn_triton", F.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    monkeypatch.setattr(copy, "_forward", None)
+    qkv, cu_seqlens, _ = make([17, 5], 2, 16)
+    tables = [tile_table(cu_seqlens, tile.rows) for tile in (LARGE.forward, LARGE.dkdv, LARGE.dq)]
+    inputs = (*(x.detach() for x in qkv.unbind(1)), A.alibi_slopes(2).to(DEVICE), *tables)
+    monkeypatch.setattr(F, "tiles_for", lambda *args: LARGE)
+    assert torch.equal(F._flash_attn_op(*inputs)[0], F._forward(*inputs[:5])[0])
+    with pytest.raises(TypeError):
+        copy._flash_attn_op(*inputs)
+
+
+def test_compiled_is_eager():
+    """One graph for all sizes, no break; the same bits as eager."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def attend(qkv, slopes, cu_seqlens, tables):
+        return A.attention(*unpack_heads(qkv), cu_seqlens, 64, slopes, impl="triton", tables=tables) * 2
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    # The first batch has sizes that all differ: the compiler takes equal ones for the same.
+    for lengths in ([33, 7, 2, 0, 70, 150], [17, 5], [64, 40, 1]):
+        qkv, cu_seqlens, grad = make(lengths, 2, 16)
+        slopes, tables = A.alibi_slopes(2).to(DEVICE), tile_tables(cu_seqlens, F.TILE_ROWS)
+        got, want = (f(qkv, slopes, cu_seqlens, tables) for f in (compiled, attend))
+        assert torch.equal(got, want)
+        assert torch.equal(torch.autograd.grad(got, qkv, grad)[0], torch.autograd.grad(want, qkv, grad)[0])
+    assert len(seen) == 1
+
+
+def test_autocast_changes_nothing():
+    """What comes in fp32 is computed in fp32: the dtype is the caller's choice."""
+    qkv, cu_seqlens, grad = make([33, 5], 2, 16)
+    want = run("triton", qkv, cu_seqlens, grad)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = run("triton", qkv, cu_seqlens, grad)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="64-bit offsets take more memory and time than the interpreter has")
+def test_offsets_beyond_32_bits():
+    """2^31 elements lie before the last sequence."""
+    N, H, L = 32, 128, 4096
+    sequences = 2**31 // (3 * N * H * L) + 2
+    cu_seqlens = torch.arange(0, (sequences + 1) * L, L, dtype=torch.int32, device=DEVICE)
+    qkv = torch.zeros(sequences * L, 3, N, H, dtype=torch.float16, device=DEVICE)
+    last, _, grad = make([L], N, H, torch.float16)
+    qkv[-L:] = last.detach()
+    full_grad = torch.zeros(sequences * L, N, H, dtype=torch.float16, device=DEVICE)
+    full_grad[-L:] = grad
+    out, dqkv = run("triton", qkv.requires_grad_(), cu_seqlens, full_grad)
+    want, want_grad = run("triton", last, cu_seqlens[:2], grad)
+    assert torch.equal(out[-L:], want) and torch.equal(dqkv[-L:], want_grad)

@@ -1,0 +1,239 @@
+"""What only a GPU can show; skipped where there is none. The kernels' own tests run on a GPU as they are.
+
+Batches come to the device as in training: cut and counted on the CPU, tables of tiles included, then copied without
+waiting. One microbatch has more than 3,072 tokens, from which on the gradient of PyTorch's embedding takes another
+path.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from src.attention import alibi_slopes, attention, resolve
+from src.bert_layers import BertForMaskedLM, Layout
+from src.configuration_bert import MosaicBertConfig
+from src.data.microbatches import split_unpadded
+from src.flash_attn_triton import TILE_ROWS
+from tests.model.test_bert_layers import batch_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DEVICE = "cuda"
+V = 1024
+LENGTHS = [512, 65, 511, 257, 500, 1, 512, 129, 512, 512, 100, 7, 128, 33]
+"""Of a batch; the first ten sequences are a microbatch of 3,511 tokens, the rest one of 268."""
+
+
+def microbatches(lengths=LENGTHS, size=10):
+    """On the CPU, as ``builders.split_batch`` cuts them."""
+    return split_unpadded(batch_of(lengths, 0.3, V), size, TILE_ROWS)
+
+
+def moved(x, pinned=False):
+    """A microbatch on the device, as Composer brings it over: by copies that do not wait."""
+    if isinstance(x, dict):
+        return {name: moved(y, pinned) for name, y in x.items()}
+    if isinstance(x, torch.Tensor):
+        return (x.pin_memory() if pinned else x).to(DEVICE, non_blocking=True)
+    return x
+
+
+def model_of(attention="triton", kernels="triton", **options):
+    torch.manual_seed(0)
+    config = MosaicBertConfig(
+        vocab_size=V,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=256,
+        attention=attention,
+        kernels=kernels,
+        **options,
+    )
+    return BertForMaskedLM(config).to(DEVICE).train()
+
+
+def loss_of(model, part, dtype=torch.bfloat16):
+    """() mean of a microbatch that is on the device, under autocast; in the parameters' own dtype if it is fp32."""
+    layout = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        return model(part["input_ids"], labels=part["labels"], layout=layout, masked_index=part["masked_index"]).loss
+
+
+def step(model, optimizer, parts, pinned=False, dtype=torch.bfloat16):
+    """A step of training on microbatches that are on the host; the loss of the batch, ()."""
+    masked, losses = sum(part["num_masked"] for part in parts), []
+    for part in parts:
+        loss = loss_of(model, moved(part, pinned), dtype) * (part["num_masked"] / masked)
+        loss.backward()
+        losses.append(loss.detach())
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack(losses).sum()
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+@pytest.fixture
+def deterministic():
+    """Algorithms of PyTorch's that give the same bits each time, the embedding's gradient above all."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("attention", ["triton", "flash_attn"])
+def test_a_step_waits_for_nothing(attention, pinned):
+    """Copies, forward, loss, backward and optimizer start their work and wait for none of it."""
+    try:
+        resolve(attention, device_type=DEVICE)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    model, parts = model_of(attention), microbatches()
+    assert [part["num_tokens"] for part in parts] == [3511, 268]
+    optimizer = adamw(model)
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss = step(model, optimizer, parts, pinned)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_dtype_errs_more_than_twice_as_much_as_plain_torch(dtype):
+    """Loss and the gradient of each parameter, of a whole model; to fp64 for fp32, to fp32 for the others."""
+    sharp = dict(hidden_dropout_prob=0.0, initializer_range=0.13)  # fresh weights attend to all tokens nearly alike
+    plain = dict(attention="reference", kernels="torch", **sharp)
+    (part,) = microbatches(LENGTHS, len(LENGTHS))
+    assert part["num_tokens"] > 3072
+    part, scale = moved(part), 2.0**10  # as a scaler of gradients: without it fp16 loses the small ones
+
+    def results(model, dtype):
+        (scale * loss_of(model, part, dtype)).backward()
+        return {name: p.grad.double() / scale for name, p in model.named_parameters()}
+
+    exact = model_of(**plain).double() if dtype == torch.float32 else model_of(**plain)
+    want = results(exact, torch.float32)
+    errors = []
+    for model in (model_of(**sharp), model_of(**plain)):
+        got = results(model, dtype)
+        errors.append({name: ((got[name] - x).norm() / x.norm()).item() for name, x in want.items()})
+    ours, theirs = errors
+    for name, error in ours.items():
+        assert error <= 2 * theirs[name] + torch.finfo(dtype).eps, f"{name}: {error:.2e}, plain {theirs[name]:.2e}"
+
+
+def test_a_training_step_gives_the_same_bits():
+    """Kernels, dropout and the head: from one seed, one loss and one gradient."""
+    results = []
+    for _ in range(2):
+        model = model_of()
+        torch.manual_seed(1)
+        loss = loss_of(model, moved(microbatches()[1]))
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, grad in results[0][1].items():
+        # The word embeddings' gradient is PyTorch's own, which adds by atomics unless deterministic algorithms are on.
+        assert "word_embeddings" in name or torch.equal(grad, results[1][1][name]), name
+
+
+def test_a_resumed_run_has_the_same_bits(deterministic, tmp_path):
+    """Two steps, saved, two more: equal to four, weights and moments, dropout's masks included."""
+
+    def random_states():
+        return {"cpu": torch.get_rng_state(), "device": torch.get_device_module(DEVICE).get_rng_state()}
+
+    parts, file = microbatches(), tmp_path / "checkpoint.pt"
+    model = model_of()
+    optimizer = adamw(model)
+    losses = []
+    for i in range(4):
+        if i == 2:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_states()}
+            torch.save(saved, file)
+        losses.append(step(model, optimizer, parts))
+
+    again = model_of()
+    torch.manual_seed(12345)
+    fresh = adamw(again)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    again.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"]["cpu"])
+    torch.get_device_module(DEVICE).set_rng_state(saved["random"]["device"])
+    resumed = [step(again, fresh, parts) for _ in range(2)]
+    assert torch.equal(torch.stack(resumed), torch.stack(losses[2:])) and not torch.equal(losses[2], losses[3])
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[p][moment], fresh.state[q][moment]), (name, moment)
+
+
+def test_kernels_and_reference_train_alike():
+    """Twenty steps in bf16 on one batch: the losses go down together."""
+    curves = {}
+    for name, options in {"kernels": {}, "plain": {"attention": "reference", "kernels": "torch"}}.items():
+        model = model_of(hidden_dropout_prob=0.0, **options)
+        optimizer, parts = adamw(model), microbatches()[1:]
+        curves[name] = torch.stack([step(model, optimizer, parts) for _ in range(20)])
+    assert curves["kernels"][-1] < curves["kernels"][0] - 1
+    torch.testing.assert_close(curves["kernels"], curves["plain"], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_attention_of_torch_takes_sequences_of_many_tiles(dropout_p):
+    """Tiles of 170 rows begin between the 16 bytes that torch's memory-efficient kernel loads at once."""
+    L, N, H = 2048, 12, 16
+    cu_seqlens = torch.tensor([0, L], dtype=torch.int32, device=DEVICE)
+    qkv, grad = (torch.randn(L, *shape, device=DEVICE) for shape in ((3, N, H), (N, H)))
+    results = []
+    for impl in ("torch", "reference"):
+        x = qkv.detach().requires_grad_()
+        out = attention(*x.unbind(1), cu_seqlens, L, alibi_slopes(N, DEVICE), dropout_p, impl)
+        results.append((out, *torch.autograd.grad(out, x, grad)))
+    if dropout_p == 0:
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    else:
+        assert all(x.isfinite().all() for x in results[0])
+
+
+USER = """
+import sys
+import torch
+from transformers import AutoModelForMaskedLM
+folder, file, device = sys.argv[1:]
+ids, mask, want = torch.load(file)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval().to(device)
+with torch.no_grad():
+    got = model(ids.to(device), mask.to(device)).logits.cpu()
+torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-3, atol=1e-3)
+kernels = sys.modules[type(model).__module__.replace("bert_layers", "kernels")]
+assert kernels.launches and "src" not in sys.modules, kernels.launches
+print("the same")
+"""
+
+
+def test_a_folder_with_the_source_runs_its_kernels(tmp_path):
+    """In a process without this repo; the logits are those of the CPU."""
+    model = model_of("auto", "auto").eval().cpu()
+    model.save_pretrained(tmp_path / "model")
+    mask = (torch.arange(33) < torch.tensor([33, 1, 7])[:, None]).long()
+    ids = torch.randint(V, mask.shape) * mask
+    torch.save((ids, mask, model(ids, mask).logits.detach()), tmp_path / "want.pt")
+    command = [sys.executable, "-c", USER, tmp_path / "model", tmp_path / "want.pt", DEVICE]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "the same" in done.stdout, done.stderr

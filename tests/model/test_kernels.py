@@ -1,0 +1,435 @@
+"""What the kernels share, and whole models with them."""
+
+import re
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.kernels.saved_bytes import count, kept_bytes
+from src import attention, flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops, triton_common
+from src.configuration_bert import MosaicBertConfig
+from src.data.microbatches import split_unpadded
+from tests.model.test_bert_layers import batch_of, gradients, model_of, unpadded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(DEVICE == "cpu", reason="triton's interpreter truncates when it stores bf16"),
+    ),
+]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is NaN and lies between guards; the check runs at the end."""
+    empty, made = torch.empty, []
+
+    def poison(*shape, dtype=torch.float32, device="cpu"):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        size = int(torch.Size(shape).numel())
+        memory = torch.full((size + 128,), 7.0, dtype=dtype, device=device)
+        view = memory[64 : 64 + size].view(shape)
+        view.fill_(float("nan"))
+        made.append((memory, size))
+        return view
+
+    monkeypatch.setattr(torch, "empty", poison)
+    yield made
+    monkeypatch.setattr(torch, "empty", empty)
+    assert made
+    for memory, size in made:
+        assert (memory[:64] == 7.0).all() and (memory[64 + size :] == 7.0).all()
+        assert not memory.isnan().any(), "memory that nothing was written to"
+
+
+def assert_within_budget(got, plain, exact, what):
+    """At most twice the error of plain torch in the same dtype, and a rounding of the result."""
+    error = (got.double() - exact).abs().max().item()
+    budget = 2 * (plain.double() - exact).abs().max().item()
+    rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    assert error <= budget + rounding, f"{what}: error {error:.2e}, twice plain torch's {budget:.2e}"
+
+
+def test_kernels_that_are_not_there():
+    with pytest.raises(ValueError, match="'cuda' is not there; choose one of auto, triton, torch"):
+        triton_common.resolve("cuda")
+    with pytest.raises(ValueError, match="'fast' is not there"):
+        model_of(kernels="fast")
+
+
+def test_triton_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(triton_common, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="'triton' cannot run here: .* need a CUDA device, .*; choose auto or torch"):
+        model_of(kernels="triton")
+    with pytest.raises(ValueError, match="need a CUDA device, and this is cpu; set kernels to auto or torch"):
+        triton_common.rows_of(torch.ones(2, 3))
+    monkeypatch.setattr(triton_common, "triton", None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        triton_common.resolve("triton")
+    assert triton_common.resolve("auto") == "auto" and not triton_common.use_triton("auto", torch.ones(1))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
+def test_numpy_that_is_too_new_for_the_interpreter(monkeypatch):
+    """One message, not a traceback out of a kernel; Triton 3.7 mended it."""
+    monkeypatch.setattr(triton_common.np, "__version__", "2.5.0")
+    monkeypatch.setattr(triton_common.triton, "__version__", "3.6.0")
+    message = "Triton 3.6.0 interprets no loop with numpy 2.5.0; it needs numpy < 2.5"
+    with pytest.raises(ValueError, match=f"kernels 'triton' cannot run here: {message}; choose auto or torch"):
+        model_of(kernels="triton")
+    with pytest.raises(ValueError, match=message):
+        attention.resolve("triton", device_type="cpu")
+    with pytest.raises(ValueError, match=f"{message}; set kernels to auto or torch"):
+        triton_common.rows_of(torch.ones(2, 3))
+    monkeypatch.setattr(triton_common.triton, "__version__", "3.7.0")
+    assert triton_common.unavailable("cpu") is None
+    monkeypatch.setattr(triton_common.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton_common.np, "__version__", "2.4.6")
+    assert triton_common.unavailable("cpu") is None
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    """It is refused by name, and auto does without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_common, "_this_gpu", triton_common._asked_once.__wrapped__)  # without its cache
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert triton_common.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r"need compute capability 8.0, and this GPU has 7.5; choose auto or torch"):
+        triton_common.resolve("triton")
+    with pytest.raises(ValueError, match=r"need compute capability 8.0"):
+        attention.resolve("triton", device_type="cuda")
+    assert triton_common.resolve("auto") == "auto" and attention.resolve("auto", device_type="cuda") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "first", "last_without"),
+    [
+        ((10, 0), "3.3.0", "3.2.0"),
+        ((10, 3), "3.6.0", "3.5.1"),
+        ((12, 0), "3.3.1", "3.3.0"),
+        ((12, 1), "3.6.0+git1234", "3.5.1.post1"),
+        ((13, 0), "3.10.0", "3.9.0"),  # a card that no Triton was tried with
+    ],
+)
+def test_a_gpu_newer_than_triton(capability, first, last_without, monkeypatch):
+    """Taken from the first Triton on that compiles for it; Ampere, Ada and Hopper by each."""
+    monkeypatch.setattr(triton_common.triton, "__version__", last_without)
+    name = ".".join(map(str, capability))
+    verb = "may" if capability == (13, 0) else "does"
+    reason = f"Triton {last_without} does not compile for compute capability {name}; {first.split('+')[0]} {verb}"
+    assert triton_common.refused(capability) == reason
+    assert {triton_common.refused(older) for older in ((8, 0), (8, 6), (8, 9), (9, 0))} == {None}
+    monkeypatch.setattr(triton_common.triton, "__version__", first)
+    assert triton_common.refused(capability) is None
+
+
+def test_fp64_and_probabilities_that_are_none_are_refused():
+    with pytest.raises(TypeError, match="take fp16, bf16 and fp32, not torch.float64; set kernels to torch"):
+        triton_common.rows_of(torch.ones(2, 3, dtype=torch.float64, device=DEVICE))
+    for p in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="at least 0 and below 1"):
+            triton_common.dropout_threshold(p)
+
+
+def test_auto_goes_by_the_device():
+    assert not triton_common.use_triton("auto", torch.ones(1)) and not triton_common.use_triton("torch", torch.ones(1))
+    assert triton_common.use_triton("triton", torch.ones(1))
+    assert MosaicBertConfig().kernels == "auto"
+
+
+WHOLE = dict(attention="torch", dtype=torch.float32)
+IN_TURN = {
+    "reference": dict(attention="reference", kernels="torch"),
+    "triton": dict.fromkeys(("attention", "kernels"), "triton"),
+}
+
+
+def test_whole_model_with_kernels_equals_the_one_without():
+    """Loss and every gradient in training mode."""
+    batch = {name: x.to(DEVICE) for name, x in batch_of().items()}
+    results, counts = {}, {}
+    for choice, options in IN_TURN.items():
+        model = model_of(dtype=torch.float32, **options).to(DEVICE).train()
+        triton_common.launches.clear()
+        loss = unpadded_on(model, batch)
+        results[choice] = {"loss": loss.detach(), **gradients(model, loss)}
+        counts[choice] = dict(triton_common.launches)
+    L = model.config.num_hidden_layers
+    norms = 2 + 2 * L  # embeddings, head, two a layer
+    assert counts["reference"] == {}
+    assert counts["triton"] == {
+        **dict.fromkeys(("flash_attn_forward", "flash_attn_delta", "flash_attn_dkdv", "flash_attn_dq"), L),
+        "layer_norm_forward": norms,
+        "layer_norm_backward": norms,
+        "geglu_forward": L,
+        "geglu_backward": L,
+    }
+    for name, want in results["reference"].items():
+        torch.testing.assert_close(
+            results["triton"][name], want, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is asked itself, in test_gpu.py")
+def test_a_step_waits_for_no_value(monkeypatch):
+    """Forward, loss and backward read no tensor's value and make none whose size depends on one."""
+    model = model_of(dtype=torch.float32, hidden_dropout_prob=0.1, **IN_TURN["triton"]).train()
+    (micro,) = split_unpadded(batch_of(), 5)
+    layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+    inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+    model.forward_unpadded(*inputs)  # looks at ALiBi's slopes, once
+    waits = Waits(monkeypatch)
+    with waits:
+        model.forward_unpadded(*inputs).loss.backward()
+    assert waits.seen == []
+    with waits:  # a batch without tables, and a value
+        model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        float(micro["input_ids"].sum())
+    assert {"repeat_interleave", "__float__"} <= set(waits.seen)
+
+
+class Waits(TorchDispatchMode):
+    """Records what would make the host wait for a GPU, by name; the interpreter's own readings aside."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "repeat_interleave", "unique")
+    METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen, self.launching, self.entered = [], False, False
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self.recording(name, getattr(torch.Tensor, name)))
+        for module in (flash_attn_triton, layer_norm_triton, geglu_triton):
+            monkeypatch.setattr(module, "launch", self.interpreted)
+
+    def __enter__(self):
+        self.entered = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.entered = False
+        return super().__exit__(*error)
+
+    def record(self, name):
+        if self.entered and not self.launching:
+            self.seen.append(name)
+
+    def recording(self, name, method):
+        def call(tensor, *args, **kwargs):
+            self.record(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def interpreted(self, *args, **kwargs):
+        self.launching = True
+        triton_common.launch(*args, **kwargs)
+        self.launching = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple))
+        if name in self.OPS or (by_mask and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.record(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_kept_grows_with_tokens_alone():
+    """Of attention, LayerNorm, gated unit and a whole layer, in bf16; plain torch keeps probabilities as well."""
+    a, b = count(8, DEVICE), count(24, DEVICE)
+    D, N, I = 768, 12, 3072  # noqa: E741
+    per_token = {
+        "attention": 2 * D + 4 * N,  # the output and the log-sum-exp; q, k, v are its input
+        "LayerNorm(residual + dropout(x))": 8,  # mean and 1/std; x and the residual are its input
+        "dropout(gelu(gate) * up)": 0,
+        # qkv, attention, its projection, a norm, the packed product, the gated one, its projection; statistics
+        "a whole layer": 2 * (3 * D + D + D + D + 2 * I + I + D) + 4 * N + 2 * 8,
+    }
+    for name, bytes_ in per_token.items():
+        constant = a[name][0] - 8 * bytes_  # keys and the like
+        assert 0 <= constant <= 64 and b[name][0] == 24 * bytes_ + constant, name
+        assert b[name][1] > b[name][0], name  # plain torch's
+    plain = [sizes["attention"][1] for sizes in (a, b)]
+    assert plain[1] > 3.5 * plain[0]  # three times the tokens
+
+
+def unpadded_on(model, batch):
+    return unpadded(model, batch) if DEVICE == "cpu" else model(**batch).loss
+
+
+def test_checkpointing_draws_the_same_masks_again():
+    batch, results = {name: x.to(DEVICE) for name, x in batch_of().items()}, []
+    for checkpointing in (False, True):
+        model = model_of(kernels="triton", hidden_dropout_prob=0.2, **WHOLE).to(DEVICE).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(5)
+        results.append(gradients(model, unpadded_on(model, batch)))
+    for name, want in results[0].items():
+        assert torch.equal(results[1][name], want), name
+
+
+def test_whole_model_under_autocast():
+    """Stream in bf16, loss and gradients in fp32 and near those without kernels; the interpreter truncates bf16."""
+    batch = {name: x.to(DEVICE) for name, x in batch_of().items()}
+    losses = []
+    for options in IN_TURN.values():
+        model = model_of(initializer_range=0.05, dtype=torch.float32, **options).to(DEVICE).train()
+        seen = set()
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_hook(lambda m, i, out, seen=seen: seen.add(out.dtype))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = unpadded_on(model, batch)
+        assert seen == {torch.bfloat16} and loss.dtype == torch.float32
+        assert {g.dtype for g in gradients(model, loss).values()} == {torch.float32}
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_whole_model_compiles_without_a_break(choice):
+    """LayerNorm, GEGLU, dropout and head; attention in plain torch reads its lengths, and is no part of it."""
+    from src.bert_layers import BertGatedLinearUnitMLP
+    from src.masked_lm_loss import masked_lm_head_loss
+
+    torch.manual_seed(0)
+    config = MosaicBertConfig(hidden_size=24, intermediate_size=40, hidden_dropout_prob=0.0, kernels=choice)
+    mlp = BertGatedLinearUnitMLP(config).to(DEVICE)
+    weight, bias = torch.randn(97, 24, device=DEVICE), torch.randn(97, device=DEVICE)
+
+    def step(x, labels):
+        return masked_lm_head_loss(mlp(x), weight, bias, labels)["loss"]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (5, 33, 64):
+        x, labels = torch.randn(T, 24, device=DEVICE), torch.randint(-1, 97, (T,), device=DEVICE)
+        want = gradients(mlp, step(x, labels))
+        triton_common.launches.clear()
+        got = gradients(mlp, compiled(x, labels))
+        assert bool(triton_common.launches) == (choice == "triton")
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_runs_is_a_constant_of_a_compiled_model(monkeypatch):
+    """No guard on what re or functools hold in their caches, and no warning of them."""
+    monkeypatch.setattr(triton_common, "_asked_once", lambda: None if re.findall("[a-z]+", "gpu") else "")
+
+    def f(x):
+        chosen = attention.resolve("auto", 0.0, "cuda") == "triton" and triton_common.unavailable("cpu") is None
+        return x + 1 if chosen else x - 1
+
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for i in range(3):
+        assert compiled(torch.zeros(2))[0] == (1 if triton_common.interpreted() else -1)
+        re.compile(f"{i}[a-z]{{{i}}}")
+    assert counter.frame_count == 1
+
+
+def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
+    """With all kernels, whatever the batch: sizes are variables from the first on; 0 and 1 masked tokens, and a single
+    tile, are apart. (Not 3 tiles at first: torch takes sizes that are equal then, as the table's columns, for one.)"""
+    model = model_of(dtype=torch.float32, **IN_TURN["triton"]).to(DEVICE).train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_unpadded, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for lengths, rate in (
+        ([9, 3, 17, 5], 0.4),
+        ([20, 8], 0.4),
+        ([9, 1, 4], 0.0),
+        ([9, 4], 0.05),
+        ([30, 2], 0.3),
+        ([7], 0.3),
+    ):
+        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"].to(DEVICE), micro["max_seqlen"])
+        inputs = (micro["input_ids"].to(DEVICE), layout, micro["masked_index"].to(DEVICE), micro["labels"].to(DEVICE))
+        torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
+        counts.append(micro["num_masked"])
+    assert 1 in counts and counter.frame_count <= 4
+
+
+def test_plain_torch_is_compiled_for_two_batches_and_never_again():
+    """The first batch's sizes are taken for constants, the second's for variables; attention stays as it is."""
+    model = model_of(dtype=torch.float32, attention="torch", kernels="torch").train()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_unpadded, backend=counter)
+    counts = []
+    for lengths in ([9, 3, 17, 5], [20, 8], [9, 4, 4], [30, 2], [7, 6, 5, 4, 3]):
+        (micro,) = split_unpadded(batch_of(lengths, 0.4), len(lengths))
+        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] < counts[1] == counts[-1]
+
+
+# Plain torch
+
+
+def test_torch_dropout_keeps_its_share_and_scales_by_the_true_one():
+    torch.manual_seed(0)
+    n = 2**20
+    for p in (0.1, 0.5, 0.9):
+        x = torch.ones(n, requires_grad=True)
+        out = torch_ops.dropout(x, p)
+        kept = int(p * 2**16) / 2**16
+        torch.testing.assert_close(out.max().item(), 1 / (1 - kept), rtol=1e-6, atol=0)
+        assert set(out.unique().tolist()) == {0.0, out.max().item()}
+        assert abs(out.mean() - 1) < 5 * (kept / (1 - kept) / n) ** 0.5  # five standard deviations
+        (grad,) = torch.autograd.grad(out, x, torch.full_like(out, 3.0))
+        torch.testing.assert_close(grad, 3 * out.detach())
+    x = torch.randn(7, 3)
+    assert torch_ops.dropout(x, 0.5, training=False) is x and torch_ops.dropout(x, 0.0) is x
+    assert torch_ops.dropout(x, 1e-6) is x  # less than 2^-16
+
+
+def test_torch_dropout_has_no_pattern():
+    """Neighbours, and the four elements of one random word, are independent."""
+    torch.manual_seed(1)
+    keep = torch_ops.keep_mask(torch.empty(4 * 10**5), 2**15).float()
+    for lag in (1, 2, 3, 4, 7):
+        assert abs(torch.corrcoef(torch.stack([keep[lag:], keep[:-lag]]))[0, 1]) < 0.01
+    assert all(abs(keep[i::4].mean() - 0.5) < 0.01 for i in range(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_torch_geglu_equals_autograds(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(33, 48, dtype=dtype)[:, :40].requires_grad_()
+    out, kept = kept_bytes(torch_ops.geglu, x)
+    gate, up = x.chunk(2, dim=-1)
+    want = torch.nn.functional.gelu(gate) * up
+    dout = torch.randn_like(out)
+    tolerance = {} if dtype != torch.bfloat16 else dict(rtol=0.03, atol=0.03)
+    torch.testing.assert_close(out, want, **tolerance)
+    torch.testing.assert_close(torch.autograd.grad(out, x, dout)[0], torch.autograd.grad(want, x, dout)[0], **tolerance)
+    assert kept == 0  # its argument alone
+
+
+def test_torch_geglu_with_dropout(monkeypatch):
+    """Same mask in forward and backward: equal to autograd's with the mask that was drawn."""
+    x, recorded, keep_mask = torch.randn(33, 40, dtype=torch.float64, requires_grad=True), [], torch_ops.keep_mask
+    monkeypatch.setattr(torch_ops, "keep_mask", lambda *args: recorded.append(keep_mask(*args)) or recorded[-1])
+    out, kept = kept_bytes(torch_ops.geglu, x, 0.3)
+    gate, up = x.chunk(2, dim=-1)
+    want = torch.nn.functional.gelu(gate) * up * recorded[0] / (1 - int(0.3 * 2**16) / 2**16)
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(torch.autograd.grad(out, x, dout), torch.autograd.grad(want, x, dout))
+    assert kept == 33 * 20  # the mask, a byte an element
+    assert torch.autograd.gradcheck(lambda x: torch_ops.geglu(x), x)

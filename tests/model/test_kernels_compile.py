@@ -1,0 +1,60 @@
+"""Each kernel through the compiler for the cards, in a process without the interpreter (benchmarks/kernels/aot.py)."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from src.triton_common import refused
+
+triton = pytest.importorskip("triton")
+
+ALL = [80, 86, 89, 90, 100, 103, 120]
+"""A100; RTX 30; RTX 40, L4, L40S; H100, H200; B200; B300; RTX 50."""
+
+
+def compiled(*arguments, before="pass"):
+    """Exit status and the counts of the last line."""
+    code = f"import sys; from benchmarks.kernels import aot; {before}; sys.exit(aot.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    last = done.stdout.splitlines()[-1] if done.stdout else ""
+    assert re.fullmatch(r"aot kernels=\d+ spilling=\d+ over_limit=\d+", last), done.stdout + done.stderr
+    return done.returncode, {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", last)}
+
+
+def test_the_base_model_on_a100_and_h100(tmp_path):
+    """Attention with heads of 64, LayerNorm of 768, gated unit of 3,072; aligned strides and others."""
+    table, old = tmp_path / "table.md", f"## Triton {triton.__version__}\n\nold\n"
+    table.write_text(f"# Title\n\n## Triton 3.0.9\n\nbefore\n\n{old}\n## Triton 3.10.0\n\nafter\n")
+    arguments = ("--architectures", 80, 90, "--head_sizes", 64, "--widths", 768, "--dtypes", "bf16", "--out", table)
+    status, counts = compiled(*arguments)
+    assert status == 0 and counts == {"kernels": 2 * (4 + 2 * (6 + 4)), "spilling": 0, "over_limit": 0}
+    _, before, ours, after = table.read_text().split("## Triton ")  # other Tritons' sections are kept, in order
+    assert before == "3.0.9\n\nbefore\n\n" and after == "3.10.0\n\nafter\n"
+    assert ours.startswith(f"{triton.__version__}\n") and "old" not in ours and ours.count("\n| sm_90 |") == 24
+    serialised = 2 if triton.__version__ < "3.4" else 0
+    assert f"\n{serialised} of 3 builds with wgmma wait for each product" in ours
+    assert ours.endswith("\n\naot kernels=48 spilling=0 over_limit=0\n\n")
+
+
+def test_a_bad_tile_is_caught():
+    """Of the forward's queries more than registers hold, and more stages than shared memory does."""
+    before = (
+        "F = aot.flash_attn_triton; good = F.Tile(32, 32, 4, 1);"
+        "F.TILES = {(0, 64, 2): F.Tiles(F.Tile(128, 128, 4, 4), good, good)}"
+    )
+    arguments = ("--architectures", 86, "--head_sizes", 64, "--widths", "--dtypes", "bf16")
+    status, counts = compiled(*arguments, before=before)
+    assert status == 1 and counts == {"kernels": 4, "spilling": 1, "over_limit": 1}
+
+
+@pytest.mark.slow  # some minutes
+@pytest.mark.parametrize("architecture", ALL)
+def test_all_kernels(architecture):
+    """None for a card that this Triton does not compile for: trying would abort the process."""
+    status, counts = compiled("--architectures", architecture)
+    built = 0 if refused(divmod(architecture, 10)) else 3 * (7 * 4 + 4 * 2 * (6 + 4))
+    assert status == 0 and counts == {"kernels": built, "spilling": 0, "over_limit": 0}

@@ -1,0 +1,140 @@
+"""The head as one function against its parts in plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels.saved_bytes import kept_bytes
+from src import masked_lm_loss
+from src.masked_lm_loss import masked_lm_head_loss
+from tests.model.test_kernels import DEVICE, assert_within_budget
+
+D, V = 24, 97
+
+
+def inputs_of(M, dtype=torch.float32, scale=1.0):
+    g = torch.Generator().manual_seed(M)
+    x, weight, bias = (
+        torch.randn(M, D, generator=g),
+        torch.randn(V, D, generator=g) * scale,
+        torch.randn(V, generator=g),
+    )
+    labels = torch.randint(0, V, (M,), generator=g)
+    return [t.to(dtype).to(DEVICE).requires_grad_() for t in (x, weight, bias)], labels.to(DEVICE)
+
+
+def plain(x, weight, bias, labels):
+    """loss_sum, from the parts."""
+    logits = F.linear(x, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@pytest.fixture(params=[2**24, 3 * V])
+def block(request, monkeypatch):
+    """All rows in one block, and three rows a block."""
+    monkeypatch.setattr(masked_lm_loss, "BLOCK_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("M", [1, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradients(M, dtype, block):
+    tensors, labels = inputs_of(M, dtype)
+    out = masked_lm_head_loss(*tensors, labels)
+    want = plain(*tensors, labels)
+    logits = F.linear(*tensors)
+    torch.testing.assert_close(out["loss_sum"], want)
+    torch.testing.assert_close(out["loss"], want / M)
+    assert out["count"] == M and out["correct"] == (logits.argmax(1) == labels).sum()
+    torch.testing.assert_close(torch.autograd.grad(out["loss"], tensors), torch.autograd.grad(want / M, tensors))
+    with torch.no_grad():
+        again = masked_lm_head_loss(*tensors, labels)
+    for name, value in out.items():
+        torch.testing.assert_close(again[name], value)
+
+
+def test_rows_without_a_label_count_for_nothing(block):
+    """Loss, gradients and counts are as if they were not there; their own gradient is 0."""
+    (x, weight, bias), labels = inputs_of(9)
+    keep = torch.tensor([0, 2, 3, 8], device=DEVICE)
+    ignored = torch.full_like(labels, -100)
+    ignored[keep] = labels[keep]
+    out = masked_lm_head_loss(x, weight, bias, ignored)
+    want = masked_lm_head_loss(x[keep], weight, bias, labels[keep])
+    for name in want:
+        torch.testing.assert_close(out[name], want[name])
+    assert out["count"] == 4
+    got = torch.autograd.grad(out["loss"], (x, weight, bias))
+    torch.testing.assert_close(got, torch.autograd.grad(want["loss"], (x, weight, bias)))
+    assert not got[0][ignored < 0].any()
+
+
+@pytest.mark.parametrize("M", [0, 5])
+def test_no_label_at_all(M):
+    tensors, labels = inputs_of(M)
+    out = masked_lm_head_loss(*tensors, torch.full_like(labels, -100))
+    assert out["loss"] == 0 and out["count"] == 0 and out["correct"] == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(out["loss"], tensors))
+
+
+def test_large_logits():
+    tensors, labels = inputs_of(33, scale=20.0)
+    assert F.linear(*tensors).abs().max() > 80
+    assert_as_near_as_its_parts(tensors, labels)
+
+
+def assert_as_near_as_its_parts(tensors, labels, dtype=None):
+    """Loss and gradients within the budget, under autocast to ``dtype`` if one is given; all of them in fp32."""
+    results = []
+    for function in (lambda *t: masked_lm_head_loss(*t)["loss_sum"], plain):
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            loss = function(*tensors, labels)
+        results.append((loss, *torch.autograd.grad(loss, tensors)))
+    assert {t.dtype for t in results[0]} == {torch.float32}
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    loss = plain(*doubles, labels)
+    exact = (loss, *torch.autograd.grad(loss, doubles))
+    for name, *values in zip(("loss", "dx", "dweight", "dbias"), *results, exact, strict=True):
+        assert_within_budget(*values, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    assert_as_near_as_its_parts(*inputs_of(127), dtype)
+
+
+def test_the_logits_are_all_that_is_kept_and_their_gradient_overwrites_them():
+    M = 33
+    tensors, labels = inputs_of(M)
+    out, kept = kept_bytes(lambda *args: masked_lm_head_loss(*args)["loss_sum"], *tensors, labels)
+    assert kept == M * V * 4 + 2 * M * 4 + 8  # the logits, maxima, sums, and the count that the mean divides by
+    logits = next(t for t in out.grad_fn.saved_tensors if t.shape == (M, V))
+    (dbias,) = torch.autograd.grad(out, tensors[2], retain_graph=True)
+    torch.testing.assert_close(logits.sum(0), dbias)
+    with pytest.raises(RuntimeError, match="has one backward"):  # never a wrong gradient
+        torch.autograd.grad(out, tensors)
+
+
+def test_evaluation_never_holds_the_logits(monkeypatch):
+    monkeypatch.setattr(masked_lm_loss, "BLOCK_ELEMENTS", 3 * V)
+    rows, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, x, w: rows.append(len(x)) or addmm(b, x, w))
+    tensors, labels = inputs_of(10)
+    with torch.no_grad():
+        out = masked_lm_head_loss(*tensors, labels)
+    assert rows == [3, 3, 3, 1] and not out["loss"].requires_grad
+
+
+def test_only_some_inputs_need_gradients():
+    (x, weight, bias), labels = inputs_of(7)
+    frozen = masked_lm_head_loss(x, weight.detach(), bias.detach(), labels)["loss"]
+    want = masked_lm_head_loss(x, weight, bias, labels)["loss"]
+    torch.testing.assert_close(torch.autograd.grad(frozen, x), torch.autograd.grad(want, x))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on the device, which ends the process")
+def test_a_label_that_is_no_word():
+    tensors, labels = inputs_of(3)
+    labels[1] = V
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        masked_lm_head_loss(*tensors, labels)

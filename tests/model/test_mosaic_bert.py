@@ -1,0 +1,93 @@
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.variants import SDPA_ON_CPU
+from src.configuration_bert import MosaicBertConfig
+from src.data.microbatches import split_padded, split_unpadded
+from src.hf_bert import HFBert
+from src.mosaic_bert import LanguageCrossEntropy, MaskedAccuracy, MosaicBert
+from tests.model.test_bert_layers import RAGGED, SMALL, batch_of
+
+MODELS = {
+    "mosaic_bert": lambda: MosaicBert(MosaicBertConfig(**SMALL)),
+    "hf_bert": lambda: HFBert(transformers.BertConfig(**SMALL)),
+}
+SPLITS = {"mosaic_bert": split_unpadded, "hf_bert": split_padded}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_metrics_are_exact_over_microbatches(name):
+    """Mean over all masked tokens; the loss that is optimised, weighted by masked tokens, is the same number."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    batch = batch_of()
+    values = []
+    for size in (1, 2, 5):
+        metrics, loss, count = model.get_metrics(is_train=False), 0.0, 0
+        for metric in metrics.values():
+            metric.reset()
+        for part in SPLITS[name](batch, size):
+            outputs = model.eval_forward(part)
+            for metric in metrics.values():
+                model.update_metric(part, outputs, metric)
+            loss += model.loss(outputs, part).item() * part["num_masked"]
+            count += part["num_masked"]
+        values.append([metric.compute().item() for metric in metrics.values()])
+        assert values[-1][0] == pytest.approx(loss / count, rel=1e-5)
+    assert values[1] == pytest.approx(values[0], rel=1e-6) and values[2] == pytest.approx(values[0], rel=1e-6)
+    assert set(model.get_metrics(is_train=True)) == {"LanguageCrossEntropy", "MaskedAccuracy"}
+
+
+def test_metric_values():
+    entropy, accuracy = LanguageCrossEntropy(), MaskedAccuracy()
+    for loss_sum, correct, count in ((10.0, 1, 4), (0.0, 0, 0), (2.0, 2, 2)):
+        fields = (torch.tensor(loss_sum), torch.tensor(correct), torch.tensor(count))
+        entropy.update(*fields)
+        accuracy.update(*fields)
+    assert entropy.compute() == 2.0 and accuracy.compute() == 0.5
+
+
+def test_hf_bert_takes_the_loss_of_masked_tokens_only():
+    torch.manual_seed(0)
+    model = MODELS["hf_bert"]().eval()
+    batch = batch_of()
+    (part,) = split_padded(batch, 100)
+    want = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    got = model(part)
+    torch.testing.assert_close(got.loss, want.loss)
+    masked = batch["labels"] >= 0
+    hits = (want.logits.argmax(-1) == batch["labels"])[masked].sum()
+    assert got.correct == hits and got.count == masked.sum()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_of_the_matrix_products(name):
+    """Counted by torch on a forward pass: a third of the step. Equal lengths, so that nothing is padded."""
+    model = MODELS[name]()
+    batch = batch_of([16] * 4)
+    (part,) = SPLITS[name](batch, 100)
+    with FlopCounterMode(display=False, custom_mapping=SDPA_ON_CPU) as counter, torch.no_grad():
+        model(part)
+    assert model.flops_per_batch(part) == model.flops_per_batch(batch) == 3 * counter.get_total_flops()
+
+
+def test_flops_follow_real_tokens_and_squared_lengths():
+    model = MODELS["mosaic_bert"]()
+    ragged, padded = batch_of(RAGGED), batch_of([max(RAGGED)] * len(RAGGED))
+    padded["labels"] = ragged["labels"]
+    c = model.config
+    T = len(RAGGED) * max(RAGGED) - sum(RAGGED)
+    pairs = len(RAGGED) * max(RAGGED) ** 2 - sum(n * n for n in RAGGED)
+    per_token = 2 * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size) + 2 * c.hidden_size**2
+    extra = 6 * (per_token * T + 3 * 2 * c.hidden_size * pairs)
+    assert model.flops_per_batch(padded) - model.flops_per_batch(ragged) == extra
+
+
+def test_gradient_checkpointing_is_handed_on():
+    for model in (
+        MosaicBert(MosaicBertConfig(**SMALL), gradient_checkpointing=True),
+        HFBert(transformers.BertConfig(**SMALL), gradient_checkpointing=True),
+    ):
+        assert model.model.is_gradient_checkpointing

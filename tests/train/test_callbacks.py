@@ -1,0 +1,87 @@
+"""Callbacks and loggers in small runs: what stops a run, what is tried before it, what is printed of it."""
+
+import re
+
+import pytest
+import torch
+
+import main
+from src import data_c4
+from src.common.errors import TrainingError
+from src.mosaic_bert import MosaicBert
+from src.train.callbacks import LargestStep
+from src.train.config import load
+from tests.train.test_main import fit
+
+QUICKSTART = "yamls/quickstart.yaml"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(overrides, tmp_path):
+    """With step, rank, learning rate and the checkpoint before it; nothing is saved of the broken weights."""
+    with pytest.raises(SystemExit) as exit:
+        main.run([QUICKSTART, *overrides, "optimizer.lr=1e30", "max_duration=20ba", "save_interval=1ba"])
+    message = str(exit.value)
+    found = re.search(r"the loss is (nan|inf) at step (\d+) on ranks 0, learning rate \S+e\+", message)
+    assert found and int(found[2]) > 1
+    last = f"ep0-ba{int(found[2]) - 1}-rank0.pt"
+    assert f"Last checkpoint before it: {tmp_path}/checkpoints/{last}" in message
+    saved = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert last in saved and f"ep0-ba{found[2]}-rank0.pt" not in saved
+
+
+def test_without_a_checkpoint_that_is_said(overrides):
+    options = [*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"]
+    with pytest.raises(TrainingError, match="This run has saved no checkpoint before it"):
+        fit(QUICKSTART, options)
+
+
+def test_an_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
+    """A stream that stops without an exception; a run may not say that it trained what it did not."""
+    whole = data_c4.Loader.__iter__
+    monkeypatch.setattr(data_c4.Loader, "__iter__", lambda self: (b for i, b in enumerate(whole(self)) if i < 3))
+    with pytest.raises(TrainingError, match="epoch 1 ended after 3 of 19 batches"):
+        fit(QUICKSTART, [*overrides, "max_duration=1ep", "eval_interval=0"])
+
+
+def test_the_largest_microbatch_is_tried_first_and_changes_nothing(overrides, monkeypatch):
+    options = [*overrides, "save_folder=null", "eval_interval=0", "model.model_config.hidden_dropout_prob=0.1"]
+    shapes, forward = [], MosaicBert.forward
+    monkeypatch.setattr(
+        MosaicBert,
+        "forward",
+        lambda self, batch: shapes.append((len(batch["input_ids"]), batch["max_seqlen"])) or forward(self, batch),
+    )
+    _, want, weights = fit(QUICKSTART, options)
+    assert shapes[0] == (16 * 32, 32) == max(shapes)
+    monkeypatch.setattr(LargestStep, "fit_start", lambda *args: None)
+    _, got, same = fit(QUICKSTART, options)
+    assert got.losses == want.losses and torch.equal(weights, same)
+
+
+def test_too_little_memory_is_said_before_the_first_step(overrides, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(MosaicBert, "forward", forward)
+    with pytest.raises(SystemExit) as exit:
+        main.run([QUICKSTART, *overrides])
+    message = str(exit.value)
+    assert "too little memory for a microbatch of 16 sequences, 512 tokens (CUDA out of memory. Tried" in message
+    assert "Lower device_train_microbatch_size" in message and "more" not in message.split("(")[1].split(")")[0]
+
+
+def test_console_lines(overrides, capsys):
+    monitors = ["callbacks.step_monitor.warmup=0", "loggers.console_line.interval=2ba", "eval_interval=4ba"]
+    fit(QUICKSTART, [*overrides, "save_folder=null", *monitors])
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    number = r"[\d.,e+-]+"
+    parts = rf"loss {number}  lr {number}  grad {number}  {number} tokens/s  waiting for data {number}%"
+    assert re.fullmatch(rf"step 2 \(50\.0%\)  {parts}  0:00:00 left", printed[0])
+    assert re.fullmatch(rf"step 4 \(100\.0%\)  {parts}", printed[1])
+    assert re.fullmatch(rf"step 4 \(100\.0%\)  eval:  LanguageCrossEntropy {number}  .*", printed[2])
+    assert len(printed) == 3
+
+
+def test_an_interval_that_is_none(overrides):
+    with pytest.raises(main.ConfigError, match=r"loggers\.console_line: .*hours"):
+        main.build_trainer(load(QUICKSTART, [*overrides, "loggers.console_line.interval=3hours"]))

@@ -1,0 +1,242 @@
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.common.errors import ConfigError
+from src.train import config
+from src.train.config import MaskingSchedule, load
+from src.train.schema import hide_environment, to_dict
+from tests.conftest import YAMLS
+
+
+def paths_of(tree, prefix=""):
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from paths_of(value, f"{prefix}{key}.")
+
+
+def misspell(tree, path):
+    """``tree`` with the last key of ``path`` misspelt."""
+    first, _, rest = path.partition(".")
+    if rest:
+        return {**tree, first: misspell(tree[first], rest)}
+    return {(key + "x" if key == first else key): value for key, value in tree.items()}
+
+
+@pytest.fixture
+def quickstart():
+    return yaml.safe_load(Path("yamls/quickstart.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_shipped_yamls_load_and_survive_a_round_trip(path, write):
+    run = load(str(path))
+    assert load(write(to_dict(run))) == run
+
+
+def test_defaults_come_from_the_run(write, quickstart):
+    run = load(write(quickstart), ["data_remote=s3://bucket/c4", "seed=3"])
+    for loader in (run.train_loader, run.eval_loader):
+        assert (loader.local, loader.remote) == (run.data_local, "s3://bucket/c4")
+    assert run.train_loader.shuffle_seed == 3 and run.eval_loader.mlm_probability == 0.15
+    other = load(write(quickstart), ["data_remote=s3://bucket/c4", "eval_loader.local=elsewhere"])
+    assert (other.eval_loader.local, other.eval_loader.remote) == ("elsewhere", None)
+
+
+def test_datasets_to_mix_by_name(write, quickstart):
+    streams = {"wiki": {"proportion": 0.9}, "own": {"proportion": 0.1, "local": "own", "remote": "s3://own"}}
+    quickstart["train_loader"] = {"streams": streams, "predownload": 8, **quickstart["train_loader"]}
+    run = load(write(quickstart))
+    assert list(run.train_loader.streams) == ["own", "wiki"]  # whatever the order of the lines
+    own, wiki = run.train_loader.streams.values()
+    assert (wiki.local, wiki.remote, wiki.split) == (run.data_local, None, "train")
+    assert (own.local, own.remote, own.split, own.proportion) == ("own", "s3://own", "train", 0.1)
+    assert load(write(to_dict(run))) == run
+
+
+def test_evaluation_sets_by_name(write, quickstart):
+    sets = {"domain": {"split": "held-out", "local": "elsewhere"}, "c4": {"split": "val", "mlm_probability": 0.2}}
+    run = load(write({**quickstart, "eval_loaders": sets}))
+    assert run.eval_loaders["domain"].local == "elsewhere" and run.eval_loaders["c4"].local == run.data_local
+    assert load(write(to_dict(run))) == run
+    with pytest.raises(ConfigError) as error:
+        load(write({**quickstart, "eval_loaders": {"a": {"splt": "x"}, "b": 3}}))
+    for fault in ("eval_loaders.a.splt: unknown", "eval_loaders.a.split: missing", "eval_loaders.b: keys and values"):
+        assert fault in str(error.value)
+    with pytest.raises(ConfigError, match="'eval' is not a name of your own"):
+        load(write({**quickstart, "eval_loaders": {"eval": {"split": "x"}}}))
+
+
+def test_overrides_and_interpolation(write, quickstart, monkeypatch):
+    monkeypatch.setenv("MY_FOLDER", "/data/secret-place")
+    path = write({**quickstart, "save_folder": "${data_local}/${run_name}", "data_local": "${oc.env:MY_FOLDER}"})
+    run = load(path, ["run_name=x", "max_duration=7ba", "optimizer.lr=1e-5", "model.model_config.hidden_size=12"])
+    assert run.save_folder == "/data/secret-place/x" and run.max_duration == "7ba"
+    assert run.optimizer.options["lr"] == 1e-5 and run.model.options["model_config"]["hidden_size"] == 12
+    text = hide_environment(yaml.safe_dump(to_dict(run)), path)
+    assert "secret-place" not in text and "${oc.env:MY_FOLDER}/x" in text
+
+
+def test_scheduled_masking(write, quickstart):
+    run = load(write({**quickstart, "mlm_probability": {"initial": 0.3, "final": 0.15}}))
+    assert run.mlm_probability == MaskingSchedule(0.3, 0.15)
+    with pytest.raises(ConfigError, match="mlm_probability.finl: unknown; did you mean 'final'"):
+        load(write({**quickstart, "mlm_probability": {"initial": 0.3, "finl": 0.15}}))
+
+
+def test_all_faults_in_one_error(write, quickstart):
+    broken = {**quickstart, "sed": 1, "max_seq_len": "long", "max_duration": "1h", "train_loader": {"splt": "train"}}
+    del broken["tokenizer_name"]
+    with pytest.raises(ConfigError) as error:
+        load(write(broken), ["eval_loader.num_workers=-1"])
+    message = str(error.value)
+    for fault in (
+        "sed: unknown; did you mean 'seed'?",
+        "tokenizer_name: missing",
+        "max_seq_len: 'long' is not a whole number",
+        "train_loader.splt: unknown; did you mean 'split'?",
+        "train_loader.split: missing",
+        "train_loader.num_canonical_nodes: missing",
+    ):
+        assert fault in message
+    assert "6 faults" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("max_duration=1h", "max_duration: '1h' is not"),
+        ("max_duration=0ba", "max_duration: '0ba' is not"),
+        ("mlm_probability=1.5", "mlm_probability: 1.5 is not between 0 and 1"),
+        ("mlm_probability=true", "mlm_probability: True is not a number"),
+        ("eval_loader.mlm_probability=0", "eval_loader.mlm_probability: 0.0 is not"),
+        ("precision=fp64", "precision: 'fp64' is not one of fp32, amp_bf16, amp_fp16"),
+        (
+            "device_train_microbatch_size=big",
+            "device_train_microbatch_size: 'big' is not a whole number or one of auto",
+        ),
+        ("device_train_microbatch_size=0", "device_train_microbatch_size: 0 is not positive"),
+        ("max_seq_len=2", "max_seq_len: 2 is not more than"),
+        ("model=bert", "model: a section with a 'name'"),
+        ("loggers=[]", "Cannot merge"),
+        ("algorithms=[]", "algorithms: names, each with what it takes"),
+        ("callbacks.speed_monitor=3", "callbacks.speed_monitor: keys and values"),
+        ("train_loader=3", "train_loader: keys and values are wanted"),
+        ("train_loader.num_canonical_nodes=0", "train_loader.num_canonical_nodes: 0 is not positive"),
+        ("train_loader.download_retry=0", "train_loader.download_retry: 0 is not positive"),
+        ("train_loader.predownload=0", "train_loader.predownload: 0 is not positive"),
+        ("train_loader.prefetch_factor=4", "train_loader.prefetch_factor: acts only with num_workers"),
+        ("eval_loader.persistent_workers=true", "eval_loader.persistent_workers: acts only with num_workers"),
+        ("train_loader.predownload=8", "train_loader.predownload: acts only on data that is streamed from a remote"),
+        ("train_loader.cache_limit=1gb", "train_loader.cache_limit: acts only on data that is streamed"),
+        ("eval_loader.download_retry=3", "eval_loader.download_retry: acts only on data that is streamed"),
+        ("eval_loader.predownload=8", "eval_loader.predownload: unknown"),
+        ("eval_loader.moving_crop=true", "eval_loader.moving_crop: unknown"),
+        ("train_loader.length_window=-1", "train_loader.length_window: -1 is not 0 or more"),
+        ("train_loader={length_window: 8, shuffle: false}", "train_loader.length_window: acts only with shuffle"),
+        ("train_loader={length_window: 8, num_canonical_nodes: 7}", "is none of 7"),
+        ("train_loader.streams={a: {weight: 2}}", "train_loader.streams.a.weight: unknown"),
+        ("train_loader.streams={a: {proportion: 0}}", "train_loader.streams.a.proportion: 0.0 is not positive"),
+        ("train_loader.streams={a: {choose: -5}}", "train_loader.streams.a.choose: -5 is not positive"),
+        ("train_loader.streams={a: {repeat: 2, choose: 5}}", "streams.a: repeat and choose: one weight is enough"),
+        (
+            "train_loader.streams={a: {proportion: 2}, b: {local: x, repeat: 2}}",
+            "streams: all of them take a proportion, or none does",
+        ),
+        ("train_loader.streams={a: {}, b: {split: train}}", "streams.b: is the same folder as streams.a"),
+        ("train_loader={local: x, streams: {a: {}}}", "train_loader: local and remote are given by each of the"),
+        ("time_limit=4hours", "time_limit: '4hours' is not a number with d, h, min or s"),
+        ("load_weights_only=true", "load_weights_only: acts only with a load_path"),
+    ],
+)
+def test_each_kind_of_fault(override, fault, write, quickstart):
+    with pytest.raises(ConfigError) as error:
+        load(write(quickstart), [override])
+    assert fault in str(error.value)
+
+
+def test_two_origins_of_weights(write, quickstart):
+    with pytest.raises(ConfigError, match="pretrained: load_path with load_weights_only gives weights too"):
+        load(write(quickstart), ["pretrained=a", "load_path=b", "load_weights_only=true"])
+    assert load(write(quickstart), ["pretrained=a", "load_path=b"]).pretrained == "a"  # a checkpoint to go on from
+
+
+def test_a_value_that_must_be_given(write, quickstart):
+    path = write({**quickstart, "tokenizer_name": "???"})
+    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
+        load(path)
+    assert load(path, ["tokenizer_name=mine"]).tokenizer_name == "mine"
+
+
+def test_autoresume_needs_a_folder(write, quickstart):
+    with pytest.raises(ConfigError, match="autoresume: there is nothing to resume from"):
+        load(write({**quickstart, "save_folder": None}), ["autoresume=true"])
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_each_key_misspelt_is_refused(path, write):
+    """Here for what config.py knows; options of components are refused in test_builders.py."""
+    tree = yaml.safe_load(path.read_text())
+    components = ("model.", "optimizer.", "scheduler.", "callbacks.", "loggers.", "algorithms.")
+    tried = 0
+    for key in paths_of(tree):
+        if not key.startswith(components) or key.endswith(".name"):
+            with pytest.raises(ConfigError, match=f"{key}x: unknown" if not key.endswith(".name") else "name"):
+                load(write(misspell(tree, key)))
+            tried += 1
+    assert tried > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("- 1", "Cannot merge|top level"),
+        ("a: [", "while parsing"),
+        ("a: 1\na: 2", "duplicate"),
+        ("run_name: ${nothing}", "nothing"),
+    ],
+)
+def test_a_file_that_is_no_config(text, fault, write):
+    with pytest.raises(ConfigError, match=fault):
+        load(write(text))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("4h", 14400), ("1.5min", 90), ("90s", 90), ("2d", 172800)])
+def test_time_limit(text, seconds):
+    assert config.seconds(text) == seconds
+
+
+def test_missing_file_and_bad_override(tmp_path, write, quickstart):
+    with pytest.raises(ConfigError, match="no such file"):
+        load(str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match="'max_duration' is not of the form key=value"):
+        load(write(quickstart), ["max_duration"])
+
+
+def test_every_field_is_explained():
+    """A docstring, or a comment of the class, right under each field that is no plain section."""
+    tree = ast.parse(Path(config.__file__).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Schedule")):
+            for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    name = field.target.id  # pyright: ignore
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{node.name}.{name}"
+
+
+def test_config_imports_no_torch():
+    code = "import sys, src.train.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_config_is_frozen():
+    run = load("yamls/quickstart.yaml")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.seed = 1  # pyright: ignore

