@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from src.common.errors import ConfigError
-from src.common.files import publish
+from src.common.files import replace_folder
 from src.configuration_bert import MosaicBertConfig
 from src.export import card, onnx
 from src.export.hf import CLASSES, TEXT, check_free, load, load_elsewhere, outputs_of, write
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             onnx.export(model, partial / "model.onnx")  # pyright: ignore[reportArgumentType]
             got = onnx.run(partial / "model.onnx", want.ids, want.mask)
             print(f"onnx max_abs_logit_diff={want.difference(got, 'model.onnx'):.3g}")
-        publish(partial, args.out)
+        replace_folder(partial, args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"export max_abs_logit_diff={differs:.3g} parameters={model.num_parameters()}")

@@ -1,31 +1,22 @@
-"""Files that are whole or absent, and locks on folders."""
+"""Files and folders that are complete or absent, and folders that one process holds.
+
+Every name appears by a rename of what is already on the disk, so no reader, kill or full disk ever meets half of it.
+"""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-def publish(partial: Path, out: Path) -> None:
-    """Give the folder its name, in place of an older one, which stays if that fails."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    if not out.exists():
-        partial.rename(out)
-        return
-    shutil.rmtree(replaced, ignore_errors=True)
-    out.rename(replaced)
-    try:
-        partial.rename(out)
-    except OSError:
-        replaced.rename(out)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+PARTIAL = ".partial"
+"""End of the name of what is being written."""
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk: a rename must not outlive what it names."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,27 +24,79 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: Iterable[str]) -> None:
-    """Write a file that is there as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as out:
-        out.writelines(text)
-    sync(partial)
-    partial.rename(path)
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to in place of ``path``, which it becomes if the block ends without an error.
+
+    Its folder is made. After an error, ``path`` is as it was and the partial file is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts, in UTF-8; the file is complete or as it was."""
+    with atomic(path) as partial, partial.open("w", encoding="utf-8") as out:
+        out.writelines([text] if isinstance(text, str) else text)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` (which need not exist) against other processes.
+def locked(folder: Path, timeout: float = 0.0) -> Iterator[None]:
+    """Hold ``folder``, which need not exist, against other processes; the lock file ``.<name>.lock`` lies beside it.
+
+    Args:
+        folder: to hold.
+        timeout: seconds to wait for a process that holds it.
 
     Raises:
         ValueError: another live process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as lock:  # free again when its process is killed; never removed, or two could hold it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing {folder}; wait for it to end") from None
+    # Kept when it is released: two processes could else hold two files of one name.
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process is writing {folder}; wait for it to end") from None
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give the complete folder ``new`` the name ``folder``, in place of an older one.
+
+    Killed between its two renames, it is finished by ``settle_folder``. After an error the older one is there again.
+    """
+    replaced = _replaced(folder)
+    settle_folder(folder)
+    try:
+        if folder.exists():
+            folder.rename(replaced)
+        new.rename(folder)
+        sync(folder.parent)
+    finally:
+        settle_folder(folder)
+
+
+def settle_folder(folder: Path) -> None:
+    """End a replacement that stopped between its two renames: the older folder gets its name back, or is removed."""
+    replaced = _replaced(folder)
+    if replaced.exists() and folder.exists():
+        shutil.rmtree(replaced)
+    elif replaced.exists():
+        replaced.rename(folder)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")

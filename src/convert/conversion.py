@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from src.common.files import locked, sync
+from src.common.files import locked, settle_folder, sync
 from src.convert import filters, workers
 from src.convert.samples import Tokens
 from src.convert.sources import COLUMNS, Counts, Span, files_of, iter_documents, text_bytes, units_of
 from src.convert.unit import Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
-from src.convert.work_folder import PLAN, assemble, begin, check_free, publish, settle
+from src.convert.work_folder import PLAN, assemble, begin, check_free, publish
 
 SMALL = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
 """The first so many documents of a split."""
@@ -87,7 +87,7 @@ def convert(args: argparse.Namespace, split: str, tokens: Tokens | None, grams: 
     work = part_folder(folder, *args.part) if args.part else folder.with_name(f"{split}.partial")
     plan = plan_of(args, split, tokens, grams)
     with locked(work if args.part else folder):
-        settle(folder)
+        settle_folder(folder)
         check_free(folder, args.overwrite)
         begin(work, plan, args.overwrite)
         here = work / "units"
@@ -188,7 +188,7 @@ def merge(args: argparse.Namespace, split: str) -> None:
         if lacking := [number for number in range(units) if not folder_of(number).exists()]:
             part = parts[lacking[0] % len(parts)]
             raise ValueError(f"{len(lacking)} of {units} units are not done; {part.name} lacks some: run it again")
-        settle(folder)
+        settle_folder(folder)
         check_free(folder, args.overwrite)
         work = folder.with_name(f"{split}.partial")
         begin(work, plans[0], args.overwrite)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from src.common.files import sync, write_text
+from src.common.files import replace_folder, sync, write_text
 from src.convert.stats import Stats
 from src.convert.unit import DROPPED, LENGTHS, UNIT
 from src.data.shards import TOKENS_KEY
@@ -134,22 +134,6 @@ def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None
 
 def publish(work: Path, folder: Path, overwrite: bool) -> None:
     """Give the finished dataset its name, in place of an older one if that may be replaced, and clean up."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
     check_free(folder, overwrite)
-    try:
-        if folder.exists():
-            folder.rename(replaced)
-        (work / "split").rename(folder)
-        sync(folder.parent)
-    finally:
-        settle(folder)
+    replace_folder(work / "split", folder)
     shutil.rmtree(work)
-
-
-def settle(folder: Path) -> None:
-    """End a replacement that may have stopped between its two renames: the old split has its name, or is gone."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and folder.exists():
-        shutil.rmtree(replaced)
-    elif replaced.exists():
-        replaced.rename(folder)

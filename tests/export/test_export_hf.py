@@ -19,7 +19,7 @@ import export_hf
 import main
 from src import bert_layers
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
-from src.common.files import publish
+from src.common.files import replace_folder
 from src.configuration_bert import AUTO_MAP
 from src.export import hf, onnx
 from src.train import weights
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="the disk is gone"):
-        publish(partial, old)
+        replace_folder(partial, old)
     assert (old / "config.json").read_text() == "out" and len(list(tmp_path.iterdir())) == 2
 
 

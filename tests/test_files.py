@@ -1,0 +1,57 @@
+"""Files and folders that are complete or absent."""
+
+import subprocess
+import sys
+
+import pytest
+
+from src.common import files
+from src.common.files import atomic, locked, replace_folder, settle_folder, write_text
+
+
+def test_a_file_is_complete_or_as_it_was(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "ä")
+    assert path.read_bytes() == "ä".encode()
+    with pytest.raises(OSError, match="disk full"), atomic(path) as partial:
+        partial.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text(encoding="utf-8") == "ä" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    write_text(path, (part for part in ("a", "b")))
+    assert path.read_text() == "ab"
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    code = "from pathlib import Path\nfrom src.common.files import locked\n"
+    code += f"with locked(Path({str(tmp_path / 'x')!r})): pass"
+    with locked(tmp_path / "x"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode and "another process is writing" in done.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def folder(path, content):
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+def test_a_folder_is_replaced_or_as_it_was(tmp_path, monkeypatch):
+    old, new = folder(tmp_path / "out", "old"), folder(tmp_path / "new", "new")
+    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(new, old)
+    monkeypatch.undo()
+    assert (old / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    replace_folder(folder(tmp_path / "newer", "newer"), old)
+    assert (old / "file").read_text() == "newer" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_was_killed_is_settled(tmp_path):
+    out = folder(tmp_path / "out", "old")
+    out.rename(tmp_path / ".out.replaced")  # killed between the two renames
+    settle_folder(out)
+    assert (out / "file").read_text() == "old"
+    folder(tmp_path / ".out.replaced", "older")  # killed after the second
+    settle_folder(out)
+    assert (out / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
