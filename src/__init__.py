@@ -1,0 +1,17 @@
+"""The recipe's code.
+
+The model lies flat in this folder, as Hugging Face's trust_remote_code loader needs it: files that import their
+siblings, torch and transformers only, and that an export copies byte for byte.
+
+    configuration_bert     shape of a model                     bert_layers      embeddings, layers, heads
+    bert_padding           between (B, S) and (T) tokens        attention        ALiBi attention, four implementations
+    masked_lm_loss         loss of the masked tokens            flash_attn_triton, layer_norm_triton, geglu_triton
+    torch_ops              the kernels' work in plain PyTorch   triton_common    what the kernels share
+
+    mosaic_bert, hf_bert   both models as ComposerModels        data_c4          StreamingC4 and its loader
+
+    common/  errors, files, hub     data/    shards -> batches       convert/   text -> shards
+    train/   YAML -> trained model  finetune/  labelled files        export/    checkpoint -> Hugging Face folder
+
+Who may import whom: tests/test_imports.py.
+"""

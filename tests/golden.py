@@ -85,8 +85,9 @@ class Golden:
 
     def files(self, name: str, folder: Path) -> None:
         """SHA-256 of each file that decides what is read."""
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stats.json")
-        for path in paths:
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir() or path.name.startswith(".") or path.name in ("stats.json", "conversion.json"):
+                continue
             content = path.read_bytes()
             if path.name == "index.json":  # holds the tokenizer's path
                 content = content.replace(str(self.out).encode(), b"OUT")

@@ -1,0 +1,1 @@
+"""Speed: step (tokens per second), scaling (length, size, processes), loader (data), startup."""

@@ -1,0 +1,10 @@
+"""From text to MDS shards (convert_c4.py).
+
+sources      files of text, C4 on the hub, MDS shards -> documents; shares of work ("units")
+filters      duplicates and contaminated documents
+samples      documents -> token samples, truncated or in chunks
+unit         one unit -> a folder of shards, with statistics (stats)
+workers      units over processes
+work_folder  the folder that lets a conversion be interrupted
+conversion   plan, units, merging, report: one split from beginning to end
+"""

@@ -1,0 +1,25 @@
+"""The tree says what is where: each folder's docstring names its files, and no file of the product is long."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGES = sorted(p.parent for top in ("src", "scripts", "benchmarks") for p in Path(top).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=str)
+def test_a_folder_names_its_files(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    words = set(re.findall(r"\w+", text))
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+    if folder.name == "benchmarks":
+        files -= {"report", "texts", "variants"}  # helpers of the measurements
+    assert files | folders <= words, files | folders - words
+
+
+def test_no_file_of_the_product_is_long():
+    for path in [*Path().glob("*.py"), *Path("src").rglob("*.py"), *Path("scripts").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 600 or path.name == "bert_layers.py", path
