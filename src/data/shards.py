@@ -87,17 +87,22 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
 
 def _changed(folder: Path, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of ``files`` (entries of index.json) whose bytes have another hash than the index states."""
-    for info in files:
-        if not info["hashes"]:
-            raise _no_hashes(folder)
+    hashes = [_hash(folder, info) for info in files]
 
-    def differs(info: dict[str, Any]) -> bool:
-        algorithm, want = next(iter(info["hashes"].items()))
-        return get_hash(algorithm, (folder / info["basename"]).read_bytes()) != want
+    def differs(info: dict[str, Any], expected: tuple[str, str]) -> bool:
+        return get_hash(expected[0], (folder / info["basename"]).read_bytes()) != expected[1]
 
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        progress = tqdm(pool.map(differs, files), desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
-        return [info for info, found in zip(files, progress, strict=True) if found]
+        found = pool.map(differs, files, hashes)
+        progress = tqdm(found, desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
+        return [info for info, differing in zip(files, progress, strict=True) if differing]
+
+
+def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
+    """Algorithm and digest of a file, as its index states them."""
+    for expected in info["hashes"].items():
+        return expected
+    raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or set data_verify to size")
 
 
 class OpenShards:
@@ -178,15 +183,9 @@ def check_source(source: Source, verify: str) -> None:
 
 
 def hash_algorithm(folder: Path) -> str:
-    """Name of the hash that a split's index gives for each shard as it is downloaded."""
+    """Name of the hash by which a split's index describes each shard as it is downloaded."""
     first = json.loads((folder / "index.json").read_text())["shards"][0]
-    for name in (first["zip_data"] or first["raw_data"])["hashes"]:
-        return name
-    raise _no_hashes(folder)
-
-
-def _no_hashes(folder: Path) -> DataError:
-    return DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or set data_verify to size")
+    return _hash(folder, first["zip_data"] or first["raw_data"])[0]
 
 
 def token_description(folder: Path) -> dict[str, Any] | None:

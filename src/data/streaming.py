@@ -60,7 +60,7 @@ class RepairedDataset(StreamingDataset):
                 check_shards(source.folder, False, verify)  # before streaming notes which shards the cache has
         try:
             with alone_on_node() if leads else contextlib.nullcontext():
-                super().__init__(streams=[_stream(source) for source in self.sources.values()], **kwargs)
+                super().__init__(streams=[Stream(**vars(source)) for source in self.sources.values()], **kwargs)
         except Exception as error:  # each object store has errors of its own
             remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
             if isinstance(error, ValueError) or not remotes:
@@ -212,9 +212,3 @@ class RepairedDataset(StreamingDataset):
         (test_after_an_epoch_the_next_one_begins)."""
         state = super().state_dict(num_samples, from_beginning)
         return state if num_samples else {**state, "epoch": self.next_epoch}
-
-
-def _stream(source: Source) -> Stream:
-    weights = {"proportion": source.proportion, "repeat": source.repeat, "choose": source.choose}
-    given = {name: weight for name, weight in weights.items() if weight is not None}  # streaming refuses None
-    return Stream(local=source.local, remote=source.remote, split=source.split, **given)  # pyright: ignore
