@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm import tqdm
 
 from src.convert.sources import Counts, iter_documents
-from src.data.tokenizer import pieces
+from src.data.cutting import pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -81,7 +81,7 @@ def report(out: Path, own_text: bool) -> None:
     seconds, tokens = lines[-1]["seconds"], lines[-1]["token"]
 
     tokenizer = load_tokenizer(run.tokenizer_name)
-    entropy = unigram_cross_entropy(run, tokenizer)
+    entropy = unigram_baseline(run, tokenizer)
     level = (entropy, "word frequencies alone")
     plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)
 
@@ -98,30 +98,20 @@ def report(out: Path, own_text: bool) -> None:
     )
 
 
-def unigram_cross_entropy(run: Any, tokenizer: Any) -> float:
-    """Nats a token on the evaluation's own masked targets, from add-one frequencies of the training tokens."""
-    import numpy as np
-
+def unigram_baseline(run: Any, tokenizer: Any) -> float:
+    """``unigram_loss`` on the run's validation set, masked as its evaluation masks it."""
     from src import data_c4
     from src.data.masking import MaskingCollator
+    from src.data.unigram import unigram_loss
 
     def dataset(loader: Any) -> data_c4.StreamingC4:
         return data_c4.StreamingC4(tokenizer, run.max_seq_len, local=loader.local, split=loader.split)
 
-    train, held_out = dataset(run.train_loader), dataset(run.eval_loader)
+    train, batch_size = dataset(run.train_loader), run.device_eval_batch_size
     collator = MaskingCollator(tokenizer, run.eval_loader.mlm_probability, run.seed)
-    counts = np.ones(len(tokenizer))
-    for i in range(train.size):
-        counts += np.bincount(train[i]["input_ids"], minlength=len(counts))
-    counts[collator.is_special] = 0  # never a target
-    log_frequency = np.log(counts[collator.words] / counts.sum())
-    by_id = np.zeros(len(counts))
-    by_id[collator.words] = log_frequency
-
-    once = data_c4.EachSampleOnce(held_out, run.device_eval_batch_size, rank=0, world_size=1)
-    batches = data_c4.build_dataloader(once, collator, run.device_eval_batch_size)
-    targets = [batch["labels"][batch["labels"] >= 0].numpy() for batch in batches]
-    return float(-by_id[np.concatenate(targets)].mean())
+    validation = data_c4.ExactEvalDataset(dataset(run.eval_loader), batch_size, rank=0, world_size=1)
+    batches = data_c4.build_dataloader(validation, collator, batch_size)
+    return unigram_loss((train[i]["input_ids"] for i in range(train.size)), batches, tokenizer)
 
 
 def held_out_prompts(out: Path) -> list[tuple[str, str]]:

@@ -1,82 +1,131 @@
-"""The data's way: MDS shards -> samples -> masked, padded batches.
+"""Data: MDS shards -> samples -> masked, padded batches.
 
-    StreamingC4            one sample: ids, sample id, epoch; shards of text (tokenized here) or of tokens; one dataset
-                           or several, mixed; in streaming's order, or with samples of like length together
-    EachSampleOnce         evaluation's view of it: no sample repeated, none left out
-    MaskingCollator        samples -> padded (B, S) batch, masked as a pure function of seed, epoch, sample, position
+    StreamingC4            samples of one dataset or of several mixed ones; shards of text (tokenized here) or of tokens
+    ExactEvalDataset       its samples for evaluation: each exactly once
+    build_dataloader       samples -> padded (B, S) batches, masked by ``MaskingCollator``
 
-Letters: B sequences, S longest length in the batch, T real tokens, M masked tokens.
+StreamingC4 says what a sample is; MixedDataset, its base, what an epoch draws and in which order; and RepairedDataset
+(src/data/streaming.py), the base of that, mends mosaicml-streaming.
+
+Letters: B sequences, S longest length in the batch, T non-padding tokens, M masked tokens.
 
 As a script it prints what training would see:  python src/data_c4.py REMOTE [LOCAL] [--split val]
 """
 
 import argparse
-import contextlib
-import json
-import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # python src/data_c4.py: packages before the files of src, and src as a package
+if __name__ == "__main__":  # python src/data_c4.py: installed packages before the files of src, and src as a package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import StreamingDataset
-from streaming.base.constant import TICK
-from streaming.base.dataset import _ShardState
 from streaming.base.shuffle import get_shuffle
-from streaming.base.util import wait_for_file_to_exist
-from streaming.base.world import World
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import DataError, first_line
+from src.common.errors import ConfigError, DataError, first_line
+from src.data.cutting import encode_crop, encode_prefix
 from src.data.masking import MaskingCollator, Sample
 from src.data.microbatches import Batch, num_tokens
 from src.data.order import group_lengths, occurrences
-from src.data.shards import (
-    LENGTHS,
-    TOKENS_KEY,
-    Locator,
-    OpenShards,
-    Source,
-    _check_tokens,
-    _hash_of_downloads,
-    check_shards,
-)
-from src.data.streaming import alone_on_node
-from src.data.tokenizer import encode_crop, encode_prefix, load_tokenizer
-
-log = logging.getLogger(__name__)
+from src.data.shards import LENGTHS, check_shards, check_tokens, token_description
+from src.data.source import Source
+from src.data.streaming import RepairedDataset
+from src.data.tokenizer import load_tokenizer
 
 
-class StreamingC4(StreamingDataset):
+class MixedDataset(RepairedDataset):
+    """What an epoch draws from one or several datasets, and in which order.
+
+    Args:
+        sources, verify: as for ``RepairedDataset``.
+        length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
+            not group. Needs ``shuffle`` and shards of tokens with their lengths.bin.
+        kwargs: StreamingDataset's.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], verify: str = "size", length_window: int = 0, **kwargs: Any):
+        super().__init__(sources, verify, **kwargs)
+        self.length_window = length_window
+        if length_window:
+            assert self.shuffle, "grouping by length starts from a shuffled order"
+            self.shuffle = False  # resample_streams shuffles, and streaming would shuffle its order again
+            self.lengths = [self._open_lengths(*item) for item in enumerate(self.sources.values())]
+
+    def _open_lengths(self, stream_id: int, source: Source) -> NDArray[np.uint16]:
+        """Lengths (N,) of a source's samples: mapped, so that the processes of a node share them."""
+        samples = int(self.samples_per_stream[stream_id])
+        if token_description(source.folder) is None:
+            raise DataError(
+                f"{source.folder} holds text, whose lengths in tokens are not known: set train_loader.length_window to "
+                "0, or convert it to tokens (convert_c4.py --tokenizer)"
+            )
+        try:
+            path = self.fetch(stream_id, LENGTHS)
+            found = path.stat().st_size
+        except Exception as error:  # each object store has errors of its own
+            raise DataError(
+                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be fetched "
+                f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
+            ) from error
+        if found != 2 * samples:
+            raise DataError(
+                f"{path} has {found:,} bytes, not 2 for each of {samples:,} samples; copy or convert the split again"
+            )
+        return np.memmap(path, "<u2", "r")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each source in the samples that an epoch draws."""
+        return {name: stream.choose / self.epoch_size for name, stream in zip(self.sources, self.streams, strict=True)}
+
+    def stream_of(self, sample_id: int) -> int:
+        """Which of the sources, by position, a sample is from."""
+        return 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What an epoch draws: sizes of the parts of shards, and sample ids (``Sample.sample_id``).
+
+        Streaming calls it once an epoch on each node. With ``length_window``, the ids are in the order of training.
+        """
+        units, ids = super().resample_streams(epoch, stream_id)
+        if any(stream.choose > size for stream, size in zip(self.streams, self.samples_per_stream, strict=True)):
+            ids = ids + occurrences(ids) * self.size
+        if self.length_window:
+            assert self.num_canonical_nodes and self.batch_size and self.shuffle_block_size, "set by streaming before"
+            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
+            ids = ids[get_shuffle(self.shuffle_algo, units, nodes, seed, epoch, self.shuffle_block_size)]
+            lengths = np.concatenate(self.lengths)[ids % self.size]
+            batch = self.batch_size * self.num_ranks // nodes
+            rng = np.random.default_rng([seed, epoch])
+            ids = ids[group_lengths(lengths, nodes, batch, self.length_window, rng)]
+        return units, ids
+
+
+class StreamingC4(MixedDataset):
     """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
 
     Args:
         tokenizer: from ``load_tokenizer``.
         max_seq_len: longest sample in tokens, special tokens included. Texts are truncated to it; shards of tokens must
-            have been written for just this length.
-        local, remote, split: of the one dataset, as for ``Source``.
+            have been written for exactly this length.
+        local, remote, split: the one dataset, as for ``Source``.
         sources: several datasets to mix, by name, in place of the one.
-        verify: what of the shards is checked, as for ``check_shards``; with ``hash``, those fetched later too.
-        length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
-            not group. Needs ``shuffle``, shards of tokens, and the lengths that convert_c4.py writes beside them.
-        moving_crop: take of a text that is too long not its beginning but another part each epoch (``encode_crop``),
-            at the turn that is the sum of sample id and epoch. Needs shards of text.
+        verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
+        length_window: as for ``MixedDataset``.
+        moving_crop: random crop: each epoch takes another part of a text that is too long (``encode_crop``), the one at
+            turn sample id + epoch, in place of its beginning. Needs shards of text.
         kwargs: StreamingDataset's.
 
     Raises:
-        DataError: there is no dataset, or it is damaged or cannot be fetched, or its shards have neither text nor
-            tokens, or tokens of another tokenizer or length, or no lengths, or tokens where a crop is to move. While
-            iterating: a shard is lost or cannot be fetched.
+        DataError: as ``RepairedDataset``; or the shards have neither text nor tokens, or tokens of another tokenizer or
+            length; ``length_window`` without lengths; ``moving_crop`` with tokens.
     """
 
     def __init__(
@@ -92,258 +141,67 @@ class StreamingC4(StreamingDataset):
         moving_crop: bool = False,
         **kwargs: Any,
     ):
-        if sources is None:
-            assert local is not None, "one dataset, or several sources"
-            sources = {"": Source(local, remote, split)}
-        self.sources = dict(sources)
-        # The processes of a node share its files; one of them is enough to read them all.
-        leads = World.detect().is_local_leader
-        for source in self.sources.values():
-            source.check("size" if verify == "hash" and not leads else verify)
-            if not source.complete and leads and (source.folder / "index.json").is_file():
-                check_shards(source.folder, False, verify)  # before streaming notes what is in the cache
-        try:
-            with alone_on_node() if leads else contextlib.nullcontext():
-                super().__init__(streams=[source.stream() for source in self.sources.values()], **kwargs)
-        except Exception as error:  # each object store has errors of its own
-            remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
-            if isinstance(error, ValueError) or not remotes:
-                raise
-            raise DataError(
-                f"{', '.join(remotes)}: index.json cannot be fetched ({first_line(error)}). Check the address, that "
-                "credentials are set, and the network"
-            ) from error
-        for source, stream in zip(self.sources.values(), self.streams, strict=True):
-            if not source.complete:
-                check_shards(source.folder, False, "off")  # the names in an index that has just come
-                if verify == "hash":
-                    stream.validate_hash = _hash_of_downloads(source.folder)
-        self.spanner: Any = Locator(self.samples_per_shard)
-        self._fetched_again = set[int]()
-        self.failure: BaseException | None = None
-        self._open_shards, self._prepared = OpenShards(), set[int]()
-        for shard_id, shard in enumerate(self.shards):
-            shard.get_sample_data = partial(self._read, shard_id)  # pyright: ignore[reportAttributeAccessIssue]
-        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        super().__init__(sources or {"": Source(local, remote, split)}, verify, length_window, **kwargs)
+        self.tokenizer, self.max_seq_len, self.moving_crop = tokenizer, max_seq_len, moving_crop
         self.token_dtypes = [
-            self._token_dtype(source.folder, self.shards[first])
+            self._token_dtype(source, self.shards[first])
             for source, first in zip(self.sources.values(), self.shard_offset_per_stream, strict=True)
         ]
-        """Of each source: type of the ids on disk; None where it is text."""
-        self.moving_crop = moving_crop
-        for source, dtype in zip(self.sources.values(), self.token_dtypes, strict=True):
-            if moving_crop and dtype is not None:
+        """Type of the ids on disk, of each source; None for text."""
+
+    def _token_dtype(self, source: Source, shard: Any) -> np.dtype[Any] | None:
+        description = token_description(source.folder)
+        if description is None:
+            if "text" not in shard.column_names:
+                columns = ", ".join(shard.column_names)
                 raise DataError(
-                    f"{source.folder} holds tokens: what --pack truncate cut off is not there, and --pack chunk cuts "
-                    "nothing off. Set train_loader.moving_crop to false, or convert to text (without --tokenizer)"
+                    f"{source.folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py"
                 )
-        self.length_window = length_window
-        if length_window:
-            assert self.shuffle, "an order by length is made from a shuffled one"
-            # In resample_streams the order is made whole; streaming would shuffle it again.
-            self.shuffle = False
-            self.lengths = [self._open_lengths(i) for i in range(self.num_streams)]
-
-    def _token_dtype(self, folder: Path, shard: Any) -> np.dtype[Any] | None:
-        """Of the ids in a split's shards, if they fit the run; None if these hold text."""
-        description = json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
-        if description is not None:
-            _check_tokens(description, self.tokenizer, self.max_seq_len, folder)
-            return np.dtype(description["dtype"]).newbyteorder("<")
-        if "text" not in shard.column_names:
-            columns = ", ".join(shard.column_names)
-            raise DataError(f"{folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py")
-        return None
-
-    def _open_lengths(self, stream_id: int) -> NDArray[np.uint16]:
-        """The lengths of a source's samples, mapped, so that the processes of a node share them; fetched if need be."""
-        source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
-        path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
-        if self.token_dtypes[stream_id] is None:
+            return None
+        check_tokens(description, self.tokenizer, self.max_seq_len, source.folder)
+        if self.moving_crop:
             raise DataError(
-                f"{source.folder} holds text, whose lengths in tokens are not known: set train_loader.length_window to "
-                "0, or convert it to tokens (convert_c4.py --tokenizer)"
+                f"{source.folder} holds tokens: what --pack truncate cut off is not there, and --pack chunk cuts "
+                "nothing off. Set train_loader.moving_crop to false, or convert to text (without --tokenizer)"
             )
-        try:
-            if not source.complete and not path.exists():
-                if World.detect().is_local_leader:
-                    os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
-                else:
-                    wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
-            found = path.stat().st_size
-        except Exception as error:  # of any object store
-            raise DataError(
-                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be had "
-                f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
-            ) from error
-        if found != 2 * samples:
-            raise DataError(
-                f"{path} has {found:,} bytes, not 2 for each of {samples:,} samples; copy or convert the split again"
-            )
-        return np.memmap(path, "<u2", "r")
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of each source in the samples that an epoch draws."""
-        return {name: stream.choose / self.epoch_size for name, stream in zip(self.sources, self.streams, strict=True)}
-
-    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What an epoch draws, called by streaming once an epoch on each node: sizes of parts of shards, sample ids.
-
-        Ids of repeated samples count on (see ``Sample``). Grouped by length, they are in the order of training.
-        """
-        units, ids = super().resample_streams(epoch, stream_id)
-        if any(stream.choose > size for stream, size in zip(self.streams, self.samples_per_stream, strict=True)):
-            ids = ids + occurrences(ids) * self.size
-        if self.length_window:
-            assert self.num_canonical_nodes and self.batch_size and self.shuffle_block_size, (
-                "set before the first epoch"
-            )
-            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
-            ids = ids[get_shuffle(self.shuffle_algo, units, nodes, seed, epoch, self.shuffle_block_size)]
-            lengths = np.concatenate(self.lengths)[ids % self.size]
-            batch = self.batch_size * self._parallel_rank_world.num_ranks // nodes
-            rng = np.random.default_rng([seed, epoch])
-            ids = ids[group_lengths(lengths, nodes, batch, self.length_window, rng)]
-        return units, ids
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and unpack a shard if need be. When that fails, streaming alone lets the others wait for ever."""
-        # Called for each sample, hence without a lock, as streaming reads; an evicted shard is missed and fetched.
-        if shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
-            self._shard_access_times[shard_id] = time.time_ns()
-            return
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except Exception as error:
-            # Threads and processes that wait for it go on, do not find it either, and stop too.
-            self._shard_states[shard_id] = _ShardState.LOCAL
-            damage = self._damage(shard_id, error)
-            self._fail(damage)
-            raise damage from error
-        if self._shard_states[shard_id] == _ShardState.LOCAL:  # without ``blocking`` another process may still fetch it
-            self._prepared.add(shard_id)
-
-    def _read(self, shard_id: int, index: int) -> bytes:
-        """A sample's bytes, in place of streaming's own way, which opens the file each time."""
-        shard: Any = self.shards[shard_id]
-        try:
-            return self._open_shards.read(f"{shard.dirname}/{shard.split}/{shard.raw_data.basename}", index)
-        except FileNotFoundError:  # evicted, perhaps; streaming then prepares it again
-            self._prepared.discard(shard_id)
-            raise
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where a checkpoint's run goes on; after an epoch's end, streaming alone would begin that same epoch again."""
-        state = super().state_dict(num_samples, from_beginning)
-        return state if num_samples else {**state, "epoch": self.next_epoch}
-
-    def on_exception(self, future: Future) -> None:
-        """Called when a thread that fetches shards ends, well or not."""
-        error = future.exception()
-        if error is not None:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """Keep the first reason, and end this process's threads, or it could not exit."""
-        self.failure = self.failure or error
-        if hasattr(self, "_event"):  # not before the first iteration
-            self._event.set()
-
-    def _ready_thread(self, it: Any) -> None:
-        """Let samples be taken whose shards are there, in order, as a thread beside the iteration.
-
-        Streaming's own waits for ever for a shard that a cache with a limit drops between two looks at it.
-        """
-        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
-            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
-                time.sleep(TICK)
-                continue
-            sample_id = it.sample_ids[it.ready_index]
-            shard_id = None if sample_id == -1 else int(self.spanner[sample_id][0])  # -1 fills up a batch
-            if shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
-                it.ready_index += 1
-            elif self._shard_states[shard_id] == _ShardState.REMOTE:
-                self.prepare_shard(shard_id, False)
-            else:
-                time.sleep(TICK)
-        it.on_exit()
-
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        """Ids as they become ready. When a shard fails, streaming ends the epoch here and says nothing."""
-        yield from super()._each_sample_id(it)
-        if self.failure is not None:
-            raise DataError(str(self.failure))
+        return np.dtype(description["dtype"]).newbyteorder("<")
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its id."""
-        # Iterating begins with counting next_epoch up; a dataset that is only indexed stays at epoch 0.
+        # Streaming counts next_epoch up when an iteration begins; a dataset that is only indexed stays at epoch 0.
         epoch = max(self.next_epoch - 1, 0)
         turn = int(sample_id) + epoch if self.moving_crop else None
         sample = Sample(input_ids=self._ids(sample_id, turn, retry), sample_id=int(sample_id), epoch=epoch)
         if self.num_streams > 1:
-            sample["stream"] = self._stream_of(sample_id)
+            sample["stream"] = self.stream_of(sample_id)
         return sample
 
     def beginning(self, sample_id: int) -> NDArray[Any]:
-        """A sample's ids as evaluation takes them: (length,) from the text's beginning, wherever a crop has moved."""
+        """A sample's ids (length,) for evaluation: the beginning of its text, whatever ``moving_crop`` says."""
         return self._ids(sample_id, None)
 
-    def _stream_of(self, sample_id: int) -> int:
-        return 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
-
     def _ids(self, sample_id: int, turn: int | None, retry: int = 7) -> NDArray[Any]:
-        """A sample's ids; of a text its beginning, or what is its turn."""
-        raw, dtype = self._raw(sample_id, retry), self.token_dtypes[self._stream_of(sample_id)]
+        columns, dtype = super().get_item(sample_id, retry), self.token_dtypes[self.stream_of(sample_id)]
         if dtype is not None:
-            return np.frombuffer(raw["tokens"], dtype)
+            return np.frombuffer(columns["tokens"], dtype)
         room = self.max_seq_len - 2
         if turn is None:
-            ids = encode_prefix(self.tokenizer, raw["text"], room)
+            ids = encode_prefix(self.tokenizer, columns["text"], room)
         else:
-            ids = encode_crop(self.tokenizer, raw["text"], room, turn)
+            ids = encode_crop(self.tokenizer, columns["text"], room, turn)
         return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
 
-    def _raw(self, sample_id: int, retry: int) -> Any:
-        """A sample as the shard has it, which is fetched once more if it is damaged."""
-        try:
-            return super().get_item(sample_id, retry)
-        except Exception as error:
-            shard_id = int(self.spanner[sample_id][0])
-            streamed = not list(self.sources.values())[int(self.stream_per_shard[shard_id])].complete
-            if self.failure is None and streamed and shard_id not in self._fetched_again:
-                self._fetch_again(shard_id, error)
-                return self._raw(sample_id, retry)
-            if not isinstance(error, DataError):
-                error = self._damage(shard_id, error)
-            self._fail(error)
-            raise error from None
 
-    def _fetch_again(self, shard_id: int, error: Exception) -> None:
-        """Drop a damaged shard from the cache, once in this process; it is fetched when it is read next."""
-        shard: Any = self.shards[shard_id]
-        log.warning("%s in the cache is damaged (%s). Fetching it again", shard.raw_data.basename, error)
-        self._fetched_again.add(shard_id)
-        self._prepared.discard(shard_id)
-        self._open_shards.forget(f"{shard.dirname}/{shard.split}/{shard.raw_data.basename}")
-        self.evict_shard(shard_id)
+class ExactEvalDataset(IterableDataset):
+    """Evaluation: each sample exactly once, for any number of ranks and workers and any batch size. Epoch is 0.
 
-    def _damage(self, shard_id: int, error: Exception) -> DataError:
-        shard: Any = self.shards[shard_id]
-        path = Path(shard.dirname) / shard.split / shard.file_pairs[0][0].basename
-        return DataError(f"{path} cannot be read or fetched ({error}); copy or convert it again")
-
-
-class EachSampleOnce(IterableDataset):
-    """A dataset for evaluation: every sample in just one batch of one rank, whatever the ranks, workers and batches.
-
-    Iterating a StreamingDataset repeats samples to fill up batches and nodes; this one indexes it. Ranks that run out
-    earlier get [CLS][SEP], of which nothing can be masked, so that all ranks have equally many batches. Epoch is 0.
+    A StreamingDataset that is iterated repeats samples to fill the last batches; this one indexes it. A rank with one
+    sample less yields [CLS][SEP] instead, which has nothing to mask, so all ranks have the same number of batches.
 
     Args:
         dataset: samples by index.
-        batch_size: of the DataLoader; workers take whole batches in turn.
-        rank, world_size: this process and how many there are.
+        batch_size: of the DataLoader. Workers take whole batches in turn.
+        rank, world_size: number of this process, and number of processes.
     """
 
     def __init__(self, dataset: StreamingC4, batch_size: int, rank: int, world_size: int):
@@ -367,25 +225,38 @@ class EachSampleOnce(IterableDataset):
 
 
 class Loader(DataLoader):
-    """torch's DataLoader; what its workers say, and its time-out, as errors of one line."""
+    """torch's DataLoader, in which a time-out, a dead worker and a worker's DataError raise a DataError of one line."""
+
+    workers: frozenset[Any] = frozenset()
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
-            yield from super().__iter__()
-        except DataError as error:  # a worker's comes with its whole traceback as its text
-            raise DataError(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from None
-        except RuntimeError as error:
-            if "timed out" not in str(error) and "exited unexpectedly" not in str(error):
-                raise
-            dataset = self.dataset.dataset if isinstance(self.dataset, EachSampleOnce) else self.dataset
-            for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():
-                if source.complete:
-                    check_shards(source.folder, True)  # a lost shard may be why, and is then named
-            raise DataError(f"no batch came: {error}; its limit is the loader's 'timeout'") from None
+        earlier = active_children()
+        batches = super().__iter__()
+        self.workers = frozenset(active_children()).difference(earlier) or self.workers  # persistent ones live on
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(batches, None)
+            except DataError as error:  # torch raises a worker's with its traceback as the message
+                last = str(error).splitlines()[-1]
+                raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+            except RuntimeError as error:
+                late = 0 < self.timeout <= time.monotonic() - asked
+                if not late and all(worker.is_alive() for worker in self.workers):
+                    raise
+                dataset = self.dataset.dataset if isinstance(self.dataset, ExactEvalDataset) else self.dataset
+                for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():
+                    if source.complete:
+                        check_shards(source.folder, True)  # raises if a lost shard is the reason
+                hint = "raise the loader's 'timeout' if loading is slow" if late else "a worker died; out of memory?"
+                raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
+            if batch is None:
+                return
+            yield batch
 
 
 def build_dataloader(
-    dataset: StreamingC4 | EachSampleOnce,
+    dataset: StreamingC4 | ExactEvalDataset,
     collator: MaskingCollator,
     batch_size: int,
     num_workers: int = 0,
@@ -395,7 +266,7 @@ def build_dataloader(
     pin_memory: bool = False,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """A DataLoader of padded batches; ``timeout`` (seconds) acts with workers only."""
+    """A DataLoader of padded batches. ``timeout`` (seconds) has no effect without workers."""
     return Loader(
         dataset,
         batch_size=batch_size,
@@ -427,13 +298,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--print", type=int, default=2, dest="shown", help="batches to print, two samples each")
     args = parser.parse_args(argv)
     if args.local is None and "://" in args.remote:
-        raise ValueError(f"{args.remote} is remote: name a local folder to stream it to")
+        raise ConfigError(f"{args.remote} is remote: give a local folder to stream it to")
     local = args.local or args.remote
 
-    description = {}
-    index = Path(args.remote) / args.split / "index.json"
-    if index.is_file():
-        description = json.loads(index.read_text()).get(TOKENS_KEY) or {}
+    folder = Path(args.remote) / args.split
+    description = (token_description(folder) if (folder / "index.json").is_file() else None) or {}
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
     dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
@@ -441,11 +310,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{dataset.size:,} samples of {'text' if dataset.token_dtypes == [None] else 'tokens'} in {local}/{args.split}"
     )
 
-    each_once = EachSampleOnce(dataset, args.batch_size, rank=0, world_size=1)
+    exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)
     collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)
     batches = tokens = padded = masked = 0
     started = time.perf_counter()
-    for batch in build_dataloader(each_once, collator, args.batch_size):
+    for batch in build_dataloader(exact, collator, args.batch_size):
         if batches < args.shown:
             print(f"batch {batches}: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in batch.items()))
             for ids, real in list(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True))[:2]:

@@ -29,8 +29,8 @@ from benchmarks.learning import quality
 from benchmarks.learning.pretraining import RECIPES, Text, make_arm
 from benchmarks.texts import film_reviews, part_of
 from benchmarks.variants import Arm, Batch
+from src.data.cutting import encode_prefix
 from src.data.masking import MaskingCollator
-from src.data.tokenizer import encode_prefix
 from src.masked_lm_loss import IGNORED
 
 TIMES = (1, 2, 4, 8)

@@ -27,6 +27,7 @@ from benchmarks.variants import ARMS, Arm, Batch, Shape, check
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
 from src.data.masking import MaskingCollator, Sample, mask_batch
+from src.data.unigram import unigram_loss
 from src.train.models import padded_vocab_size
 
 WARMUP, LAST = 0.06, 0.02
@@ -137,11 +138,8 @@ class Text:
             yield mask_batch(masks(samples), rate)
 
     def frequency_loss(self) -> float:
-        """Nats a masked token, of one who knows only how often each word piece occurs in training (add-one)."""
-        ids = np.concatenate([sample["input_ids"][1:-1] for sample in self.train])  # without [CLS] and [SEP]
-        counts = 1 + np.bincount(ids, minlength=len(self.tokenizer))
-        targets = np.concatenate([batch["labels"][batch["labels"] >= 0].numpy() for batch in self.evaluation])
-        return float(np.log(counts.sum() / counts[targets]).mean())
+        """``unigram_loss`` on the evaluation's masked tokens."""
+        return unigram_loss((sample["input_ids"] for sample in self.train), self.evaluation, self.tokenizer)
 
     def real_share(self) -> float:
         """Of a padded training batch, on average."""

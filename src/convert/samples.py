@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from src.convert.stats import Stats
-from src.data.tokenizer import end_of_prefix, pieces, tokenizer_fingerprint
+from src.data.cutting import PIECE, pieces, word_boundary
+from src.data.tokenizer import tokenizer_fingerprint
 
 BATCH = 256
 """Pieces of text tokenized at once."""
@@ -80,7 +81,7 @@ class Tokens:
         found: list[tuple[list[int], int]] = [([], 0)] * len(texts)
         todo, characters = list(range(len(texts))), 6 * room  # English has 4 to 5 characters a word piece
         while todo:
-            ends = [end_of_prefix(texts[i], characters) for i in todo]
+            ends = [word_boundary(texts[i], characters, 1, max(characters, PIECE)) for i in todo]
             prefixes = [texts[i][:end] for i, end in zip(todo, ends, strict=True)]
             short = []
             encodings = self.backend.encode_batch(prefixes, add_special_tokens=False)

@@ -1,4 +1,7 @@
-"""Samples -> masked, padded batches."""
+"""Samples -> masked, padded batches.
+
+Letters: B samples, S longest length in the batch, T tokens without padding.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
@@ -14,24 +17,24 @@ from src.masked_lm_loss import IGNORED
 
 
 class Sample(TypedDict):
-    """What a dataset yields."""
+    """What a dataset yields, before padding and masking."""
 
     input_ids: NDArray[Any]
-    """(length,) ids, [CLS] and [SEP] included, any integer type."""
+    """Ids (length,), [CLS] and [SEP] included, any integer type."""
     sample_id: int
-    """Position in the dataset, the same for any shuffle and world size; in a mixture the datasets follow each other. A
-    sample that an epoch draws more than once counts on by the dataset's size, so that it is masked otherwise."""
+    """Position in the dataset, the same for any shuffle and world size; mixed datasets follow each other. The k-th draw
+    of a sample within an epoch (from 0) adds k * dataset size, so that every draw is masked differently."""
     epoch: int
-    """Pass over the data, from 0; with the sample id it decides what is masked."""
+    """Pass over the data, from 0. Seed, epoch and sample id decide what is masked."""
     stream: NotRequired[int]
-    """Which of the mixed datasets it comes from; only where there are several."""
+    """Which of the mixed datasets it is from; absent if there is one."""
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea and Flood, 2014, figure 15): every input bit stirs every output bit."""
+    """SplitMix64's output function (Steele, Lea and Flood, 2014, figure 15): each input bit affects each output bit."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -41,7 +44,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def counter_hash(
     seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
-    """64 random bits for each position of each sample: (T,) from epochs, ids and lengths (B,), a pure function."""
+    """64 random bits for each position of each sample: (T,), a pure function of epochs, sample ids and lengths (B,)."""
     key = _mix(np.full(len(lengths), seed).astype(np.uint64))
     key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ sample_ids.astype(np.uint64))
     starts = np.cumsum(lengths) - lengths
@@ -50,22 +53,22 @@ def counter_hash(
 
 
 class MaskingCollator:
-    """Samples to a padded batch, masked as BERT does it (Devlin et al., 2019, section 3.1).
+    """Samples -> padded batch, masked as in BERT (Devlin et al., 2019, section 3.1).
 
-    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked iff u < rate and it holds no special
-    token. Of the masked, 80% become [MASK], 10% a random word of the tokenizer's real vocabulary, 10% stay. So masks
-    do not depend on workers, ranks, batch sizes or restarts, and a lower rate masks a subset of a higher one's.
+    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked if u < rate, unless it holds a special
+    token. Of the masked tokens, 80% become [MASK], 10% a random word of the tokenizer, 10% stay. Masks do not depend on
+    workers, ranks, batch sizes or restarts, and those of a lower rate are a subset of those of a higher one.
 
     Args:
         tokenizer: from ``load_tokenizer``.
-        rate: share of positions to mask; None leaves that to ``mask_batch``, later in the main process, because workers
-            fetch ahead and do not know the training step.
+        rate: share of positions to mask. None: ``mask_batch`` masks later, in the main process; workers load batches
+            ahead and do not know the training step.
         seed: of the masks.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch; with
-        ``rate=None`` instead of labels ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
-        (B, S) int64, the id that a masked position would get. Of mixed datasets also ``stream`` (B, 1) int64.
+        ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch. With
+        ``rate=None``, in place of labels: ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
+        (B, S) int64, the id of a position if it is masked. With mixed datasets also ``stream`` (B, 1) int64.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
@@ -83,11 +86,11 @@ class MaskingCollator:
         bits = counter_hash(self.seed, epochs, sample_ids, lengths)
         u = np.where(self.is_special[ids], 2.0, (bits >> np.uint64(11)) * 2.0**-53)
 
-        real = np.arange(lengths.max())[None, :] < lengths[:, None]  # (B, S)
+        is_token = np.arange(lengths.max())[None, :] < lengths[:, None]  # (B, S), False where padded
 
         def pad(x: NDArray[Any], fill: float) -> Tensor:
-            padded = np.full(real.shape, fill, dtype=x.dtype)
-            padded[real] = x
+            padded = np.full(is_token.shape, fill, dtype=x.dtype)
+            padded[is_token] = x
             return torch.from_numpy(padded)
 
         if self.rate is None:
@@ -101,10 +104,10 @@ class MaskingCollator:
             fields = {"input_ids": pad(inputs, self.pad_token_id), "labels": pad(labels, IGNORED)}
         if "stream" in samples[0]:
             fields["stream"] = torch.tensor([[sample.get("stream", 0)] for sample in samples])
-        return {**fields, "attention_mask": torch.from_numpy(real.astype(np.int64))}
+        return {**fields, "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
 
     def _replacements(self, ids: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """What masked positions become: the mask, a random word or the word itself, by a second hash of their bits."""
+        """Ids of masked positions: [MASK], a random word or the word itself, by a second hash of their bits."""
         bits = _mix(~bits)
         choice = (bits >> np.uint64(32)) * 2.0**-32
         word = self.words[((bits & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.words))) >> np.uint64(32)]
@@ -112,7 +115,7 @@ class MaskingCollator:
 
 
 def mask_batch(batch: Batch, rate: float) -> Batch:
-    """Mask a batch that was collated with ``rate=None``: the same as if the collator had known the rate."""
+    """Mask a batch collated with ``rate=None``, exactly as the collator does with this rate."""
     masked = batch["mask_u"] < rate
     return {
         "input_ids": torch.where(masked, batch["replacement"], batch["input_ids"]),

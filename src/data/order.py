@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 
 def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each id stood before in ``ids``: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
-    order = np.argsort(ids, kind="stable")  # merges runs, which these are: quick
+    """How often each id occurred before in ``ids``: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
+    order = np.argsort(ids, kind="stable")  # fast: ids come in sorted runs
     ranked = ids[order]
     first = np.flatnonzero(np.diff(ranked, prepend=ranked[:1] - 1))
     counts = np.empty_like(ids)
@@ -17,21 +17,21 @@ def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 def group_lengths(
     lengths: NDArray[np.uint16], nodes: int, batch: int, window: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """An order in which global batches are of like length: the (N,) positions of a shuffled epoch, permuted.
+    """Group by length: permuted positions (N,) of a shuffled epoch, in which global batches have similar lengths.
 
-    Streaming deals the epoch out in equal parts to ``nodes`` canonical nodes, and a global batch takes the next few
-    samples of each. So each part is cut into windows of ``window`` batches and sorted by length in each window (ties
-    stay as they were shuffled); then a window's batches are permuted, in the same way for all nodes, so that what a
-    batch takes from each is of like length. A node's samples stay sorted, and are dealt out to its ranks in turn: with
-    one canonical node the tokens of two ranks differ by less than two samples of a batch do. What fills no batch stays
-    at the end.
+    Streaming gives each of the ``nodes`` canonical nodes an equal part of the epoch, and a global batch takes the next
+    samples of each. So each part is cut into windows of ``window`` batches, and each window is sorted by length (ties
+    keep their shuffled order). Then the batches of a window are permuted, in the same way for all nodes. Within a
+    batch, a node's samples stay sorted and go to its ranks in turn: with one canonical node, the tokens of two ranks
+    differ by at most the difference between the batch's longest and shortest sample. Samples that fill no batch stay at
+    the end.
 
     Args:
-        lengths: (N,) of samples in shuffled order.
+        lengths: of samples in shuffled order, (N,).
         nodes: canonical nodes.
         batch: samples of a canonical node in a global batch.
-        window: batches, as many as to sort together.
-        rng: orders the batches of a window.
+        window: global batches that are sorted together.
+        rng: permutes the batches of a window.
     """
     samples = len(lengths)
     order = np.arange(samples)

@@ -1,4 +1,4 @@
-"""MDS shards on disk: what an index promises, whether the files keep it, and reading samples."""
+"""MDS shards on disk: checking files against their index.json, and reading samples."""
 
 import bisect
 import hashlib
@@ -8,42 +8,42 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import Stream
 from streaming.base.hashing import get_hash
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import DataError
+from src.data.source import Source
 from src.data.tokenizer import earlier_fingerprint, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
 
 TOKENS_KEY = "mosaic_bert_tokens"
-"""Key of index.json that describes shards of tokens; streaming reads past it. Shards of text have none."""
+"""Key of index.json that describes shards of tokens; streaming ignores it. Shards of text have none."""
 
 LENGTHS = "lengths.bin"
-"""File beside the index.json of shards of tokens: each sample's length, little-endian uint16, in the index's order."""
+"""File beside the index.json of shards of tokens: the length of each sample, little-endian uint16, in its order."""
 
 
 def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
-    """Compare a split's index.json with its files: 0.1 s for 20,000 shards, unless their hashes are compared too.
+    """Compare the files of a split with its index.json. Takes 0.1 s for 20,000 shards without hashes.
 
     Args:
         folder: of the split, with index.json.
-        complete: every shard must be here, with the size that the index states; else (a cache that fills up) only what
-            is here is compared, and what is damaged is deleted, with a warning, to be fetched again.
-        verify: ``size``; ``hash`` reads each file, on all cores, under a progress bar; ``off`` compares no files.
+        complete: whether every shard must be there. Else the folder is a cache: missing shards are skipped, and damaged
+            ones are deleted with a warning, so that they are downloaded again.
+        verify: ``size`` compares sizes; ``hash`` also reads each file, on all cores, under a progress bar; ``off``
+            checks the index alone.
 
     Raises:
-        DataError: the index is broken or names a file outside the folder; shards are missing, of another size, or of
-            another hash; or the index has no hashes to compare.
+        DataError: the index is broken or names a file outside the folder; a shard is missing, or has another size or
+            hash; the index has no hashes to compare.
     """
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
@@ -53,7 +53,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
         ]
         total = sum(shard["samples"] for shard in shards)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'index.json'} is broken ({error!r}); convert or copy the split again") from None
+        raise DataError(f"{folder / 'index.json'} is broken ({error!r}); copy or convert the split again") from None
     if not total:
         raise DataError(f"{folder} is an empty dataset; convert the text again")
     faults, damaged, sound = [], [], []
@@ -72,41 +72,47 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
             else:
                 sound.append(info)
     if verify == "hash":
-        others = _other_hashes(folder, sound)
-        faults += [f"{info['basename']} has other bytes than when it was written" for info in others]
-        damaged += others
+        changed = _changed(folder, sound)
+        faults += [f"{info['basename']} has other bytes than when it was written" for info in changed]
+        damaged += changed
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         if not complete:
-            log.warning("%s: %s. Fetching again what is damaged", folder, shown)
+            log.warning("%s: %s. Downloading the damaged ones again", folder, shown)
             for info in damaged:
                 (folder / info["basename"]).unlink()
             return
         raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
 
 
-def _other_hashes(folder: Path, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of ``files`` (of index.json) whose bytes have another hash than the index states."""
-    for info in files:
-        if not info["hashes"]:
-            raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
+def _changed(folder: Path, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of ``files`` (entries of index.json) whose bytes have another hash than the index states."""
+    hashes = [_hash(folder, info) for info in files]
 
-    def differs(info: dict[str, Any]) -> bool:
-        algorithm, want = next(iter(info["hashes"].items()))
-        return get_hash(algorithm, (folder / info["basename"]).read_bytes()) != want
+    def differs(info: dict[str, Any], expected: tuple[str, str]) -> bool:
+        return get_hash(expected[0], (folder / info["basename"]).read_bytes()) != expected[1]
 
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
-        progress = tqdm(pool.map(differs, files), desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
-        return [info for info, found in zip(files, progress, strict=True) if found]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        found = pool.map(differs, files, hashes)
+        progress = tqdm(found, desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
+        return [info for info, differing in zip(files, progress, strict=True) if differing]
+
+
+def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
+    """Algorithm and digest of a file, as its index states them."""
+    for expected in info["hashes"].items():
+        return expected
+    raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or set data_verify to size")
 
 
 class OpenShards:
-    """Raw shards that stay open in this process, so that a sample is one read; streaming opens the file for each.
+    """Shards that stay open in this process, so that a sample costs one read.
 
-    Reads, not maps: a file that shrinks ends in an error and not in a killed process.
+    In place of streaming's MDSReader and LocalDataset, which open the file for each sample. Files are read, not mapped:
+    one that shrinks raises an error and does not kill the process.
 
     Args:
-        limit: files open at once; the least recently opened is closed for the next.
+        limit: files open at once; the one opened first is closed for the next.
     """
 
     def __init__(self, limit: int = 64):
@@ -115,11 +121,16 @@ class OpenShards:
         self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
 
     def read(self, path: str, index: int) -> bytes:
-        """Bytes of a shard's sample (MDS: a count, then the offsets of all samples and of the end, then samples)."""
-        if self.process != os.getpid():  # descriptors that a fork shares are left to the parent
+        """Bytes of a sample. MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
+
+        Raises:
+            FileNotFoundError: the shard is not there.
+            DataError: the shard ends within the sample.
+        """
+        if self.process != os.getpid():  # after a fork: the parent's descriptors are the parent's
             self.process, self.files = os.getpid(), {}
         if path not in self.files:
-            for opened, (file, _) in list(self.files.items()):  # an evicted shard takes up disk while it is open
+            for opened, (file, _) in list(self.files.items()):  # an evicted shard takes disk space until closed
                 if len(self.files) >= self.limit or not os.fstat(file.fileno()).st_nlink:
                     self.files.pop(opened)[0].close()
             file = io.FileIO(path)
@@ -139,9 +150,10 @@ class OpenShards:
 
 
 class Locator:
-    """Where samples lie, in place of streaming's Spanner: a binary search, and no memory for each sample.
+    """Shard and position of each sample, by binary search. Ids past the end start over: they are later draws of the
+    same samples in an epoch (``Sample.sample_id``).
 
-    Ids past the end begin again at the first sample: they are later drawings of the same samples in an epoch.
+    In place of streaming's Spanner, which raises IndexError for such ids and keeps an array for every 1,024 samples.
     """
 
     def __init__(self, samples_per_shard: NDArray[np.int64]):
@@ -155,79 +167,52 @@ class Locator:
         return shard_id, index - self.starts[shard_id]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A dataset, alone or one of several that are mixed. At most one of the weights is given, of one kind for all."""
+def check_source(source: Source, verify: str) -> None:
+    """Check that a dataset is there and, if no remote fills it up, ``check_shards`` of it.
 
-    local: str
-    """Folder of the dataset, or the cache when there is a ``remote``."""
-    remote: str | None = None
-    """Path or object-store URI to stream from; None or the same as ``local`` when the data is here already."""
-    split: str | None = None
-    """Subfolder."""
-    proportion: float | None = None
-    """Share of an epoch's samples, relative to the other sources'; an epoch is as long as all of them together."""
-    repeat: float | None = None
-    """Times that an epoch draws each sample: 0.5 draws half of them, 2 each of them twice."""
-    choose: int | None = None
-    """Samples that an epoch draws."""
-
-    @property
-    def folder(self) -> Path:
-        """Of the split, with index.json, here or in the cache."""
-        return Path(self.local) / (self.split or "")
-
-    @property
-    def complete(self) -> bool:
-        """Whether all the data is here, and not in a cache that fills up."""
-        return self.remote is None or Path(self.remote) == Path(self.local)
-
-    def check(self, verify: str) -> None:
-        """Before streaming looks at it: there is a dataset; if all of it must be here, it is."""
-        source = Path(self.remote or self.local)
-        if "://" not in str(self.remote) and not (source / (self.split or "") / "index.json").is_file():
-            there = sorted(p.parent.name for p in source.glob("*/index.json"))
-            raise DataError(
-                f"{source / (self.split or '')} holds no dataset (no index.json); "
-                f"{'splits there: ' + ', '.join(there) if there else 'make one with convert_c4.py'}"
-            )
-        if self.complete:
-            check_shards(self.folder, True, verify)
-
-    def stream(self) -> Stream:
-        """As streaming takes it."""
-        weights = {"proportion": self.proportion, "repeat": self.repeat, "choose": self.choose}
-        given = {name: weight for name, weight in weights.items() if weight is not None}
-        return Stream(local=self.local, remote=self.remote, split=self.split, **given)  # pyright: ignore
+    Raises:
+        DataError: there is no index.json, or as ``check_shards``.
+    """
+    origin, split = Path(source.remote or source.local or ""), source.split or ""
+    if "://" not in str(source.remote) and not (origin / split / "index.json").is_file():
+        splits = ", ".join(sorted(path.parent.name for path in origin.glob("*/index.json")))
+        hint = f"splits there: {splits}" if splits else "make one with convert_c4.py"
+        raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
+    if source.complete:
+        check_shards(source.folder, True, verify)
 
 
-def _hash_of_downloads(folder: Path) -> str:
-    """Name of the hash that a split's index has of its shards."""
+def hash_algorithm(folder: Path) -> str:
+    """Name of the hash by which a split's index describes each shard as it is downloaded."""
     first = json.loads((folder / "index.json").read_text())["shards"][0]
-    hashes = (first["zip_data"] or first["raw_data"])["hashes"]
-    if not hashes:
-        raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or data_verify: size")
-    return next(iter(hashes))
+    return _hash(folder, first["zip_data"] or first["raw_data"])[0]
 
 
-def _check_tokens(
-    description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, folder: Path
-) -> None:
-    """Shards of tokens fit the run: same tokenizer, same length."""
+def token_description(folder: Path) -> dict[str, Any] | None:
+    """What a split's index says of its tokens (``Tokens.description``); None for shards of text."""
+    return json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
+
+
+def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
+    """Check that shards of tokens fit the run.
+
+    Raises:
+        DataError: they were made by another tokenizer or for another length.
+    """
     if description["fingerprint"] not in (tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)):
         raise DataError(
-            f"{folder} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
-            f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again."
+            f"{name} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
+            f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again"
         )
     if description["max_seq_len"] != max_seq_len:
         raise DataError(
-            f"{folder} holds samples of up to {description['max_seq_len']} tokens and max_seq_len is {max_seq_len}. "
-            "Set max_seq_len to the former, or convert the text again."
+            f"{name} holds samples of up to {description['max_seq_len']} tokens and max_seq_len is {max_seq_len}. "
+            "Set max_seq_len to the former, or convert the text again"
         )
 
 
 def dataset_fingerprint(folders: Iterable[Path]) -> str:
-    """SHA-256, in hex, of the samples that the index.json of each split promises; the same for every copy of it."""
+    """SHA-256, in hex, of the samples listed in the index.json of each split; the same for every copy of the data."""
     shards = []
     for folder in folders:
         index = json.loads((folder / "index.json").read_text())

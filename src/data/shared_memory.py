@@ -1,4 +1,4 @@
-"""Shared memory of mosaicml-streaming: who owns it, and removal of what dead runs left."""
+"""Shared memory of mosaicml-streaming: a record of its owner, and removal of what killed runs left."""
 
 import atexit
 import contextlib
@@ -8,23 +8,23 @@ import os
 from pathlib import Path
 from typing import IO
 
-# Each dataset of a node has a number, its prefix, in the names of its segments and of its lock files. Killed runs leave
-# them, and a dataset with a remote then finds its folder in use for ever. Who owns them is not recorded; so we record
-# it: a file, locked for as long as the process, or a worker that it forked, lives. A record that can be locked is of a
-# dead run. What has no record belongs to others, and stays.
+# Each dataset of a node has a number, its prefix, in the names of its segments and lock files. A killed run leaves
+# these, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner, so we do:
+# in a file that stays locked (flock) while the process or one of its workers lives. A record that can be locked is of a
+# dead run. Segments without a record belong to other programs, and stay.
 
 SHARED = Path("/dev/shm")
 
 _records: dict[int, tuple[IO[str], str]] = {}
-"""By prefix: the record, open, and where the lock files are."""
+"""By prefix: the open record, and the folder of the lock files."""
 
 
 def own_shared_memory(prefix: int, lock_folder: str) -> None:
-    """Record that this process owns the segments of a dataset; for the node's first process, which makes them.
+    """Record that this process owns the segments of a dataset. For the first process of a node, which makes them.
 
     Args:
-        prefix: of the dataset, ``_shm_prefix_int``.
-        lock_folder: where streaming put its lock files, ``_filelock_root``.
+        prefix: of the dataset.
+        lock_folder: of streaming's lock files.
     """
     if not SHARED.is_dir():
         return
@@ -33,24 +33,24 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     fcntl.flock(record, fcntl.LOCK_EX)
     json.dump({"locks": lock_folder, "locals": _locals(prefix).stat().st_ino}, record)
     record.flush()
-    made.rename(_record(prefix))  # never there and unlocked, or there and empty
+    made.rename(_record(prefix))  # so it is never seen unlocked or empty
     _records[prefix] = record, lock_folder
 
 
 def remove_stale_shared_memory() -> list[int]:
-    """Remove what dead runs left on this node; the prefixes that it had."""
+    """Remove the segments and lock files of dead runs on this node. Returns their prefixes."""
     stale = []
     for path in sorted(SHARED.glob("[0-9]" * 6 + "_owner")):
         prefix = int(path.name[:6])
-        with contextlib.suppress(OSError), path.open() as record:  # OSError: another user's, or of a live run
+        with contextlib.suppress(OSError), path.open() as record:  # OSError: of another user, or of a live run
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owned = json.load(record)
             segments = {*SHARED.glob(f"{prefix:06}_*")} - {path, _locals(prefix)}
             with contextlib.suppress(FileNotFoundError):
-                if _locals(prefix).stat().st_ino != owned["locals"]:  # a new run's, which has yet to record it
+                if _locals(prefix).stat().st_ino != owned["locals"]:  # of a new run without a record yet
                     continue
-            # A run takes a prefix when neither segments nor lock files of it are there: so those that it looks at first
-            # go last, and whatever comes into being meanwhile is not in the list.
+            # A new run takes a prefix without segments and lock files. So what it looks at first is removed last; what
+            # it makes meanwhile is not in the list.
             for leftover in [*segments, path, _locals(prefix), *_locks(prefix, owned["locks"])]:
                 leftover.unlink(missing_ok=True)
             stale.append(prefix)
@@ -58,12 +58,12 @@ def remove_stale_shared_memory() -> list[int]:
 
 
 def _locals(prefix: int) -> Path:
-    """The segment that a run makes first."""
+    """The segment that streaming makes first."""
     return SHARED / f"{prefix:06}_locals"
 
 
 def _locks(prefix: int, folder: str) -> list[Path]:
-    """The lock files, which streaming never removes: a number that was used would be passed over for ever."""
+    """The lock files. Streaming never removes them, and never takes a prefix that has one."""
     return [Path(folder) / f"{prefix:06}_{name}_filelock" for name in ("barrier", "cache")]
 
 

@@ -1,21 +1,214 @@
-"""What mosaicml-streaming 0.13 lacks."""
+"""Repairs of mosaicml-streaming 0.13. Private names of streaming are used in this file alone."""
 
 import contextlib
-import fcntl
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
+
+from filelock import FileLock
+from streaming import Stream, StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _ShardState
+from streaming.base.util import wait_for_file_to_exist
+from streaming.base.world import World
+
+from src.common.errors import DataError, first_line
+from src.data import shared_memory
+from src.data.shards import Locator, OpenShards, check_shards, check_source, hash_algorithm
+from src.data.source import Source
+
+log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def alone_on_node() -> Iterator[None]:
-    """Hold a lock of the node and the user while streaming's shared memory is made or removed.
+def alone_on_node() -> FileLock:
+    """Lock of this user on this node, to hold while streaming's shared memory is made or removed.
 
-    Streaming looks for the first number that is free and then takes it, so that of two runs that start in the same
-    moment one would fail.
+    Streaming looks for a free prefix and takes it later. Without the lock, one of two runs that start at the same
+    moment fails (test_datasets_of_a_node_are_made_one_after_another).
     """
     folder = Path("/dev/shm")
-    with open((folder if folder.is_dir() else Path(gettempdir())) / f"streaming-{os.getuid()}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return FileLock((folder if folder.is_dir() else Path(gettempdir())) / f"streaming-{os.getuid()}.lock")
+
+
+class RepairedDataset(StreamingDataset):
+    """StreamingDataset of checked sources, in which a fault ends every process and thread with one error.
+
+    Without the checks, a missing shard hangs the workers for ever; without workers the epoch ends early, with exit
+    code 0 (test_damage_is_found_before_the_first_step).
+
+    Args:
+        sources: datasets by name; their samples are numbered in this order.
+        verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
+        kwargs: StreamingDataset's.
+
+    Raises:
+        DataError: a dataset is not there, is damaged, or its index cannot be downloaded. While reading: a shard is
+            lost, damaged or cannot be downloaded.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], verify: str = "size", **kwargs: Any):
+        self.sources = dict(sources)
+        leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
+        for source in self.sources.values():
+            check_source(source, "size" if verify == "hash" and not leads else verify)
+            if not source.complete and leads and (source.folder / "index.json").is_file():
+                check_shards(source.folder, False, verify)  # before streaming notes which shards the cache has
+        try:
+            with alone_on_node() if leads else contextlib.nullcontext():
+                super().__init__(streams=[Stream(**vars(source)) for source in self.sources.values()], **kwargs)
+        except Exception as error:  # each object store has errors of its own
+            remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
+            if isinstance(error, ValueError) or not remotes:
+                raise
+            raise DataError(
+                f"{', '.join(remotes)}: index.json cannot be fetched ({first_line(error)}). Check the address, the "
+                "credentials and the network"
+            ) from error
+        for source, stream in zip(self.sources.values(), self.streams, strict=True):
+            if not source.complete:
+                check_shards(source.folder, False, "off")  # names of files in an index that was just downloaded
+                if verify == "hash":
+                    stream.validate_hash = hash_algorithm(source.folder)
+        self.spanner: Any = Locator(self.samples_per_shard)
+        self.open_shards = OpenShards()
+        shards: Any = self.shards
+        self._paths = [os.path.join(shard.dirname, shard.split, shard.raw_data.basename) for shard in shards]
+        self.failure: BaseException | None = None
+        self._prepared, self._fetched_again = set[int](), set[int]()
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the run, on all nodes."""
+        return self._parallel_rank_world.num_ranks
+
+    @property
+    def shared_memory_prefix(self) -> int:
+        """Number in the names of this dataset's shared memory."""
+        return self._shm_prefix_int
+
+    def own_shared_memory(self) -> None:
+        """Record that this process, the first of its node, owns the dataset's shared memory."""
+        shared_memory.own_shared_memory(self._shm_prefix_int, self._filelock_root)
+
+    def fetch(self, stream_id: int, name: str) -> Path:
+        """A file beside the index of a source. Into a cache, the node's first process downloads it; others wait."""
+        source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
+        path = source.folder / name
+        if not source.complete and not path.exists():
+            if World.detect().is_local_leader:
+                os.replace(stream._download_file(name, f"{name}.tmp"), path)
+            else:
+                wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
+        return path
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download and unpack a shard if it is not there.
+
+        After a failure, streaming leaves the shard in the state PREPARING, so that all who need it wait for ever
+        (test_a_shard_lost_while_running_stops_the_run, test_a_remote_that_lost_a_shard). It takes a file lock for each
+        sample, too; here a shard that was there before costs none.
+        """
+        # Read without a lock, as streaming reads samples: an evicted shard is missed there and prepared again.
+        if shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._shard_access_times[shard_id] = time.time_ns()
+            return
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self._shard_states[shard_id] = _ShardState.LOCAL  # so whoever waits goes on, misses the file, and stops too
+            raise self._fail(self._lost(shard_id, error)) from error
+        if self._shard_states[shard_id] == _ShardState.LOCAL:  # if not ``blocking``, another process may be at it
+            self._prepared.add(shard_id)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A sample as its shard holds it.
+
+        Streaming opens the file for each sample (140 of 320 us), and ends with an IndexError or a wrong sample where a
+        shard in the cache is damaged; here it is downloaded again, once in this process
+        (test_a_shard_that_is_damaged_in_the_cache_while_running_is_fetched_again_once).
+        """
+        if self.failure is not None:
+            raise DataError(str(self.failure))
+        shard_id, index = self.spanner[sample_id]
+        try:
+            return self._read(shard_id, index, retry)
+        except Exception as error:
+            source = list(self.sources.values())[int(self.stream_per_shard[shard_id])]
+            if self.failure is None and not source.complete and shard_id not in self._fetched_again:
+                self._fetch_again(shard_id, error)
+                return RepairedDataset.get_item(self, sample_id, retry)
+            raise self._fail(error if isinstance(error, DataError) else self._lost(shard_id, error)) from None
+
+    def _read(self, shard_id: int, index: int, retry: int) -> Any:
+        for _ in range(retry + 1):
+            try:
+                data = self.open_shards.read(self._paths[shard_id], index)
+            except FileNotFoundError:  # not downloaded yet, or evicted
+                self._prepared.discard(shard_id)
+                self.prepare_shard(shard_id)
+            else:
+                self._shard_access_times[shard_id] = time.time_ns()
+                return self.shards[shard_id].decode_sample(data)
+        raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
+
+    def _fetch_again(self, shard_id: int, error: Exception) -> None:
+        log.warning("%s in the cache is damaged (%s). Fetching it again", self._paths[shard_id], error)
+        self._fetched_again.add(shard_id)
+        self._prepared.discard(shard_id)
+        self.open_shards.forget(self._paths[shard_id])
+        self.evict_shard(shard_id)
+
+    def on_exception(self, future: Future) -> None:
+        """Called when a thread that fetches shards ends. Streaming raises its error where nobody catches it
+        (test_a_remote_that_lost_a_shard)."""
+        error = future.exception()
+        if error is not None:
+            self._fail(error)
+
+    def _lost(self, shard_id: int, error: Exception) -> DataError:
+        return DataError(f"{self._paths[shard_id]} cannot be read or fetched ({error}); copy or convert it again")
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Keep the first error, and end this process's threads: while they run, it cannot exit."""
+        self.failure = self.failure or error
+        if hasattr(self, "_event"):  # made by the first iteration
+            self._event.set()
+        return error
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        """Sample ids as their shards become ready. After a failure, streaming ends the epoch here without an error
+        (test_a_remote_that_lost_a_shard)."""
+        yield from super()._each_sample_id(it)
+        if self.failure is not None:
+            raise DataError(str(self.failure))
+
+    def _ready_thread(self, it: Any) -> None:
+        """Count the samples, in order, whose shards are there; runs beside the iteration.
+
+        Streaming's own waits for ever for a shard that was downloaded and evicted between two looks at its state
+        (test_a_shard_that_is_dropped_while_it_is_waited_for_comes).
+        """
+        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                time.sleep(TICK)
+                continue
+            sample_id = it.sample_ids[it.ready_index]
+            shard_id = None if sample_id == -1 else int(self.spanner[sample_id][0])  # -1 fills up a batch
+            if shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
+                it.ready_index += 1
+            elif self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, False)
+            else:
+                time.sleep(TICK)
+        it.on_exit()
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where a resumed run goes on. At the end of an epoch, streaming would begin the same epoch again
+        (test_after_an_epoch_the_next_one_begins)."""
+        state = super().state_dict(num_samples, from_beginning)
+        return state if num_samples else {**state, "epoch": self.next_epoch}

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from src.data.source import Source
 from src.train.schema import Component, Named, is_within, nearest, read, to_dict
 
 
@@ -55,25 +56,6 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
-class StreamConfig:
-    """One of several datasets that training mixes. All of them are weighted alike: by ``proportion``, or by ``repeat``
-    or ``choose``; one without a weight is drawn once. A sample drawn twice in an epoch is masked differently."""
-
-    split: str | None = None
-    """Subfolder of the dataset. None: the loader's ``split``."""
-    local: str | None = None
-    """Folder of the dataset, or the cache when there is a remote. None: the run's ``data_local``."""
-    remote: str | None = None
-    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing is streamed."""
-    proportion: float | None = None
-    """Share of an epoch's samples, relative to the others'. An epoch has as many samples as all datasets together."""
-    repeat: float | None = None
-    """Times that an epoch draws each sample; 0.5 draws half of them, another half each epoch."""
-    choose: int | None = None
-    """Samples that an epoch draws."""
-
-
-@dataclass(frozen=True)
 class TrainLoaderConfig(LoaderConfig):
     """The training data."""
 
@@ -93,7 +75,7 @@ class TrainLoaderConfig(LoaderConfig):
     lost for ever, in place of its beginning. Needs shards of text."""
     predownload: int | None = None
     """Samples to download ahead of each worker. None: 8 batches. Refused without a remote."""
-    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    streams: dict[str, Source] = field(default_factory=dict)
     """Datasets to mix, by name, in place of the one of ``local`` and ``remote``."""
 
 
@@ -321,7 +303,7 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("pretrained: load_path with load_weights_only gives weights too; take one of them")
 
 
-def _remote(config: RunConfig, source: LoaderConfig | StreamConfig) -> str | None:
+def _remote(config: RunConfig, source: LoaderConfig | Source) -> str | None:
     """Where a dataset is streamed from: its own remote, or the run's where it names no folder of its own."""
     return source.remote or (config.data_remote if source.local is None else None)
 

@@ -12,13 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from src import data_c4
 from src.attention import resolve
 from src.common.errors import ConfigError
-from src.data import shared_memory
 from src.data.masking import MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
-from src.data.shards import Source
+from src.data.source import Source
 from src.flash_attn_triton import TILE_ROWS
 from src.train import processes
-from src.train.config import LoaderConfig, MaskingSchedule, RunConfig, StreamConfig
+from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
 
 
 def device_train_batch_size(config: RunConfig) -> int:
@@ -67,7 +66,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
             )
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
-        once = data_c4.EachSampleOnce(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
+        once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
         collator = MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
         spec = _data_spec(config, once, collator, loader, batch_size)
         evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
@@ -88,15 +87,14 @@ def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
     return partial(split_unpadded, tile_sizes=TILE_ROWS if triton else ())
 
 
-def _folder(source: LoaderConfig | StreamConfig) -> tuple[str | None, str | None]:
+def _folder(source: LoaderConfig | Source) -> tuple[str | None, str | None]:
     return source.local, source.split
 
 
 def _streaming_c4(
     config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
 ) -> data_c4.StreamingC4:
-    streams = config.train_loader.streams if loader is config.train_loader else {}
-    sources = {name: Source(**vars(stream)) for name, stream in streams.items()}
+    sources = config.train_loader.streams if loader is config.train_loader else {}
     one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
     downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
     dataset = data_c4.StreamingC4(
@@ -109,13 +107,13 @@ def _streaming_c4(
         **order,
     )
     if dist.get_local_rank() == 0:
-        shared_memory.own_shared_memory(dataset._shm_prefix_int, dataset._filelock_root)
+        dataset.own_shared_memory()
     return dataset
 
 
 def _data_spec(
     config: RunConfig,
-    dataset: data_c4.StreamingC4 | data_c4.EachSampleOnce,
+    dataset: data_c4.StreamingC4 | data_c4.ExactEvalDataset,
     collator: MaskingCollator,
     loader: LoaderConfig,
     batch_size: int,

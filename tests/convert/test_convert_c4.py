@@ -23,9 +23,10 @@ from src.convert import conversion, filters
 from src.convert import unit as units
 from src.convert.sources import iter_documents
 from src.convert.stats import Stats
+from src.data.cutting import PIECE, encode_prefix, pieces
 from src.data.shards import TOKENS_KEY
 from src.data.streaming import alone_on_node
-from src.data.tokenizer import PIECE, encode_prefix, pieces, tokenizer_fingerprint
+from src.data.tokenizer import tokenizer_fingerprint
 
 LONG = "the cat sat on the mat and looked at the moon . " * 40
 

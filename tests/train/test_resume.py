@@ -524,7 +524,7 @@ def test_shared_memory_of_dead_runs_is_removed_and_of_live_ones_is_not(tmp_path,
 
 def test_a_run_records_its_shared_memory_and_a_worker_keeps_it(options, token_shards):
     trainer = main.build_trainer(load(QUICKSTART, [*options, "save_folder=null", "autoresume=false"]))
-    prefix = trainer.state.train_dataloader.dataset._shm_prefix_int  # pyright: ignore
+    prefix = trainer.state.train_dataloader.dataset.shared_memory_prefix  # pyright: ignore
     record = shared_memory.SHARED / f"{prefix:06}_owner"
     with record.open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,35 @@
+"""A dataset by its place and its weight. Imports no torch, so that a run's config can hold it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset, alone or one of several that training mixes. Weight every one by ``proportion``, or any of them by
+    ``repeat`` or ``choose`` (default: each sample once per epoch). Every draw of a sample is masked differently."""
+
+    local: str | None = None
+    """Folder of the dataset, or the cache if there is a remote. None: the run's ``data_local``."""
+    remote: str | None = None
+    """Path or object-store URI to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing
+    is streamed. The same folder as ``local``: nothing is streamed."""
+    split: str | None = None
+    """Subfolder of the dataset. None: the loader's ``split``."""
+    proportion: float | None = None
+    """Share of an epoch's samples, relative to the others'. An epoch has as many samples as all datasets together."""
+    repeat: float | None = None
+    """Draws of each sample per epoch; 0.5 draws half of them, another half each epoch."""
+    choose: int | None = None
+    """Samples drawn per epoch."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the split, with index.json; in the cache if there is one."""
+        assert self.local is not None, "filled in by the config"
+        return Path(self.local) / (self.split or "")
+
+    @property
+    def complete(self) -> bool:
+        """Whether all shards are in ``local``; else it is a cache that fills up."""
+        return self.remote is None or self.local is None or Path(self.remote) == Path(self.local)

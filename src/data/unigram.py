@@ -1,0 +1,27 @@
+"""What a masked language model must beat: frequencies of word pieces."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from src.data.microbatches import Batch
+
+
+def unigram_loss(
+    samples: Iterable[NDArray[Any]], batches: Iterable[Batch], tokenizer: PreTrainedTokenizerFast
+) -> float:
+    """Unigram baseline: nats per masked token, add-one smoothing.
+
+    Args:
+        samples: ids (length,) of the training samples. Special tokens are not counted, as they are never masked.
+        batches: masked batches of the validation set.
+    """
+    counts = np.ones(len(tokenizer))
+    for ids in samples:
+        counts += np.bincount(ids, minlength=len(counts))
+    counts[tokenizer.all_special_ids] = 0
+    targets = np.concatenate([batch["labels"][batch["labels"] >= 0].numpy() for batch in batches])
+    return float(-np.log(counts[targets] / counts.sum()).mean())

