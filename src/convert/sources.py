@@ -383,8 +383,8 @@ def _mds_documents(path: str) -> Iterator[Item]:
                 if name in COLUMNS and encoding != "pkl":  # a pickle could run any code
                     row[name] = mds_decode(encoding, data[at : at + size])
                 at += size
-            if at != end:
-                raise DataError(f"the sample ends at byte {at:,}, expected {end:,}")
+            if at != end or end > len(data):
+                raise DataError(f"the sample does not end at byte {end:,} as the shard says")
             number += 1
             yield f"{path}:{number}", _parse_row(row)
     except Exception as error:  # each compression has an error type of its own
