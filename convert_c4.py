@@ -11,7 +11,6 @@ If it is stopped, run the same command again to continue. The shards do not depe
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -29,10 +28,6 @@ from src.data.tokenizer import load_tokenizer
 
 LONGEST = 2**16 - 1
 """Longest sample in tokens; lengths.bin stores lengths as uint16."""
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -76,7 +71,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"drop documents that share {filters.GRAM} consecutive words with these texts",
     )
     parser.add_argument("--skip_bad", action="store_true", help="count and skip lines that cannot be read")
-    parser.add_argument("--num_workers", type=int, help="processes (default: the cores)")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help="worker processes (default: all cores if the source is large enough to gain by them, otherwise 1)",
+    )
     parser.add_argument("--part", type=part_of, help="convert one part of the split, for example 3/16")
     parser.add_argument(
         "--merge", action="store_true", help="put the parts in --out_root together; takes no other settings"
@@ -110,9 +109,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.limit is not None and args.limit < 1:
         raise ValueError("--limit must be at least 1")
-    if args.num_workers is None:
-        args.num_workers = usable_cores()
-    if args.num_workers < 1:
+    if args.num_workers is not None and args.num_workers < 1:
         raise ValueError("--num_workers must be at least 1")
     if args.part and (args.limit is not None or any(split in FIRST_DOCUMENTS for split in args.splits)):
         raise ValueError("--part cannot be combined with a limit, which takes one machine")
@@ -194,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
         converted = convert(settings, split)
         if args.part:
             part, parts = args.part
-            print(f"part split={split} part={part}/{parts} units={converted.units} of={converted.of_units}")
+            units = len(range(part - 1, converted.units, parts))
+            print(f"part split={split} part={part}/{parts} units={units} of={converted.units}")
         else:
             report(args.out_root / split, converted)
 

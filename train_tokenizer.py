@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if other is not None:
         with contextlib.closing(texts(Stats())) as again:  # ends the progress bar's line
             words = split_words(again)
-        compare(words, tokenizer, args.compare, other)
+        compare(words, tokenizer, str(args.compare), other)
     print(f"tokenizer vocab_size={size} documents={stats.documents} seconds={time.perf_counter() - started:.1f}")
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from src.convert.samples import Tokens
 from src.convert.sources import COLUMNS, Span, files_of, iter_documents, text_bytes, units_of
 from src.convert.stats import Stats
 from src.convert.unit import Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
-from src.convert.work_folder import PLAN, assemble, begin, check_free, publish
+from src.convert.work_folder import PLAN, begin, check_free, publish
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
 """Splits that are the first documents of a split of C4: which, and how many."""
@@ -31,6 +31,10 @@ FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_00
 UNIT_BYTES = (8 << 20, 256 << 20)
 """Least and most text of a unit in bytes; between them, a 64th of the source. Depends on the source only, never on the
 machine, because shards do not cross units."""
+
+WORKERS_PAY = {"text": 512 << 20, "tokens": 64 << 20}
+"""Bytes of text above which worker processes gain more than their start costs (about 4 s). Shards of tokens gain less
+from a second worker, because one process already tokenizes on all cores, but each byte takes longer."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,22 @@ class Settings:
     compression: str | None = None
     size_limit: str | None = None
     """Size of a shard before compression, for example 64mb, which is the default."""
-    num_workers: int = 1
-    """Worker processes at most."""
+    num_workers: int | None = None
+    """Worker processes at most; None for ``default_workers``."""
     part: tuple[int, int] | None = None
     """(3, 16) converts the third of 16 parts, into a folder of its own."""
     overwrite: bool = False
     """Replace the split, or unfinished work of other settings."""
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(NamedTuple):
     """What a call of ``convert`` did."""
 
     documents: int
     """Documents read by this call; earlier calls may have read others."""
     seconds: float
     units: int
-    """Units of this machine."""
-    of_units: int
-    """Units of the split."""
+    """Units of the split; with a part, those of the other parts too."""
 
 
 def convert(settings: Settings, split: str) -> Converted:
@@ -88,6 +89,7 @@ def convert(settings: Settings, split: str) -> Converted:
     folder = settings.out_root / split
     work = part_folder(folder, *settings.part) if settings.part else folder.with_name(f"{split}.partial")
     plan = plan_of(settings, split)
+    num_workers = settings.num_workers or default_workers(settings, plan["split"])
     with locked(work if settings.part else folder):
         settle_folder(folder)
         check_free(folder, settings.overwrite)
@@ -107,15 +109,22 @@ def convert(settings: Settings, split: str) -> Converted:
             if job.grams is not None and settings.grams is not None:
                 np.save(job.grams, settings.grams)
             if job.duplicates is not None:
-                mark_duplicates(settings, plan, job)
+                mark_duplicates(settings, plan, job, num_workers)
             with tqdm(desc=work.name, unit="doc", unit_scale=True, mininterval=1) as progress:
                 todo = units_to_convert(settings, plan, job)
-                workers.run(partial(convert_unit, job), todo, settings.num_workers, progress.update)
+                workers.run(partial(convert_unit, job), todo, num_workers, progress.update)
                 documents = progress.n
         if not settings.part:
-            finish(work, folder, plan, partial(unit_folder, job.folder), settings.overwrite)
-        units = sum(1 for _ in units_of_part(settings, plan))
-        return Converted(documents, time.perf_counter() - started, units, plan["units"])
+            publish(work, folder, partial(unit_folder, job.folder), settings.overwrite)
+        return Converted(documents, time.perf_counter() - started, plan["units"])
+
+
+def default_workers(settings: Settings, c4_split: str) -> int:
+    """All usable cores if the source has at least ``WORKERS_PAY`` bytes of text, otherwise 1."""
+    text = sum(map(text_bytes, files_of(settings.source, c4_split)))
+    if text < WORKERS_PAY["text" if settings.tokens is None else "tokens"]:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plan_of(settings: Settings, split: str) -> dict[str, Any]:
@@ -175,25 +184,18 @@ def units_to_convert(settings: Settings, plan: dict[str, Any], job: Job) -> Iter
             first += hash_file(job.folder, unit.number).stat().st_size // filters.HASH_BYTES
 
 
-def mark_duplicates(settings: Settings, plan: dict[str, Any], job: Job) -> None:
+def mark_duplicates(settings: Settings, plan: dict[str, Any], job: Job, num_workers: int) -> None:
     """First pass of --dedup: hash all documents, then find those that repeat an earlier one."""
     assert job.duplicates is not None
     if job.duplicates.exists():
         return
     todo = (unit for unit in units_of_part(settings, plan) if not hash_file(job.folder, unit.number).exists())
     with tqdm(desc="looking for duplicates", unit="doc", unit_scale=True, mininterval=1) as progress:
-        workers.run(partial(hash_unit, job), todo, settings.num_workers, progress.update)
+        workers.run(partial(hash_unit, job), todo, num_workers, progress.update)
     unfinished = job.duplicates.with_suffix(".partial")
     filters.find_duplicates([hash_file(job.folder, number) for number in range(plan["units"])], unfinished)
     sync(unfinished)
     unfinished.rename(job.duplicates)
-
-
-def finish(work: Path, folder: Path, plan: dict[str, Any], folder_of: Callable[[int], Path], overwrite: bool) -> None:
-    """Assemble the split from its complete units and give it its name."""
-    if (work / PLAN).exists():
-        assemble(work, plan["units"], folder_of, plan["tokens"])
-    publish(work, folder, overwrite)
 
 
 def part_folder(folder: Path, part: int, parts: int) -> Path:
@@ -239,6 +241,6 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
         check_free(folder, overwrite)
         work = folder.with_name(f"{split}.partial")
         begin(work, plans[0], overwrite)
-        finish(work, folder, plans[0], folder_of, overwrite)
+        publish(work, folder, folder_of, overwrite)
         for path in parts:
             shutil.rmtree(path)

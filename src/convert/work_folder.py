@@ -68,26 +68,37 @@ def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
     write_text(work / PLAN, json.dumps(plan, indent=1))
 
 
-def assemble(work: Path, units: int, folder_of: Callable[[int], Path], tokens: dict[str, Any] | None) -> None:
-    """Assemble the split in ``work / "split"``: shards numbered in order, index.json, stats.json and the rest.
-
-    Moves each shard to a name that depends only on the units, so the call can be repeated.
+def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrite: bool) -> None:
+    """Assemble the split from its complete units, rename it to ``folder``, and delete the working folder.
 
     Args:
         work: the working folder.
-        units: number of units.
+        folder: the split's folder, replaced if ``overwrite`` is on.
         folder_of: folder of a unit, by its number.
-        tokens: description of shards of tokens, for index.json; None for text.
 
     Raises:
         DataError: no document gave a sample.
         OSError: a shard of a unit is missing.
     """
+    if (work / PLAN).exists():
+        _assemble(work, folder_of)
+    check_free(folder, overwrite)
+    replace_folder(work / "split", folder)
+    shutil.rmtree(work)
+
+
+def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
+    """Assemble the split in ``work / "split"``: shards numbered in order, index.json, stats.json and the rest.
+
+    Moves each shard to a name that depends only on the units, so the call can be repeated.
+    """
+    plan = json.loads((work / PLAN).read_text())
+    tokens = plan["tokens"]
     split, stats = work / "split", Stats()
     split.mkdir(exist_ok=True)
     shards: list[dict[str, Any]] = []
     with (split / LENGTHS).open("wb") as lengths, (split / DROPPED).open("wb") as dropped:
-        for folder in map(folder_of, range(units)):
+        for folder in map(folder_of, range(plan["units"])):
             record = json.loads((folder / UNIT).read_text())
             stats.add(Stats.from_json(record["stats"]))
             for shard in record["shards"]:
@@ -99,17 +110,10 @@ def assemble(work: Path, units: int, folder_of: Callable[[int], Path], tokens: d
                         shutil.copyfileobj(part, out)
     if not stats.samples:
         shutil.rmtree(work)
-        reason = (
-            "the tokenizer gives no token for any document"
-            if stats.characters
-            else "the filters dropped every document"
-        )
-        raise DataError(f"{work.stem}: {reason}")
+        left = "the tokenizer gives no token for any" if stats.characters else "the filters dropped every"
+        raise DataError(f"{work.stem}: {left} document")
     for path in (split / LENGTHS, split / DROPPED):
-        if not path.stat().st_size:
-            path.unlink()
-        else:
-            sync(path)
+        sync(path) if path.stat().st_size else path.unlink()
     index: dict[str, Any] = {"version": 2, "shards": shards}
     if tokens is not None:
         index[TOKENS_KEY] = tokens
@@ -132,10 +136,3 @@ def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None
             os.rename(folder / old, split / new)
         elif kind == stored and not (split / new).exists():
             raise OSError(f"{folder / old} is missing; give --overwrite to convert again")
-
-
-def publish(work: Path, folder: Path, overwrite: bool) -> None:
-    """Rename the finished split to ``folder``, in place of an older one if ``overwrite`` is on, and clean up."""
-    check_free(folder, overwrite)
-    replace_folder(work / "split", folder)
-    shutil.rmtree(work)

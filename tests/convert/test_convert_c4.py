@@ -302,6 +302,18 @@ def test_shards_do_not_depend_on_workers(tmp_path, many, tokenizer_folder):
         )  # one part lies within a line that begins before it
 
 
+def test_worker_processes_start_where_they_pay(tmp_path, source, tokenizer, monkeypatch):
+    """On all cores, for a source with enough text; less is enough for tokens, which take longer."""
+    size = (Path(source) / "a.txt").stat().st_size
+    cores = len(os.sched_getaffinity(0))
+    text = conversion.Settings(tmp_path, source)
+    tokens = conversion.Settings(tmp_path, source, tokens=Tokens("x", tokenizer, 16, "chunk"))
+    for least_text, least_tokens in ((size, size), (size + 1, size), (size + 1, size + 1)):
+        monkeypatch.setattr(conversion, "WORKERS_PAY", {"text": least_text, "tokens": least_tokens})
+        assert conversion.default_workers(text, "train") == (cores if least_text == size else 1)
+        assert conversion.default_workers(tokens, "train") == (cores if least_tokens == size else 1)
+
+
 @pytest.mark.parametrize("kind", ["one gzip", "many files"])
 def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
     """Of Python and numpy, eight times the text in: a gzip is one share of work however long it is."""
