@@ -1,228 +1,246 @@
-"""Conversion of a split: plan, units of work, duplicates, merging of parts, report."""
+"""Conversion of a split: plan, units of work, duplicates, merging of parts."""
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from src.common.errors import DataError
 from src.common.files import locked, settle_folder, sync
 from src.convert import filters, workers
 from src.convert.samples import Tokens
-from src.convert.sources import COLUMNS, Counts, Span, files_of, iter_documents, text_bytes, units_of
+from src.convert.sources import COLUMNS, Span, files_of, iter_documents, text_bytes, units_of
+from src.convert.stats import Stats
 from src.convert.unit import Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
-from src.convert.work_folder import PLAN, assemble, begin, check_free, publish
+from src.convert.work_folder import PLAN, begin, check_free, publish
 
-SMALL = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
-"""The first so many documents of a split."""
+FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
+"""Splits that are the first documents of a split of C4: which, and how many."""
 
 UNIT_BYTES = (8 << 20, 256 << 20)
-"""Least and most text of a share of work; between, a 64th of the source. A function of the source, never of the
-machine, because each share has shards of its own."""
+"""Least and most text of a unit in bytes; between them, a 64th of the source. Depends on the source only, never on the
+machine, because shards do not cross units."""
+
+WORKERS_PAY = {"text": 512 << 20, "tokens": 64 << 20}
+"""Bytes of text above which worker processes gain more than their start costs (about 4 s). Shards of tokens gain less
+from a second worker, because one process already tokenizes on all cores, but each byte takes longer."""
 
 
-def plan_of(
-    args: argparse.Namespace, split: str, tokens: Tokens | None, grams: filters.Hashes | None
-) -> dict[str, Any]:
-    """All that decides what is written, flat, and how many units the work has."""
-    c4_split, limit = SMALL.get(split, (split, None))
-    limits = [n for n in (limit, args.limit) if n is not None]
+@dataclass(frozen=True)
+class Settings:
+    """How to convert. The shards do not depend on ``num_workers``, ``part`` or ``overwrite``."""
+
+    out_root: Path
+    """Parent of the splits' folders."""
+    source: str | None = None
+    """File or folder of text; None for C4 from the hub."""
+    tokens: Tokens | None = None
+    """How to tokenize, or None to write text."""
+    grams: filters.Hashes | None = None
+    """Drop documents that contain one of these word sequences (``filters.gram_set``)."""
+    dedup: bool = False
+    """Drop documents whose words an earlier one has."""
+    limit: int | None = None
+    """Read only the first ``limit`` documents, in one process."""
+    skip_bad: bool = False
+    """Count and skip what cannot be read, instead of raising."""
+    compression: str | None = None
+    size_limit: str | None = None
+    """Size of a shard before compression, for example 64mb, which is the default."""
+    num_workers: int | None = None
+    """Worker processes at most; None for ``default_workers``."""
+    part: tuple[int, int] | None = None
+    """(3, 16) converts the third of 16 parts, into a folder of its own."""
+    overwrite: bool = False
+    """Replace the split, or unfinished work of other settings."""
+
+
+class Converted(NamedTuple):
+    """What a call of ``convert`` did."""
+
+    documents: int
+    """Documents read by this call; earlier calls may have read others."""
+    seconds: float
+    units: int
+    """Units of the split; with a part, those of the other parts too."""
+
+
+def convert(settings: Settings, split: str) -> Converted:
+    """Write a split, or this machine's part of it.
+
+    Stopped at any moment, the next call with the same settings continues.
+
+    Raises:
+        DataError: the source cannot be read or has no document.
+        ValueError: the split exists, is being written, or was begun with other settings.
+    """
+    started = time.perf_counter()
+    folder = settings.out_root / split
+    work = part_folder(folder, *settings.part) if settings.part else folder.with_name(f"{split}.partial")
+    plan = plan_of(settings, split)
+    num_workers = settings.num_workers or default_workers(settings, plan["split"])
+    with locked(work if settings.part else folder):
+        settle_folder(folder)
+        check_free(folder, settings.overwrite)
+        begin(work, plan, settings.overwrite)
+        job = Job(
+            folder=work / "units",
+            columns=tuple(plan["columns"]),
+            tokens=settings.tokens,
+            shards={"compression": plan["compression"], "size_limit": plan["size_limit"]},
+            skip_bad=settings.skip_bad,
+            limit=plan["limit"],
+            duplicates=work / "duplicates" if settings.dedup else None,
+            grams=None if settings.grams is None else work / "grams.npy",
+        )
+        documents = 0
+        if (work / PLAN).exists():  # else the split is complete and lacks only its name
+            if job.grams is not None and settings.grams is not None:
+                np.save(job.grams, settings.grams)
+            if job.duplicates is not None:
+                mark_duplicates(settings, plan, job, num_workers)
+            with tqdm(desc=work.name, unit="doc", unit_scale=True, mininterval=1) as progress:
+                todo = units_to_convert(settings, plan, job)
+                workers.run(partial(convert_unit, job), todo, num_workers, progress.update)
+                documents = progress.n
+        if not settings.part:
+            publish(work, folder, partial(unit_folder, job.folder), settings.overwrite)
+        return Converted(documents, time.perf_counter() - started, plan["units"])
+
+
+def default_workers(settings: Settings, c4_split: str) -> int:
+    """All usable cores if the source has at least ``WORKERS_PAY`` bytes of text, otherwise 1."""
+    text = sum(map(text_bytes, files_of(settings.source, c4_split)))
+    if text < WORKERS_PAY["text" if settings.tokens is None else "tokens"]:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plan_of(settings: Settings, split: str) -> dict[str, Any]:
+    """All that decides what is written (a flat dict), and the number of units."""
+    c4_split, first = FIRST_DOCUMENTS.get(split, (split, None))
+    limit = min((n for n in (first, settings.limit) if n is not None), default=None)
     names, times, number, size, text = hashlib.sha256(), hashlib.sha256(), 0, 0, 0
-    for file in files_of(args.source, c4_split):
-        name = os.path.relpath(file.path, args.source) if args.source else file.path
+    for file in files_of(settings.source, c4_split):
+        name = os.path.relpath(file.path, settings.source) if settings.source else file.path
         names.update(f"{name}\t{file.size}\n".encode())
         times.update(f"{file.changed}\n".encode())
         number, size, text = number + 1, size + file.size, text + text_bytes(file)
-    counts = Counts()
-    first = next(iter_documents(args.source, c4_split, args.skip_bad, counts), None)
-    if first is None:
-        raise ValueError(f"{split}: the source has no document ({counts.empty} empty, {counts.bad} bad)")
+    stats = Stats()
+    document = next(iter_documents(settings.source, c4_split, settings.skip_bad, stats), None)
+    if document is None:
+        raise DataError(f"{split}: the source has no document ({stats.empty} empty, {stats.bad} bad)")
     unit_bytes = min(max(text // 64, UNIT_BYTES[0]), UNIT_BYTES[1])
+    tokens, grams = settings.tokens, settings.grams
     return {
         "split": c4_split,
         "files": number,
         "bytes": size,
         "names_and_sizes": names.hexdigest()[:16],
-        # Copies of a source on several machines have times of their own.
-        "times": times.hexdigest()[:16] if args.part is None else None,
-        "limit": min(limits) if limits else None,
-        "columns": [name for name in COLUMNS if name in first] if tokens is None else ["tokens"],
+        # Several machines may have copies of the source, with other times.
+        "times": times.hexdigest()[:16] if settings.part is None else None,
+        "limit": limit,
+        "columns": [name for name in COLUMNS if name in document] if tokens is None else ["tokens"],
         "tokens": None if tokens is None else tokens.description,
-        "compression": args.compression,
-        "size_limit": args.size_limit or "64mb",
-        "dedup": args.dedup,
+        "compression": settings.compression,
+        "size_limit": settings.size_limit or "64mb",
+        "dedup": settings.dedup,
         "decontaminate": None if grams is None else hashlib.sha256(grams.tobytes()).hexdigest(),
         "unit_bytes": unit_bytes,
-        "units": 1 if limits else sum(1 for _ in units_of(files_of(args.source, c4_split), unit_bytes)),
+        "units": 1 if limit else sum(1 for _ in units_of(files_of(settings.source, c4_split), unit_bytes)),
     }
 
 
-def units(args: argparse.Namespace, plan: dict[str, Any]) -> Iterator[Unit]:
-    """The work of this machine, in order. With a limit it is one unit, because the limit counts in order."""
-    files = files_of(args.source, plan["split"])
+def units_of_part(settings: Settings, plan: dict[str, Any]) -> Iterator[Unit]:
+    """The units of this machine, in order. With a limit there is one unit, because documents are counted in order."""
+    files = files_of(settings.source, plan["split"])
     if plan["limit"]:
         yield Unit(0, (Span(file.path) for file in files))
         return
-    part, parts = args.part or (1, 1)
+    part, parts = settings.part or (1, 1)
     for number, spans in enumerate(units_of(files, plan["unit_bytes"])):
         if number % parts == part - 1:
             yield Unit(number, spans)
 
 
-def convert(args: argparse.Namespace, split: str, tokens: Tokens | None, grams: filters.Hashes | None) -> None:
-    """Write one split, or this machine's part of it."""
-    started = time.perf_counter()
-    folder = args.out_root / split
-    work = part_folder(folder, *args.part) if args.part else folder.with_name(f"{split}.partial")
-    plan = plan_of(args, split, tokens, grams)
-    with locked(work if args.part else folder):
-        settle_folder(folder)
-        check_free(folder, args.overwrite)
-        begin(work, plan, args.overwrite)
-        here = work / "units"
-        job = Job(
-            folder=here,
-            columns=tuple(plan["columns"]),
-            tokens=tokens,
-            shards={"compression": plan["compression"], "size_limit": plan["size_limit"]},
-            skip_bad=args.skip_bad,
-            limit=plan["limit"],
-            duplicates=work / "duplicates" if args.dedup else None,
-            grams=None if grams is None else work / "grams.npy",
-        )
-        if job.grams is not None and grams is not None:
-            np.save(job.grams, grams)
-        done = 0
-        if (work / PLAN).exists():  # else all is done but for its name
-            if job.duplicates is not None:
-                mark_duplicates(args, plan, job)
-            with tqdm(desc=work.name, unit="doc", unit_scale=True, mininterval=1) as progress:
-                workers.run(partial(convert_unit, job), units_to_do(args, plan, job), args.num_workers, progress.update)
-                done = progress.n
-        seconds = time.perf_counter() - started
-        if args.part:
-            mine = sum(1 for _ in units(args, plan))
-            print(f"part split={split} part={args.part[0]}/{args.part[1]} units={mine} of={plan['units']}")
-            return
-        finish(work, folder, plan, partial(unit_folder, here), args.overwrite)
-        report(folder, tokens.description if tokens else None, seconds, done)
-
-
-def units_to_do(args: argparse.Namespace, plan: dict[str, Any], job: Job) -> Iterator[Unit]:
+def units_to_convert(settings: Settings, plan: dict[str, Any], job: Job) -> Iterator[Unit]:
+    """The units of this machine that are not complete."""
     first = 0
-    for unit in units(args, plan):
+    for unit in units_of_part(settings, plan):
         if not unit_folder(job.folder, unit.number).exists():
             yield dataclasses.replace(unit, first_document=first)
         if job.duplicates is not None:
-            first += hash_file(job.folder, unit.number).stat().st_size // 16
+            first += hash_file(job.folder, unit.number).stat().st_size // filters.HASH_BYTES
 
 
-def mark_duplicates(args: argparse.Namespace, plan: dict[str, Any], job: Job) -> None:
-    """The first of two passes: hashes of all documents, and which of them an earlier one has."""
+def mark_duplicates(settings: Settings, plan: dict[str, Any], job: Job, num_workers: int) -> None:
+    """First pass of --dedup: hash all documents, then find those that repeat an earlier one."""
     assert job.duplicates is not None
     if job.duplicates.exists():
         return
-    lacking = (unit for unit in units(args, plan) if not hash_file(job.folder, unit.number).exists())
+    todo = (unit for unit in units_of_part(settings, plan) if not hash_file(job.folder, unit.number).exists())
     with tqdm(desc="looking for duplicates", unit="doc", unit_scale=True, mininterval=1) as progress:
-        workers.run(partial(hash_unit, job), lacking, args.num_workers, progress.update)
+        workers.run(partial(hash_unit, job), todo, num_workers, progress.update)
     unfinished = job.duplicates.with_suffix(".partial")
     filters.find_duplicates([hash_file(job.folder, number) for number in range(plan["units"])], unfinished)
     sync(unfinished)
     unfinished.rename(job.duplicates)
 
 
-def finish(work: Path, folder: Path, plan: dict[str, Any], folder_of: Any, overwrite: bool) -> None:
-    """From complete units to the split under its name."""
-    if (work / PLAN).exists():
-        assemble(work, plan["units"], folder_of, plan["tokens"])
-    publish(work, folder, overwrite)
-
-
 def part_folder(folder: Path, part: int, parts: int) -> Path:
-    """Where one machine of several works."""
+    """Working folder of one machine of several."""
     return folder.with_name(f"{folder.name}.part-{part:03}-of-{parts:03}")
 
 
-def merge(args: argparse.Namespace, split: str) -> None:
-    """Put the parts of several machines together.
+def merge(out_root: Path, split: str, overwrite: bool) -> None:
+    """Assemble a split from the parts of several machines.
 
     Raises:
-        ValueError: a part is not there, is incomplete, or was made with other settings or another source.
+        DataError: a part is missing, incomplete, or differs from the first in its settings or source.
+        ValueError: the split exists and ``overwrite`` is off, or a part is being written.
     """
-    folder = args.out_root / split
-    found = sorted(args.out_root.glob(f"{split}.part-*-of-*"))
+    folder = out_root / split
+    found = sorted(out_root.glob(f"{split}.part-*-of-*"))
     if not found:
-        raise ValueError(f"{args.out_root} has no part of {split} (no folder {split}.part-001-of-…)")
+        raise DataError(f"{out_root} has no part of {split} (no folder {split}.part-001-of-...)")
     totals = sorted({int(path.name.rsplit("-", 1)[1]) for path in found})
     if len(totals) > 1:
-        raise ValueError(f"{args.out_root} has parts of several divisions of {split} ({totals}); remove one of them")
+        raise DataError(f"{out_root} has parts of several divisions of {split} (of {totals}); remove all but one")
     parts = [part_folder(folder, part, totals[0]) for part in range(1, totals[0] + 1)]
+
+    def folder_of(number: int) -> Path:
+        return unit_folder(parts[number % len(parts)] / "units", number)
+
     with contextlib.ExitStack() as locks:
         for path in (folder, *parts):
             locks.enter_context(locked(path))
         plans = []
         for path in parts:
             if not (path / PLAN).exists():
-                raise ValueError(f"{path} is not there, or was not begun; run that part")
+                raise DataError(f"{path} is missing or was not begun; run that part")
             plans.append(json.loads((path / PLAN).read_text()))
-        for path, plan in zip(parts, plans, strict=True):
-            differ = [f"{k}: {plans[0][k]} in the first, {plan[k]} here" for k in plan if plan[k] != plans[0][k]]
+            differ = [f"{k}: {plans[0][k]} there, {plans[-1][k]} here" for k in plans[0] if plans[-1][k] != plans[0][k]]
             if differ:
-                raise ValueError(f"{path} was made otherwise than {parts[0].name} ({'; '.join(differ)})")
-
-        def folder_of(number: int) -> Path:
-            return unit_folder(parts[number % len(parts)] / "units", number)
-
+                raise DataError(f"{path} does not match {parts[0].name} ({'; '.join(differ)})")
         units = plans[0]["units"]
-        if lacking := [number for number in range(units) if not folder_of(number).exists()]:
-            part = parts[lacking[0] % len(parts)]
-            raise ValueError(f"{len(lacking)} of {units} units are not done; {part.name} lacks some: run it again")
+        if incomplete := [number for number in range(units) if not folder_of(number).exists()]:
+            part = parts[incomplete[0] % len(parts)]
+            raise DataError(f"{len(incomplete)} of {units} units are incomplete; run {part.name} again")
         settle_folder(folder)
-        check_free(folder, args.overwrite)
+        check_free(folder, overwrite)
         work = folder.with_name(f"{split}.partial")
-        begin(work, plans[0], args.overwrite)
-        finish(work, folder, plans[0], folder_of, args.overwrite)
+        begin(work, plans[0], overwrite)
+        publish(work, folder, folder_of, overwrite)
         for path in parts:
             shutil.rmtree(path)
-    report(folder, plans[0]["tokens"], None, 0)
-
-
-def report(folder: Path, tokens: dict[str, Any] | None, seconds: float | None, done: int) -> None:
-    """Print what stats.json holds, for people and, in the last line, for scripts."""
-    stats = json.loads((folder / "stats.json").read_text())
-    of_documents, dropped = stats["document_characters"], stats["dropped"]
-    print(
-        f"{folder}: {stats['documents']:,} documents ({stats['empty']:,} empty and {stats['bad']:,} bad ones left out, "
-        f"{dropped['duplicate']:,} duplicate and {dropped['contaminated']:,} contaminated dropped) in "
-        f"{stats['samples']:,} samples; characters of a document: {_quantiles(of_documents)}"
-    )
-    if tokens is not None:
-        print(
-            f"    --pack {tokens['pack']}, up to {tokens['max_seq_len']} tokens: {_quantiles(stats['sample_tokens'])}; "
-            f"fill {stats['fill']:.1%}, {stats['cut_share']:.1%} of the text cut off, "
-            f"{stats['bytes_per_token']:.2f} bytes and {stats['characters_per_token']:.2f} characters a token"
-        )
-    fields = {"split": folder.name, "documents": stats["documents"], "samples": stats["samples"]}
-    fields |= {"tokens": stats.get("tokens", 0), "bytes": stats["bytes"]}
-    if seconds is not None:
-        fields |= {"seconds": round(seconds, 1), "documents_per_s": round(done / seconds)}
-    fields |= {"empty": stats["empty"], "bad": stats["bad"], **dropped}
-    if stats["first_bad"]:
-        print(f"{folder.name}: bad, left out: {'; '.join(stats['first_bad'])}", file=sys.stderr)
-    print("convert " + " ".join(f"{name}={value}" for name, value in fields.items()))
-
-
-def _quantiles(distribution: dict[str, Any]) -> str:
-    at = distribution["percentiles"]
-    return f"mean {distribution['mean']:.0f}, 5% {at['5']}, 50% {at['50']}, 95% {at['95']}, longest {at['100']}"

@@ -1,4 +1,4 @@
-"""Documents to leave out: copies of earlier ones, and those that share words with an evaluation set."""
+"""Filters that drop documents: duplicates of earlier ones, and those that share words with an evaluation set."""
 
 import hashlib
 import re
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
+HASH_BYTES = 16
+
 BUCKET = 1 << 24
-"""Hashes sorted at once; about 40 bytes of memory each."""
+"""Hashes sorted at a time; each takes about 40 bytes of memory."""
 
 GRAM = 13
-"""Words in a row that mark an overlap."""
+"""Length in words of the sequences that are compared."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Duplicates
@@ -24,25 +26,23 @@ GRAM = 13
 
 
 def text_hash(text: str) -> bytes:
-    """16 bytes of the text's words, whatever their case, white space and Unicode form (NFKC)."""
+    """Hash of the text's words; ignores case, white space and Unicode form (NFKC)."""
     words = " ".join(unicodedata.normalize("NFKC", text).lower().split())
-    return hashlib.blake2b(words.encode(), digest_size=16).digest()
+    return hashlib.blake2b(words.encode(), digest_size=HASH_BYTES).digest()
 
 
 def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> int:
-    """Mark every document whose hash an earlier one has.
+    """Mark every document that has the hash of an earlier one, and return how many there are.
 
-    Sorted in parts by the first bits of the hash, so that memory stays at about 40 * ``bucket`` bytes; the files are
-    read once for each part.
+    Sorts the hashes in parts, by their first bits, so memory stays at about 40 * ``bucket`` bytes. Reads the files once
+    for each part.
 
     Args:
-        files: of 16-byte hashes, the documents in order.
-        out: written: a bool (one byte) for each document, true for a duplicate.
-
-    Returns:
-        How many.
+        files: files of hashes from ``text_hash``, the documents in order.
+        out: file to write: one bool (a byte) per document, true for a duplicate.
+        bucket: hashes per part, on average at most.
     """
-    total = sum(file.stat().st_size for file in files) // 16
+    total = sum(file.stat().st_size for file in files) // HASH_BYTES
     bits = max(0, (total - 1) // bucket).bit_length()
     duplicate = np.memmap(out, dtype=bool, mode="w+", shape=(total,))
     found = 0
@@ -55,7 +55,7 @@ def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> i
             ordinals.append(start + here)
             start += len(pairs)
         pairs, positions = np.concatenate(hashes), np.concatenate(ordinals)
-        order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: of equal hashes the earliest document comes first
+        order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: the earliest of equal hashes comes first
         again = np.flatnonzero((pairs[order[1:]] == pairs[order[:-1]]).all(axis=1)) + 1
         duplicate[positions[order[again]]] = True
         found += len(again)
@@ -69,7 +69,7 @@ def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> i
 
 
 def words_of(text: str) -> list[str]:
-    """Words as GPT-3 counts them (Brown et al., 2020, appendix C): lower case, between white space, no punctuation."""
+    """Words as for GPT-3 (Brown et al., 2020, appendix C): lower case, no punctuation, split at white space."""
     return re.sub(r"[^\w\s]|_", "", text.lower()).split()
 
 
@@ -79,7 +79,7 @@ def _word_hash(word: str) -> int:
 
 
 def gram_hashes(words: Sequence[str]) -> Hashes:
-    """A 64-bit hash for each ``GRAM`` words in a row: (max(0, words - GRAM + 1),)."""
+    """A 64-bit hash of every ``GRAM`` consecutive words, shape (max(0, len(words) - GRAM + 1),)."""
     count = len(words) - GRAM + 1
     if count < 1:
         return np.empty(0, dtype=np.uint64)
@@ -91,13 +91,13 @@ def gram_hashes(words: Sequence[str]) -> Hashes:
 
 
 def gram_set(texts: Iterable[str]) -> tuple[Hashes, int]:
-    """The sorted hashes of all ``GRAM``-word sequences of the texts, and how many texts are too short to have one."""
+    """Sorted hashes of all ``GRAM``-word sequences of the texts, and how many texts are too short to have one."""
     grams = [gram_hashes(words_of(text)) for text in texts]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *grams])), sum(not len(own) for own in grams)
 
 
 def overlap(text: str, grams: Hashes) -> str | None:
-    """The first ``GRAM`` words of ``text`` that are among ``grams`` (sorted), or None."""
+    """The first ``GRAM`` consecutive words of ``text`` whose hash is in ``grams`` (sorted), or None."""
     words = words_of(text)
     own = gram_hashes(words)
     if not len(own) or not len(grams):

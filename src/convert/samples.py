@@ -14,27 +14,27 @@ from src.data.cutting import PIECE, pieces, word_boundary
 from src.data.tokenizer import tokenizer_fingerprint
 
 BATCH = 256
-"""Pieces of text tokenized at once."""
+"""Texts, or pieces of text, tokenized per call."""
 
 
 class Tokens:
-    """Documents to samples of tokens. Can be sent to another process.
+    """Tokenizes documents and packs them into samples. Can be sent to another process.
 
     Args:
-        name: of the tokenizer, for the description.
+        name: name or folder of the tokenizer, for the description.
         tokenizer: from ``load_tokenizer``.
-        max_seq_len: longest sample, [CLS] and [SEP] included.
-        pack: ``truncate`` keeps the beginning of a document, ``chunk`` cuts all of it into consecutive samples.
+        max_seq_len: longest sample in tokens, [CLS] and [SEP] included.
+        pack: ``truncate`` keeps the beginning of a document; ``chunk`` cuts all of it into consecutive samples.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, pack: str):
         self.max_seq_len, self.pack = max_seq_len, pack
-        # Half the bytes on disk and in flight, wherever the vocabulary allows it.
+        # uint16 takes half the bytes on disk and in memory; most vocabularies fit.
         self.dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         self.cls: Any = tokenizer.cls_token_id
         self.sep: Any = tokenizer.sep_token_id
         self.backend: Tokenizer = tokenizer.backend_tokenizer
-        self.description: dict[str, Any] = {  # what training checks before it uses the shards
+        self.description: dict[str, Any] = {  # training checks it before it reads the shards
             "tokenizer": name,
             "fingerprint": tokenizer_fingerprint(tokenizer),
             "vocab_size": len(tokenizer),
@@ -44,7 +44,7 @@ class Tokens:
         }
 
     def samples(self, texts: Iterator[str], stats: Stats) -> Iterator[NDArray[Any]]:
-        """Each (length,), at most ``max_seq_len``, [CLS] and [SEP] included; ``stats`` learns what is cut off."""
+        """Samples of shape (length,), [CLS] and [SEP] included. Adds to ``stats.cut_characters``."""
         return self._truncated(texts, stats) if self.pack == "truncate" else self._chunks(texts)
 
     def _framed(self, ids: Any) -> NDArray[Any]:
@@ -73,13 +73,13 @@ class Tokens:
                     yield self._framed(ids)
 
     def _beginnings(self, texts: list[str]) -> list[tuple[list[int], int]]:
-        """The first ids of each text, as of the whole, and the number of characters behind them.
+        """For each text: its first ids, and the number of characters after them.
 
-        What is cut off anyway is not tokenized: a prefix is, and where it gives too few ids, one of twice its length.
+        Tokenizes a prefix only. If that gives too few ids, tries a prefix of twice the length.
         """
         room = self.max_seq_len - 2
         found: list[tuple[list[int], int]] = [([], 0)] * len(texts)
-        todo, characters = list(range(len(texts))), 6 * room  # English has 4 to 5 characters a word piece
+        todo, characters = list(range(len(texts))), 6 * room  # English has 4 to 5 characters per word piece
         while todo:
             ends = [word_boundary(texts[i], characters, 1, max(characters, PIECE)) for i in todo]
             prefixes = [texts[i][:end] for i, end in zip(todo, ends, strict=True)]

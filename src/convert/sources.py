@@ -1,12 +1,11 @@
-"""Where text comes from: C4 on the hub, C4's own files, or yours; one document after another, whatever the size.
+"""Sources of text: C4 on the hub, C4's own files, or your files; read one document at a time.
 
-.json.gz, .jsonl.gz, .jsonl, .json    one JSON object a line, with a field "text"
-.txt, .txt.gz                         one document a line
+.json.gz, .jsonl.gz, .jsonl, .json    one JSON object per line, with a field "text"
+.txt, .txt.gz                         one document per line
 .parquet                              a column "text"
 a folder with index.json              a split of MDS shards with a column "text"
 
-A source is a sequence of files; a Span is what of a file one worker reads. ``units_of`` groups spans into shares of
-work that depend on the source alone.
+A source is a sequence of files. A ``Span`` is a part of a file, a unit of work is a list of spans.
 """
 
 import gzip
@@ -14,43 +13,32 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from src.common.errors import DataError, first_line
+from src.convert.stats import Stats
+
 Document = dict[str, str]
-"""``text``, and where the source has them ``timestamp`` and ``url``."""
+"""``text``, and ``timestamp`` and ``url`` if the source has them."""
 
 COLUMNS = ("text", "timestamp", "url")
 
 SUFFIXES = (".json.gz", ".jsonl.gz", ".jsonl", ".json", ".txt", ".txt.gz", ".parquet")
 
 C4_SPLITS = {"train": "train", "val": "validation"}
-"""Our names of C4's splits, and its own."""
+"""Our names of C4's splits, and C4's names."""
 
 MAX_LINE = 1 << 31
-"""Bytes. A longer line is bad: it would be held in memory several times over."""
+"""Longest line in bytes. A longer one is bad: memory would hold it several times."""
 
 TEXT_BYTES = {".gz": 3, ".parquet": 2}
-"""Bytes of text in a byte of such a file, roughly: it shares out work and decides nothing else."""
+"""Bytes of text per byte of such a file, roughly. Used only to divide the work."""
 
 
-class BadText(ValueError):
-    """A line, or a file from some line on, that cannot be read; the message begins with where."""
-
-
-@dataclass
-class Counts:
-    """What went by while documents were read."""
-
-    documents: int = 0
-    empty: int = 0
-    """Documents of white space only; left out."""
-    bad: int = 0
-    """Lines, or rests of files, that could not be read; left out when bad ones are skipped."""
-    first_bad: list[str] = field(default_factory=list)
-    """The first few of them, with file and line."""
+class BadText(DataError):
+    """A line, or the rest of a file, that cannot be read."""
 
 
 class File(NamedTuple):
@@ -58,15 +46,15 @@ class File(NamedTuple):
 
     path: str
     size: int
-    """Bytes on disk; for a file of the hub, which is not asked, 1 GiB."""
+    """Bytes on disk; 1 GiB for a file of the hub, which is not asked."""
     changed: int
     """Time of the last change in nanoseconds; 0 for the hub."""
 
 
 class Span(NamedTuple):
-    """A part of a file, for one worker to read.
+    """A part of a file.
 
-    Lines: those that begin in bytes [start, stop). Parquet: row groups [start, stop). Else the whole file.
+    Lines: those that begin in bytes [start, stop). Parquet: row groups [start, stop). Other files: always the whole.
     """
 
     path: str
@@ -79,7 +67,7 @@ class Span(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 
 HUB = "hub:"
-"""A path of the hub is ``hub:split@revision#number``."""
+"""Prefix of a path on the hub: ``hub:split@revision#number``."""
 
 
 def is_c4_folder(source: str) -> bool:
@@ -88,20 +76,19 @@ def is_c4_folder(source: str) -> bool:
 
 
 def _c4_files(source: str, name: str) -> list[Path]:
-    folder = Path(source)
-    pattern = f"c4-{name}.*.json.gz"
+    folder, pattern = Path(source), f"c4-{name}.*.json.gz"
     return sorted(folder.glob(pattern)) or sorted((folder / "en").glob(pattern))
 
 
 def files_of(source: str | None, split: str = "train") -> Iterator[File]:
-    """The files of a source in a fixed order; no more than one folder's names are in memory.
+    """The files of a source in a fixed order. Memory holds the names of one folder at a time.
 
     Args:
-        source: None for C4 on the Hugging Face hub, or a file, or a folder (read with its subfolders, in sorted order).
+        source: a file, or a folder (read with its subfolders, sorted by name), or None for C4 on the hub.
         split: ``train`` or ``val`` of C4; other sources have no splits.
 
     Raises:
-        ValueError: the source is not there, or holds nothing that can be read.
+        DataError: the source does not exist, or has no file of a known format.
     """
     if source is None:
         revision = _hub_revision()
@@ -111,21 +98,20 @@ def files_of(source: str | None, split: str = "train") -> Iterator[File]:
     if is_c4_folder(source):
         paths: Iterable[Path] = _c4_files(source, C4_SPLITS[split])
         if not paths:
-            raise ValueError(f"{source}: of C4's own files, those of this split (c4-{C4_SPLITS[split]}.*) are not here")
+            raise DataError(f"{source}: C4's files of this split (c4-{C4_SPLITS[split]}.*) are missing")
     elif not Path(source).exists():
-        raise ValueError(f"{source}: there is no such file or folder")
+        raise DataError(f"{source}: no such file or folder")
     elif (Path(source) / "index.json").is_file():
         paths = _mds_files(Path(source))
     else:
         paths = [Path(source)] if Path(source).is_file() else _walk(source)
         paths = (path for path in paths if path.name.endswith(SUFFIXES))
-    found = False
+    path = None
     for path in paths:
-        found = True
         stat = path.stat()
         yield File(str(path), stat.st_size, stat.st_mtime_ns)
-    if not found:
-        raise ValueError(f"{source}: nothing here can be read; known are {', '.join(SUFFIXES)}, and MDS shards of text")
+    if path is None:
+        raise DataError(f"{source}: no file of a known format ({', '.join(SUFFIXES)}, or a folder of MDS shards)")
 
 
 def _walk(folder: str) -> Iterator[Path]:
@@ -139,9 +125,9 @@ def _walk(folder: str) -> Iterator[Path]:
 
 
 def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
-    """Shares of work of about ``size`` bytes of text: small files together, large ones in parts where they allow it.
+    """Divide files into units of about ``size`` bytes of text: small files together, large ones in parts.
 
-    Nothing but the files and ``size`` decides which; gzip cannot be entered in its middle and is one part.
+    The division depends on the files and ``size`` only. A gzip cannot be read from its middle, so it is one part.
     """
     unit: list[Span] = []
     weight = 0
@@ -151,13 +137,13 @@ def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
                 yield unit
                 unit, weight = [], 0
             unit.append(span)
-            weight += max(bytes_of_text, 4096)  # so that a unit of tiny files is no endless list
+            weight += max(bytes_of_text, 4096)  # bounds the number of tiny files per unit
     if unit:
         yield unit
 
 
 def text_bytes(file: File) -> int:
-    """About how much text the file holds."""
+    """About how many bytes of text the file holds."""
     return file.size * TEXT_BYTES.get(os.path.splitext(file.path)[1], 1)
 
 
@@ -169,7 +155,7 @@ def _spans(file: File, size: int) -> Iterator[tuple[Span, int]]:
         groups = _row_groups(file.path)
         for group in range(groups):
             yield Span(file.path, group, group + 1), weight // groups
-        if not groups:  # broken: whoever reads it says so
+        if not groups:  # damaged; reading it raises
             yield Span(file.path), weight
     else:
         for start in range(0, file.size, size):
@@ -193,27 +179,27 @@ def _row_groups(path: str) -> int:
 
 
 def iter_documents(
-    source: str | None = None, split: str = "train", skip_bad: bool = False, counts: Counts | None = None
+    source: str | None = None, split: str = "train", skip_bad: bool = False, stats: Stats | None = None
 ) -> Iterator[Document]:
     """The documents of a source, in a fixed order.
 
     Args:
         source, split: as for ``files_of``.
-        skip_bad: count and leave out what cannot be read, in place of raising.
-        counts: filled in along the way.
+        skip_bad: count and skip what cannot be read, instead of raising.
+        stats: receives the counts of documents, empty and bad ones.
 
     Raises:
         BadText: something cannot be read, and ``skip_bad`` is off.
-        ValueError: the source is not there, or holds nothing that can be read.
+        DataError: the source does not exist, or has no file of a known format.
     """
-    counts = Counts() if counts is None else counts
+    stats = Stats() if stats is None else stats
     for file in files_of(source, split):
-        for _, document in read(Span(file.path), skip_bad, counts):
+        for _, document in read(Span(file.path), skip_bad, stats):
             yield document
 
 
-def read(span: Span, skip_bad: bool, counts: Counts) -> Iterator[tuple[str, Document]]:
-    """The documents of a span, each with its place in the source, empty ones left out; errors as ``iter_documents``."""
+def read(span: Span, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Document]]:
+    """The non-empty documents of a span, each with its place (file and line); raises as ``iter_documents``."""
     if span.path.startswith(HUB):
         items = _hub_documents(span.path)
     elif span.path.endswith(".parquet"):
@@ -221,24 +207,21 @@ def read(span: Span, skip_bad: bool, counts: Counts) -> Iterator[tuple[str, Docu
     elif span.path.endswith(SUFFIXES):
         items = _lines(span)
     else:
-        items = _mds_documents(Path(span.path))
+        items = _mds_documents(span.path)
     for place, item in items:
-        if isinstance(item, str):
-            message = f"{place}: {item}"
+        if isinstance(item, BadText):
             if not skip_bad:
-                raise BadText(message)
-            counts.bad += 1
-            if len(counts.first_bad) < 5:
-                counts.first_bad.append(message)
+                raise BadText(f"{place}: {item}")
+            stats.add_bad(f"{place}: {item}")
         elif not item["text"].strip():
-            counts.empty += 1
+            stats.empty += 1
         else:
-            counts.documents += 1
+            stats.documents += 1
             yield place, item
 
 
-Item = tuple[str, Document | str]
-"""A place and its document, or what is bad there."""
+Item = tuple[str, Document | BadText]
+"""A place, and the document or what is wrong there."""
 
 
 @cache
@@ -248,7 +231,7 @@ def _hub_revision() -> str:
     try:
         return str(huggingface_hub.dataset_info("allenai/c4").sha)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give a source of files") from None
+        raise _no_hub(error) from None
 
 
 @cache
@@ -258,21 +241,26 @@ def _hub_dataset(split: str, revision: str) -> Any:
     try:
         return load_dataset("allenai/c4", "en", split=C4_SPLITS[split], streaming=True, revision=revision)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"C4 cannot be had from the hub ({error}); offline, give a source of files") from None
+        raise _no_hub(error) from None
+
+
+def _no_hub(error: Exception) -> DataError:
+    return DataError(
+        f"allenai/c4: the Hugging Face Hub is unreachable ({first_line(error)}); offline, give a --source of files"
+    )
 
 
 def _hub_documents(path: str) -> Iterator[Item]:
     name, number = path.removeprefix(HUB).split("#")
     dataset = _hub_dataset(*name.split("@"))
     for row_number, row in enumerate(dataset.shard(num_shards=dataset.num_shards, index=int(number)), start=1):
-        document = {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
-        yield f"{path}:{row_number}", document
+        yield f"{path}:{row_number}", _columns(row)
 
 
 def _lines(span: Span) -> Iterator[Item]:
-    """Those lines of a file that begin within the span."""
+    """The lines of a file that begin within the span."""
     path = span.path
-    parse = _text_line if path.endswith((".txt", ".txt.gz")) else _json_line
+    parse = _parse_text if path.endswith((".txt", ".txt.gz")) else _parse_json
     stop = float("inf") if span.stop is None else span.stop
     offset = number = 0
 
@@ -281,7 +269,7 @@ def _lines(span: Span) -> Iterator[Item]:
 
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
-            if span.start:  # the line that runs into the span is its predecessor's
+            if span.start:  # the line that crosses the start belongs to the span before
                 offset = lines.seek(span.start - 1)
                 while offset < stop and (piece := lines.readline(1 << 20)):
                     offset += len(piece)
@@ -290,51 +278,48 @@ def _lines(span: Span) -> Iterator[Item]:
             while offset < stop and (line := lines.readline(MAX_LINE)):
                 number += 1
                 too_long = len(line) == MAX_LINE and not line.endswith(b"\n")
-                try:
-                    if too_long:
-                        raise ValueError(f"a line of more than {MAX_LINE:,} bytes; cut it into several documents")
+                if too_long:
+                    yield place(), BadText(f"line longer than {MAX_LINE:,} bytes; divide it into several documents")
+                else:
                     yield place(), parse(line)
-                except ValueError as error:
-                    yield place(), str(error)
                 offset += len(line)
                 while too_long and not line.endswith(b"\n") and (line := lines.readline(MAX_LINE)):
                     offset += len(line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         number += 1
-        yield place(), f"the rest of the file cannot be unpacked ({error})"
+        yield place(), BadText(f"the rest of the file cannot be decompressed ({error})")
 
 
-def _text_line(line: bytes) -> Document:
-    return {"text": _utf8(line).rstrip("\r\n")}
-
-
-def _json_line(line: bytes) -> Document:
-    text = _utf8(line)
-    if not text.strip():
-        return {"text": ""}
+def _parse_text(line: bytes) -> Document | BadText:
     try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error})") from None
-    return _row(row)
-
-
-def _utf8(line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig")  # Windows begins files with a byte order mark
+        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}  # Windows begins files with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 ({error.reason} at byte {error.start})") from None
+        return BadText(f"invalid UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _row(row: Any) -> Document:
+def _parse_json(line: bytes) -> Document | BadText:
+    document = _parse_text(line)
+    if isinstance(document, BadText) or not document["text"].strip():
+        return document
+    try:
+        return _parse_row(json.loads(document["text"]))
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadText(f"invalid JSON ({error})")
+
+
+def _parse_row(row: Any) -> Document | BadText:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError("no field 'text' that holds a text")
-    document = {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
+        return BadText("expected a field 'text' that holds a string")
+    document = _columns(row)
     try:
         "".join(document.values()).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no file and no tokenizer takes it
-        raise ValueError(f"no Unicode text ({error.reason})") from None
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; files and tokenizers refuse it
+        return BadText(f"invalid Unicode ({error.reason})")
     return document
+
+
+def _columns(row: dict[str, Any]) -> Document:
+    return {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
 
 
 def _parquet(span: Span) -> Iterator[Item]:
@@ -351,49 +336,56 @@ def _parquet(span: Span) -> Iterator[Item]:
             for i in range(batch.num_rows):
                 number += 1
                 try:
-                    yield f"{span.path}:{number}", _row({name: batch[name][i].as_py() for name in columns})
-                except ValueError as error:
-                    yield f"{span.path}:{number}", str(error)
+                    row = {name: batch[name][i].as_py() for name in columns}
+                except UnicodeDecodeError as error:
+                    yield f"{span.path}:{number}", BadText(f"invalid UTF-8 ({error.reason} at byte {error.start})")
+                else:
+                    yield f"{span.path}:{number}", _parse_row(row)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        yield f"{span.path}:{number + 1}", f"the rest of the file cannot be read as parquet ({error})"
+        yield f"{span.path}:{number + 1}", BadText(f"the rest of the file cannot be read as parquet ({error})")
 
 
 def _mds_files(folder: Path) -> list[Path]:
-    """The shards of a split, in its order."""
+    """The shards of a split, in the order of its index; the uncompressed file where there are both."""
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
         names = [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
         raw = [shard["raw_data"]["basename"] for shard in shards]
         columns = {name for shard in shards for name in shard["column_names"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'index.json'} is no index of MDS shards ({error!r})") from None
+        raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
     if "text" not in columns:
-        raise ValueError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
+        raise DataError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
     return [folder / (a if (folder / a).exists() else b) for a, b in zip(raw, names, strict=True)]
 
 
-def _mds_documents(path: Path) -> Iterator[Item]:
-    """A shard: a count, the offsets of all samples and of the end (uint32), the columns as JSON, the samples."""
+def _mds_documents(path: str) -> Iterator[Item]:
+    """An MDS shard: number of samples, offsets of all samples and of the end (uint32), columns as JSON, samples."""
     import numpy as np
     from streaming.base.compression import decompress
     from streaming.base.format.mds.encodings import mds_decode
 
-    data = path.read_bytes()
-    if path.suffix != ".mds":
-        data = decompress(path.suffix[1:], data)
-    (samples,) = np.frombuffer(data, "<u4", 1)
-    offsets = np.frombuffer(data, "<u4", int(samples) + 1, 4).tolist()
-    config = json.loads(data[4 * (int(samples) + 2) : offsets[0]])
-    variable = [i for i, size in enumerate(config["column_sizes"]) if size is None]
-    for number, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False), start=1):
-        sizes = list(config["column_sizes"])
-        for i, size in zip(variable, np.frombuffer(data, "<u4", len(variable), begin).tolist(), strict=True):
-            sizes[i] = size
-        at, row = begin + 4 * len(variable), {}
-        for name, encoding, size in zip(config["column_names"], config["column_encodings"], sizes, strict=True):
-            if name in COLUMNS:
-                row[name] = mds_decode(encoding, data[at : at + size])
-            at += size
-        if at != end:
-            raise ValueError(f"{path}:{number}: the sample ends at byte {at:,} and not at {end:,}: damaged")
-        yield f"{path}:{number}", _row(row)
+    number = 0
+    try:
+        data = Path(path).read_bytes()
+        if not path.endswith(".mds"):
+            data = decompress(path.rsplit(".", 1)[1], data)
+        (samples,) = np.frombuffer(data, "<u4", 1).tolist()
+        offsets = np.frombuffer(data, "<u4", samples + 1, 4).tolist()
+        config = json.loads(data[4 * (samples + 2) : offsets[0]])
+        variable = [i for i, size in enumerate(config["column_sizes"]) if size is None]
+        for begin, end in zip(offsets, offsets[1:], strict=False):
+            sizes = list(config["column_sizes"])
+            for i, size in zip(variable, np.frombuffer(data, "<u4", len(variable), begin).tolist(), strict=True):
+                sizes[i] = size
+            at, row = begin + 4 * len(variable), {}
+            for name, encoding, size in zip(config["column_names"], config["column_encodings"], sizes, strict=True):
+                if name in COLUMNS and encoding != "pkl":  # a pickle could run any code
+                    row[name] = mds_decode(encoding, data[at : at + size])
+                at += size
+            if at != end or end > len(data):
+                raise DataError(f"the sample does not end at byte {end:,} as the shard says")
+            number += 1
+            yield f"{path}:{number}", _parse_row(row)
+    except Exception as error:  # each compression has an error type of its own
+        yield f"{path}:{number + 1}", BadText(f"the rest of the shard cannot be read ({first_line(error)})")

@@ -1,4 +1,4 @@
-"""What a conversion counts: of each share of work, added up for a split."""
+"""Counts of a conversion: for each unit of work, then added up for the split."""
 
 import dataclasses
 from collections import Counter
@@ -10,68 +10,70 @@ import numpy as np
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 
-FIRST = 5
-"""So many unreadable lines are quoted."""
+QUOTED = 5
+"""Number of unreadable lines that are quoted."""
 
 
 def rounded(length: int) -> int:
-    """``length`` with its 4 leading bits kept, the others 0: at most 12.5% less, and few different values."""
+    """``length`` with only its 4 leading bits kept: at most 12.5% less, and few distinct values."""
     shift = max(0, length.bit_length() - 4)
     return length >> shift << shift
 
 
 @dataclass
 class Stats:
-    """Counts that can be added, and written as JSON."""
+    """Counts that can be added up and stored as JSON."""
 
     documents: int = 0
-    """Read, empty and unreadable ones not among them."""
+    """Documents read, without empty and unreadable ones."""
     empty: int = 0
+    """Documents of white space only, skipped."""
     bad: int = 0
+    """Lines, or rests of files, that cannot be read, skipped."""
     first_bad: list[str] = field(default_factory=list)
+    """The first ``QUOTED`` of them: file, line and reason."""
     duplicate: int = 0
     """Documents dropped because an earlier one has the same text."""
     contaminated: int = 0
     """Documents dropped because they share words with an evaluation set."""
     characters: int = 0
-    """Of the documents kept."""
+    """Characters of the documents kept."""
     cut_characters: int = 0
-    """Of these, what lies behind the last token of a truncated document."""
+    """Those of them after the last token of a truncated document."""
     samples: int = 0
     tokens: int = 0
-    """[CLS] and [SEP] included; 0 for shards of text."""
+    """Tokens, [CLS] and [SEP] included; 0 for shards of text."""
     bytes: int = 0
-    """Of the shards, as they lie on disk."""
+    """Size of the shards on disk."""
     document_characters: Counter[int] = field(default_factory=Counter)
-    """``rounded`` characters: documents."""
+    """Number of documents by ``rounded`` number of characters."""
     sample_tokens: Counter[int] = field(default_factory=Counter)
-    """Tokens, [CLS] and [SEP] included: samples."""
+    """Number of samples by number of tokens, [CLS] and [SEP] included."""
 
     def add(self, other: "Stats") -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-        del self.first_bad[FIRST:]
+        del self.first_bad[QUOTED:]
+
+    def add_bad(self, message: str) -> None:
+        """Count something that cannot be read."""
+        self.bad += 1
+        if len(self.first_bad) < QUOTED:
+            self.first_bad.append(message)
 
     def add_lengths(self, lengths: np.ndarray[Any, Any]) -> None:
         """Count samples of these numbers of tokens."""
         self.tokens += int(lengths.sum(dtype=np.int64))
-        self.sample_tokens.update(dict(zip(*(x.tolist() for x in np.unique(lengths, return_counts=True)), strict=True)))
-
-    def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        self.sample_tokens.update(lengths.tolist())
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Stats":
-        """JSON's keys are texts; lengths become numbers again."""
+        """From ``vars(stats)``, written to JSON and read again: keys that were int are strings."""
         counters = ("document_characters", "sample_tokens")
         return cls(**{**record, **{name: Counter({int(k): v for k, v in record[name].items()}) for name in counters}})
 
     def report(self, max_seq_len: int | None) -> dict[str, Any]:
-        """What stats.json holds; nothing in it depends on time or machine.
-
-        Args:
-            max_seq_len: of shards of tokens; None for text.
-        """
+        """The content of stats.json, independent of time and machine. ``max_seq_len`` is None for shards of text."""
         report: dict[str, Any] = {
             "documents": self.documents,
             "empty": self.empty,
@@ -96,7 +98,7 @@ class Stats:
 
 
 def distribution(counts: Mapping[int, int]) -> dict[str, Any]:
-    """Mean, percentiles and histogram of the values whose numbers ``counts`` holds."""
+    """Mean, percentiles and histogram of values, given as the number of times that each occurs."""
     values = np.array(sorted(counts), dtype=np.int64)
     numbers = np.array([counts[v] for v in values.tolist()], dtype=np.int64)
     if not len(values):

@@ -1,11 +1,11 @@
-"""The folder that a conversion works in, so that it can be stopped at any moment and gone on with.
+"""The working folder of a conversion. A conversion that is stopped at any moment continues from it.
 
     SPLIT.partial/                 or SPLIT.part-003-of-016/ on one of several machines
       plan.json                    all that decides what is written
-      units/000000/ ...            complete shares of work (unit.py); units/*.hashes of the first pass
-      split/                       the dataset, put together from the units, before it takes its name SPLIT/
+      units/000000/ ...            complete units (unit.py); units/*.hashes of the first pass of --dedup
+      split/                       the split, assembled from the units, before it is renamed to SPLIT/
 
-Each step is a rename, or can be done again: whatever stops it, the next call finds a state that it knows.
+Each step is a rename, or can be repeated.
 """
 
 import json
@@ -16,79 +16,89 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from src.common.errors import DataError
 from src.common.files import replace_folder, sync, write_text
 from src.convert.stats import Stats
-from src.convert.unit import DROPPED, LENGTHS, UNIT
-from src.data.shards import TOKENS_KEY
+from src.convert.unit import DROPPED, UNIT
+from src.data.shards import LENGTHS, TOKENS_KEY
 
-PLAN, MADE = "plan.json", "conversion.json"
-"""The plan's name in the working folder, and in the finished dataset."""
+PLAN, CONVERSION = "plan.json", "conversion.json"
+"""Name of the plan in the working folder, and in the finished split."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise a ValueError where ``folder`` exists and may not be replaced."""
+    """Raise a ValueError if ``folder`` exists and may not be replaced."""
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
     if folder.exists() and not (folder / "index.json").exists():
-        raise ValueError(f"{folder} holds no dataset (no index.json), so it is not replaced; take another name for it")
+        raise ValueError(f"{folder} is not a dataset (no index.json), so it is not replaced; choose another name")
 
 
 def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Make the working folder, or go on with what is there if it was begun with the same plan.
+    """Make the working folder, or keep it if it was begun with the same plan.
 
     Args:
-        work: the folder; its units' folder is ``work / "units"``.
-        plan: flat, JSON.
-        overwrite: whether work of another plan is thrown away.
+        work: the folder.
+        plan: a flat dict of JSON values.
+        overwrite: delete work of another plan.
 
     Raises:
-        ValueError: there is work of another plan; the message holds both values of what differs.
+        ValueError: the folder was begun with another plan; the message has both values of each difference.
     """
-    found = [path for path in (work / PLAN, work / "split" / MADE) if path.exists()]
+    found = [path for path in (work / PLAN, work / "split" / CONVERSION) if path.exists()]
     if found:
         other = json.loads(found[0].read_text())
         differ = [name for name in {**other, **plan} if other.get(name) != plan.get(name)]
         if differ and not overwrite:
             values = "; ".join(f"{name}: {other.get(name)} there, {plan.get(name)} here" for name in differ)
             raise ValueError(
-                f"{work} was begun otherwise ({values}). Give the same again, or --overwrite to begin anew"
+                f"{work} was begun with other settings or another source ({values}). Give the same again, or "
+                "--overwrite to start again"
             )
         if not differ:
             for path in (work / "units").glob("*.partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            print(f"going on with {work}: {count_complete(work)} of {plan['units']} units are there", file=sys.stderr)
+            complete = sum(path.suffix == "" for path in (work / "units").iterdir())
+            print(f"continuing {work}: {complete} of {plan['units']} units are complete", file=sys.stderr)
             return
     if work.exists():
-        print(f"removing {work}, which an earlier conversion left", file=sys.stderr)
+        print(f"removing {work}, left by an earlier conversion", file=sys.stderr)
         shutil.rmtree(work)
     (work / "units").mkdir(parents=True)
     write_text(work / PLAN, json.dumps(plan, indent=1))
 
 
-def count_complete(work: Path) -> int:
-    """Units that are complete."""
-    return sum(path.suffix == "" for path in (work / "units").iterdir())
-
-
-def assemble(work: Path, units: int, folder_of: Callable[[int], Path], tokens: dict[str, Any] | None) -> Stats:
-    """Put the dataset together in ``work / "split"``: shards numbered through, index.json, stats.json and the rest.
-
-    Shards are moved, each to a name that depends on the units alone, so a second call goes on with a first one's work.
+def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrite: bool) -> None:
+    """Assemble the split from its complete units, rename it to ``folder``, and delete the working folder.
 
     Args:
-        units: how many there are.
-        folder_of: a unit's folder by its number.
-        tokens: description of shards of tokens, which goes into index.json; None for text.
+        work: the working folder.
+        folder: the split's folder, replaced if ``overwrite`` is on.
+        folder_of: folder of a unit, by its number.
 
     Raises:
-        ValueError: no sample came of any document.
-        OSError: a unit has lost its shard.
+        DataError: no document gave a sample.
+        OSError: a shard of a unit is missing.
     """
+    if (work / PLAN).exists():
+        _assemble(work, folder_of)
+    check_free(folder, overwrite)
+    replace_folder(work / "split", folder)
+    shutil.rmtree(work)
+
+
+def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
+    """Assemble the split in ``work / "split"``: shards numbered in order, index.json, stats.json and the rest.
+
+    Moves each shard to a name that depends only on the units, so the call can be repeated.
+    """
+    plan = json.loads((work / PLAN).read_text())
+    tokens = plan["tokens"]
     split, stats = work / "split", Stats()
     split.mkdir(exist_ok=True)
     shards: list[dict[str, Any]] = []
     with (split / LENGTHS).open("wb") as lengths, (split / DROPPED).open("wb") as dropped:
-        for folder in map(folder_of, range(units)):
+        for folder in map(folder_of, range(plan["units"])):
             record = json.loads((folder / UNIT).read_text())
             stats.add(Stats.from_json(record["stats"]))
             for shard in record["shards"]:
@@ -100,26 +110,22 @@ def assemble(work: Path, units: int, folder_of: Callable[[int], Path], tokens: d
                         shutil.copyfileobj(part, out)
     if not stats.samples:
         shutil.rmtree(work)
-        kind = "the tokenizer makes no token of any document" if tokens else "the filters drop every document"
-        raise ValueError(f"{work.stem}: {kind}")
+        left = "the tokenizer gives no token for any" if stats.characters else "the filters dropped every"
+        raise DataError(f"{work.stem}: {left} document")
     for path in (split / LENGTHS, split / DROPPED):
-        if not path.stat().st_size:
-            path.unlink()
-        else:
-            sync(path)
+        sync(path) if path.stat().st_size else path.unlink()
     index: dict[str, Any] = {"version": 2, "shards": shards}
     if tokens is not None:
         index[TOKENS_KEY] = tokens
     write_text(split / "index.json", json.dumps(index, sort_keys=True))
     report = stats.report(tokens["max_seq_len"] if tokens else None)
     write_text(split / "stats.json", json.dumps(report, indent=1))
-    (work / PLAN).rename(split / MADE)  # from here on only the dataset's own name is lacking
+    (work / PLAN).rename(split / CONVERSION)  # now the split is complete and lacks only its name
     sync(split)
-    return stats
 
 
 def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None:
-    """Give a unit's shard its number in the dataset, in the index and on disk."""
+    """Give a unit's shard its number in the split, in the index and on disk."""
     stored = "zip_data" if shard["zip_data"] else "raw_data"
     for kind in ("raw_data", "zip_data"):
         if shard[kind] is None:
@@ -129,11 +135,4 @@ def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None
         if kind == stored and (folder / old).exists():
             os.rename(folder / old, split / new)
         elif kind == stored and not (split / new).exists():
-            raise OSError(f"{folder / old} is lost; give --overwrite to convert anew")
-
-
-def publish(work: Path, folder: Path, overwrite: bool) -> None:
-    """Give the finished dataset its name, in place of an older one if that may be replaced, and clean up."""
-    check_free(folder, overwrite)
-    replace_folder(work / "split", folder)
-    shutil.rmtree(work)
+            raise OSError(f"{folder / old} is missing; give --overwrite to convert again")

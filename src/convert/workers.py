@@ -1,126 +1,91 @@
-"""Work shared out to processes, one task at a time to each; the first error ends it all.
-
-The standard library's pools do not fit: concurrent.futures keeps a future for every task, and multiprocessing.Pool
-waits for ever for the task of a worker that was killed.
-"""
+"""Tasks run in worker processes; the first error cancels the rest."""
 
 import itertools
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
-import traceback
+import threading
 from collections.abc import Callable, Iterable
-from multiprocessing import connection
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any
 
-Beat = Callable[[int], Any]
-"""Called by the work now and then with the number of documents done since; it also ends an abandoned worker."""
+Count = Callable[[int], Any]
+"""Called by a task from time to time, with the number of documents done since the last call."""
 
 
-class WorkerDied(OSError):
-    """A worker process ended without a word."""
+def run(function: Callable[[Any, Count], None], tasks: Iterable[Any], num_workers: int, count: Count) -> None:
+    """Call ``function(task, count)`` for each task in up to ``num_workers`` processes, in any order.
 
-
-def run(function: Callable[[Any, Beat], None], tasks: Iterable[Any], num_workers: int, beat: Beat) -> None:
-    """Call ``function(task, beat)`` for each task in up to ``num_workers`` processes, in any order.
-
-    Tasks are drawn as workers become free. With one worker, or one task, all happens in this process.
+    Starts no more processes than there are tasks, and runs in this process if there is one worker or one task. Takes a
+    task from ``tasks`` only when a worker is free.
 
     Raises:
-        WorkerDied: a worker was killed, for example for memory.
-        Exception: what ``function`` raised first; the other workers are ended.
+        OSError: a worker was killed, for example because memory ran out.
+        Exception: the first error of ``function``. The other tasks are cancelled.
     """
     tasks = iter(tasks)
-    head = list(itertools.islice(tasks, 2))
-    tasks = itertools.chain(head, tasks)
-    if num_workers == 1 or len(head) < 2:
+    first = list(itertools.islice(tasks, num_workers))
+    tasks = itertools.chain(first, tasks)
+    if len(first) < 2:
         for task in tasks:
-            function(task, beat)
+            function(task, count)
         return
 
-    # A fork of this process would inherit the locks of its threads (the hub's client has some) and hang on them.
+    # A fork would inherit locks that other threads of this process hold, and could wait for them for ever.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["src.convert.unit"])
-    workers: dict[Connection, Any] = {}
-    busy: set[Connection] = set()
+    # Installed packages only: the fork server does not get this process's sys.path (seen up to Python 3.13).
+    context.set_forkserver_preload(["streaming", "transformers.models.auto.tokenization_auto"])
+    theirs, ours = context.Pipe(duplex=False)
+    documents, counted = context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (function, documents, theirs))
     try:
-        for task in tasks:
-            if len(workers) < num_workers:
-                free, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-                process.start()
-                theirs.close()
-                workers[free] = process
-            else:
-                free = _wait(workers, busy, beat)
-            free.send(task)
-            busy.add(free)
-        while busy:
-            _wait(workers, busy, beat)
+        pending = {pool.submit(_call, task) for task in itertools.islice(tasks, num_workers)}
+        while pending:
+            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            total = documents.get_obj().value  # without the lock, which a killed worker may still hold
+            count(total - counted)
+            counted = total
+            for future in done:
+                future.result()
+            pending |= {pool.submit(_call, task) for task in itertools.islice(tasks, len(done))}
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed; out of memory? Try fewer --num_workers. Completed work is kept: run the same "
+            "command again to continue"
+        ) from None
     finally:
-        for process in workers.values():
-            process.terminate()
-        for pipe, process in workers.items():
-            process.join()
-            pipe.close()
+        ours.close()  # ends the workers, see _start_worker
+        pool.shutdown(cancel_futures=True)
 
 
-def _wait(workers: dict[Connection, Any], busy: set[Connection], beat: Beat) -> Connection:
-    """Take messages until one worker has done its task, and return it."""
-    while True:
-        for pipe in connection.wait(list(workers)):
-            assert isinstance(pipe, Connection)
-            try:
-                message = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                process = workers[pipe]
-                process.join(5)
-                code = process.exitcode
-                how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
-                memory = "; out of memory? try fewer --num_workers" if code == -signal.SIGKILL else ""
-                raise WorkerDied(
-                    f"a worker process {how}{memory}. What is complete is kept: the same command goes on"
-                ) from None
-            if isinstance(message, BaseException):
-                raise message
-            if message is None:
-                busy.remove(pipe)
-                return pipe
-            beat(message)
+def _start_worker(function: Callable[[Any, Count], None], documents: Any, main: Connection) -> None:
+    """Prepare a worker process, which ends as soon as the main process closes its end of the pipe, or dies."""
 
-
-def _serve(pipe: Connection, function: Callable[[Any, Beat], None]) -> None:
-    """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def beat(documents: int) -> None:
-        if not parent.is_alive():
-            os._exit(1)
-        pipe.send(documents)
-
-    try:
-        while True:
-            task = pipe.recv()
-            function(task, beat)
-            pipe.send(None)
-    except (EOFError, BrokenPipeError):  # the parent is gone
+    def end_with_main() -> None:
+        main.poll(None)  # returns at the end of the pipe; nothing is ever sent
         os._exit(1)
-    except Exception as error:
-        pipe.send(_portable(error))
+
+    global _function, _documents
+    _function, _documents = function, documents
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
+    threading.Thread(target=end_with_main, daemon=True).start()
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot travel between processes."""
-    if not isinstance(error, (ValueError, OSError)):
-        traceback.print_exc(file=sys.stderr)
+def _call(task: Any) -> None:
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        _function(task, _count)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # it cannot be sent to the main process
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise
+
+
+def _count(documents: int) -> None:
+    with _documents:
+        _documents.value += documents

@@ -21,6 +21,7 @@ from streaming import MDSWriter, StreamingDataset
 import convert_c4
 from src.convert import conversion, filters
 from src.convert import unit as units
+from src.convert.samples import Tokens
 from src.convert.sources import iter_documents
 from src.convert.stats import Stats
 from src.data.cutting import PIECE, encode_prefix, pieces
@@ -74,8 +75,8 @@ def test_c4_splits_and_columns(tmp_path, c4_folder, documents):
 
 
 def test_small_splits_have_their_size(monkeypatch, tmp_path, c4_folder):
-    assert conversion.SMALL == {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
-    monkeypatch.setitem(conversion.SMALL, "train_small", ("train", 7))
+    assert conversion.FIRST_DOCUMENTS == {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
+    monkeypatch.setitem(conversion.FIRST_DOCUMENTS, "train_small", ("train", 7))
     convert(tmp_path, str(c4_folder), split="train_small")
     assert opened(local=str(tmp_path / "train_small"), batch_size=1).size == 7
 
@@ -122,9 +123,9 @@ def test_large_vocabularies_take_32_bits(tokenizer):
             return self.size
 
     large = Large(tokenizer_object=tokenizer.backend_tokenizer)
-    assert convert_c4.Tokens("x", large, 8, "chunk").dtype == np.uint16
+    assert Tokens("x", large, 8, "chunk").dtype == np.uint16
     large.size += 1
-    assert convert_c4.Tokens("x", large, 8, "chunk").dtype == np.uint32
+    assert Tokens("x", large, 8, "chunk").dtype == np.uint32
 
 
 def test_compression(tmp_path, source):
@@ -188,7 +189,7 @@ def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, mon
 
 def test_overwrite_replaces_datasets_only(tmp_path, source):
     """A split named as the folder of the text would replace the text."""
-    with pytest.raises(ValueError, match=r"texts holds no dataset \(no index.json\)"):
+    with pytest.raises(ValueError, match=r"texts is not a dataset \(no index.json\)"):
         convert(tmp_path, source, "--overwrite", split="texts")
     assert [p.name for p in Path(source).iterdir()] == ["a.txt"]
 
@@ -196,7 +197,7 @@ def test_overwrite_replaces_datasets_only(tmp_path, source):
 def test_bad_lines(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "x"}\nbroken\n')
-    with pytest.raises(ValueError, match="a.jsonl:2: no JSON"):
+    with pytest.raises(ValueError, match="a.jsonl:2: invalid JSON"):
         convert(tmp_path, str(source))
     assert not (tmp_path / "mine").exists()
     convert(tmp_path, str(source), "--skip_bad")
@@ -213,7 +214,7 @@ def test_no_documents_is_an_error_that_leaves_nothing(tmp_path):
 
 def test_no_tokens_is_an_error_too(tmp_path, tokenizer_folder):
     (tmp_path / "a.txt").write_text("\u200b\n")  # no white space, yet BERT's normalizer drops it
-    with pytest.raises(ValueError, match="no token of any document"):
+    with pytest.raises(ValueError, match="no token for any document"):
         convert(tmp_path, str(tmp_path / "a.txt"), "--tokenizer", tokenizer_folder, "--max_seq_len", "8")
     assert not list(tmp_path.glob("mine*"))
 
@@ -229,19 +230,20 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--splits", "a", "b"], "is one split, and 2 names"),
-        (["--splits", "../a"], "no plain name"),
-        (["--splits", ".a"], "no plain name"),
-        (["--splits", ""], "no plain name"),
-        (["--splits", "a", "--max_seq_len", "8"], "act only with --tokenizer"),
+        (["--splits", "a", "b"], "is one split; expected one name in --splits, got 2"),
+        (["--splits", "a", "a"], "a name is given twice"),
+        (["--splits", "../a"], "expected a plain folder name, got '../a'"),
+        (["--splits", ".a"], "expected a plain folder name"),
+        (["--splits", ""], "expected a plain folder name"),
+        (["--splits", "a", "--max_seq_len", "8"], "have no effect without --tokenizer"),
         (["--splits", "a", "--tokenizer", "x"], "needs a --max_seq_len"),
-        (["--splits", "a", "--compression", "rar"], "no compression"),
+        (["--splits", "a", "--compression", "rar"], "expected zstd, gz, .*, got 'rar'"),
         (["--splits", "a", "--limit", "0"], "at least 1"),
         (["--splits", "a", "--num_workers", "0"], "at least 1"),
         (["--splits", "a", "--tokenizer", "x", "--max_seq_len", "65536"], "from 3 to 65,535"),
-        (["--splits", "a", "--part", "1/2", "--limit", "5"], "--part does not go with a limit"),
-        (["--splits", "a", "--part", "1/2", "--dedup"], "--part does not go with --dedup"),
-        (["--splits", "a", "--merge"], "leave out --source"),
+        (["--splits", "a", "--part", "1/2", "--limit", "5"], "--part cannot be combined with a limit"),
+        (["--splits", "a", "--part", "1/2", "--dedup"], "--part cannot be combined with --dedup"),
+        (["--splits", "a", "--merge"], "omit --source"),
         (["--splits", "a", "--tokenizer", "/none", "--max_seq_len", "8"], "no such folder"),
     ],
 )
@@ -252,7 +254,7 @@ def test_arguments_that_make_no_sense(arguments, message, tmp_path, source):
 
 
 def test_c4_has_these_splits_only(tmp_path, c4_folder):
-    with pytest.raises(ValueError, match="C4 has no split test; there are train, val"):
+    with pytest.raises(ValueError, match="C4 has no split test; it has train, val"):
         convert(tmp_path, str(c4_folder), split="test")
 
 
@@ -262,7 +264,7 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert_c4.py", *options])
     with pytest.raises(SystemExit) as end:
         runpy.run_path("convert_c4.py", run_name="__main__")
-    assert end.value.code == f"convert_c4.py: {tmp_path / 'none'}: there is no such file or folder"
+    assert end.value.code == f"convert_c4.py: {tmp_path / 'none'}: no such file or folder"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,6 +301,18 @@ def test_shards_do_not_depend_on_workers(tmp_path, many, tokenizer_folder):
         assert (
             json.loads((one / "conversion.json").read_text())["units"] == 13
         )  # one part lies within a line that begins before it
+
+
+def test_worker_processes_start_where_they_pay(tmp_path, source, tokenizer, monkeypatch):
+    """On all cores, for a source with enough text; less is enough for tokens, which take longer."""
+    size = (Path(source) / "a.txt").stat().st_size
+    cores = len(os.sched_getaffinity(0))
+    text = conversion.Settings(tmp_path, source)
+    tokens = conversion.Settings(tmp_path, source, tokens=Tokens("x", tokenizer, 16, "chunk"))
+    for least_text, least_tokens in ((size, size), (size + 1, size), (size + 1, size + 1)):
+        monkeypatch.setattr(conversion, "WORKERS_PAY", {"text": least_text, "tokens": least_tokens})
+        assert conversion.default_workers(text, "train") == (cores if least_text == size else 1)
+        assert conversion.default_workers(tokens, "train") == (cores if least_tokens == size else 1)
 
 
 @pytest.mark.parametrize("kind", ["one gzip", "many files"])
@@ -393,10 +407,12 @@ def test_other_settings_or_sources_do_not_go_on(tmp_path, many, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
         patched.setattr(conversion, "convert_unit", fail)
         convert(tmp_path, many, "--num_workers", "1")
-    with pytest.raises(ValueError, match=r"was begun otherwise \(size_limit: 64mb there, 1mb here\).*--overwrite"):
+    with pytest.raises(
+        ValueError, match=r"other settings or another source \(size_limit: 64mb there, 1mb here\).*--overwrite"
+    ):
         convert(tmp_path, many, "--size_limit", "1mb")
     os.utime(Path(many) / "a.txt", ns=(1, 1))
-    with pytest.raises(ValueError, match=r"otherwise \(times: "):
+    with pytest.raises(ValueError, match=r"another source \(times: "):
         convert(tmp_path, many)
     (Path(many) / "e.txt").write_text("more")
     with pytest.raises(ValueError, match="files: 23 there, 24 here"):
@@ -405,17 +421,11 @@ def test_other_settings_or_sources_do_not_go_on(tmp_path, many, monkeypatch):
 
 
 STOPPED = """
-import sys, convert_c4
+import runpy, sys
 from src.convert import conversion
 conversion.UNIT_BYTES = (16384, 16384)
-convert_c4.main(["--out_root", sys.argv[1], "--splits", "mine", "--source", sys.argv[2], "--num_workers", "2"])
+runpy.run_path("convert_c4.py", run_name="__main__")
 """
-
-
-def wait_for(condition, process):
-    while not condition():
-        time.sleep(0.005)
-        assert process.poll() is None
 
 
 def convert_and_die(moment, *args):
@@ -454,16 +464,29 @@ def test_kill_9_at_many_moments(tmp_path, many):
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_parent_of_workers(tmp_path, many):
-    """Workers end too, and a rerun goes on. A second live conversion is refused."""
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_a_signal_ends_all_workers(name, tmp_path, many):
+    """A rerun continues. A second live conversion is refused."""
     whole = convert(tmp_path / "whole", many, "--num_workers", "1")
-    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path, many], stderr=subprocess.DEVNULL) as process:
-        units_folder = tmp_path / "mine.partial" / "units"
-        wait_for(lambda: units_folder.exists() and any(units_folder.glob("??????")), process)
+    units_folder = tmp_path / "mine.partial" / "units"
+    command = [sys.executable, "-c", STOPPED, "--out_root", tmp_path, "--splits", "mine", "--source", many]
+    process = subprocess.Popen(
+        [*command, "--num_workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not any(units_folder.glob("??????")):
+        time.sleep(0.005)
+        assert process.poll() is None
+    if name == "SIGKILL":
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(ValueError, match="another process is writing"):
             convert(tmp_path, many)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C
+    _, printed = process.communicate(timeout=30)  # workers hold the pipe open until they end
+    if name == "SIGINT":
+        assert process.returncode == 1 and "Traceback" not in printed
+        assert printed.splitlines()[-1] == "convert_c4.py: interrupted; run the same command again to continue"
     complete = list(units_folder.glob("??????"))
     folder = convert(tmp_path, many, "--num_workers", "2")
     assert complete and bytes_of(folder) == bytes_of(whole)
@@ -484,7 +507,7 @@ def fails_at_unit_5(job, unit, beat):
 def test_a_worker_that_dies_ends_the_conversion(tmp_path, many, monkeypatch):
     with monkeypatch.context() as patched:
         for function, error, message in (
-            (killed_at_unit_5, OSError, "a worker process was killed by signal 9; out of memory?"),
+            (killed_at_unit_5, OSError, "a worker process was killed; out of memory?"),
             (fails_at_unit_5, ValueError, "no good"),
         ):
             patched.setattr(conversion, "convert_unit", function)
@@ -499,15 +522,17 @@ def test_parts_are_put_together_to_the_same_split(tmp_path, many, capsys):
     for part in ("2/3", "1/3"):
         convert(tmp_path, many, "--num_workers", "1", "--part", part)
     merge = ["--out_root", str(tmp_path), "--splits", "mine", "--merge"]
-    with pytest.raises(ValueError, match="mine.part-003-of-003 is not there"):
+    with pytest.raises(ValueError, match="mine.part-003-of-003 is missing"):
         convert_c4.main(merge)
     convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--size_limit", "1mb")
-    with pytest.raises(ValueError, match=r"003-of-003 was made otherwise than .*size_limit: 64mb in the first, 1mb"):
+    with pytest.raises(
+        ValueError, match=r"003-of-003 does not match mine.part-001-of-003 \(size_limit: 64mb there, 1mb here"
+    ):
         convert_c4.main(merge)
     convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--overwrite")
     lost = tmp_path / "mine.part-002-of-003" / "units" / "000004"
     lost.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="1 of 13 units are not done; mine.part-002-of-003 lacks"):
+    with pytest.raises(ValueError, match="1 of 13 units are incomplete; run mine.part-002-of-003 again"):
         convert_c4.main(merge)
     (tmp_path / "elsewhere").rename(lost)
     convert_c4.main(merge)
@@ -522,7 +547,7 @@ def test_parts_are_put_together_to_the_same_split(tmp_path, many, capsys):
 def test_parts_that_are_none(part, tmp_path, source, capsys):
     with pytest.raises(SystemExit):
         convert(tmp_path, source, "--part", part)
-    assert "is no part such as 3/16" in capsys.readouterr().err
+    assert "expected a part such as 3/16, got" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -638,7 +663,7 @@ ODD = [
 def test_truncated_samples_are_those_of_text_shards(max_seq_len, tokenizer):
     """Only a prefix is tokenized, with the same result."""
     texts = [text for text in ODD if tokenizer.tokenize(text)]
-    samples = convert_c4.Tokens("x", tokenizer, max_seq_len, "truncate").samples(iter(ODD), Stats())
+    samples = Tokens("x", tokenizer, max_seq_len, "truncate").samples(iter(ODD), Stats())
     for text, sample in zip(texts, samples, strict=True):
         want = encode_prefix(tokenizer, text, max_seq_len - 2)
         assert (
@@ -647,7 +672,7 @@ def test_truncated_samples_are_those_of_text_shards(max_seq_len, tokenizer):
 
 
 def test_long_documents_are_tokenized_in_pieces(tokenizer):
-    samples = list(convert_c4.Tokens("x", tokenizer, 16, "chunk").samples(iter([ODD[0], ODD[2]]), Stats()))
+    samples = list(Tokens("x", tokenizer, 16, "chunk").samples(iter([ODD[0], ODD[2]]), Stats()))
     together = [i for sample in samples for i in sample[1:-1].tolist()]
     assert together == [i for text in (ODD[0], ODD[2]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert [len(sample) for sample in samples[:600]] == [16] * 600

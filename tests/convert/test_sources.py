@@ -7,18 +7,10 @@ import pyarrow.parquet
 import pytest
 from streaming import MDSWriter
 
+from src.common.errors import DataError
 from src.convert import sources
-from src.convert.sources import (
-    BadText,
-    Counts,
-    Span,
-    _hub_dataset,
-    _hub_revision,
-    files_of,
-    iter_documents,
-    read,
-    units_of,
-)
+from src.convert.sources import BadText, Span, files_of, iter_documents, read, units_of
+from src.convert.stats import Stats
 
 TEXTS = ["First document.", "Zweites, mit Umlaut: ä.", "third"]
 
@@ -53,9 +45,9 @@ def test_a_folder_is_read_in_sorted_order_with_its_subfolders(tmp_path):
     (tmp_path / "b" / "1.txt").write_text("three\n")
     (tmp_path / "a.txt").write_text("one\n\ntwo\n  \n")
     (tmp_path / "notes.md").write_text("not read")
-    counts = Counts()
-    assert texts_of(tmp_path, counts=counts) == ["one", "two", "three"]
-    assert (counts.documents, counts.empty, counts.bad) == (3, 2, 0)
+    stats = Stats()
+    assert texts_of(tmp_path, stats=stats) == ["one", "two", "three"]
+    assert (stats.documents, stats.empty, stats.bad) == (3, 2, 0)
 
 
 def test_c4_folder_has_splits_and_columns(tmp_path):
@@ -85,35 +77,35 @@ def test_hub(monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=f"sha of {name}"))
-    _hub_revision.cache_clear()
+    sources._hub_revision.cache_clear()
     want = [{"text": text, "timestamp": "t", "url": "u"} for text in ("a0", "a1", "b0", "b1")]
     assert list(iter_documents(split="val")) == want
     revision = "sha of allenai/c4"
     assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True, "revision": revision})]
     second = list(units_of(files_of(None, "val"), 1))[1]
     assert second == [Span(f"hub:val@{revision}#1")]
-    assert list(read(second[0], False, Counts())) == [(f"hub:val@{revision}#1:{i + 1}", want[2 + i]) for i in range(2)]
+    assert list(read(second[0], False, Stats())) == [(f"hub:val@{revision}#1:{i + 1}", want[2 + i]) for i in range(2)]
 
     def offline(*args, **kwargs):
         raise ConnectionError("no route")
 
     for module, name in ((datasets, "load_dataset"), (huggingface_hub, "dataset_info")):
         monkeypatch.setattr(module, name, offline)
-        with pytest.raises(ValueError, match=r"cannot be had from the hub \(no route\); offline, give a source"):
+        with pytest.raises(DataError, match=r"Hub is unreachable \(no route\); offline, give a --source"):
             list(iter_documents(split="train"))
-        _hub_revision.cache_clear()
-    _hub_dataset.cache_clear()
+        sources._hub_revision.cache_clear()
+    sources._hub_dataset.cache_clear()
 
 
 GOOD, GZ = json_lines(["good"]), gzip.compress(json_lines(["good", "lost"] * 2000))
 BAD = {
-    "x.jsonl": (GOOD + b"{not json}\n" + GOOD, "x.jsonl:2: no JSON", 2),
-    "y.jsonl": (GOOD + b'{"txt": 1}\n', "y.jsonl:2: no field 'text'", 1),
-    "z.jsonl": (b'["text"]\n' + GOOD, "z.jsonl:1: no field 'text'", 1),
-    "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "half.jsonl:2: no Unicode text", 1),
-    "deep.jsonl": (GOOD + b"[" * 200_000, "deep.jsonl:2: no JSON", 1),
-    "u.txt": (b"good\n\xff\xfe\n", "u.txt:2: no UTF-8", 1),
-    "n.json.gz": (GOOD, "n.json.gz:1: the rest of the file cannot be unpacked", 0),
+    "x.jsonl": (GOOD + b"{not json}\n" + GOOD, "x.jsonl:2: invalid JSON", 2),
+    "y.jsonl": (GOOD + b'{"txt": 1}\n', "y.jsonl:2: expected a field 'text'", 1),
+    "z.jsonl": (b'["text"]\n' + GOOD, "z.jsonl:1: expected a field 'text'", 1),
+    "half.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "half.jsonl:2: invalid Unicode", 1),
+    "deep.jsonl": (GOOD + b"[" * 200_000, "deep.jsonl:2: invalid JSON", 1),
+    "u.txt": (b"good\n\xff\xfe\n", "u.txt:2: invalid UTF-8", 1),
+    "n.json.gz": (GOOD, "n.json.gz:1: the rest of the file cannot be decompressed", 0),
     "p.parquet": (b"no parquet", "p.parquet:1: the rest of the file cannot be read as parquet", 0),
 }
 
@@ -125,9 +117,9 @@ def test_what_is_bad_is_named_with_file_and_line_or_counted(name, tmp_path):
     with pytest.raises(BadText) as error:
         texts_of(tmp_path / name)
     assert message in str(error.value)
-    counts = Counts()
-    assert texts_of(tmp_path / name, skip_bad=True, counts=counts) == ["good"] * good
-    assert counts.bad == 1 and message in counts.first_bad[0]
+    stats = Stats()
+    assert texts_of(tmp_path / name, skip_bad=True, stats=stats) == ["good"] * good
+    assert stats.bad == 1 and message in stats.first_bad[0]
 
 
 def test_a_truncated_gzip_gives_its_beginning_and_the_next_file(tmp_path):
@@ -135,9 +127,9 @@ def test_a_truncated_gzip_gives_its_beginning_and_the_next_file(tmp_path):
     (tmp_path / "b.txt").write_text("next\n")
     with pytest.raises(BadText, match=r"a.json.gz:\d+: the rest of the file"):
         texts_of(tmp_path)
-    counts = Counts()
-    texts = texts_of(tmp_path, skip_bad=True, counts=counts)
-    assert texts[0] == "good" and texts[-1] == "next" and counts.bad == 1
+    stats = Stats()
+    texts = texts_of(tmp_path, skip_bad=True, stats=stats)
+    assert texts[0] == "good" and texts[-1] == "next" and stats.bad == 1
 
 
 def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
@@ -153,9 +145,9 @@ def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
     (tmp_path / "c.txt").write_text("next\n")
     with pytest.raises(BadText, match="a.parquet:2: "):
         texts_of(tmp_path)
-    counts = Counts()
-    assert texts_of(tmp_path, skip_bad=True, counts=counts) == ["good", "next"]
-    assert counts.bad == 2 and "b.parquet:1: the rest of the file" in counts.first_bad[1]
+    stats = Stats()
+    assert texts_of(tmp_path, skip_bad=True, stats=stats) == ["good", "next"]
+    assert stats.bad == 2 and "b.parquet:1: the rest of the file" in stats.first_bad[1]
 
 
 def test_the_suffix_decides_not_the_rest_of_the_name(tmp_path):
@@ -172,24 +164,24 @@ def test_a_byte_order_mark_is_no_text(name, tmp_path):
 
 def test_a_c4_folder_without_the_split(tmp_path):
     (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(GOOD))
-    with pytest.raises(ValueError, match=r"c4-validation\.\*\) are not here"):
+    with pytest.raises(DataError, match=r"c4-validation\.\*\) are missing"):
         texts_of(tmp_path, split="val")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none", "no such file"), ("a.md", "known are .json.gz"), (".", "known are")]
+    ("name", "message"), [("none", "no such file"), ("a.md", "no file of a known format"), (".", "known format")]
 )
 def test_sources_that_cannot_be_read(name, message, tmp_path):
     (tmp_path / "a.md").write_text("x")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         texts_of(tmp_path / name)
 
 
 def of_units(source, size):
     """Texts of the source by units, each read on its own."""
-    counts = Counts()
+    stats = Stats()
     spans = units_of(files_of(str(source)), size)
-    return [[d["text"] for span in unit for _, d in read(span, False, counts)] for unit in spans]
+    return [[d["text"] for span in unit for _, d in read(span, False, stats)] for unit in spans]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10, 1000])
@@ -206,11 +198,11 @@ def test_a_large_file_is_read_in_parts_that_lose_and_repeat_nothing(size, ending
 def test_places_in_parts_are_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\nthree\n")
-    assert list(read(Span(str(path), 2, 99), False, Counts())) == [
+    assert list(read(Span(str(path), 2, 99), False, Stats())) == [
         (f"{path}:byte 4", {"text": "two"}),
         (f"{path}:byte 8", {"text": "three"}),
     ]
-    assert [place for place, _ in read(Span(str(path)), False, Counts())] == [f"{path}:{i}" for i in (1, 2, 3)]
+    assert [place for place, _ in read(Span(str(path)), False, Stats())] == [f"{path}:{i}" for i in (1, 2, 3)]
 
 
 def test_units_group_small_files_and_leave_gzip_whole(tmp_path):
@@ -227,17 +219,17 @@ def test_parquet_is_read_by_row_groups(tmp_path):
     table = pyarrow.table({"text": [f"row {i}" for i in range(10)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     assert [len(unit) for unit in of_units(tmp_path, 1)] == [4, 4, 2]
-    places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), False, Counts())]
+    places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), False, Stats())]
     assert places == [f"{tmp_path / 'a.parquet'}:{i}" for i in (5, 6, 7, 8)]
 
 
 def test_lines_have_a_longest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_LINE", 10)
     (tmp_path / "a.txt").write_text("short\n" + "x" * 35 + "\nnine byte\nlast")
-    with pytest.raises(BadText, match="a.txt:2: a line of more than 10 bytes"):
+    with pytest.raises(BadText, match="a.txt:2: line longer than 10 bytes"):
         texts_of(tmp_path)
-    counts = Counts()
-    assert texts_of(tmp_path, skip_bad=True, counts=counts) == ["short", "nine byte", "last"] and counts.bad == 1
+    stats = Stats()
+    assert texts_of(tmp_path, skip_bad=True, stats=stats) == ["short", "nine byte", "last"] and stats.bad == 1
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "gz"])
@@ -254,8 +246,23 @@ def test_mds_shards_are_a_source(compression, tmp_path):
 def test_mds_shards_of_tokens_are_none(tmp_path):
     with MDSWriter(out=str(tmp_path / "s"), columns={"tokens": "bytes"}) as writer:
         writer.write({"tokens": b"1234"})
-    with pytest.raises(ValueError, match=r"no column 'text' \(tokens\)"):
+    with pytest.raises(DataError, match=r"no column 'text' \(tokens\)"):
         texts_of(tmp_path / "s")
     (tmp_path / "s" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no index of MDS shards"):
+    with pytest.raises(DataError, match="is not an index of MDS shards"):
         texts_of(tmp_path / "s")
+
+
+def test_damaged_mds_shards_are_named_and_pickles_are_not_loaded(tmp_path):
+    with MDSWriter(out=str(tmp_path / "a"), columns={"text": "str"}) as writer:
+        for text in TEXTS:
+            writer.write({"text": text})
+    shard = tmp_path / "a" / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(BadText, match=f"{shard}:3: the rest of the shard cannot be read"):
+        texts_of(tmp_path / "a")
+    assert texts_of(tmp_path / "a", skip_bad=True) == TEXTS[:2]
+    with MDSWriter(out=str(tmp_path / "b"), columns={"text": "pkl"}) as writer:
+        writer.write({"text": "harmless"})
+    with pytest.raises(BadText, match="shard.00000.mds:1: expected a field 'text'"):
+        texts_of(tmp_path / "b")

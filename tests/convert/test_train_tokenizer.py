@@ -60,7 +60,7 @@ def test_the_same_text_gives_the_same_bytes(source, tmp_path):
 def test_a_small_text_gives_a_smaller_vocabulary(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some words and some more words\n")
     tokenizer = train(str(tmp_path / "a.txt"), tmp_path / "t")
-    assert len(tokenizer) < 100 and "pieces for" in capsys.readouterr().err
+    assert len(tokenizer) < 100 and "gives only" in capsys.readouterr().err
 
 
 def test_continuations_are_what_may_stand_inside_a_word():
@@ -86,9 +86,9 @@ def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
     """As for convert_c4.py; the hub is played by a function."""
     asked = []
 
-    def documents(source, counts):
+    def documents(source, stats):
         asked.append(source)
-        counts.documents = 1
+        stats.documents = 1
         yield {"text": "some words and some more"}
 
     monkeypatch.setattr(train_tokenizer, "iter_documents", documents)
@@ -98,7 +98,7 @@ def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
 
 def test_words_are_counted_in_bounded_memory(monkeypatch):
     """Rare words go, frequent ones stay with their counts; what WordPiece cannot know is not kept at all."""
-    monkeypatch.setattr(train_tokenizer, "MOST_WORDS", 10)
+    monkeypatch.setattr(train_tokenizer, "MAX_WORDS", 10)
     normalizer = BertNormalizer()
     texts = [f"The the cat, rare{i} sat " + "x" * 101 for i in range(100)]
     counts = train_tokenizer.count_words(texts, normalizer)
@@ -111,7 +111,7 @@ def test_the_trainer_sees_the_counts(monkeypatch):
     words = Counter({"often": 2500, "twice": 2, "once": 1})
     text = " ".join(train_tokenizer.repeated(words)).split()
     assert Counter(text) == words
-    monkeypatch.setattr(train_tokenizer, "MOST_TEXT", 1300)
+    monkeypatch.setattr(train_tokenizer, "MAX_OCCURRENCES", 1300)
     assert Counter(" ".join(train_tokenizer.repeated(words)).split()) == {"often": 1250, "twice": 1}
 
 
@@ -126,7 +126,7 @@ def test_compare(source, tmp_path, capsys):
     pieces = sum(len(tokenizer.tokenize(word)) for word in words)
     unknown = sum("[UNK]" in tokenizer.tokenize(word) for word in words)
     assert lines[0] == (
-        f"this tokenizer: {pieces / len(words):.3f} tokens a word, "
+        f"this tokenizer: {pieces / len(words):.3f} tokens per word, "
         f"{unknown / len(words):.3%} of {len(words):,} words unknown"
     )
     assert lines[1].startswith(f"{tmp_path / 'other'}: ") and lines[2].split()[:3] == ["times", "this", "tokenizer"]
@@ -140,7 +140,7 @@ def test_compare(source, tmp_path, capsys):
 
 def test_refusals(source, tmp_path):
     out = tmp_path / "t"
-    with pytest.raises(ValueError, match="has no room for the text's characters; take "):
+    with pytest.raises(ValueError, match="is too small for the text's characters; use at least "):
         train(source, out, size="20")
     assert not out.exists()
     train(source, out)

@@ -1,3 +1,9 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from itertools import count
 
@@ -6,21 +12,31 @@ import pytest
 from src.convert import workers
 
 
-def touch(folder, task, beat):
+def touch(folder, task, counted):
     (folder / f"{task}").touch(exist_ok=False)
-    beat(task)
+    counted(task)
 
 
-def fail(task, beat):
+def fail(task, counted):
     class Local(Exception):
         """Cannot be sent to another process."""
 
     raise Local("no good")
 
 
+def wait(folder, task, counted):
+    (folder / f"{os.getpid()}").touch()
+    counted(1)
+    time.sleep(60)
+
+
+def kill(task, counted):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_each_task_is_done_once_and_drawn_when_somebody_is_free(num_workers, tmp_path):
-    beats, most = [], 0
+def test_each_task_runs_once_and_is_taken_when_a_worker_is_free(num_workers, tmp_path):
+    counts, most = [], 0
 
     def tasks():
         nonlocal most
@@ -28,11 +44,49 @@ def test_each_task_is_done_once_and_drawn_when_somebody_is_free(num_workers, tmp
             most = max(most, task - len(list(tmp_path.iterdir())))
             yield task
 
-    workers.run(partial(touch, tmp_path), tasks(), num_workers, beats.append)
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == sorted(beats) == list(range(40))
-    assert most <= 2  # however many tasks there are, so many wait
+    workers.run(partial(touch, tmp_path), tasks(), num_workers, counts.append)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == list(range(40))
+    assert sum(counts) == sum(range(40))
+    assert most < 2 * num_workers  # tasks ahead of the work, however many tasks there are
 
 
-def test_an_error_ends_it_and_is_told_even_if_it_cannot_travel():
+def test_an_error_ends_it_and_is_raised_even_if_it_cannot_be_pickled():
     with pytest.raises(RuntimeError, match="Local: no good"):
         workers.run(fail, count(), 2, print)
+
+
+def test_a_killed_worker_is_one_clear_error():
+    with pytest.raises(OSError, match=r"was killed; out of memory\? Try fewer --num_workers\. Completed work is kept"):
+        workers.run(kill, count(), 2, print)
+
+
+def test_an_interrupt_ends_all_workers_and_there_are_no_more_of_them_than_tasks(tmp_path):
+    def interrupt(documents):
+        if documents:
+            processes.extend(multiprocessing.active_children())
+            raise KeyboardInterrupt
+
+    processes, started = [], time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(partial(wait, tmp_path), range(2), 5, interrupt)
+    assert len(processes) == 2 and not multiprocessing.active_children()
+    assert time.monotonic() - started < 40
+
+
+PARENT = """
+import sys
+from functools import partial
+from pathlib import Path
+from src.convert import workers
+from tests.convert.test_workers import wait
+workers.run(partial(wait, Path(sys.argv[1])), range(2), 2, print)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", PARENT, tmp_path], stdout=subprocess.PIPE)
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=20)  # workers hold the pipe open until they end
