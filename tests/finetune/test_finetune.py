@@ -23,7 +23,7 @@ from src.common.errors import ConfigError, TrainingError
 from src.finetune import gpus, model, plan, run
 from src.finetune.config import RunSpec, load
 from src.finetune.data import Encoded, read_sets
-from src.finetune.run import MODEL, RESULT, data_spec
+from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
 from src.train.schema import read
 from src.train.weights import load_pretrained
 from tests.finetune.test_glue import snapshot_in, write_task
@@ -82,12 +82,12 @@ def here(monkeypatch):
     """Runs happen in this process: the names of those that did."""
     done = []
 
-    def run(queue, devices, say):
+    def run_jobs(queue, devices, report):
         failed = {}
         for job in queue:
             assert job.command[:2] == [sys.executable, finetune.__file__]
             if job.needs in failed:
-                failed[job.name] = f"not run, because {job.needs} failed"
+                failed[job.name] = f"skipped: {job.needs} failed"
                 continue
             try:
                 finetune.main(job.command[2:])
@@ -97,7 +97,7 @@ def here(monkeypatch):
         return failed
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
-    monkeypatch.setattr(gpus, "run", run)
+    monkeypatch.setattr(gpus, "run_jobs", run_jobs)
     monkeypatch.setattr("finetune.die_with_parent", lambda: None)
     return done
 
@@ -109,9 +109,11 @@ def go(tree, write, here):
     def go(*overrides):
         config = load(write(tree), overrides)
         finetune.finetune(config)
-        specs = plan.plan(config)
+        specs = plan.plan_runs(config)
         return {
-            spec.name: json.loads((Path(spec.folder) / RESULT).read_text()) for spec in specs if plan.is_finished(spec)
+            spec.name: json.loads((Path(spec.folder) / RESULT_FILE).read_text())
+            for spec in specs
+            if plan.is_finished(spec)
         }
 
     return go
@@ -176,7 +178,7 @@ def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
     tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
     go()
     (folder,) = Path(tree["folder"]).glob("mine-*")
-    model = load_pretrained(folder / MODEL, BertForTokenClassification)
+    model = load_pretrained(folder / MODEL_FOLDER, BertForTokenClassification)
     row = rows(30, 1)[3]
     encoded = tokenizer(row["words"], is_split_into_words=True, return_tensors="pt")
     predicted = model(encoded["input_ids"], encoded["attention_mask"]).logits[0].argmax(-1).tolist()
@@ -213,7 +215,7 @@ def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkey
     go("tasks.mine.seeds=[7]")
     sizes = {seed: size for size, seed in seeds}
     assert set(sizes) == {None, 7} and len(seeds) == 2
-    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"].texts)
+    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"])
 
 
 @pytest.mark.parametrize("kind", ["classification", "tokens"])
@@ -255,7 +257,7 @@ def test_attention_dropout_acts(tree, go, tmp_path):
 
 
 def keys(config):
-    return [spec.key for spec in plan.plan(config)]
+    return [spec.key for spec in plan.plan_runs(config)]
 
 
 def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_folder):
@@ -341,7 +343,7 @@ def test_a_failed_run_is_named_and_takes_down_what_starts_from_it(tree, write, h
     for line in (
         "FAILED bad-seed1: the loss is",
         "FAILED bad-seed2: ",
-        "FAILED child-seed1: not run, because bad-seed1",
+        "FAILED child-seed1: skipped: bad-seed1",
     ):
         assert line in out
     assert "finetune runs=2 failed=3 average=" in out.splitlines()[-1]
@@ -362,14 +364,14 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     }
     go("save_models=false", "only=[late]")
     assert here == ["first-seed5", "first-seed6", "late-seed1"]
-    specs = {spec.name: spec for spec in plan.plan(load_tree(tree, "save_models=false"))}
-    saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL).exists()]
-    assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL}"
+    specs = {spec.name: spec for spec in plan.plan_runs(load_tree(tree, "save_models=false"))}
+    saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL_FOLDER).exists()]
+    assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL_FOLDER}"
 
     kept = []
-    result = run.run(dataclasses.replace(specs["late-seed1"], save_model=True))
+    result = run.train_and_evaluate(dataclasses.replace(specs["late-seed1"], save_model=True))
     for spec in (specs["first-seed5"], specs["late-seed1"]):
-        kept.append(load_pretrained(Path(spec.folder) / MODEL, model.HEADS["regression"][0]))
+        kept.append(load_pretrained(Path(spec.folder) / MODEL_FOLDER, model.HEADS["regression"][0]))
     for (name, before), after in zip(
         kept[0].bert.state_dict().items(), kept[1].bert.state_dict().values(), strict=True
     ):
@@ -377,7 +379,7 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     assert kept[1].classifier.weight.shape == (1, 24) and result["steps"] == 4
 
     tree["tasks"]["first"]["lr"] = 1e-3  # another start is another run
-    assert plan.plan(load_tree(tree))[-1].key != specs["late-seed1"].key
+    assert plan.plan_runs(load_tree(tree))[-1].key != specs["late-seed1"].key
 
 
 def load_tree(tree, *overrides):
@@ -421,14 +423,14 @@ def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
     ]
     config = load("yamls/finetune_own.yaml", [f"pretrained={trained}", *options])
     assert finetune.finetune(config) == 0
-    (spec,) = plan.plan(config)
-    model = json.loads((Path(spec.folder) / MODEL / "config.json").read_text())
+    (spec,) = plan.plan_runs(config)
+    model = json.loads((Path(spec.folder) / MODEL_FOLDER / "config.json").read_text())
     assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
-    assert (Path(spec.folder) / MODEL / "tokenizer.json").exists()
-    result = json.loads((Path(spec.folder) / RESULT).read_text())
+    assert (Path(spec.folder) / MODEL_FOLDER / "tokenizer.json").exists()
+    result = json.loads((Path(spec.folder) / RESULT_FILE).read_text())
     assert sum(result["rows"].values()) == 30 and 0 < result["rows"]["validation"] < 10
     assert (
-        plan.plan(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
+        plan.plan_runs(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
         == spec.key
     )
 
@@ -437,17 +439,17 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     """From the hub's cache; what is not there is named at once."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
-    with pytest.raises(ConfigError, match="pretrained: no file, no folder, and somebody/bert: neither cached nor"):
-        plan.plan(load(write(tree)))
+    with pytest.raises(ConfigError, match="pretrained: no such file or folder, and somebody/bert: not cached"):
+        plan.plan_runs(load(write(tree)))
     folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
     source = model.transformers.BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
     BertForSequenceClassification(source).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del tree["tokenizer_name"]
-    (spec,) = plan.plan(load(write(tree)))
+    (spec,) = plan.plan_runs(load(write(tree)))
     assert spec.config.pretrained == str(folder)
-    with pytest.raises(ConfigError, match="pretrained: ./none: there is no such file or folder"):
-        plan.plan(load(write(tree), ["pretrained=./none"]))
+    with pytest.raises(ConfigError, match="pretrained: ./none: no such file or folder"):
+        plan.plan_runs(load(write(tree), ["pretrained=./none"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,8 +462,8 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     [
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU, and none is found; precision=fp32 runs here"),
         ("tasks.mine.data.text=txt", "no column 'txt'; did you mean 'text'"),
-        ("tasks.mine.data.label=number", "tasks.mine: validation: the class"),
-        ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: there is no such file"),
+        ("tasks.mine.data.label=number", "tasks.mine: validation: class"),
+        ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: no such file"),
         ("optimizer.beta=1", "optimizer.adamw: unexpected 'beta'"),
         ("optimizer.lr=1", "optimizer.adamw: unexpected 'lr'"),
         ("scheduler.name=linear", "scheduler: unknown 'linear'"),
@@ -473,13 +475,13 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
 def test_what_is_wrong_is_said_before_anything_runs(override, fault, tree, write, here, tmp_path):
     if "label" in override:
         write_rows(tmp_path / "held-out.jsonl", [{**rows(1)[0], "number": 77}])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ValueError) as error:
         finetune.main([write(tree), override])
     assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
 
 
 def spec_of(tree, *overrides):
-    (spec,) = plan.plan(load_tree(tree, *overrides))
+    (spec,) = plan.plan_runs(load_tree(tree, *overrides))
     Path(spec.folder).mkdir(parents=True)
     return spec
 
@@ -489,10 +491,8 @@ def test_too_little_memory(tree, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(Trainer, "fit", full)
-    with pytest.raises(
-        TrainingError, match="too little memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"
-    ):
-        run.run(spec_of(tree))
+    with pytest.raises(TrainingError, match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"):
+        run.train_and_evaluate(spec_of(tree))
 
 
 def test_a_metric_that_is_no_number(tree, monkeypatch):
@@ -502,8 +502,8 @@ def test_a_metric_that_is_no_number(tree, monkeypatch):
         "src.finetune.model.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
     )
     spec = spec_of(tree)
-    with pytest.raises(TrainingError, match="pearson on validation is no number: the model gives the same one"):
-        run.run(spec)
+    with pytest.raises(TrainingError, match="pearson on validation is not finite: the model predicts the same"):
+        run.train_and_evaluate(spec)
     assert not plan.is_finished(spec)
 
 
