@@ -7,7 +7,6 @@ A run is a task with a seed. Each run is a process: one per GPU as GPUs become f
 Finished runs are skipped. At the end, a table of all runs is printed and written.
 """
 
-import functools
 import json
 import os
 import signal
@@ -27,7 +26,10 @@ from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import read, to_dict
 
-report = functools.partial(print, file=sys.stderr, flush=True)
+
+def report(line: str) -> None:
+    """Print a line to standard error at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def finetune(config: FinetuneConfig) -> int:

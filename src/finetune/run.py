@@ -45,7 +45,7 @@ def data_spec(
         batch_size=batch_size,
         shuffle=order is not None,
         generator=order,
-        collate_fn=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),
+        collate_fn=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
         pin_memory=torch.cuda.is_available(),
     )
     return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=count_tokens)  # pyright: ignore[reportArgumentType]
