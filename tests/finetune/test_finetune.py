@@ -1,4 +1,4 @@
-"""Plans, runs and tables, in this process with tiny models; the processes themselves in test_jobs.py and at the end."""
+"""Plans, runs and tables with tiny models, in this process; the last test starts processes, as test_gpus.py does."""
 
 import dataclasses
 import json
@@ -15,16 +15,15 @@ import pytest
 import torch
 import yaml
 from composer import Trainer
-from transformers import BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 import finetune
 from src.bert_layers import BertForTokenClassification
 from src.common.errors import ConfigError, TrainingError
 from src.finetune import gpus, model, plan, run
-from src.finetune.config import RunSpec, load
+from src.finetune.config import load
 from src.finetune.data import Encoded, read_sets
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
-from src.train.schema import read
 from src.train.weights import load_pretrained
 from tests.finetune.test_glue import snapshot_in, write_task
 from tests.finetune.test_labelled_data import write as write_rows
@@ -127,9 +126,9 @@ def data_of(tree):
 
 
 def losses_in(folder):
-    lines = [
-        json.loads(line) for path in Path(folder).glob("*/metrics.jsonl") for line in path.read_text().splitlines()
-    ]
+    """Losses of the one run in a folder."""
+    (path,) = Path(folder).rglob("metrics.jsonl")
+    lines = map(json.loads, path.read_text().splitlines())
     return [line["loss/train/total"] for line in lines if "loss/train/total" in line]
 
 
@@ -187,6 +186,24 @@ def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
     assert (folder / "predictions" / "validation.txt").read_text().splitlines()[3] == names
 
 
+def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / MODEL_FOLDER
+    (tmp_path / f"{MODEL_FOLDER}.partial").mkdir()  # of a run that was killed
+    (tmp_path / f"{MODEL_FOLDER}.partial" / "old").touch()
+    network = BertForSequenceClassification(BertConfig(vocab_size=64, **MODEL_OF["hf_bert"]))
+    run.save_model(network, tokenizer, folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(names) and "old" not in names
+
+    def full(tokenizer, folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(run, "save_tokenizer", full)
+    with pytest.raises(OSError, match="no space left"):
+        run.save_model(network, tokenizer, folder)
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
 def test_order_of_rows(tokenizer):
     """A function of seed and epoch; each row once an epoch, the last batch smaller; evaluation in the file's order."""
     examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
@@ -234,10 +251,7 @@ def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
 def test_the_same_seed_gives_the_same_run(tree, go, tmp_path):
     tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
     go("tasks.mine.seeds=[1,2]")
-    one, two = (
-        [json.loads(line)["loss/train/total"] for line in path.read_text().splitlines() if "loss/train" in line]
-        for path in sorted((tmp_path / "out").glob("*/metrics.jsonl"))
-    )
+    one, two = map(losses_in, sorted((tmp_path / "out").glob("mine-*")))
     tree["folder"] = str(tmp_path / "again")
     go("eval_interval=1ba")  # evaluation moves no random state of training
     assert losses_in(tree["folder"]) == one != two
@@ -442,7 +456,7 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match="pretrained: no such file or folder, and somebody/bert: not cached"):
         plan.plan_runs(load(write(tree)))
     folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
-    source = model.transformers.BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
+    source = BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
     BertForSequenceClassification(source).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del tree["tokenizer_name"]
@@ -514,13 +528,6 @@ def test_usage(monkeypatch, capsys, tree, write):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="start it with python, without a launcher"):
         finetune.main([write(tree)])
-
-
-def test_a_runs_spec_is_what_its_process_reads(tree, go):
-    go()
-    (path,) = Path(tree["folder"]).glob("*/run.yaml")
-    spec = read(RunSpec, str(path), [], lambda spec, faults: None)
-    assert spec.folder == str(path.parent) and spec.config.tasks["mine"].data is not None
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Small commands in place of training: who runs when, on which device, and what becomes of failures."""
+"""Small commands in place of training: order, devices, failures, interruption."""
 
 import os
 import subprocess
@@ -93,17 +93,28 @@ def test_what_runs_is_looked_at(job, monkeypatch):
     assert "a: no output yet" in said
 
 
-def test_an_interruption_ends_what_runs(job):
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(30)"
+)
+
+
+def test_an_interruption_ends_what_runs(job, tmp_path, monkeypatch):
+    """Also a job that ignores SIGTERM."""
+    monkeypatch.setattr(gpus, "END_S", 0.5)
+    stubborn = gpus.Job("a", [sys.executable, "-S", "-c", STUBBORN], tmp_path / "a.txt")
+
     def interrupt(line):
         if "b: started" in line:
+            while "deaf" not in (tmp_path / "a.txt").read_text():
+                time.sleep(0.01)
             raise KeyboardInterrupt
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        gpus.run_jobs([job("a", 30), job("b", 30)], ["0", "1"], interrupt)
+        gpus.run_jobs([stubborn, job("b", 30)], ["0", "1"], interrupt)
     assert time.monotonic() - started < 10
     left = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert NOTE.strip().splitlines()[0] not in left
+    assert STUBBORN not in left and NOTE.strip().splitlines()[0] not in left
 
 
 @pytest.mark.parametrize(
