@@ -1,9 +1,9 @@
-"""A checkpoint -> a Hugging Face folder, which loads where only torch and transformers are.
+"""A checkpoint -> a Hugging Face folder, which needs only torch and transformers to load.
 
 python export_hf.py runs/mine/checkpoints OUT [--tokenizer NAME] [--onnx] [--overwrite]
 
-OUT holds the config, the tokenizer, the weights (safetensors), the model's source, which trust_remote_code reads, and a
-model card. It appears only when another process has loaded it and computed the checkpoint's own outputs with it.
+OUT holds the config, the tokenizer, the weights (safetensors), the model's source, which trust_remote_code loads, and a
+model card. It appears only after another process has loaded it and computed the checkpoint's outputs with it.
 """
 
 import argparse
@@ -11,56 +11,62 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.common.errors import ConfigError
-from src.common.files import replace_folder
+from src.common.errors import ConfigError, ExportError
+from src.common.files import PARTIAL, replace_folder
 from src.configuration_bert import MosaicBertConfig
-from src.export import card, onnx
-from src.export.hf import CLASSES, TEXT, check_free, load, load_elsewhere, outputs_of, write
+from src.export import hf, onnx
+from src.export.card import model_card
 from src.train import weights
-from src.train.weights import Pretrained
+
+FILES = {
+    *("config.json", "model.safetensors", "model.onnx", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+}
+"""Files that an exported folder may hold, besides the source."""
 
 
-def card_of(source: Pretrained, auto_class: str, out: Path) -> str:
-    """The model card; a folder that is exported again in its place keeps its own, which may have been edited."""
-    own = out / "README.md"
-    if own.exists() and source.path.resolve() == out.resolve():
-        return own.read_text()
-    return card.describe(source, auto_class, CLASSES[auto_class][1], out.name)
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises ConfigError if ``out`` exists and may not be replaced: no ``overwrite``, or not an exported folder."""
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists; replace it with --overwrite, or choose another OUT")
+    others = [path.name for path in out.glob("*") if path.suffix != ".py" and path.name not in FILES]
+    if others:
+        raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint of main.py, its folder, or a Hugging Face folder")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--tokenizer", help="folder or hub name, where nothing beside the checkpoint says which it is")
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, for any batch size and length")
+    parser.add_argument("--tokenizer", help="folder or hub name; required if none is known for the checkpoint")
+    parser.add_argument("--onnx", action="store_true", help="also write model.onnx, for any batch size and length")
     parser.add_argument("--overwrite", action="store_true", help="replace an exported folder")
     args = parser.parse_args(argv)
-    check_free(args.out, args.overwrite)
+    check_out(args.out, args.overwrite)
     source = weights.read(args.checkpoint)
     if args.onnx:
         missing = onnx.missing_packages()
         if missing:
             raise ConfigError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
         if not isinstance(source.config, MosaicBertConfig):
-            raise ConfigError("--onnx is for MosaicBERT; Hugging Face's BERT is exported by optimum")
+            raise ConfigError("--onnx is for MosaicBERT; export Hugging Face's BERT with optimum")
     try:
         tokenizer = weights.load_tokenizer(source, args.tokenizer)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{error}: --tokenizer FOLDER") from None
-    auto_class, model = load(source)
+    auto_class, model = hf.load_model(source)
 
-    partial = args.out.with_name(f"{args.out.name}.partial")
+    partial = args.out.with_name(f"{args.out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write(model, tokenizer, card_of(source, auto_class, args.out), partial)
-        want = outputs_of(model)
-        got, text_ids = load_elsewhere(partial, auto_class, want.ids, want.mask)
-        if text_ids != tokenizer(TEXT)["input_ids"]:
-            raise ConfigError(
-                "the exported tokenizer makes other ids of a text; nothing was exported; please report it"
-            )
-        differs = want.difference(got, "the exported model")
+        card = model_card(source, auto_class, hf.AUTO_CLASSES[auto_class][1], args.out)
+        hf.write_folder(model, tokenizer, card, partial)
+        want = hf.reference_outputs(model)
+        got, text_ids = hf.outputs_elsewhere(partial, auto_class, want.ids, want.mask)
+        if text_ids != tokenizer(hf.TEXT)["input_ids"]:
+            raise ExportError("the exported tokenizer returns other token ids; nothing was exported; please report it")
+        difference = want.difference(got, "the exported model")
         if args.onnx:
             onnx.export(model, partial / "model.onnx")  # pyright: ignore[reportArgumentType]
             got = onnx.run(partial / "model.onnx", want.ids, want.mask)
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         replace_folder(partial, args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"export max_abs_logit_diff={differs:.3g} parameters={model.num_parameters()}")
+    print(f"export max_abs_logit_diff={difference:.3g} parameters={model.num_parameters()}")
 
 
 if __name__ == "__main__":
@@ -77,4 +83,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"export_hf.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("export_hf.py: interrupted; nothing is exported")
+        sys.exit("export_hf.py: interrupted; nothing was exported")

@@ -3,8 +3,8 @@
 python finetune.py yamls/finetune_glue.yaml pretrained=runs/mine/checkpoints [key=value ...]
 python finetune.py yamls/finetune_own.yaml pretrained=runs/mine/checkpoints [key=value ...]
 
-A run is a task with a seed. Each is a process of its own, on a GPU of its own as they become free, or one after another
-on the CPU. Finished runs are not run again. At the end: a table of all of them.
+A run is a task with a seed. Each run is a process: one per GPU as GPUs become free, or one after another on the CPU.
+Finished runs are skipped. At the end, a table of all runs is printed and written.
 """
 
 import json
@@ -22,38 +22,33 @@ from src.common.files import locked, write_text
 from src.common.signals import die_with_parent
 from src.finetune import gpus, table
 from src.finetune.config import FinetuneConfig, RunSpec, load
-from src.finetune.plan import SPEC, check, is_finished, plan
-from src.finetune.run import MODEL, RESULT, run
+from src.finetune.plan import check_runs, is_finished, plan_runs
+from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import read, to_dict
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs and table
-# ----------------------------------------------------------------------------------------------------------------------
+
+def report(line: str) -> None:
+    """Print a line to standard error at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def finetune(config: FinetuneConfig) -> int:
-    """Do the runs that are not finished, and print the table; the number of runs that failed."""
-    specs = plan(config)
-    todo = [spec for spec in specs if not is_finished(spec)]
-    if todo:
-        check(todo)
-    if len(todo) < len(specs):
-        gpus.say(f"{len(specs) - len(todo)} of {len(specs)} runs are finished already")
-    by_encoder = {f"{spec.folder}/{MODEL}": spec.name for spec in specs}
-    for spec in todo:
-        Path(spec.folder).mkdir(parents=True, exist_ok=True)
-        write_text(Path(spec.folder) / SPEC, yaml.safe_dump(to_dict(spec), sort_keys=False))
-    queue = [
-        gpus.Job(
-            name=spec.name,
-            command=[sys.executable, __file__, "--run", spec.folder],
-            log=Path(spec.folder) / "log.txt",
-            needs=by_encoder[spec.encoder] if spec.encoder else None,
-        )
-        for spec in todo
-    ]
-    failed = gpus.run(queue, gpus.devices_of(torch.cuda.device_count()), gpus.say)
-    finished = [json.loads((Path(spec.folder) / RESULT).read_text()) for spec in specs if is_finished(spec)]
+    """Do the runs that are not finished, and write the table; returns the number of failed runs."""
+    specs = plan_runs(config)
+    unfinished = [spec for spec in specs if not is_finished(spec)]
+    if unfinished:
+        check_runs(unfinished)
+    if len(unfinished) < len(specs):
+        report(f"{len(specs) - len(unfinished)} of {len(specs)} runs are finished already")
+    by_encoder = {f"{spec.folder}/{MODEL_FOLDER}": spec.name for spec in specs}
+    jobs = []
+    for spec in unfinished:
+        write_text(Path(spec.folder) / SPEC_FILE, yaml.safe_dump(to_dict(spec), sort_keys=False))
+        command = [sys.executable, __file__, "--run", spec.folder]
+        needs = by_encoder[spec.encoder] if spec.encoder else None
+        jobs.append(gpus.Job(spec.name, command, Path(spec.folder) / "log.txt", needs))
+    failed = gpus.run_jobs(jobs, gpus.visible_devices(torch.cuda.device_count()), report)
+    finished = [json.loads((Path(spec.folder) / RESULT_FILE).read_text()) for spec in specs if is_finished(spec)]
     write_table(config, finished, failed)
     return len(failed)
 
@@ -61,11 +56,11 @@ def finetune(config: FinetuneConfig) -> int:
 def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: dict[str, str]) -> None:
     """Print the table, and write it as text, JSON and Markdown."""
     aggregated = table.aggregate(finished)
-    lines = table.rows(aggregated)
+    lines = table.table_lines(aggregated)
     ran_on = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
     number = f"{len(finished)} of {len(finished) + len(failed)} runs"
     notes = [f"{config.run_name}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
-    notes += table.losses(finished)
+    notes += table.truncation_notes(finished)
     notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
     folder = Path(config.folder)
     text = table.as_text(lines) + "\n" + "\n".join(notes) + "\n"
@@ -82,9 +77,9 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if argv else 2)
-    if argv[0] == "--run":  # one of the processes that finetune() starts
+    if argv[0] == "--run":  # a process that finetune() started
         die_with_parent()
-        run(read(RunSpec, f"{argv[1]}/{SPEC}", [], lambda spec, faults: None))
+        train_and_evaluate(read(RunSpec, f"{argv[1]}/{SPEC_FILE}", [], lambda spec, faults: None))
         return
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("start it with python, without a launcher: it starts a process for each run itself")
@@ -94,15 +89,15 @@ def main(argv: list[str]) -> None:
             sys.exit(1)
 
 
-def interrupted(number: int, frame: Any) -> None:
-    """A signal's handler: the runs that are going on end with this process."""
-    sys.exit("finetune.py: interrupted; finished runs are kept, and the same command goes on")
+def end_interrupted(number: int, frame: Any) -> None:
+    """Signal handler: end this process, and with it the running runs."""
+    sys.exit("finetune.py: interrupted; finished runs are kept, and the same command continues")
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupted)
+        signal.signal(number, end_interrupted)
     try:
         main(sys.argv[1:])
-    except (TrainingError, ValueError, OSError) as error:  # ConfigError and DataError are ValueErrors
+    except (TrainingError, ValueError, OSError) as error:  # ConfigError, DataError, CheckpointError are ValueErrors
         sys.exit(f"finetune.py: {error}")

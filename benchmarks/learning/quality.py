@@ -50,8 +50,8 @@ from benchmarks.variants import Shape
 from src.data.tokenizer import load_tokenizer, save_tokenizer
 from src.finetune import plan
 from src.finetune.config import FinetuneConfig, LabelledData, TaskConfig
-from src.finetune.run import PREDICTIONS, RESULT
-from src.finetune.run import run as finetune_once
+from src.finetune.run import PREDICTIONS_FOLDER, RESULT_FILE
+from src.finetune.run import train_and_evaluate as finetune_once
 from src.train.schema import Component
 
 ARMS = {"ours": "mosaic_bert", "hf_bert": "hf_bert", "untrained": "mosaic_bert"}
@@ -236,12 +236,12 @@ def finetuned(
         eval_interval="1dur",
         save_models=False,
     )
-    for spec in plan.plan(config):
+    for spec in plan.plan_runs(config):
         if not plan.is_finished(spec):
             Path(spec.folder).mkdir(parents=True, exist_ok=True)
             finetune_once(spec)
-        predictions = Path(spec.folder) / PREDICTIONS / "test.txt"
-        result = json.loads((Path(spec.folder) / RESULT).read_text())
+        predictions = Path(spec.folder) / PREDICTIONS_FOLDER / "test.txt"
+        result = json.loads((Path(spec.folder) / RESULT_FILE).read_text())
         yield result, predictions.read_text().splitlines() if test else []
 
 

@@ -1,37 +1,34 @@
-"""Folders of the Hugging Face hub, from its local cache or from there. Imports no torch."""
+"""Repositories of the Hugging Face Hub as local folders. Imports no torch."""
 
-import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import huggingface_hub
+from huggingface_hub import snapshot_download
+
+from src.common.errors import DataError, first_line
 
 
-def folder(name: str, repo_type: str, patterns: list[str], complete: Callable[[Path], bool]) -> Path:
-    """A local folder with those files of a repository that match ``patterns``.
+def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:
+    """The folder of a repository: the cached one if it is complete, else a download.
 
     Args:
         name: of the repository, such as nyu-mll/glue.
         repo_type: ``model`` or ``dataset``.
-        patterns: of files; ``a|b`` takes the first of the two that the repository has.
-        complete: whether a cached folder has all that is needed, so that the hub need not be asked.
+        patterns: of the files to download; the next list is tried if the folder is not complete with the one before.
+        is_complete: whether a folder has every file that is needed.
 
     Raises:
-        ValueError: it is neither cached nor to be had from the hub.
+        DataError: it is not cached, and the hub is unreachable or lacks files.
     """
-    try:
-        cached = Path(huggingface_hub.snapshot_download(name, repo_type=repo_type, local_files_only=True))
-        if complete(cached):
-            return cached
-    except (OSError, ValueError):
-        pass  # nothing is cached
-    try:
-        info = huggingface_hub.repo_info(name, repo_type=repo_type, timeout=10)  # offline this fails at once
-        there = [file.rfilename for file in info.siblings or []]  # pyright: ignore[reportAttributeAccessIssue]
-        wanted = []
-        for pattern in patterns:
-            choices = [choice for choice in pattern.split("|") if fnmatch.filter(there, choice)]
-            wanted += choices[:1]
-        return Path(huggingface_hub.snapshot_download(name, repo_type=repo_type, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: neither cached nor to be had from the hub ({str(error).splitlines()[0]})") from None
+    reason = ""
+    for wanted, cached_only in [(patterns[0], True), *((wanted, False) for wanted in patterns)]:
+        options = {"repo_type": repo_type, "allow_patterns": wanted, "local_files_only": cached_only}
+        try:
+            folder = Path(snapshot_download(name, **options))
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+            continue
+        if is_complete(folder):
+            return folder
+        reason = "some of its files are missing"  # unreachable, the hub's client returns what is cached
+    raise DataError(f"{name}: not cached, and not available from the Hugging Face Hub ({reason})")

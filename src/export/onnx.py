@@ -1,8 +1,8 @@
 """MosaicBERT as an ONNX graph, for any number of sequences of any length.
 
-The model itself computes on the real tokens, where they are found out at run time; a graph wants tensors whose shapes
-follow from those of its inputs. So ``Padded`` computes every position, with the layers of the model and attention
-written out: the same numbers at real tokens.
+The model removes padding, so its shapes depend on the attention mask. In a graph, shapes must follow from those of the
+inputs. So ``Padded`` computes every position, with the model's layers and attention written out; its outputs at
+non-padding tokens are equal.
 """
 
 import importlib.util
@@ -24,16 +24,16 @@ from src.bert_layers import (
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""Each (B, S) int64, as tokenizers of BERT give them."""
+"""(B, S) int64 each, as BERT's tokenizers return them."""
 
 
 def missing_packages() -> list[str]:
-    """What is not installed of requirements-onnx.txt."""
+    """Packages of requirements-onnx.txt that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 class Padded(nn.Module):
-    """A MosaicBERT on padded batches, by tensor operations whose shapes depend on B and S alone.
+    """A MosaicBERT on padded batches, by tensor operations whose shapes depend only on B and S.
 
     Letters: B sequences, S padded length, D hidden size, N heads, H head size.
     """
@@ -43,12 +43,12 @@ class Padded(nn.Module):
         self.model = model.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        """(B, S) each, to the states of the last layer (B, S, D) and, of a model with a head, its logits."""
+        """Last hidden states (B, S, D) and, of a model with a head, its logits; inputs are (B, S) each."""
         model = self.model
         bert: BertModel = model if isinstance(model, BertModel) else model.bert  # pyright: ignore
         (B, S), N = input_ids.shape, bert.config.num_attention_heads
         real = attention_mask.bool()
-        # Distances count real tokens, so that padding may be anywhere.
+        # Distances count non-padding tokens, so padding may be anywhere.
         position = attention_mask.cumsum(1).float()
         distance = (position[:, None, :, None] - position[:, None, None, :]).abs()  # (B, 1, S, S)
         bias = -bert.encoder.alibi(distance.device)[:, None, None] * distance
@@ -74,11 +74,13 @@ def export(model: BertPreTrainedModel, path: Path) -> None:
     """Write ``path``: inputs ``INPUTS``, outputs ``last_hidden_state`` and, with a head, ``logits``."""
     B, S = (torch.export.Dim(name, max=2**20) for name in ("batch", "length"))
     shapes = {name: {0: B, 1: S} for name in INPUTS}
-    example = tuple(torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS)  # one tensor thrice would be one input
+    example = tuple(
+        torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS
+    )  # three tensors: the same one three times would be one input
     names = ["last_hidden_state"] if isinstance(model, BertModel) else ["last_hidden_state", "logits"]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's functions
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's functions
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of axes' names that the inputs share
+        warnings.simplefilter("ignore")  # about the names of axes that the inputs share
         torch.onnx.export(
             Padded(model),
             example,
@@ -93,7 +95,7 @@ def export(model: BertPreTrainedModel, path: Path) -> None:
 
 
 def run(path: Path, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last of the graph's outputs for a batch (B, S), by onnxruntime on the CPU."""
+    """The graph's last output for a batch (B, S), by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

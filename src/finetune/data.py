@@ -1,41 +1,49 @@
-"""Labelled files: rows -> texts and labels, checked -> token ids -> batches.
+"""Labelled files -> checked rows -> token ids -> batches.
 
-    read_rows      a file's rows: .csv, .tsv, .json, .jsonl, .parquet
-    read_set       the texts and labels of a set, each of the right kind, or the file and row that is not
-    encode         their token ids and the numbers of their labels
-    Collator       examples -> a padded batch
+    read_set      the rows of one set; an error names the file and the row
+    read_sets     all sets of a task: train, validation, test
+    encode        token ids and label numbers of a set
+    collate       examples -> a padded batch
 
-Nothing is cached: tokenizing takes less time than checking a cache would be worth (docs/finetune.md has the figures).
+Nothing is cached: docs/finetune.md says what tokenizing costs.
+
+CSV and JSON are read by the standard library. pandas, pyarrow and ``datasets`` convert values ("NA", dates, "01"), drop
+or shift values of a row of the wrong length, and name no file and row in an error; ``datasets`` also writes a cache.
+``collate`` is ours: transformers' collators return equal batches, but take 20 times as long, in the training process,
+and pad on the tokenizer's side.
 """
 
 import csv
+import functools
 import glob
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import ConfigError
+from src.common.errors import DataError
 from src.data.microbatches import Batch
 from src.finetune.config import LabelledData
 from src.masked_lm_loss import IGNORED
 from src.train.schema import nearest
 
-Row = dict[str, Any]
+Record = dict[str, Any]
+"""A row of a file: values by column."""
 Example = dict[str, Any]
 """``input_ids`` (L,) int32; ``token_type_ids`` (L,) int8 for pairs; ``labels``: int, float, or (L,) int64 for words."""
 
-PIECE = 1000
-"""Rows tokenized at once: the tokenizer's own objects take much memory."""
+ROWS_AT_ONCE = 1000
+"""Rows in one call of the tokenizer, whose output takes much memory."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,131 +51,109 @@ PIECE = 1000
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def files_of(pattern: str) -> list[str]:
-    """The file, or the files of a pattern, by name.
+def matching_files(pattern: str) -> list[str]:
+    """The file, or the files that match a pattern, sorted by name.
 
     Raises:
-        ConfigError: there is none.
+        DataError: no file matches.
     """
     found = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if not found:
-        raise ConfigError(f"{pattern}: there is no such file")
+        raise DataError(f"{pattern}: no such file")
     return found
 
 
-def file_hash(pattern: str) -> list[str]:
+def file_hashes(pattern: str) -> list[str]:
     """SHA-256 of each of the files, in hex."""
     hashes = []
-    for path in files_of(pattern):
+    for path in matching_files(pattern):
         with open(path, "rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 
 
-def read_rows(pattern: str, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Each row as (``file:number``, values of ``columns``). Numbers are lines of the file, or rows where it has none.
+def read_records(pattern: str, columns: Sequence[str]) -> Iterator[tuple[str, Record]]:
+    """Each row as (``file:number``, record), the number being a line, or a row where the format has no lines.
 
     Raises:
-        ConfigError: a file cannot be read as what its name says, or lacks a column; with the file and row.
+        DataError: a file is not in the format of its suffix, or lacks one of ``columns``; names the file and row.
     """
-    for path in files_of(pattern):
+    for path in matching_files(pattern):
         suffix = Path(path).suffix.lower()
         if suffix not in READERS:
-            raise ConfigError(f"{path}: {', '.join(READERS)} are read, by the end of the name")
+            raise DataError(f"{path}: expected a file name that ends in {', '.join(READERS)}")
         try:
-            for number, row in READERS[suffix](path, columns):
-                lacking = [name for name in columns if name not in row]
-                if lacking:
-                    raise ConfigError(f"{path}:{number}: no column {lacking[0]!r}; {nearest(lacking[0], list(row))}")
-                yield f"{path}:{number}", row
+            for number, record in READERS[suffix](path, columns):
+                _check_columns(f"{path}:{number}", columns, list(record))
+                yield f"{path}:{number}", record
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: no UTF-8 ({error.reason} at byte {error.start})") from None
+            raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[int, Row]]:
+def _check_columns(place: str, columns: Sequence[str], known: list[str]) -> None:
+    for name in columns:
+        if name not in known:
+            raise DataError(f"{place}: no column {name!r}; {nearest(name, known)}")
+
+
+def _read_separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True, **dialect)
         try:
             header = next(reader, [])
-            for values in reader:
-                if values and len(values) != len(header):
-                    found = f"{len(values)} values for the {len(header)} columns of the first line"
-                    raise ConfigError(f"{path}:{reader.line_num}: {found}")
-                if values:
-                    yield reader.line_num, dict(zip(header, values, strict=True))
+            for values in filter(None, reader):  # blank lines are skipped
+                if len(values) != len(header):
+                    found = f"expected {len(header)} values, as in the header, got {len(values)}"
+                    raise DataError(f"{path}:{reader.line_num}: {found}")
+                yield reader.line_num, dict(zip(header, values, strict=True))
         except csv.Error as error:
-            raise ConfigError(f"{path}:{reader.line_num}: {error}") from None
+            raise DataError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _csv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    return _separated(path, columns)
+def _read_json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
+    """A list of objects, or one object per line."""
 
-
-def _tsv(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """Without quotes, as GLUE's own .tsv: a value holds neither tab nor line break, and " is a character."""
-    return _separated(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """A list of objects, or an object a line."""
-    with open(path, encoding="utf-8-sig") as file:
-        while (first := file.read(1)).isspace():
-            pass
-        file.seek(0)
-        if first != "[":
-            yield from _json_lines(path, columns)
-            return
+    def parse(text: str, place: str) -> Any:
         try:
-            rows = json.load(file)
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: no JSON ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        yield number, _object(path, number, row)
+            raise DataError(f"{place}: not JSON: {error}") from None
+
+    with open(path, encoding="utf-8-sig") as file:
+        is_list = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        if is_list:
+            numbered = enumerate(parse(file.read(), path), start=1)
+        else:
+            lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            numbered = ((number, parse(line, f"{path}:{number}")) for number, line in lines)
+        for number, record in numbered:
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{number}: expected an object with columns, got {record!r:.40}")
+            yield number, record
 
 
-def _json_lines(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ConfigError(f"{path}:{number}: no JSON ({error})") from None
-                yield number, _object(path, number, row)
-
-
-def _object(path: str, number: int, row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise ConfigError(f"{path}:{number}: an object with columns is wanted here, not {str(row)[:40]!r}")
-    return row
-
-
-def _parquet(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+def _read_parquet(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        reader = pyarrow.parquet.ParquetFile(path)
-        known = reader.schema_arrow.names
-        lacking = [name for name in columns if name not in known]
-        if lacking:
-            raise ConfigError(f"{path}: no column {lacking[0]!r}; {nearest(lacking[0], known)}")
-        number = 0
-        for batch in reader.iter_batches(columns=list(columns)):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_columns(path, columns, file.schema_arrow.names)
+        batches = file.iter_batches(columns=list(columns))
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as parquet ({error})") from None
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
 
 
-READERS: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Row]]]] = {
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".json": _json,
-    ".jsonl": _json_lines,
-    ".parquet": _parquet,
+READERS: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Record]]]] = {
+    ".csv": _read_separated,
+    # Without quotes, as GLUE's own .tsv: a value holds neither tab nor line break, and " is a character.
+    ".tsv": functools.partial(_read_separated, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
 }
 
 
@@ -176,102 +162,87 @@ READERS: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Row]]]] = 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Rows:
-    """Texts and labels of a set, as they stand in its files."""
+class Row(NamedTuple):
+    """A labelled text, or pair of texts."""
 
-    texts: list[Any] = field(default_factory=list)
-    """Texts, or lists of words."""
-    pairs: list[str] = field(default_factory=list)
-    """Second texts; empty without."""
-    labels: list[Any] = field(default_factory=list)
-    """Classes as texts, numbers, or lists of tags as texts."""
-
-    def take(self, keep: Sequence[bool]) -> "Rows":
-        """Those rows that ``keep`` names."""
-
-        def some(values: list[Any]) -> list[Any]:
-            return [value for value, kept in zip(values, keep, strict=True) if kept]
-
-        return Rows(some(self.texts), some(self.pairs) if self.pairs else [], some(self.labels))
+    text: Any
+    """A text, or for ``tokens`` a list of words."""
+    pair: str | None
+    """The second text of a pair."""
+    label: Any
+    """A class as text, a number, or a list of tags as texts."""
 
 
-def read_set(pattern: str, data: LabelledData) -> Rows:
-    """The rows of a set's files, each of them.
+def read_set(pattern: str, data: LabelledData) -> list[Row]:
+    """Every row of a set's files.
 
     Raises:
-        ConfigError: there is no row, or a text or label is missing or of the wrong kind; with the file and row.
+        DataError: a file cannot be read, has no rows, or a value does not fit ``data``; names the file and row.
     """
     columns = [name for name in (data.text, data.text_pair, data.label) if name is not None]
-    rows = Rows()
-    for place, row in read_rows(pattern, columns):
+    rows = []
+    for place, record in read_records(pattern, columns):
         try:
-            text = _words(row[data.text], data.text) if data.kind == "tokens" else _text(row[data.text], data.text)
-            rows.texts.append(text)
-            if data.text_pair is not None:
-                rows.pairs.append(_text(row[data.text_pair], data.text_pair))
-            rows.labels.append(_label(row[data.label], text, data))
+            rows.append(_row(record, data))
         except ValueError as error:
-            raise ConfigError(f"{place}: {error}") from None
-    if not rows.texts:
-        raise ConfigError(f"{pattern}: holds no row")
+            raise DataError(f"{place}: {error}") from None
+    if not rows:
+        raise DataError(f"{pattern}: no rows")
     return rows
 
 
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} holds no text but {value!r}")
-    return value
+def _row(record: Record, data: LabelledData) -> Row:
+    """Raises ValueError if a value does not fit."""
 
+    def fault(column: str, expected: str) -> ValueError:
+        return ValueError(f"column {column!r}: expected {expected}, got {record[column]!r:.60}")
 
-def _words(value: Any, column: str) -> list[str]:
-    words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"column {column!r} holds no words but {str(value)[:40]!r}")
-    return words
+    def is_class(value: Any) -> bool:
+        return isinstance(value, (str, int)) and value != ""
 
-
-def _label(value: Any, text: Any, data: LabelledData) -> Any:
+    text, label = record[data.text], record[data.label]
+    if data.kind == "tokens":
+        words, tags = (value.split() if isinstance(value, str) else value for value in (text, label))
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise fault(data.text, "words")
+        if not isinstance(tags, list) or len(tags) != len(words) or not all(map(is_class, tags)):
+            raise fault(data.label, f"{len(words)} tags, one for each word")
+        return Row(words, None, [str(tag) for tag in tags])
+    for column in (data.text, data.text_pair):
+        if column is not None and not isinstance(record[column], str):
+            raise fault(column, "a text")
     if data.kind == "regression":
         try:
-            number = float(value)
+            label = float(label)
         except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"column {data.label!r} holds no number but {value!r}")
-        return number
-    if data.kind == "tokens":
-        tags = value.split() if isinstance(value, str) else value
-        if not isinstance(tags, list) or len(tags) != len(text):
-            given = len(tags) if isinstance(tags, list) else repr(value)
-            raise ValueError(f"column {data.label!r} holds not a tag for each of {len(text)} words but {given}")
-        return [_class(tag, data.label) for tag in tags]
-    return _class(value, data.label)
+            label = math.nan
+        if not math.isfinite(label):
+            raise fault(data.label, "a number")
+    elif not is_class(label):
+        raise fault(data.label, "a class")
+    else:
+        label = str(label)
+    return Row(text, None if data.text_pair is None else record[data.text_pair], label)
 
 
-def _class(value: Any, column: str) -> str:
-    if not isinstance(value, (str, int)) or value == "":
-        raise ValueError(f"column {column!r} holds no class but {value!r}")
-    return str(value)
-
-
-def hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Rows to train on and held-out ones, by a hash of the text.
+def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and held-out rows, split by a hash of the text.
 
     Raises:
-        ConfigError: one of them is empty.
+        DataError: one of them is empty.
     """
-    held_out = []
-    for i, text in enumerate(rows.texts):
-        whole = json.dumps([text, *rows.pairs[i : i + 1]]).encode()
-        held_out.append(int.from_bytes(hashlib.sha256(whole).digest()[:8], "big") < share * 2**64)
-    if len(set(held_out)) < 2:
-        raise ConfigError(f"validation: holding out {share} of {len(held_out)} rows leaves nothing on one side")
-    return rows.take([not held for held in held_out]), rows.take(held_out)
+    parts: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        texts = json.dumps([row.text] if row.pair is None else [row.text, row.pair])
+        number = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:8], "big")
+        parts[number < share * 2**64].append(row)
+    if not all(parts):
+        raise DataError(f"validation: holding out {share} of {len(rows)} rows leaves one of the two sets empty")
+    return parts
 
 
-def read_sets(data: LabelledData) -> dict[str, Rows]:
-    """All sets of a task by name: ``train``, ``validation`` or those that have names of their own, ``test``."""
+def read_sets(data: LabelledData) -> dict[str, list[Row]]:
+    """All sets of a task by name: ``train``, ``validation`` or the names that ``data`` gives, ``test``."""
     train = read_set(data.train, data)
     if isinstance(data.validation, (int, float)):
         train, held_out = hold_out(train, data.validation)
@@ -284,40 +255,39 @@ def read_sets(data: LabelledData) -> dict[str, Rows]:
     return sets
 
 
-def classes_of(data: LabelledData, sets: dict[str, Rows]) -> list[str]:
-    """The classes in the order of their numbers; none for regression.
+def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
+    """The classes in the order of their numbers; empty for regression.
 
     Raises:
-        ConfigError: a set has a class that ``labels``, or without them the training rows, lack; or the metrics do not
-            fit the classes.
+        DataError: a set has a class that ``labels`` (by default: the training set) lacks, or the metrics do not fit the
+            classes.
     """
     if data.kind == "regression":
         return []
-
-    def found(rows: Rows) -> set[str]:
-        return {tag for tags in rows.labels for tag in tags} if data.kind == "tokens" else set(rows.labels)
-
+    found = {
+        name: {tag for row in rows for tag in (row.label if data.kind == "tokens" else [row.label])}
+        for name, rows in sets.items()
+    }
     classes = data.labels
     if classes is None:
-        trained = found(sets["train"])
-        numbers = all(name.lstrip("-").isdecimal() for name in trained)
-        classes = sorted(trained, key=int) if numbers else sorted(trained)
-    for name, rows in sets.items():
-        unknown = sorted(found(rows) - set(classes))
+        numbers = all(name.lstrip("-").isdecimal() for name in found["train"])
+        classes = sorted(found["train"], key=int) if numbers else sorted(found["train"])
+    for name, there in found.items():
+        unknown = sorted(there - set(classes))
         if unknown:
-            of = "labels" if data.labels else "the training rows"
-            raise ConfigError(
-                f"{name}: the class {unknown[0]!r} is none of {of} ({', '.join(classes[:20])}). A test split whose "
-                "labels are hidden, as GLUE's are, cannot be evaluated"
+            of = "labels" if data.labels else "the training set"
+            raise DataError(
+                f"{name}: class {unknown[0]!r} is not in {of} ({', '.join(classes[:20])}). A test split with hidden "
+                "labels, such as GLUE's, cannot be evaluated"
             )
     if len(classes) < 2:
-        raise ConfigError(f"{data.train}: all rows have the class {classes[0]!r}; there is nothing to learn")
+        raise DataError(f"{data.train}: all rows have the class {classes[0]!r}; expected two classes or more")
     metrics = data.metrics or []
     if "f1" in metrics and len(classes) != 2:
-        raise ConfigError(f"metrics: f1 is of two classes, and here are {len(classes)}; macro_f1 is the mean over them")
-    odd = [name for name in classes if name != "O" and not name.startswith(("B-", "I-"))]
-    if "entity_f1" in metrics and odd:
-        raise ConfigError(f"metrics: entity_f1 reads tags B-…, I-… and O, and {odd[0]!r} is none; accuracy reads any")
+        raise DataError(f"metrics: f1 needs 2 classes, got {len(classes)}; macro_f1 takes any number")
+    other = [name for name in classes if name != "O" and not name.startswith(("B-", "I-"))]
+    if "entity_f1" in metrics and other:
+        raise DataError(f"metrics: entity_f1 expects the tags B-X, I-X and O, got {other[0]!r}; accuracy takes any")
     return classes
 
 
@@ -332,99 +302,88 @@ class Encoded:
 
     examples: list[Example]
     cut: int
-    """Rows that are longer than ``max_seq_len`` and lost their end."""
+    """Rows longer than ``max_seq_len``, which lost their end."""
     unread: int
-    """Labelled words that the model does not see, because they were cut off or have no piece; no metric counts them."""
+    """Labelled words that the model does not see: cut off, or without a word piece. No metric counts them."""
 
 
 def encode(
-    rows: Rows, classes: Sequence[str], kind: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int
+    rows: Sequence[Row], classes: Sequence[str], kind: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int
 ) -> Encoded:
-    """Token ids, special tokens included, and labels as numbers, row for row.
+    """Token ids with special tokens, and labels as numbers, one example per row.
 
-    A word's number stands at its first piece, IGNORED at the others. Of a pair that is too long, the longer text loses
-    its end first.
+    The label of a word stands at its first word piece, IGNORED at the others. A pair that is too long loses the end of
+    its longer text first.
 
     Raises:
-        ConfigError: none of a row's words has a piece.
+        DataError: no word of a row has a word piece.
     """
     number = {name: i for i, name in enumerate(classes)}
     examples: list[Example] = []
     cut = unread = 0
-    for start in range(0, len(rows.texts), PIECE):
-        part = slice(start, start + PIECE)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        is_pair = part[0].pair is not None
         encoded = tokenizer(
-            rows.texts[part],
-            rows.pairs[part] or None,
+            [row.text for row in part],
+            [row.pair for row in part] if is_pair else None,  # pyright: ignore[reportArgumentType]
             truncation=True,
             max_length=max_seq_len,
             is_split_into_words=kind == "tokens",
-            return_token_type_ids=bool(rows.pairs),
+            return_token_type_ids=is_pair,
             return_attention_mask=False,
         )
-        for i, encoding in enumerate(encoded.encodings or []):
+        for row, encoding in zip(part, encoded.encodings or [], strict=True):
             example: Example = {"input_ids": np.array(encoding.ids, dtype=np.int32)}
-            if rows.pairs:
+            if is_pair:
                 example["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int8)
-            label = rows.labels[start + i]
             if kind == "tokens":
-                example["labels"], seen = _first_pieces(encoding.word_ids, [number[tag] for tag in label])
+                example["labels"] = _at_first_pieces([number[tag] for tag in row.label], encoding.word_ids)
+                seen = int((example["labels"] != IGNORED).sum())
                 if not seen:
-                    words = " ".join(rows.texts[start + i])
-                    raise ConfigError(
-                        f"row {start + i + 1}: the tokenizer makes no piece of any of its words: {words!r}"
-                    )
-                unread += len(label) - seen
+                    place, words = f"row {len(examples) + 1}", " ".join(row.text)
+                    raise DataError(f"{place}: the tokenizer makes no word piece of any of its words: {words!r}")
+                unread += len(row.label) - seen
             else:
-                example["labels"] = label if kind == "regression" else number[label]
+                example["labels"] = row.label if kind == "regression" else number[row.label]
             cut += bool(encoding.overflowing)
             examples.append(example)
     return Encoded(examples, cut, unread)
 
 
-def _first_pieces(word_ids: Sequence[int | None], numbers: Sequence[int]) -> tuple[NDArray[np.int64], int]:
-    """Labels (L,) of the pieces, and how many words have one."""
-    labels, before, seen = np.full(len(word_ids), IGNORED, dtype=np.int64), None, 0
-    for i, word in enumerate(word_ids):
-        if word is not None and word != before:
-            labels[i] = numbers[word]
-            seen += 1
-        before = word
-    return labels, seen
+def _at_first_pieces(numbers: Sequence[int], word_ids: Sequence[int | None]) -> NDArray[np.int64]:
+    """Labels (L,) of word pieces from those of words."""
+    before = [None, *word_ids]
+    firsts = [word is not None and word != last for word, last in zip(word_ids, before, strict=False)]
+    labels = [numbers[word] if first else IGNORED for word, first in zip(word_ids, firsts, strict=True)]  # pyright: ignore
+    return np.array(labels, dtype=np.int64)
 
 
-class Collator:
-    """Examples -> a padded batch of torch tensors, S the longest of them.
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Examples -> a batch, padded on the right to its longest example.
 
     ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids`` (B, S) int64; ``labels`` (B,) int64, (B,) fp32
-    for regression, (B, S) int64 for words. MosaicBERT takes the padding away again by itself.
+    for regression, (B, S) int64 for words. MosaicBERT removes the padding again.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def pad(name: str, fill: int) -> torch.Tensor:
+        rows = [torch.from_numpy(example[name]) for example in examples]
+        return pad_sequence(rows, batch_first=True, padding_value=fill).long()
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        lengths = [len(example["input_ids"]) for example in examples]
-
-        def pad(name: str, fill: int) -> torch.Tensor:
-            padded = np.full((len(examples), max(lengths)), fill, dtype=np.int64)
-            for row, example in zip(padded, examples, strict=True):
-                row[: len(example[name])] = example[name]
-            return torch.from_numpy(padded)
-
-        batch: Batch = {"input_ids": pad("input_ids", self.pad_token_id)}
-        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-        if "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = pad("token_type_ids", 0)
-        if isinstance(examples[0]["labels"], np.ndarray):
-            batch["labels"] = pad("labels", IGNORED)
-        else:
-            batch["labels"] = torch.tensor([example["labels"] for example in examples])
-        return batch
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    batch: Batch = {"input_ids": pad("input_ids", pad_token_id)}
+    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    if "token_type_ids" in examples[0]:
+        batch["token_type_ids"] = pad("token_type_ids", 0)
+    if isinstance(examples[0]["labels"], np.ndarray):
+        batch["labels"] = pad("labels", IGNORED)
+    else:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    return batch
 
 
 def split_batch(batch: Batch, microbatch_size: int) -> list[Batch]:
-    """Cut a batch into microbatches, each no longer than its longest sequence."""
+    """Cut a batch into microbatches, each as long as its longest sequence."""
     parts = []
     for start in range(0, len(batch["labels"]), microbatch_size):
         part = {name: x[start : start + microbatch_size] for name, x in batch.items()}
@@ -433,8 +392,8 @@ def split_batch(batch: Batch, microbatch_size: int) -> list[Batch]:
     return parts
 
 
-def counts(batch: Batch) -> dict[str, int]:
-    """Real tokens of a batch, and what its loss is the mean over: rows, or labelled words."""
+def count_tokens(batch: Batch) -> dict[str, int]:
+    """Non-padding tokens of a batch, and what its loss is the mean over: rows, or labelled words."""
     labels = batch["labels"]
     loss_generating = int((labels != IGNORED).sum()) if labels.ndim == 2 else len(labels)
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": loss_generating}

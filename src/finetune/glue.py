@@ -1,84 +1,58 @@
-"""GLUE (Wang et al., 2018, arXiv 1804.07461): its tasks, and where their files are. Imports no torch.
+"""GLUE (Wang et al., 2018, arXiv 1804.07461): its tasks and their files. Imports no torch.
 
-The files are those of nyu-mll/glue on the hub, from there or from a folder: ``rte/train-00000-of-00001.parquet`` and so
-on; in a folder also .csv, .tsv, .json and .jsonl with the same names and columns. WNLI is left out, as everybody does
-since BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its metrics, GLUE's the mean of its tasks.
+The files are those of nyu-mll/glue on the Hugging Face Hub, ``rte/train-00000-of-00001.parquet`` and so on, from there
+or from a folder. A folder may also hold .csv, .tsv, .json and .jsonl with the same names and columns. WNLI is left out,
+as since BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its metrics, GLUE's the mean over tasks.
 """
 
 from pathlib import Path
 from typing import Any
 
 from src.common import hub
+from src.common.errors import DataError
 
 REPOSITORY = "nyu-mll/glue"
-
-_YES_NO = {"labels": ["0", "1"], "label_names": ["entailment", "not_entailment"], "metrics": ["accuracy"]}
-
-TASKS: dict[str, dict[str, Any]] = {
-    "cola": {
-        "text": "sentence",
-        "labels": ["0", "1"],
-        "label_names": ["unacceptable", "acceptable"],
-        "metrics": ["matthews"],
-    },
-    "mnli": {
-        "text": "premise",
-        "text_pair": "hypothesis",
-        "labels": ["0", "1", "2"],
-        "label_names": ["entailment", "neutral", "contradiction"],
-        "metrics": ["accuracy"],
-    },
-    "mrpc": {
-        "text": "sentence1",
-        "text_pair": "sentence2",
-        "labels": ["0", "1"],
-        "label_names": ["not_equivalent", "equivalent"],
-        "metrics": ["accuracy", "f1"],
-    },
-    "qnli": {"text": "question", "text_pair": "sentence", **_YES_NO},
-    "qqp": {
-        "text": "question1",
-        "text_pair": "question2",
-        "labels": ["0", "1"],
-        "label_names": ["not_duplicate", "duplicate"],
-        "metrics": ["accuracy", "f1"],
-    },
-    "rte": {"text": "sentence1", "text_pair": "sentence2", **_YES_NO},
-    "sst2": {
-        "text": "sentence",
-        "labels": ["0", "1"],
-        "label_names": ["negative", "positive"],
-        "metrics": ["accuracy"],
-    },
-    "stsb": {
-        "text": "sentence1",
-        "text_pair": "sentence2",
-        "kind": "regression",
-        "metrics": ["pearson", "spearman"],
-    },
-}
-"""By name on the hub: columns, labels as the files have them (numbers) and as they are called, metrics."""
-
 SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
+
+def _classification(label_names: str, metrics: str, text: str, text_pair: str | None = None) -> dict[str, Any]:
+    """A task whose files hold the classes as numbers from 0, here with their names."""
+    names = label_names.split()
+    labels = {"labels": [str(i) for i in range(len(names))], "label_names": names}
+    return {"text": text, "text_pair": text_pair, **labels, "metrics": metrics.split()}
+
+
+_SENTENCES = ("sentence1", "sentence2")
+
+TASKS: dict[str, dict[str, Any]] = {
+    "cola": _classification("unacceptable acceptable", "matthews", "sentence"),
+    "mnli": _classification("entailment neutral contradiction", "accuracy", "premise", "hypothesis"),
+    "mrpc": _classification("not_equivalent equivalent", "accuracy f1", *_SENTENCES),
+    "qnli": _classification("entailment not_entailment", "accuracy", "question", "sentence"),
+    "qqp": _classification("not_duplicate duplicate", "accuracy f1", "question1", "question2"),
+    "rte": _classification("entailment not_entailment", "accuracy", *_SENTENCES),
+    "sst2": _classification("negative positive", "accuracy", "sentence"),
+    "stsb": {"text": "sentence1", "text_pair": "sentence2", "kind": "regression", "metrics": ["pearson", "spearman"]},
+}
+"""By name on the hub: arguments of LabelledData, without the files."""
+
 SPLITS = {"mnli": {"matched": "validation_matched", "mismatched": "validation_mismatched"}}
-"""Sets to evaluate on, each with its split, where there is more than ``validation``."""
+"""Validation sets by name, each with its split, of tasks that have several."""
 
 
-def files(task: str, folder: Path) -> dict[str, Any]:
-    """``train`` and ``validation`` of a task, as patterns of files in ``folder / task``.
+def task_files(task: str, folder: Path) -> dict[str, Any]:
+    """``train`` and ``validation`` of LabelledData: patterns of files in ``folder / task``.
 
     Raises:
-        ValueError: the folder lacks one of them.
+        DataError: a file is missing.
     """
 
     def pattern(split: str) -> str:
         for name in (f"{split}-*.parquet", *(f"{split}{suffix}" for suffix in SUFFIXES)):
             if any((folder / task).glob(name)):
                 return str(folder / task / name)
-        raise ValueError(
-            f"{folder / task}: there is no {split}-*.parquet, as {REPOSITORY} on the hub has it, and no {split} with "
-            f"{', '.join(SUFFIXES)}"
+        raise DataError(
+            f"{folder / task}: no {split}-*.parquet as in {REPOSITORY}, and no {split}{{{','.join(SUFFIXES)}}}"
         )
 
     train, sets = pattern("train"), SPLITS.get(task)
@@ -87,21 +61,21 @@ def files(task: str, folder: Path) -> dict[str, Any]:
 
 
 def download(tasks: list[str]) -> Path:
-    """The folder of these tasks' files, from the hub's local cache or from the hub.
+    """The folder of these tasks' files, from the local cache of the hub or from the hub.
 
     Raises:
-        ValueError: they are in neither.
+        DataError: it has them in neither.
     """
 
-    def complete(cached: Path) -> bool:
+    def is_complete(folder: Path) -> bool:
         try:
-            return all(files(task, cached) for task in tasks)
-        except ValueError:
+            return all(task_files(task, folder) for task in tasks)
+        except DataError:
             return False
 
-    patterns = [f"{task}/{split}-*" for task in tasks for split in ("train", *SPLITS.get(task, {}).values())]
-    patterns += [f"{task}/validation-*" for task in tasks if task not in SPLITS]
+    splits = {task: ["train", *SPLITS.get(task, {"": "validation"}).values()] for task in tasks}
+    patterns = [f"{task}/{split}-*" for task in tasks for split in splits[task]]
     try:
-        return hub.folder(REPOSITORY, "dataset", patterns, complete)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give a folder with {', '.join(tasks)} of it as glue_folder, or go online") from None
+        return hub.snapshot(REPOSITORY, "dataset", [patterns], is_complete)
+    except DataError as error:
+        raise DataError(f"{error}. Set glue_folder to a folder with {', '.join(tasks)}, or go online") from None

@@ -1,16 +1,20 @@
-"""Processes over the devices that there are: one on each at a time, each with a log of its own. Imports no torch."""
+"""Processes over the devices of this machine: one on each at a time, each with its own log. Imports no torch."""
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 REPORT_S = 60.0
-"""Seconds between two looks at what the running jobs say."""
+"""Seconds between two reports of a running job."""
+END_S = 10.0
+"""Seconds that a job has to end after SIGTERM."""
+
+Report = Callable[[str], None]
+"""Called with a line about a job that starts, runs or ends; from several threads."""
 
 
 @dataclass(frozen=True)
@@ -20,58 +24,52 @@ class Job:
     name: str
     command: list[str]
     log: Path
-    """What it prints goes there."""
+    """File for what it prints."""
     needs: str | None = None
-    """Name of the job that must have succeeded before; one that is not among the jobs has."""
+    """Name of a job that must succeed first; a name that is not among the jobs has succeeded before."""
 
 
-def run(jobs: Sequence[Job], devices: Sequence[str | None], say: Callable[[str], None]) -> dict[str, str]:
-    """Run all jobs, in their order as devices become free, and wait for them.
-
-    A job that fails takes no other down, but for those that need it.
+def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Report) -> dict[str, str]:
+    """Run all jobs, in their order as devices become free, and wait for them. An error or a signal ends them all.
 
     Args:
         devices: values of CUDA_VISIBLE_DEVICES, each for one job at a time; None is the CPU.
-        say: called with lines about what starts, runs and ends.
 
     Returns:
-        Names of the jobs that failed, or did not run because another failed, each with the reason.
+        The reason for each job that failed, or was skipped because the job that it needs failed; by name.
     """
-    waiting, names = list(jobs), {job.name for job in jobs}
-    running: dict[str | None, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    done: set[str] = set()
-    failed: dict[str, str] = {}
-    reported = time.monotonic()
-    with ExitStack() as at_exit:
-        at_exit.callback(lambda: _end([process for _, process, _ in running.values()]))
-        while waiting or running:
-            for job in [job for job in waiting if job.needs in failed]:
-                waiting.remove(job)
-                failed[job.name] = f"not run, because {job.needs}, which it starts from, failed"
-                say(f"{job.name}: {failed[job.name]}")
-            for device in [device for device in devices if device not in running]:
-                ready = [job for job in waiting if job.needs not in names or job.needs in done]
-                if not ready:
-                    break
-                waiting.remove(ready[0])
-                running[device] = ready[0], _start(ready[0], device), time.monotonic()
-                say(f"{ready[0].name}: started on {'the CPU' if device is None else f'GPU {device}'}, {ready[0].log}")
-            for device, (job, process, started) in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[device]
-                if code == 0:
-                    done.add(job.name)
-                else:
-                    failed[job.name] = _reason(job, code)
-                result = f"failed: {failed[job.name]}" if code else "done"
-                say(f"{job.name}: {result} ({time.monotonic() - started:.0f} s)")
-            if time.monotonic() - reported > REPORT_S:
-                reported = time.monotonic()
-                for job, _, _ in running.values():
-                    say(f"{job.name}: {_last_line(job.log)}")
-            time.sleep(0.1)
+    waiting, free, failed = list(jobs), list(devices), {}
+    unfinished = {job.name for job in jobs}
+    running: dict[Future[str | None], tuple[Job, str | None, subprocess.Popen[bytes], float]] = {}
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if job.needs in failed]:
+                    waiting.remove(job)
+                    failed[job.name] = f"skipped: {job.needs}, which it starts from, failed"
+                    report(f"{job.name}: {failed[job.name]}")
+                for job in [job for job in waiting if job.needs not in unfinished][: len(free)]:
+                    waiting.remove(job)
+                    device = free.pop(0)
+                    process = _start(job, device)
+                    running[pool.submit(_follow, job, process, report)] = job, device, process, time.monotonic()
+                    report(f"{job.name}: started on {'the CPU' if device is None else f'GPU {device}'}, {job.log}")
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, device, _, started = running.pop(future)
+                    free.append(device)
+                    reason = future.result()
+                    if reason is None:
+                        unfinished.remove(job.name)
+                    else:
+                        failed[job.name] = reason
+                    result = "done" if reason is None else f"failed: {reason}"
+                    report(f"{job.name}: {result} ({time.monotonic() - started:.0f} s)")
+        except BaseException:
+            for _, _, process, _ in running.values():
+                process.terminate()
+            for future in wait(running, timeout=END_S).not_done:
+                running[future][2].kill()
+            raise
     return failed
 
 
@@ -84,37 +82,27 @@ def _start(job: Job, device: str | None) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
+def _follow(job: Job, process: "subprocess.Popen[bytes]", report: Report) -> str | None:
+    """Wait for a process; the reason if it failed."""
+    while True:
         try:
-            process.wait(10)
+            code = process.wait(REPORT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _reason(job: Job, code: int) -> str:
-    if code < 0:
-        memory = "; out of memory?" if code == -9 else ""
-        return f"killed by signal {-code}{memory} ({job.log})"
-    return f"{_last_line(job.log)} ({job.log})"
+            report(f"{job.name}: {_last_line(job.log)}")
+            continue
+        if code < 0:
+            memory = "; out of memory?" if code == -9 else ""
+            return f"killed by signal {-code}{memory} ({job.log})"
+        return f"{_last_line(job.log)} ({job.log})" if code else None
 
 
 def _last_line(log: Path) -> str:
-    """What it said last."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "nothing said yet"
+    return lines[-1].strip() if lines else "no output yet"
 
 
-def devices_of(count: int) -> list[str | None]:
-    """A value of CUDA_VISIBLE_DEVICES for each of ``count`` visible GPUs; without any, one place on the CPU."""
+def visible_devices(count: int) -> list[str | None]:
+    """A value of CUDA_VISIBLE_DEVICES for each of ``count`` visible GPUs; without a GPU, one None for the CPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
     return list(names[:count]) or [None]
-
-
-def say(line: str) -> None:
-    """To standard error, at once."""
-    print(line, file=sys.stderr, flush=True)

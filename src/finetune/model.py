@@ -18,7 +18,7 @@ from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import Batch
 from src.data.tokenizer import load_tokenizer
 from src.masked_lm_loss import IGNORED
-from src.train import weights as weights
+from src.train import weights
 from src.train.models import build_model_config, with_kernels
 from src.train.schema import Component, build
 
@@ -31,45 +31,45 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 class EntityF1(Metric):
-    """F1 of whole entities, micro-averaged, as conlleval counts them (Tjong Kim Sang and De Meulder, 2003).
+    """Micro-averaged F1 of whole entities, as conlleval counts them (Tjong Kim Sang and De Meulder, 2003).
 
-    An entity is a run of tags B-X I-X ...; an I-X that follows something else begins one too. It is right if its type,
-    its first and its last word are.
+    An entity is a sequence of tags B-X I-X ...; an I-X after another tag also begins one. It is correct if its type,
+    first word and last word are. Ours, because torchmetrics has none.
     """
 
     full_state_update = False
-    right: Tensor
+    correct: Tensor
     predicted: Tensor
-    real: Tensor
+    actual: Tensor
 
     def __init__(self, classes: list[str]):
         super().__init__()
         self.classes = classes
-        for name in ("right", "predicted", "real"):
+        for name in ("correct", "predicted", "actual"):
             self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add a batch: numbers of tags (B, S), of which those count whose label is not IGNORED."""
+        """Add a batch of tag numbers, (B, S) each; positions with the label IGNORED do not count."""
         for predicted, label in zip(predictions, labels, strict=True):
-            counts = label != IGNORED
-            ours, theirs = self._entities(predicted[counts]), self._entities(label[counts])
-            self.right += len(ours & theirs)
+            counted = label != IGNORED
+            ours, theirs = self.entities(predicted[counted]), self.entities(label[counted])
+            self.correct += len(ours & theirs)
             self.predicted += len(ours)
-            self.real += len(theirs)
+            self.actual += len(theirs)
 
     def compute(self) -> Tensor:
-        """() fp32; 0 where there is no entity at all."""
-        return 2 * self.right / (self.predicted + self.real).clamp(min=1)
+        """() fp32; 0 if there is no entity."""
+        return 2 * self.correct / (self.predicted + self.actual).clamp(min=1)
 
-    def _entities(self, numbers: Tensor) -> set[tuple[str, int, int]]:
-        """(type, first word, word after the last)."""
+    def entities(self, numbers: Tensor) -> set[tuple[str, int, int]]:
+        """(type, first word, word after the last) of each entity in the tags (words,)."""
         found, kind, first = set(), None, 0
         for i, tag in enumerate([*(self.classes[n] for n in numbers.tolist()), "O"]):
-            goes_on = tag == f"I-{kind}"
-            if kind is not None and not goes_on:
+            continues = tag == f"I-{kind}"
+            if kind is not None and not continues:
                 found.add((kind, first, i))
                 kind = None
-            if tag != "O" and not goes_on:
+            if tag != "O" and not continues:
                 kind, first = tag[2:], i
         return found
 
@@ -83,16 +83,16 @@ METRICS: dict[str, Callable[[list[str]], Metric]] = {
     "pearson": lambda classes: PearsonCorrCoef().set_dtype(torch.float64),
     "spearman": lambda classes: SpearmanCorrCoef(),
 }
-"""torchmetrics' by our names; each is given the classes."""
+"""Functions of the classes, by the name in the YAML."""
 
 
 class Classifier(ComposerModel):
-    """A model with a head, trained by its own loss.
+    """A Hugging Face model with a head as a ComposerModel, trained on the loss that it returns.
 
     Args:
-        model: takes ``INPUTS`` by name, and gives ``loss`` and ``logits``.
+        model: takes ``INPUTS`` by name, and returns ``loss`` and ``logits``.
         kind: of the task.
-        metrics: for evaluation, by name; over all rows, whatever the batches.
+        metrics: for evaluation, by name.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str, metrics: Mapping[str, Metric]):
@@ -102,11 +102,11 @@ class Classifier(ComposerModel):
         self.val_metrics = dict(metrics)
 
     def forward(self, batch: Batch) -> Any:
-        """A padded batch of ``labelled.Collator``."""
+        """Loss and logits of a padded batch (``data.collate``)."""
         return self.model(**{name: batch[name] for name in INPUTS if name in batch})
 
     def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """() mean over the rows, or over the labelled words."""
+        """() fp32, mean over the rows, or over the labelled words."""
         return outputs.loss
 
     def eval_forward(self, batch: Batch, outputs: Any | None = None) -> Any:
@@ -118,7 +118,7 @@ class Classifier(ComposerModel):
         return {} if is_train else self.val_metrics
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """Numbers of classes, (B,) or (B, S) int64; or the numbers of a regression, (B,) fp64."""
+        """Class numbers, (B,) or (B, S) int64; for regression the predicted numbers, (B,) fp64."""
         return logits.squeeze(-1).double() if self.kind == "regression" else logits.argmax(dim=-1)
 
     def update_metric(self, batch: Batch, outputs: Any, metric: Metric) -> None:
@@ -136,7 +136,7 @@ HEADS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
     "regression": (BertForSequenceClassification, transformers.BertForSequenceClassification),
     "tokens": (BertForTokenClassification, transformers.BertForTokenClassification),
 }
-"""Classes of MosaicBERT and of Hugging Face's BERT, by kind of task."""
+"""MosaicBERT's class and Hugging Face's, by kind of task."""
 
 
 def mosaic_bert(
@@ -149,7 +149,7 @@ def mosaic_bert(
     kernels: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """MosaicBERT; ``model_config`` takes what MosaicBertConfig does, over the pretrained one's."""
+    """MosaicBERT; ``model_config`` overrides settings of the pretrained MosaicBertConfig."""
     options = with_kernels(model_config, attention, kernels)
     return _load(HEADS[kind][0], MosaicBertConfig, tokenizer, source, options, head, gradient_checkpointing)
 
@@ -162,7 +162,7 @@ def hf_bert(
     model_config: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """Hugging Face's BERT, the baseline; ``model_config`` takes what transformers' BertConfig does."""
+    """Hugging Face's BERT, the baseline; ``model_config`` overrides settings of the pretrained BertConfig."""
     kinds = HEADS[kind][1], transformers.BertConfig
     return _load(*kinds, tokenizer, source, model_config or {}, head, gradient_checkpointing)
 
@@ -199,15 +199,16 @@ def build_model(
     classes: list[str],
     max_seq_len: int,
 ) -> PreTrainedModel:
-    """The model with a new head, on the CPU.
+    """The model with a newly initialised head, on the CPU.
 
     Args:
         component: ``model`` of the YAML.
-        source: weights of the encoder; None for fresh ones.
-        kind, classes: of the task; ``classes`` as they are called in the saved model, none for regression.
+        source: weights of the encoder; None for random ones.
+        kind: of the task.
+        classes: their names in the saved model, in the order of their numbers; empty for regression.
 
     Raises:
-        ConfigError: the weights do not fit, an option is unknown, or the model has too few positions.
+        ValueError: the weights do not fit, an option is unknown, or the model has too few positions.
     """
     if kind == "regression":
         head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -218,14 +219,14 @@ def build_model(
     model = build("model", MODELS, component, tokenizer=tokenizer, source=source, kind=kind, head=head)
     positions = getattr(model.config, "max_position_embeddings", max_seq_len)
     if max_seq_len > positions:
-        raise ConfigError(f"max_seq_len: {max_seq_len} is more than this model's {positions} positions")
+        raise ConfigError(f"max_seq_len: expected at most {positions}, the positions of this model, got {max_seq_len}")
     return model
 
 
 def read_tokenizer(source: weights.Pretrained | None, name: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer that the weights were trained with; for fresh weights that of the name."""
+    """The tokenizer that the weights were trained with; for random weights the named one."""
     if source is not None:
         return weights.load_tokenizer(source, name)
     if name is None:
-        raise ConfigError("tokenizer_name: missing; a model with fresh weights has no tokenizer of its own")
+        raise ConfigError("tokenizer_name: missing; it is required with pretrained: null")
     return load_tokenizer(name)

@@ -1,8 +1,10 @@
-"""One fine-tuning run: a task, a seed, a device, one Composer Trainer; its result in a file."""
+"""One fine-tuning run, a task with a seed: one Composer Trainer on one device, and its result in a file."""
 
+import functools
 import itertools
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +16,14 @@ from composer.callbacks import LRMonitor
 from composer.core import DataSpec, Evaluator
 from composer.utils import reproducibility
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.common.environment import environment
-from src.common.errors import TrainingError
-from src.common.files import write_text
+from src.common.errors import TrainingError, first_line
+from src.common.files import PARTIAL, replace_folder, write_text
 from src.data.tokenizer import save_tokenizer
 from src.finetune.config import DEFAULT_METRICS, RunSpec
-from src.finetune.data import Collator, Encoded, classes_of, counts, encode, read_sets, split_batch
+from src.finetune.data import Encoded, classes_of, collate, count_tokens, encode, read_sets, split_batch
 from src.finetune.model import METRICS, Classifier, build_model, read_tokenizer
 from src.masked_lm_loss import IGNORED
 from src.train import checkpoint, optim, weights
@@ -29,28 +31,28 @@ from src.train.callbacks import Guard, Reseed
 from src.train.monitors import ConsoleLine, MetricsFile
 from src.train.schema import Component, build
 
-RESULT, MODEL, PREDICTIONS = "result.json", "model", "predictions"
-"""What a run leaves in its folder."""
+SPEC_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FOLDER = "run.yaml", "result.json", "model", "predictions"
+"""In a run's folder: what its process reads, and what it writes."""
 
 
 def data_spec(
     encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, shuffle_seed: int | None = None
 ) -> DataSpec:
-    """Batches of all examples, none dropped; in order, or in one that is a function of the seed and the epoch."""
+    """Batches of all examples, the last one smaller; in order, or shuffled by the seed and the epoch."""
     order = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
     loader = DataLoader(
         encoded.examples,  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
         shuffle=order is not None,
         generator=order,
-        collate_fn=Collator(int(tokenizer.pad_token_id)),  # pyright: ignore[reportArgumentType]
+        collate_fn=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
         pin_memory=torch.cuda.is_available(),
     )
-    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=counts)  # pyright: ignore[reportArgumentType]
+    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=count_tokens)  # pyright: ignore[reportArgumentType]
 
 
 def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators: list[Evaluator]) -> Trainer:
-    """The Trainer of a run; nothing is saved by it."""
+    """The Trainer of a run; it saves no checkpoint."""
     config, task = spec.config, spec.config.tasks[spec.task]
     decay = {} if task.weight_decay is None else {"weight_decay": task.weight_decay}
     optimizer = Component(config.optimizer.name, {**config.optimizer.options, **decay})
@@ -67,27 +69,25 @@ def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators:
         max_duration=f"{steps}ba",  # in steps, so that progress is known within an epoch
         precision=config.precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
-        accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch weighs the same
+        accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch has the same weight
         callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
         loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
         progress_bar=False,
     )
 
 
-def run(spec: RunSpec) -> dict[str, Any]:
-    """Train and evaluate; the result is written to ``spec.folder`` last of all, so that it is there when all is.
+def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
+    """Do a run. Its result is written to ``spec.folder`` last, so a run with a result is complete.
 
     Returns:
-        ``metrics`` by set and name, ``score`` (their mean, the test set's left out), and what it was measured on.
+        ``metrics`` by set and name, ``score`` (their mean without the test set), and what they were measured on.
 
     Raises:
-        ConfigError: data, model or options are not as they must be.
-        TrainingError: the loss or a metric is no number, or there is too little memory.
+        ValueError: data, model or options do not fit.
+        TrainingError: the loss or a metric is not finite, or the device is out of memory.
     """
     started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
-    task = config.tasks[spec.task]
-    data = task.data
-    assert data is not None, "finetune.py fills it in"
+    task, data = config.tasks[spec.task], spec.data
     checkpoint.load_as_data()
     reproducibility.seed_all(spec.seed)  # the head's first weights
 
@@ -116,21 +116,20 @@ def run(spec: RunSpec) -> dict[str, Any]:
             trainer.eval(test)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"too little memory ({str(error).splitlines()[0]}). Lower device_train_microbatch_size (the loss stays the "
-            "same) or eval_batch_size, or set model.gradient_checkpointing: true"
+            f"out of memory ({first_line(error)}). Lower device_train_microbatch_size (the loss stays the same) or "
+            "eval_batch_size, or set model.gradient_checkpointing: true"
         ) from None
     for name, part in held_out.items():
-        write_predictions(folder / PREDICTIONS / f"{name}.txt", model, trainer.predict(part), part, names)
+        write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.txt", model, trainer.predict(part), part, names)
     found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
     values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in held_out}
     trainer.close()
     for name, metric in itertools.product(values, metrics):
         if not math.isfinite(values[name][metric]):
-            raise TrainingError(f"{metric} on {name} is no number: the model gives the same one for every row")
+            raise TrainingError(f"{metric} on {name} is not finite: the model predicts the same value for every row")
 
     if spec.save_model:
-        network.save_pretrained(folder / MODEL)
-        save_tokenizer(tokenizer, folder / MODEL)
+        save_model(network, tokenizer, folder / MODEL_FOLDER)
     result = {
         "task": spec.task,
         "seed": spec.seed,
@@ -144,19 +143,27 @@ def run(spec: RunSpec) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
-    write_text(folder / RESULT, json.dumps(result, indent=1))
+    write_text(folder / RESULT_FILE, json.dumps(result, indent=1))
     return result
 
 
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder; it is complete or absent."""
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
+    replace_folder(partial, folder)
+
+
 def write_predictions(path: Path, model: Classifier, outputs: list[Any], part: DataSpec, names: Any) -> None:
-    """A line for each row, in the file's order: its class, its number, or the tags of those words that have a piece."""
+    """A line per row, in the file's order: its class, its number, or the tags of the words that have a word piece."""
     lines = []
     for output, batch in zip(outputs, part.dataloader, strict=True):
         for predicted, label in zip(model.predictions(output["logits"]), batch["labels"], strict=True):
             if model.kind == "regression":
-                lines.append(f"{predicted.item():.6g}")
+                lines.append(f"{predicted.item():.6g}\n")
             else:
                 shown = predicted[label != IGNORED] if label.ndim else predicted[None]
-                lines.append(" ".join(names[n] for n in shown.tolist()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(f"{line}\n" for line in lines))
+                lines.append(" ".join(names[n] for n in shown.tolist()) + "\n")
+    write_text(path, lines)

@@ -1,4 +1,4 @@
-"""Results of several seeds as a table: mean, deviation, 95% interval. Imports no torch."""
+"""Results of several seeds as a table: mean, standard deviation, 95% interval. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,17 @@ HEADER = ("task", "metric", "n", "mean", "deviation", "95% interval")
 
 
 def t_quantile(freedom: int, share: float = 0.95) -> float:
-    """The t with ``share`` of Student's distribution of ``freedom`` degrees between -t and t.
+    """The t with ``share`` of Student's distribution of ``freedom`` degrees between -t and t, by bisection.
 
-    The share between is a finite sum in cos(atan(t / sqrt(freedom))): Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4.
+    The share is a finite sum in cos(atan(t / sqrt(freedom))): Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4. Ours,
+    because scipy is no dependency of either stack.
     """
 
-    def between(t: float) -> float:
+    def share_within(t: float) -> float:
         angle = math.atan(t / math.sqrt(freedom))
         odd, cos = freedom % 2, math.cos(angle)
         total, term = 0.0, cos if odd else 1.0
-        for k in range(2 if odd else 1, freedom, 2):  # k is the last factor of the term's denominator, 1 less in it
+        for k in range(2 if odd else 1, freedom, 2):  # the next term is this one * cos^2 * k / (k + 1)
             total += term
             term *= cos**2 * k / (k + 1)
         return (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
@@ -26,15 +27,14 @@ def t_quantile(freedom: int, share: float = 0.95) -> float:
     low, high = 0.0, 1e3
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if between(middle) < share else (low, middle)
+        low, high = (middle, high) if share_within(middle) < share else (low, middle)
     return low
 
 
-def summary(values: dict[str, float]) -> dict[str, Any]:
-    """``n``, ``mean``, the sample's standard ``deviation`` and the 95% ``interval`` of the mean (Student's t).
+def summarize(values: dict[str, float]) -> dict[str, Any]:
+    """``n``, ``mean``, sample standard ``deviation`` and 95% ``interval`` of the mean (Student's t) of values by seed.
 
-    Args:
-        values: by seed. With one of them there is neither deviation nor interval.
+    Deviation and interval are None for a single value.
     """
     n, mean = len(values), fmean(values.values())
     deviation = interval = None
@@ -46,31 +46,29 @@ def summary(values: dict[str, float]) -> dict[str, Any]:
 
 
 def aggregate(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tasks with the summary of each metric and of the score, and the mean of the tasks' scores.
+    """The summary of each metric and of the score by task, and the mean score over tasks.
 
     Args:
-        results: of finished runs, as run.py writes them.
+        results: of finished runs, the contents of their result.json.
     """
     tasks: dict[str, Any] = {}
     for task in dict.fromkeys(result["task"] for result in results):
-        runs = [result for result in results if result["task"] == task]
+        runs = {str(result["seed"]): result for result in results if result["task"] == task}
         metrics: dict[str, Any] = {}
-        for dataset, named in runs[0]["metrics"].items():
+        for dataset, named in next(iter(runs.values()))["metrics"].items():
             for metric in named:
-                values = {str(run["seed"]): run["metrics"][dataset][metric] for run in runs}
                 label = metric if dataset == "validation" else f"{metric} ({dataset})"
-                metrics[label] = summary(values)
-        score = summary({str(run["seed"]): run["score"] for run in runs})
-        tasks[task] = {"metrics": metrics, "score": score}
+                metrics[label] = summarize({seed: run["metrics"][dataset][metric] for seed, run in runs.items()})
+        tasks[task] = {"metrics": metrics, "score": summarize({seed: run["score"] for seed, run in runs.items()})}
     return {"tasks": tasks, "average": fmean(task["score"]["mean"] for task in tasks.values()) if tasks else None}
 
 
-def rows(aggregated: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table's lines under HEADER; a score has one where it is the mean of several metrics."""
+def table_lines(aggregated: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The lines below HEADER. A score has a line of its own if it is the mean of several metrics."""
     lines = []
     for task, found in aggregated["tasks"].items():
-        counted = {name: entry for name, entry in found["metrics"].items() if not name.endswith("(test)")}
-        entries = {**found["metrics"], **({"score": found["score"]} if len(counted) > 1 else {})}
+        scored = [name for name in found["metrics"] if not name.endswith("(test)")]
+        entries = {**found["metrics"], **({"score": found["score"]} if len(scored) > 1 else {})}
         for name, entry in entries.items():
             deviation = "" if entry["deviation"] is None else f"{entry['deviation']:.4f}"
             interval = "" if entry["interval"] is None else "{:.4f} to {:.4f}".format(*entry["interval"])
@@ -80,30 +78,26 @@ def rows(aggregated: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def losses(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each task's set of which the model did not see all."""
-    lines = {}
+def truncation_notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each set of a task that the model did not see completely."""
+    notes = {}
     for result in results:
         for name, rows in result["rows"].items():
             cut, unread = result["cut"][name], result["unread_words"][name]
+            words = f"; {unread} labelled words are not seen" if unread else ""
             if cut or unread:
-                words = f", and {unread} labelled words are not seen" if unread else ""
-                lines[result["task"], name] = (
-                    f"{result['task']}: {name}: {cut} of {rows} rows are cut at max_seq_len{words}"
-                )
-    return list(lines.values())
+                notes[f"{result['task']}: {name}: {cut} of {rows} rows are cut at max_seq_len{words}"] = None
+    return list(notes)
 
 
 def as_text(lines: Sequence[tuple[str, ...]]) -> str:
-    """Columns beside each other."""
-    widths = [max(len(line[i]) for line in (HEADER, *lines)) for i in range(len(HEADER))]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n"
-        for line in (HEADER, *lines)
-    )
+    """Aligned columns."""
+    widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
+    padded = [map(str.ljust, line, widths) for line in (HEADER, *lines)]
+    return "".join("  ".join(line).rstrip() + "\n" for line in padded)
 
 
 def as_markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     cells = [HEADER, ("---",) * len(HEADER), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -19,7 +19,7 @@ import export_hf
 import main
 from src import bert_layers
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
-from src.common.files import replace_folder
+from src.common.errors import ConfigError, ExportError
 from src.configuration_bert import AUTO_MAP
 from src.export import hf, onnx
 from src.train import weights
@@ -42,11 +42,11 @@ def loaded_here(monkeypatch):
     """In place of the process that loads a folder, which takes seconds: this one."""
 
     def load(folder, auto_class, ids, mask):
-        model = load_pretrained(folder, getattr(bert_layers, hf.CLASSES[auto_class][0]))
+        model = load_pretrained(folder, getattr(bert_layers, hf.AUTO_CLASSES[auto_class][0]))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return model(ids, mask)[0].detach(), tokenizer(hf.TEXT)["input_ids"]
 
-    monkeypatch.setattr(export_hf, "load_elsewhere", load)
+    monkeypatch.setattr(hf, "outputs_elsewhere", load)
 
 
 def test_what_a_folder_holds(exported, trained):
@@ -62,7 +62,7 @@ def test_what_a_folder_holds(exported, trained):
     assert (
         {"model.safetensors", "tokenizer.json", "attention.py"}
         < names
-        <= hf.FILES | {path.name for path in Path(bert_layers.__file__).parent.glob("*.py")}
+        <= export_hf.FILES | {path.name for path in Path(bert_layers.__file__).parent.glob("*.py")}
     )
     assert not [path for path in out.parent.iterdir() if path != out]
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
@@ -72,10 +72,10 @@ def test_the_card_says_how_it_was_made(exported, trained):
     card = (exported[0] / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "pipeline_tag": "fill-mask"}
-    assert "# license: yours to name" in front
+    assert "# license: add yours" in front
     lines = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
     loss = lines[-1]["metrics/eval/LanguageCrossEntropy"]
-    assert f"| held-out loss | {loss:.4f} nats a masked token, at step 4 |" in text
+    assert f"| validation loss | {loss:.4f} nats per masked token, at step 4 |" in text
     assert f"| trained for | 4 steps, 64 sequences, {lines[-1]['token']:,} tokens |" in text
     assert (trained / "config.yaml").read_text() in text
 
@@ -221,23 +221,6 @@ def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_p
     assert (old / "README.md").read_text() == (exported[0] / "README.md").read_text()  # which tells of the training
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    old, partial, rename = tmp_path / "out", tmp_path / "out.partial", Path.rename
-    for folder in (old, partial):
-        folder.mkdir()
-        (folder / "config.json").write_text(folder.name)
-
-    def failing(self, target):
-        if self == partial:
-            raise OSError("the disk is gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="the disk is gone"):
-        replace_folder(partial, old)
-    assert (old / "config.json").read_text() == "out" and len(list(tmp_path.iterdir())) == 2
-
-
 def test_what_is_exported_can_be_exported_again_and_begun_with(exported, trained):
     """The way back: the same weights, the same tokenizer."""
     there, back = load_pretrained(trained, BertForMaskedLM), weights.read(exported[0])
@@ -254,10 +237,10 @@ def test_a_classifier_in_place_of_an_older_export(exported, trained, tokenizer_f
     out = tmp_path / "out"
     shutil.copytree(exported[0], out)
     arguments = [str(tmp_path / "tuned"), str(out), "--tokenizer", tokenizer_folder]
-    with pytest.raises(ValueError, match="out exists; give --overwrite"):
+    with pytest.raises(ConfigError, match="out exists; replace it with --overwrite"):
         export_hf.main(arguments)
     (out / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match=r"holds more than an exported model \(mine.txt\)"):
+    with pytest.raises(ConfigError, match=r"holds more than an exported model \(mine.txt\)"):
         export_hf.main([*arguments, "--overwrite"])
     (out / "mine.txt").unlink()
     export_hf.main([*arguments, "--overwrite"])
@@ -282,7 +265,7 @@ def test_the_class_follows_the_weights(model_class, auto_class, tmp_path):
     model = model_of(model_class, dtype=torch.float32, attention_probs_dropout_prob=0.1, attention="torch")
     model.config.attention = "auto"
     model.save_pretrained(tmp_path)
-    found, loaded = hf.load(weights.read(tmp_path))
+    found, loaded = hf.load_model(weights.read(tmp_path))
     assert found == auto_class and type(loaded) is model_class and loaded.config.attention == "torch"
 
 
@@ -292,20 +275,20 @@ def test_the_class_follows_the_weights(model_class, auto_class, tmp_path):
 @pytest.mark.parametrize("cls", [BertForMaskedLM, BertForSequenceClassification, BertModel])
 def test_rounding_passes_and_more_does_not(cls):
     model = model_of(cls, dtype=torch.float32).eval()
-    want = hf.outputs_of(model)
+    want = hf.reference_outputs(model)
     with torch.no_grad():
         got = model(want.ids, want.mask)[0]
         assert 0 < want.difference(got, "it") < 1e-4
         next(p for name, p in model.named_parameters() if "layer.1.mlp.wo.weight" in name).mul_(1.001)
-        with pytest.raises(ValueError, match="it computes something else than the checkpoint: outputs up to"):
+        with pytest.raises(ExportError, match="it does not compute what the checkpoint does: outputs up to"):
             want.difference(model(want.ids, want.mask)[0], "it")
         got[0] = float("nan")
-        with pytest.raises(ValueError, match="differ by nan"):
+        with pytest.raises(ExportError, match="differ by nan"):
             want.difference(got, "it")
 
 
 def test_a_folder_that_computes_something_else_does_not_appear(trained, tmp_path, monkeypatch, loaded_here):
-    write = hf.write
+    write = hf.write_folder
 
     def damaged(model, tokenizer, card, folder):
         write(model, tokenizer, card, folder)
@@ -313,23 +296,23 @@ def test_a_folder_that_computes_something_else_does_not_appear(trained, tmp_path
         weights["bert.encoder.layer.0.mlp.wo.bias"][0] += 0.01
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(export_hf, "write", damaged)
-    with pytest.raises(ValueError, match="the exported model computes something else than the checkpoint"):
+    monkeypatch.setattr(hf, "write_folder", damaged)
+    with pytest.raises(ExportError, match="the exported model does not compute"):
         export_hf.main([str(trained), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals_before_any_work(trained, tmp_path, monkeypatch):
     shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt")
-    with pytest.raises(ValueError, match="no config.yaml beside the checkpoint.; name it: --tokenizer FOLDER"):
+    with pytest.raises(ConfigError, match=": --tokenizer FOLDER"):
         export_hf.main([str(tmp_path / "alone.pt"), str(tmp_path / "out")])
     monkeypatch.setattr(onnx, "PACKAGES", ("onnx", "nothing_of_that_name"))
-    with pytest.raises(ValueError, match="--onnx needs nothing_of_that_name: pip install -r requirements-onnx.txt"):
+    with pytest.raises(ConfigError, match="--onnx needs nothing_of_that_name: pip install -r requirements-onnx.txt"):
         export_hf.main([str(trained), str(tmp_path / "out"), "--onnx"])
     broken = load_pretrained(trained, BertForMaskedLM)
     torch.nn.init.constant_(broken.cls.predictions.transform.dense.bias, float("nan"))
-    with pytest.raises(ValueError, match="the checkpoint computes NaN or infinity"):
-        hf.outputs_of(broken)
+    with pytest.raises(ExportError, match="the checkpoint computes NaN or infinity"):
+        hf.reference_outputs(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["alone.pt"]
 
 
@@ -378,5 +361,5 @@ def test_the_baseline_too(token_shards, tokenizer_folder, tmp_path):
     ours = load_pretrained(tmp_path / "checkpoints", transformers.BertForMaskedLM)
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    with pytest.raises(ValueError, match="--onnx is for MosaicBERT"):
+    with pytest.raises(ConfigError, match="--onnx is for MosaicBERT"):
         export_hf.main([str(tmp_path / "checkpoints"), str(tmp_path / "other"), "--onnx"])

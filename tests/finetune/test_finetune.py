@@ -1,4 +1,4 @@
-"""Plans, runs and tables, in this process with tiny models; the processes themselves in test_jobs.py and at the end."""
+"""Plans, runs and tables with tiny models, in this process; the last test starts processes, as test_gpus.py does."""
 
 import dataclasses
 import json
@@ -15,16 +15,15 @@ import pytest
 import torch
 import yaml
 from composer import Trainer
-from transformers import BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 import finetune
 from src.bert_layers import BertForTokenClassification
 from src.common.errors import ConfigError, TrainingError
 from src.finetune import gpus, model, plan, run
-from src.finetune.config import RunSpec, load
+from src.finetune.config import load
 from src.finetune.data import Encoded, read_sets
-from src.finetune.run import MODEL, RESULT, data_spec
-from src.train.schema import read
+from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
 from src.train.weights import load_pretrained
 from tests.finetune.test_glue import snapshot_in, write_task
 from tests.finetune.test_labelled_data import write as write_rows
@@ -82,12 +81,12 @@ def here(monkeypatch):
     """Runs happen in this process: the names of those that did."""
     done = []
 
-    def run(queue, devices, say):
+    def run_jobs(queue, devices, report):
         failed = {}
         for job in queue:
             assert job.command[:2] == [sys.executable, finetune.__file__]
             if job.needs in failed:
-                failed[job.name] = f"not run, because {job.needs} failed"
+                failed[job.name] = f"skipped: {job.needs} failed"
                 continue
             try:
                 finetune.main(job.command[2:])
@@ -97,7 +96,7 @@ def here(monkeypatch):
         return failed
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
-    monkeypatch.setattr(gpus, "run", run)
+    monkeypatch.setattr(gpus, "run_jobs", run_jobs)
     monkeypatch.setattr("finetune.die_with_parent", lambda: None)
     return done
 
@@ -109,9 +108,11 @@ def go(tree, write, here):
     def go(*overrides):
         config = load(write(tree), overrides)
         finetune.finetune(config)
-        specs = plan.plan(config)
+        specs = plan.plan_runs(config)
         return {
-            spec.name: json.loads((Path(spec.folder) / RESULT).read_text()) for spec in specs if plan.is_finished(spec)
+            spec.name: json.loads((Path(spec.folder) / RESULT_FILE).read_text())
+            for spec in specs
+            if plan.is_finished(spec)
         }
 
     return go
@@ -125,9 +126,9 @@ def data_of(tree):
 
 
 def losses_in(folder):
-    lines = [
-        json.loads(line) for path in Path(folder).glob("*/metrics.jsonl") for line in path.read_text().splitlines()
-    ]
+    """Losses of the one run in a folder."""
+    (path,) = Path(folder).rglob("metrics.jsonl")
+    lines = map(json.loads, path.read_text().splitlines())
     return [line["loss/train/total"] for line in lines if "loss/train/total" in line]
 
 
@@ -176,13 +177,31 @@ def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
     tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
     go()
     (folder,) = Path(tree["folder"]).glob("mine-*")
-    model = load_pretrained(folder / MODEL, BertForTokenClassification)
+    model = load_pretrained(folder / MODEL_FOLDER, BertForTokenClassification)
     row = rows(30, 1)[3]
     encoded = tokenizer(row["words"], is_split_into_words=True, return_tensors="pt")
     predicted = model(encoded["input_ids"], encoded["attention_mask"]).logits[0].argmax(-1).tolist()
     first = [i for i, word in enumerate(encoded.word_ids(0)) if word is not None and word != encoded.word_ids(0)[i - 1]]
     names = " ".join(model.config.id2label[predicted[i]] for i in first)
     assert (folder / "predictions" / "validation.txt").read_text().splitlines()[3] == names
+
+
+def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / MODEL_FOLDER
+    (tmp_path / f"{MODEL_FOLDER}.partial").mkdir()  # of a run that was killed
+    (tmp_path / f"{MODEL_FOLDER}.partial" / "old").touch()
+    network = BertForSequenceClassification(BertConfig(vocab_size=64, **MODEL_OF["hf_bert"]))
+    run.save_model(network, tokenizer, folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(names) and "old" not in names
+
+    def full(tokenizer, folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(run, "save_tokenizer", full)
+    with pytest.raises(OSError, match="no space left"):
+        run.save_model(network, tokenizer, folder)
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_order_of_rows(tokenizer):
@@ -213,7 +232,7 @@ def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkey
     go("tasks.mine.seeds=[7]")
     sizes = {seed: size for size, seed in seeds}
     assert set(sizes) == {None, 7} and len(seeds) == 2
-    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"].texts)
+    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"])
 
 
 @pytest.mark.parametrize("kind", ["classification", "tokens"])
@@ -232,10 +251,7 @@ def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
 def test_the_same_seed_gives_the_same_run(tree, go, tmp_path):
     tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
     go("tasks.mine.seeds=[1,2]")
-    one, two = (
-        [json.loads(line)["loss/train/total"] for line in path.read_text().splitlines() if "loss/train" in line]
-        for path in sorted((tmp_path / "out").glob("*/metrics.jsonl"))
-    )
+    one, two = map(losses_in, sorted((tmp_path / "out").glob("mine-*")))
     tree["folder"] = str(tmp_path / "again")
     go("eval_interval=1ba")  # evaluation moves no random state of training
     assert losses_in(tree["folder"]) == one != two
@@ -255,7 +271,7 @@ def test_attention_dropout_acts(tree, go, tmp_path):
 
 
 def keys(config):
-    return [spec.key for spec in plan.plan(config)]
+    return [spec.key for spec in plan.plan_runs(config)]
 
 
 def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_folder):
@@ -341,7 +357,7 @@ def test_a_failed_run_is_named_and_takes_down_what_starts_from_it(tree, write, h
     for line in (
         "FAILED bad-seed1: the loss is",
         "FAILED bad-seed2: ",
-        "FAILED child-seed1: not run, because bad-seed1",
+        "FAILED child-seed1: skipped: bad-seed1",
     ):
         assert line in out
     assert "finetune runs=2 failed=3 average=" in out.splitlines()[-1]
@@ -362,14 +378,14 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     }
     go("save_models=false", "only=[late]")
     assert here == ["first-seed5", "first-seed6", "late-seed1"]
-    specs = {spec.name: spec for spec in plan.plan(load_tree(tree, "save_models=false"))}
-    saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL).exists()]
-    assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL}"
+    specs = {spec.name: spec for spec in plan.plan_runs(load_tree(tree, "save_models=false"))}
+    saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL_FOLDER).exists()]
+    assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL_FOLDER}"
 
     kept = []
-    result = run.run(dataclasses.replace(specs["late-seed1"], save_model=True))
+    result = run.train_and_evaluate(dataclasses.replace(specs["late-seed1"], save_model=True))
     for spec in (specs["first-seed5"], specs["late-seed1"]):
-        kept.append(load_pretrained(Path(spec.folder) / MODEL, model.HEADS["regression"][0]))
+        kept.append(load_pretrained(Path(spec.folder) / MODEL_FOLDER, model.HEADS["regression"][0]))
     for (name, before), after in zip(
         kept[0].bert.state_dict().items(), kept[1].bert.state_dict().values(), strict=True
     ):
@@ -377,7 +393,7 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     assert kept[1].classifier.weight.shape == (1, 24) and result["steps"] == 4
 
     tree["tasks"]["first"]["lr"] = 1e-3  # another start is another run
-    assert plan.plan(load_tree(tree))[-1].key != specs["late-seed1"].key
+    assert plan.plan_runs(load_tree(tree))[-1].key != specs["late-seed1"].key
 
 
 def load_tree(tree, *overrides):
@@ -421,14 +437,14 @@ def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
     ]
     config = load("yamls/finetune_own.yaml", [f"pretrained={trained}", *options])
     assert finetune.finetune(config) == 0
-    (spec,) = plan.plan(config)
-    model = json.loads((Path(spec.folder) / MODEL / "config.json").read_text())
+    (spec,) = plan.plan_runs(config)
+    model = json.loads((Path(spec.folder) / MODEL_FOLDER / "config.json").read_text())
     assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
-    assert (Path(spec.folder) / MODEL / "tokenizer.json").exists()
-    result = json.loads((Path(spec.folder) / RESULT).read_text())
+    assert (Path(spec.folder) / MODEL_FOLDER / "tokenizer.json").exists()
+    result = json.loads((Path(spec.folder) / RESULT_FILE).read_text())
     assert sum(result["rows"].values()) == 30 and 0 < result["rows"]["validation"] < 10
     assert (
-        plan.plan(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
+        plan.plan_runs(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
         == spec.key
     )
 
@@ -437,17 +453,17 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     """From the hub's cache; what is not there is named at once."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
-    with pytest.raises(ConfigError, match="pretrained: no file, no folder, and somebody/bert: neither cached nor"):
-        plan.plan(load(write(tree)))
+    with pytest.raises(ConfigError, match="pretrained: no such file or folder, and somebody/bert: not cached"):
+        plan.plan_runs(load(write(tree)))
     folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
-    source = model.transformers.BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
+    source = BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
     BertForSequenceClassification(source).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del tree["tokenizer_name"]
-    (spec,) = plan.plan(load(write(tree)))
+    (spec,) = plan.plan_runs(load(write(tree)))
     assert spec.config.pretrained == str(folder)
-    with pytest.raises(ConfigError, match="pretrained: ./none: there is no such file or folder"):
-        plan.plan(load(write(tree), ["pretrained=./none"]))
+    with pytest.raises(ConfigError, match="pretrained: ./none: no such file or folder"):
+        plan.plan_runs(load(write(tree), ["pretrained=./none"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,8 +476,8 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
     [
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU, and none is found; precision=fp32 runs here"),
         ("tasks.mine.data.text=txt", "no column 'txt'; did you mean 'text'"),
-        ("tasks.mine.data.label=number", "tasks.mine: validation: the class"),
-        ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: there is no such file"),
+        ("tasks.mine.data.label=number", "tasks.mine: validation: class"),
+        ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: no such file"),
         ("optimizer.beta=1", "optimizer.adamw: unexpected 'beta'"),
         ("optimizer.lr=1", "optimizer.adamw: unexpected 'lr'"),
         ("scheduler.name=linear", "scheduler: unknown 'linear'"),
@@ -473,13 +489,13 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
 def test_what_is_wrong_is_said_before_anything_runs(override, fault, tree, write, here, tmp_path):
     if "label" in override:
         write_rows(tmp_path / "held-out.jsonl", [{**rows(1)[0], "number": 77}])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ValueError) as error:
         finetune.main([write(tree), override])
     assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
 
 
 def spec_of(tree, *overrides):
-    (spec,) = plan.plan(load_tree(tree, *overrides))
+    (spec,) = plan.plan_runs(load_tree(tree, *overrides))
     Path(spec.folder).mkdir(parents=True)
     return spec
 
@@ -489,10 +505,8 @@ def test_too_little_memory(tree, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(Trainer, "fit", full)
-    with pytest.raises(
-        TrainingError, match="too little memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"
-    ):
-        run.run(spec_of(tree))
+    with pytest.raises(TrainingError, match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"):
+        run.train_and_evaluate(spec_of(tree))
 
 
 def test_a_metric_that_is_no_number(tree, monkeypatch):
@@ -502,8 +516,8 @@ def test_a_metric_that_is_no_number(tree, monkeypatch):
         "src.finetune.model.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
     )
     spec = spec_of(tree)
-    with pytest.raises(TrainingError, match="pearson on validation is no number: the model gives the same one"):
-        run.run(spec)
+    with pytest.raises(TrainingError, match="pearson on validation is not finite: the model predicts the same"):
+        run.train_and_evaluate(spec)
     assert not plan.is_finished(spec)
 
 
@@ -514,13 +528,6 @@ def test_usage(monkeypatch, capsys, tree, write):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="start it with python, without a launcher"):
         finetune.main([write(tree)])
-
-
-def test_a_runs_spec_is_what_its_process_reads(tree, go):
-    go()
-    (path,) = Path(tree["folder"]).glob("*/run.yaml")
-    spec = read(RunSpec, str(path), [], lambda spec, faults: None)
-    assert spec.folder == str(path.parent) and spec.config.tasks["mine"].data is not None
 
 
 @pytest.mark.slow

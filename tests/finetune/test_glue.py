@@ -5,8 +5,9 @@ import pyarrow.parquet
 import pytest
 
 from src.common import hub
+from src.common.errors import DataError
 from src.finetune import glue
-from src.finetune.config import METRICS, LabelledData
+from src.finetune.config import KNOWN_METRICS, LabelledData
 from src.finetune.data import classes_of, read_sets
 
 COLUMNS = {  # of nyu-mll/glue
@@ -39,17 +40,17 @@ def write_task(folder, task, rows=6):
 @pytest.mark.parametrize("task", glue.TASKS)
 def test_each_task_reads_the_hubs_files(task, tmp_path):
     write_task(tmp_path, task)
-    data = LabelledData(**glue.TASKS[task], **glue.files(task, tmp_path))
+    data = LabelledData(**glue.TASKS[task], **glue.task_files(task, tmp_path))
     sets = read_sets(data)
     names = ["matched", "mismatched"] if task == "mnli" else ["validation"]
     assert list(sets) == ["train", *names]
     for name, rows in sets.items():
         split = f"validation_{name}" if name.endswith("matched") else name
-        assert rows.texts[1] == f"{task} {split} {COLUMNS[task][0]} 1"
-        assert rows.pairs[1:2] == [f"{task} {split} {column} 1" for column in COLUMNS[task][1:]]
+        texts = [f"{task} {split} {column} 1" for column in COLUMNS[task]]
+        assert rows[1][:2] == (*texts, None)[:2]
     classes = classes_of(data, sets)
     assert len(classes) == {"mnli": 3, "stsb": 0}.get(task, 2)
-    assert set(data.metrics or []) <= set(METRICS[data.kind])
+    assert set(data.metrics or []) <= set(KNOWN_METRICS[data.kind])
 
 
 def test_the_definition():
@@ -76,22 +77,22 @@ def test_other_forms_and_several_shards(tmp_path):
     (tmp_path / "sst2").mkdir()
     for name, rows in (("train", ['a "bad" film\t0', "good\t1"]), ("validation", ["fine\t1"])):
         (tmp_path / "sst2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
-    sets = read_sets(LabelledData(**glue.TASKS["sst2"], **glue.files("sst2", tmp_path)))
-    assert sets["train"].texts == ['a "bad" film', "good"] and sets["validation"].labels == ["1"]
+    sets = read_sets(LabelledData(**glue.TASKS["sst2"], **glue.task_files("sst2", tmp_path)))
+    assert [row.text for row in sets["train"]] == ['a "bad" film', "good"] and sets["validation"][0].label == "1"
 
     write_task(tmp_path, "cola")
     first = tmp_path / "cola" / "train-00000-of-00001.parquet"
     (tmp_path / "cola" / "train-00001-of-00002.parquet").write_bytes(first.read_bytes())
-    assert len(read_sets(LabelledData(**glue.TASKS["cola"], **glue.files("cola", tmp_path)))["train"].texts) == 12
+    assert len(read_sets(LabelledData(**glue.TASKS["cola"], **glue.task_files("cola", tmp_path)))["train"]) == 12
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="there is no train-\\*.parquet, as nyu-mll/glue"):
-        glue.files("rte", tmp_path)
+    with pytest.raises(DataError, match="rte: no train-\\*.parquet as in nyu-mll/glue"):
+        glue.task_files("rte", tmp_path)
     write_task(tmp_path, "mnli")
     (tmp_path / "mnli" / "validation_mismatched-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match="there is no validation_mismatched-"):
-        glue.files("mnli", tmp_path)
+    with pytest.raises(DataError, match="mnli: no validation_mismatched-"):
+        glue.task_files("mnli", tmp_path)
 
 
 @pytest.fixture
@@ -113,28 +114,25 @@ def test_the_hubs_cache(cache):
     write_task(folder, "rte")
     assert glue.download(["rte"]) == folder
     with pytest.raises(
-        ValueError, match="nyu-mll/glue: neither cached nor .* Give a folder with rte, cola of it as glue"
+        DataError, match="nyu-mll/glue: not cached, and not available .* Set glue_folder to a folder with"
     ):
         glue.download(["rte", "cola"])
 
 
-def test_what_is_fetched_from_the_hub(cache, monkeypatch):
-    """The files that are needed, of alternatives the first one; no test splits, no other forms of the weights."""
-    from types import SimpleNamespace
+def test_what_is_downloaded(tmp_path, monkeypatch):
+    """The cached folder if it is complete; else the listed files; the next list only if they are not complete."""
+    calls = []
 
-    import huggingface_hub
+    def download(name, repo_type, allow_patterns, local_files_only):
+        calls.append((local_files_only, allow_patterns))
+        if not local_files_only:
+            (tmp_path / allow_patterns[0]).touch()
+        return str(tmp_path)
 
-    fetched = []
-    names = ["rte/train-0.parquet", "rte/test-0.parquet", "b.bin", "a.safetensors", "README.md"]
-    siblings = [SimpleNamespace(rfilename=name) for name in names]
-    monkeypatch.setattr(huggingface_hub, "repo_info", lambda *args, **kwargs: SimpleNamespace(siblings=siblings))
-
-    def download(name, repo_type, allow_patterns=None, local_files_only=False):
-        if local_files_only:
-            raise ValueError
-        fetched.extend(allow_patterns)
-        return "/somewhere"
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert str(hub.folder("x/y", "dataset", ["rte/train-*", "a.safetensors|b.bin", "*.md"], bool)) == "/somewhere"
-    assert fetched == ["rte/train-*", "a.safetensors", "*.md"]
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    for needed, want in (("b", [(True, ["a"]), (False, ["a"]), (False, ["b"])]), ("a", [(True, ["a"])])):
+        calls.clear()
+        found = hub.snapshot("x/y", "model", [["a"], ["b"]], lambda folder, needed=needed: (folder / needed).exists())
+        assert found == tmp_path and calls == want
+    with pytest.raises(DataError, match="x/y: not cached, and not available .*some of its files are missing"):
+        hub.snapshot("x/y", "model", [["a"]], lambda folder: False)

@@ -1,4 +1,4 @@
-"""Small commands in place of training: who runs when, on which device, and what becomes of failures."""
+"""Small commands in place of training: order, devices, failures, interruption."""
 
 import os
 import subprocess
@@ -44,13 +44,13 @@ def notes():
 
 
 def test_one_device_takes_one_after_another(job):
-    assert gpus.run([job(name, 0) for name in "abc"], [None], lambda line: None) == {}
+    assert gpus.run_jobs([job(name, 0) for name in "abc"], [None], lambda line: None) == {}
     assert notes() == [(what, name, "None") for name in "abc" for what in ("begin", "end")]
 
 
 def test_each_device_has_one_at_a_time(job):
     said = []
-    assert gpus.run([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
+    assert gpus.run_jobs([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
     busy = set()
     for what, _, device in notes():
         assert (device in busy) == (what == "end")
@@ -62,7 +62,7 @@ def test_each_device_has_one_at_a_time(job):
 def test_a_job_waits_for_what_it_needs(job):
     said = []
     queue = [job("late", 0, needs="long"), job("long"), job("free", 0, needs="finished before")]
-    assert gpus.run(queue, ["0", "1"], said.append) == {}
+    assert gpus.run_jobs(queue, ["0", "1"], said.append) == {}
     assert said[0].startswith("long: started") and said[1].startswith("free: started")
     order = [(what, name) for what, name, _ in notes()]
     assert order.index(("end", "long")) < order.index(("begin", "late"))
@@ -71,10 +71,10 @@ def test_a_job_waits_for_what_it_needs(job):
 def test_a_failure_takes_down_only_what_needs_it(job):
     said = []
     queue = [job("bad", 0, code=3), job("child", needs="bad"), job("grandchild", needs="child"), job("good", 0)]
-    failed = gpus.run(queue, [None], said.append)
+    failed = gpus.run_jobs(queue, [None], said.append)
     assert list(failed) == ["bad", "child", "grandchild"]
     assert failed["bad"].startswith("the reason (") and failed["bad"].endswith("log.txt)")
-    assert failed["child"] == "not run, because bad, which it starts from, failed"
+    assert failed["child"] == "skipped: bad, which it starts from, failed"
     assert [name for what, name, _ in notes() if what == "end"] == ["bad", "good"]
     assert any(line.startswith("bad: failed: the reason") for line in said)
     assert any(line.startswith("good: done") for line in said)
@@ -82,28 +82,39 @@ def test_a_failure_takes_down_only_what_needs_it(job):
 
 def test_a_killed_job(tmp_path):
     command = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
-    failed = gpus.run([gpus.Job("a", command, tmp_path / "log.txt")], [None], lambda line: None)
+    failed = gpus.run_jobs([gpus.Job("a", command, tmp_path / "log.txt")], [None], lambda line: None)
     assert failed["a"].startswith("killed by signal 9; out of memory?")
 
 
 def test_what_runs_is_looked_at(job, monkeypatch):
     monkeypatch.setattr(gpus, "REPORT_S", 0.2)
     said = []
-    gpus.run([job("a", 0.6)], [None], said.append)
-    assert "a: nothing said yet" in said
+    gpus.run_jobs([job("a", 0.6)], [None], said.append)
+    assert "a: no output yet" in said
 
 
-def test_an_interruption_ends_what_runs(job):
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(30)"
+)
+
+
+def test_an_interruption_ends_what_runs(job, tmp_path, monkeypatch):
+    """Also a job that ignores SIGTERM."""
+    monkeypatch.setattr(gpus, "END_S", 0.5)
+    stubborn = gpus.Job("a", [sys.executable, "-S", "-c", STUBBORN], tmp_path / "a.txt")
+
     def interrupt(line):
         if "b: started" in line:
+            while "deaf" not in (tmp_path / "a.txt").read_text():
+                time.sleep(0.01)
             raise KeyboardInterrupt
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        gpus.run([job("a", 30), job("b", 30)], ["0", "1"], interrupt)
+        gpus.run_jobs([stubborn, job("b", 30)], ["0", "1"], interrupt)
     assert time.monotonic() - started < 10
     left = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert NOTE.strip().splitlines()[0] not in left
+    assert STUBBORN not in left and NOTE.strip().splitlines()[0] not in left
 
 
 @pytest.mark.parametrize(
@@ -115,4 +126,4 @@ def test_devices(visible, count, devices, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus.devices_of(count) == devices
+    assert gpus.visible_devices(count) == devices

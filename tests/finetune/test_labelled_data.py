@@ -1,4 +1,4 @@
-"""Files become checked rows, rows become ids and batches; nothing is dropped, and what is wrong is named."""
+"""Files -> checked rows -> ids and batches: every row is kept, and an error names the file and the row."""
 
 import csv
 import dataclasses
@@ -9,10 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
-from src.common.errors import ConfigError
+from src.common.errors import DataError
 from src.finetune.config import LabelledData
-from src.finetune.data import Collator, classes_of, counts, encode, hold_out, read_set, read_sets, split_batch
+from src.finetune.data import Row, classes_of, collate, count_tokens, encode, hold_out, read_set, read_sets, split_batch
 from src.masked_lm_loss import IGNORED
 
 ROWS = [
@@ -46,34 +47,40 @@ def data_of(path, **options):
     return LabelledData(**{"train": str(path), "validation": str(path), "text": "text", **options})
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet", "A.CSV"])
-def test_each_form_gives_the_same_rows(name, tmp_path):
-    path = write((tmp_path / name).with_suffix(".csv"), ROWS) if name == "A.CSV" else write(tmp_path / name, ROWS)
-    rows = read_set(path, data_of(path))
-    assert rows.texts == [row["text"] for row in ROWS] and rows.labels == ["neg", "pos", "neg"] and rows.pairs == []
+def texts_in(pattern):
+    return [row.text for row in read_set(str(pattern), data_of(pattern))]
 
 
-def test_json_with_an_object_a_line(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("\n".join(["", *map(json.dumps, ROWS)]))
-    assert read_set(str(path), data_of(path)).texts == [row["text"] for row in ROWS]
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"])
+def test_each_format_gives_the_same_rows(name, tmp_path):
+    path = write(tmp_path / name, ROWS)
+    assert read_set(path, data_of(path)) == [Row(row["text"], None, row["label"]) for row in ROWS]
+
+
+def test_spellings_of_a_format(tmp_path):
+    """A suffix in capitals; .json with an object per line; values that look like something else."""
+    upper = tmp_path / "A.CSV"
+    upper.write_bytes((tmp_path / write(tmp_path / "a.csv", ROWS)).read_bytes())
+    lines = tmp_path / "a.json"
+    lines.write_text("\n".join(["", *map(json.dumps, ROWS)]))
+    assert texts_in(upper) == texts_in(lines) == [row["text"] for row in ROWS]
+    odd = write(tmp_path / "odd.csv", [{"text": text, "label": "01"} for text in ("NA", "null", "2020-01-01", "1.10")])
+    assert texts_in(odd) == ["NA", "null", "2020-01-01", "1.10"] and read_set(odd, data_of(odd))[0].label == "01"
 
 
 def test_a_pattern_is_read_by_name(tmp_path):
     for i in (2, 0, 1):
         write(tmp_path / f"train-{i}.jsonl", [ROWS[i]])
     write(tmp_path / "other.jsonl", ROWS)
-    pattern = str(tmp_path / "train-*.jsonl")
-    assert read_set(pattern, data_of(pattern)).texts == [row["text"] for row in ROWS]
+    assert texts_in(tmp_path / "train-*.jsonl") == [row["text"] for row in ROWS]
 
 
 def test_numbers_as_classes_and_as_numbers(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x", "label": value} for value in (10, 2, -1)])
-    sets = read_sets(data_of(path))
-    assert classes_of(data_of(path), sets) == ["-1", "2", "10"]
-    assert read_set(path, data_of(path, kind="regression")).labels == [10.0, 2.0, -1.0]
+    assert classes_of(data_of(path), read_sets(data_of(path))) == ["-1", "2", "10"]
+    assert [row.label for row in read_set(path, data_of(path, kind="regression"))] == [10.0, 2.0, -1.0]
     table = write(tmp_path / "a.csv", [{"text": "x", "label": "2.5"}])
-    assert read_set(table, data_of(table, kind="regression")).labels == [2.5]
+    assert read_set(table, data_of(table, kind="regression"))[0].label == 2.5
 
 
 def test_words_are_lists_or_split_at_white_space(tmp_path):
@@ -81,75 +88,83 @@ def test_words_are_lists_or_split_at_white_space(tmp_path):
     lists = write(tmp_path / "a.parquet", rows)
     texts = write(tmp_path / "a.csv", [{name: " ".join(value) for name, value in row.items()} for row in rows])
     for path in (lists, texts):
-        found = read_set(path, WORDS)
-        assert found.texts == [["New", "York"], ["hi"]] and found.labels == [["B-LOC", "I-LOC"], ["O"]]
+        assert read_set(path, WORDS) == [Row(row["words"], None, row["tags"]) for row in rows]
+
+
+REGRESSION = {"kind": "regression"}
+TOKENS = {"kind": "tokens"}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "fault"),
+    ("name", "content", "fault", "options"),
     [
-        ("a.txt", "x", ".csv, .tsv, .json, .jsonl, .parquet are read"),
-        ("a.csv", "text,lable\nx,1\n", "a.csv:2: no column 'label'; did you mean 'lable'?"),
-        ("a.csv", "text,label\nx,1\na,b,2\n", "a.csv:3: 3 values for the 2 columns"),
-        ("a.csv", 'text,label\n"x"y,1\n', "a.csv:2: "),
-        ("a.csv", "text,label\nx,\n", "a.csv:2: column 'label' holds no class but ''"),
-        ("a.csv", "text,label\n", "holds no row"),
-        ("a.csv", b"text,label\n\xff,1\n", "no UTF-8"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"', "a.jsonl:2: no JSON"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: an object with columns"),
-        ("a.jsonl", '{"text": null, "label": 1}\n', "a.jsonl:1: column 'text' holds no text but None"),
-        ("a.jsonl", '{"text": "x", "label": null}\n', "a.jsonl:1: column 'label' holds no class but None"),
-        ("a.jsonl", '{"text": "x", "label": 0.5}\n', "column 'label' holds no class but 0.5"),
-        ("a.json", "[{]", "no JSON"),
-        ("a.parquet", "x", "cannot be read as parquet"),
+        ("a.txt", "x", "a.txt: expected a file name that ends in .csv, .tsv, .json, .jsonl, .parquet", {}),
+        ("a.csv", "text,lable\nx,1\n", "a.csv:2: no column 'label'; did you mean 'lable'?", {}),
+        ("a.csv", "text,label\nx,1\na,b,2\n", "a.csv:3: expected 2 values, as in the header, got 3", {}),
+        ("a.csv", "text,label\nx\n", "a.csv:2: expected 2 values, as in the header, got 1", {}),
+        ("a.csv", 'text,label\n"x"y,1\n', "a.csv:2: ", {}),
+        ("a.csv", "text,label\nx,\n", "a.csv:2: column 'label': expected a class, got ''", {}),
+        ("a.csv", "text,label\n", "a.csv: no rows", {}),
+        ("a.csv", b"text,label\n\xff,1\n", "a.csv: not UTF-8", {}),
+        *(
+            (
+                "a.csv",
+                f"text,label\nx,{value}\n",
+                f"a.csv:2: column 'label': expected a number, got '{value}'",
+                REGRESSION,
+            )
+            for value in ("nan", "inf", "much")
+        ),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"', "a.jsonl:2: not JSON", {}),
+        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: expected an object with columns, got [1]", {}),
+        ("a.jsonl", '{"text": null, "label": 1}\n', "a.jsonl:1: column 'text': expected a text, got None", {}),
+        ("a.jsonl", '{"text": "x", "label": null}\n', "a.jsonl:1: column 'label': expected a class, got None", {}),
+        ("a.jsonl", '{"text": "x", "label": 0.5}\n', "a.jsonl:1: column 'label': expected a class, got 0.5", {}),
+        (
+            "a.jsonl",
+            '{"text": ["a", "b"], "label": ["O"]}',
+            "a.jsonl:1: column 'label': expected 2 tags, one for",
+            TOKENS,
+        ),
+        ("a.jsonl", '{"text": ["a"], "label": [""]}', "a.jsonl:1: column 'label': expected 1 tags, one for", TOKENS),
+        ("a.jsonl", '{"text": [], "label": []}', "a.jsonl:1: column 'text': expected words, got []", TOKENS),
+        ("a.json", "[{]", "a.json: not JSON", {}),
+        ("a.json", '[{"text": "x", "label": 1}, 2]', "a.json:2: expected an object with columns, got 2", {}),
+        ("a.parquet", "x", "a.parquet: cannot be read as parquet", {}),
     ],
 )
-def test_what_is_wrong_is_named(name, content, fault, tmp_path):
+def test_a_fault_names_file_and_row(name, content, fault, options, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError) as error:
-        read_set(str(path), data_of(path))
+    with pytest.raises(DataError) as error:
+        read_set(str(path), data_of(path, **options))
     assert fault in str(error.value)
 
 
-def test_more_that_is_wrong(tmp_path):
-    with pytest.raises(ConfigError, match="there is no such file"):
+def test_files_and_columns_that_are_missing(tmp_path):
+    with pytest.raises(DataError, match="csv: no such file"):
         read_set(str(tmp_path / "*.csv"), data_of("x"))
     parquet = write(tmp_path / "a.parquet", ROWS)
-    with pytest.raises(ConfigError, match="no column 'txt'; did you mean 'text'"):
+    with pytest.raises(DataError, match="a.parquet: no column 'txt'; did you mean 'text'"):
         read_set(parquet, data_of(parquet, text="txt"))
-    for value in ("nan", "inf", "much"):
-        path = write(tmp_path / "a.csv", [{"text": "x", "label": value}])
-        with pytest.raises(ConfigError, match=f"a.csv:2: column 'label' holds no number but '{value}'"):
-            read_set(path, data_of(path, kind="regression"))
-    path = write(tmp_path / "a.jsonl", [{"words": ["a", "b"], "tags": ["O"]}])
-    with pytest.raises(ConfigError, match="a.jsonl:1: column 'tags' holds not a tag for each of 2 words but 1"):
-        read_set(path, WORDS)
-    path = write(tmp_path / "a.jsonl", [{"words": [], "tags": []}])
-    with pytest.raises(ConfigError, match="holds no words"):
-        read_set(path, WORDS)
 
 
 def test_classes(tmp_path):
     def classes(train, validation="ab", **options):
-        paths = [
-            write(tmp_path / f"{name}.jsonl", [{"text": "x", "label": label} for label in labels])
-            for name, labels in (("train", train), ("validation", validation))
-        ]
-        data = LabelledData(train=paths[0], validation=paths[1], text="text", **options)
-        return classes_of(data, read_sets(data))
+        sets = {"train": train, "validation": validation}
+        data = LabelledData(train="train.csv", validation="", text="text", **options)
+        return classes_of(data, {name: [Row("x", None, label) for label in labels] for name, labels in sets.items()})
 
     assert classes("bab") == ["a", "b"] and classes("ab", labels=["b", "a", "c"]) == ["b", "a", "c"]
-    with pytest.raises(ConfigError, match="validation: the class 'c' is none of the training rows"):
-        classes("ab", "abc")
-    with pytest.raises(ConfigError, match="train: the class 'b' is none of labels"):
-        classes("ab", labels=["a", "c"])
-    with pytest.raises(ConfigError, match="all rows have the class 'a'"):
-        classes("aa", "a")
-    with pytest.raises(ConfigError, match="f1 is of two classes, and here are 3"):
-        classes("abc", metrics=["f1"])
-    with pytest.raises(ConfigError, match="entity_f1 reads tags"):
-        classes("ab", metrics=["entity_f1"])
+    for arguments, options, fault in (
+        (("ab", "abc"), {}, "validation: class 'c' is not in the training set"),
+        (("ab",), {"labels": ["a", "c"]}, "train: class 'b' is not in labels"),
+        (("aa", "a"), {}, "train.csv: all rows have the class 'a'; expected two"),
+        (("abc",), {"metrics": ["f1"]}, "f1 needs 2 classes, got 3"),
+        (("ab",), {"metrics": ["entity_f1"]}, "entity_f1 expects the tags B-X, I-X and O, got 'a'"),
+    ):
+        with pytest.raises(DataError, match=fault):
+            classes(*arguments, **options)
 
 
 def test_held_out_rows(tmp_path):
@@ -157,20 +172,18 @@ def test_held_out_rows(tmp_path):
     texts = [f"text {i % 400}" for i in range(800)]
     path = write(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
     sets = read_sets(data_of(path, validation=0.25))
-    train, held_out = sets["train"], sets["validation"]
-    assert 60 < len(set(held_out.texts)) < 140 and not set(train.texts) & set(held_out.texts)
-    assert sorted(train.texts + held_out.texts) == sorted(texts)
-    again = read_sets(data_of(path, validation=0.25))
-    assert again == sets
-    with pytest.raises(ConfigError, match="leaves nothing on one side"):
-        hold_out(held_out.take([True] + [False] * (len(held_out.texts) - 1)), 0.5)
+    train, held_out = ([row.text for row in sets[name]] for name in ("train", "validation"))
+    assert 60 < len(set(held_out)) < 140 and not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(texts)
+    assert read_sets(data_of(path, validation=0.25)) == sets
+    with pytest.raises(DataError, match="leaves one of the two sets empty"):
+        hold_out(sets["validation"][:1], 0.5)
 
 
 def test_sets_by_name(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
-    assert list(read_sets(data_of(path, validation={"near": path, "far": path}, test=path))) == [
-        *("train", "near", "far", "test")
-    ]
+    sets = read_sets(data_of(path, validation={"near": path, "far": path}, test=path))
+    assert list(sets) == ["train", "near", "far", "test"]
 
 
 def test_encoding(tmp_path, tokenizer):
@@ -195,7 +208,7 @@ def test_many_rows_are_encoded_in_order(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": f"river {i}", "label": i / 7} for i in range(10)])
     rows = read_set(path, data_of(path, kind="regression"))
     want = encode(rows, [], "regression", tokenizer, 16)
-    monkeypatch.setattr("src.finetune.data.PIECE", 3)
+    monkeypatch.setattr("src.finetune.data.ROWS_AT_ONCE", 3)
     got = encode(rows, [], "regression", tokenizer, 16)
     assert [e["labels"] for e in got.examples] == [i / 7 for i in range(10)] == [e["labels"] for e in want.examples]
     for a, b in zip(want.examples, got.examples, strict=True):
@@ -220,30 +233,38 @@ def test_a_word_is_labelled_at_its_first_piece(tmp_path, tokenizer):
 
 def test_a_row_without_any_piece(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"words": ["\u200b"], "tags": ["A"]}])
-    with pytest.raises(ConfigError, match="row 1: the tokenizer makes no piece"):
+    with pytest.raises(DataError, match="row 1: the tokenizer makes no word piece"):
         encode(read_set(path, WORDS), ["A"], "tokens", tokenizer, 64)
 
 
-def test_batches():
-    examples = [
-        {"input_ids": np.arange(1, n + 1), "token_type_ids": np.ones(n, dtype=np.int8), "labels": n} for n in (2, 4, 1)
-    ]
-    batch = Collator(pad_token_id=9)(examples)
+LABELS = {"classification": 2, "regression": 0.5, "tokens": np.array([IGNORED, 3, 3, 3])}
+
+
+def examples_of(kind, lengths=(2, 4, 1), pairs=True):
+    segments = {"token_type_ids": np.ones(4, dtype=np.int8)} if pairs else {}
+    example = {"input_ids": np.arange(1, 5, dtype=np.int32), **segments, "labels": LABELS[kind]}
+    return [{name: x[:n] if isinstance(x, np.ndarray) else x for name, x in example.items()} for n in lengths]
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("kind", LABELS)
+def test_batches_are_those_of_transformers_collators(kind, pairs, tokenizer):
+    collator = DataCollatorForTokenClassification if kind == "tokens" else DataCollatorWithPadding
+    want = collator(tokenizer)(examples_of(kind, pairs=pairs))
+    got = collate(examples_of(kind, pairs=pairs), tokenizer.pad_token_id)
+    assert got.keys() == want.keys()
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=0, atol=0, msg=name)
+
+
+def test_padding_microbatches_and_counts():
+    batch = collate(examples_of("classification"), 9)
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4], [1, 9, 9, 9]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [2, 4, 1] == batch["token_type_ids"].sum(dim=1).tolist()
-    assert batch["labels"].tolist() == [2, 4, 1] and batch["labels"].dtype == torch.int64
-    assert counts(batch) == {"total": 7, "loss_generating": 3}
+    assert count_tokens(batch) == {"total": 7, "loss_generating": 3}
     first, second = split_batch(batch, 2)
     assert first["input_ids"].shape == (2, 4) and second["input_ids"].tolist() == [[1]]
-    assert second["labels"].tolist() == [1] and second["token_type_ids"].shape == (1, 1)
-    numbers = Collator(0)([{**example, "labels": 0.5} for example in examples])
-    assert numbers["labels"].dtype == torch.float32
-    words = Collator(0)(
-        [
-            {**example, "labels": np.array([IGNORED, 3, 3, 3])[:n]}
-            for example, n in zip(examples, (2, 4, 1), strict=True)
-        ]
-    )
+    assert second["labels"].tolist() == [2] and second["token_type_ids"].shape == (1, 1)
+    words = collate(examples_of("tokens"), 9)
     assert words["labels"].tolist() == [[-100, 3, -100, -100], [-100, 3, 3, 3], [-100] * 4]
-    assert counts(words) == {"total": 7, "loss_generating": 4}
+    assert count_tokens(words) == {"total": 7, "loss_generating": 4}
     assert [part["labels"].shape for part in split_batch(words, 1)] == [(1, 2), (1, 4), (1, 1)]

@@ -17,9 +17,9 @@ def test_t_quantile_nears_the_normal_distributions():
 
 
 def test_summary():
-    one = table.summary({"19": 0.5})
+    one = table.summarize({"19": 0.5})
     assert one == {"n": 1, "mean": 0.5, "deviation": None, "interval": None, "values": {"19": 0.5}}
-    three = table.summary({"1": 1.0, "2": 2.0, "3": 6.0})
+    three = table.summarize({"1": 1.0, "2": 2.0, "3": 6.0})
     assert (three["n"], three["mean"]) == (3, 3.0) and three["deviation"] == pytest.approx(7**0.5)
     half = 4.3027 * 7**0.5 / 3**0.5
     assert three["interval"] == pytest.approx([3 - half, 3 + half], abs=1e-3)
@@ -40,7 +40,7 @@ def test_table():
     aggregated = table.aggregate(RUNS)
     assert aggregated["average"] == pytest.approx((0.85 + 0.55) / 2)
     assert aggregated["tasks"]["cola"]["score"]["values"] == {"19": 0.5, "717": 0.6}
-    lines = table.rows(aggregated)
+    lines = table.table_lines(aggregated)
     assert lines == [
         ("mnli", "accuracy (matched)", "1", "0.8400", "", ""),
         ("mnli", "accuracy (mismatched)", "1", "0.8600", "", ""),
@@ -66,13 +66,13 @@ def test_what_a_model_did_not_see():
         "cut": dict.fromkeys(some["rows"], 0),
         "unread_words": dict.fromkeys(some["rows"], 0),
     }
-    assert table.losses([some, none, some]) == [
-        "ner: train: 2 of 9 rows are cut at max_seq_len, and 5 labelled words are not seen",
-        "ner: test: 0 of 2 rows are cut at max_seq_len, and 1 labelled words are not seen",
+    assert table.truncation_notes([some, none, some]) == [
+        "ner: train: 2 of 9 rows are cut at max_seq_len; 5 labelled words are not seen",
+        "ner: test: 0 of 2 rows are cut at max_seq_len; 1 labelled words are not seen",
     ]
 
 
 def test_no_run():
     aggregated = table.aggregate([])
-    assert aggregated == {"tasks": {}, "average": None} and table.rows(aggregated) == []
+    assert aggregated == {"tasks": {}, "average": None} and table.table_lines(aggregated) == []
     assert table.as_text([]).split("\n")[0].startswith("task")
