@@ -242,7 +242,7 @@ class Loader(DataLoader):
                 raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
             except RuntimeError as error:
                 late = 0 < self.timeout <= time.monotonic() - asked
-                if not late and all(worker.is_alive() for worker in self.workers):
+                if not late and not any(worker.exitcode for worker in self.workers):  # None: alive, 0: it is done
                     raise
                 dataset = self.dataset.dataset if isinstance(self.dataset, ExactEvalDataset) else self.dataset
                 for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():

@@ -1,5 +1,6 @@
 """Repairs of mosaicml-streaming, but for damaged shards (test_damage.py)."""
 
+import gc
 import itertools
 import shutil
 import threading
@@ -69,9 +70,16 @@ def test_datasets_of_a_node_are_made_one_after_another(token_shards, tokenizer):
 
 
 def test_after_an_epoch_the_next_one_begins(token_shards, tokenizer):
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val", batch_size=8, num_canonical_nodes=1)
+    def opened():
+        return StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val", batch_size=8, num_canonical_nodes=1)
+
+    dataset = opened()
     list(dataset)
-    dataset.load_state_dict(dataset.state_dict(0, True))
+    state = dataset.state_dict(0, True)
+    del dataset
+    gc.collect()
+    dataset = opened()
+    dataset.load_state_dict(state)
     assert {sample["epoch"] for sample in dataset} == {1}
 
 
