@@ -1,4 +1,4 @@
-"""The exported folder as its users load it: in processes that know nothing of this repo."""
+"""The exported folder as its users load it: in processes without this repository."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def exported(trained, tmp_path_factory):
 
 @pytest.fixture
 def loaded_here(monkeypatch):
-    """In place of the process that loads a folder, which takes seconds: this one."""
+    """Load folders in this process, because another one takes seconds."""
 
     def load(folder, auto_class, ids, mask):
         model = load_pretrained(folder, getattr(bert_layers, hf.AUTO_CLASSES[auto_class][0]))

@@ -1,4 +1,4 @@
-"""Heads and metrics: what GLUE defines, by plain formulas beside torchmetrics; weights of each kind of model."""
+"""Metrics against plain formulas, heads and losses, and where the weights of each model come from."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "i
 
 
 def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
-    """A metric over batches of these sizes, the last one smaller or empty."""
+    """A metric over batches of these sizes."""
     metric = METRICS[name](list(classes))
     for part in zip(predictions.split(sizes), labels.split(sizes), strict=True):
         metric.update(*part)
@@ -36,7 +36,7 @@ def test_metrics_of_two_classes(two_classes):
     p, y = predictions.numpy(), labels.numpy()
     right, wrong = ((p == 1) & (y == 1)).sum(), ((p == 1) & (y == 0)).sum()
     missed, negative = ((p == 0) & (y == 1)).sum(), ((p == 0) & (y == 0)).sum()
-    assert min(right, wrong, missed, negative) > 0  # else the formulas are not told apart
+    assert min(right, wrong, missed, negative) > 0  # else two of the formulas could agree
     f1 = 2 * right / (2 * right + wrong + missed)
     other = 2 * negative / (2 * negative + wrong + missed)
     norm = np.sqrt(float((right + wrong) * (right + missed) * (negative + wrong) * (negative + missed)))
@@ -101,7 +101,7 @@ def test_entity_f1():
         return torch.tensor([[TAGS.index(tag) if tag != "-" else IGNORED for tag in line.split()] for line in tags])
 
     labels = numbers(["- B-PER - I-PER O -", "- B-LOC O B-LOC - -"])
-    # The first is right across the piece between; one of the second row's has the wrong end; one is invented.
+    # Row 1: correct, across a piece without a label. Row 2: one ends too late, one does not exist.
     predictions = numbers(["O B-PER O I-PER O O", "O B-LOC I-LOC B-PER O O"])
     metric = EntityF1(TAGS)
     for row in range(2):
@@ -172,7 +172,7 @@ def test_the_encoder_comes_from_the_folder_and_the_head_is_new(tokenizer, tmp_pa
 
 
 def test_attention_dropout(tokenizer):
-    """It acts in training with the implementation that has it, and is refused with the one that has not."""
+    """It acts in training with an implementation that has it; the others refuse it."""
     dropped = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
     model = model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=dropped, attention="torch")
     ids = torch.arange(5, 25)[None]

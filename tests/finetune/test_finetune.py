@@ -37,7 +37,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def rows(number, seed=0):
-    """Texts of words, a class, a number and a tag for each word, all of which follow from the text."""
+    """Texts with a class, a number, and a tag per word, which all follow from the text."""
     chosen = random.Random(seed)
     texts = [[chosen.choice(WORDS) for _ in range(chosen.randint(2, 6))] for _ in range(number)]
     return [
@@ -145,7 +145,7 @@ LEARNING = {
 
 @pytest.mark.parametrize("what", LEARNING)
 def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
-    """On held-out rows, far better than by chance; and what a run leaves. The test set is no part of the score."""
+    """On held-out rows, far better than chance; and what a run writes. The test set is not part of the score."""
     model, options = LEARNING[what]
     data = tree["tasks"]["mine"]["data"]
     data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
@@ -205,7 +205,7 @@ def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatc
 
 
 def test_order_of_rows(tokenizer):
-    """A function of seed and epoch; each row once an epoch, the last batch smaller; evaluation in the file's order."""
+    """A function of seed and epoch; each row once per epoch, the last batch smaller; evaluation in file order."""
     examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
 
     def epochs(seed):
@@ -237,7 +237,7 @@ def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkey
 
 @pytest.mark.parametrize("kind", ["classification", "tokens"])
 def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
-    """Nor does the result on how evaluation is done; a row weighs the same as any, and so does a labelled word."""
+    """Nor the result on evaluation batches: every row, or labelled word, has the same weight."""
     if kind == "tokens":
         tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
     want = go()
@@ -275,7 +275,7 @@ def keys(config):
 
 
 def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_folder):
-    """All that the result hangs on, and the contents of files rather than their names."""
+    """Everything that decides the result; of files their contents, not their names."""
     tree["tasks"]["mine"]["seeds"] = [1, 2]
     path = write(tree)
     want = keys(load(path))
@@ -369,7 +369,7 @@ def test_a_failed_run_is_named_and_takes_down_what_starts_from_it(tree, write, h
 
 
 def test_a_task_starts_from_anothers_encoder(tree, go, here):
-    """From its first seed's, with a new head; the model in between is kept although models are not."""
+    """Of its first seed, with a new head; that model is saved although save_models is false."""
     shared = tree["tasks"].pop("mine")
     number = {**shared["data"], "kind": "regression", "label": "number"}
     tree["tasks"] = {
@@ -403,7 +403,7 @@ def load_tree(tree, *overrides):
 
 
 def test_the_yaml_of_glue(tree, tmp_path, here):
-    """Shrunk: tasks by name, from files of the hub's form: MNLI's two sets, and a task that starts from it."""
+    """Shrunk, on files as on the hub: MNLI's two validation sets, and a task that starts from it."""
     for task in ("rte", "mnli", "stsb"):
         write_task(tmp_path / "glue", task)
     small = [f"tasks.{task}={{batch_size: 4, epochs: 1, seeds: [1]}}" for task in ("rte", "mnli", "stsb")]
@@ -450,7 +450,7 @@ def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
 
 
 def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
-    """From the hub's cache; what is not there is named at once."""
+    """From the hub's cache; the error names what is missing."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
     with pytest.raises(ConfigError, match="pretrained: no such file or folder, and somebody/bert: not cached"):
@@ -510,7 +510,7 @@ def test_too_little_memory(tree, monkeypatch):
 
 
 def test_a_metric_that_is_no_number(tree, monkeypatch):
-    """A correlation of numbers that are all alike."""
+    """The correlation of equal numbers."""
     tree["tasks"]["mine"]["data"] |= {"kind": "regression", "label": "number"}
     monkeypatch.setattr(
         "src.finetune.model.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
@@ -532,7 +532,7 @@ def test_usage(monkeypatch, capsys, tree, write):
 
 @pytest.mark.slow
 def test_processes(tree, write, monkeypatch):
-    """A run that fails, one that is done, an interruption that ends them, and the rest at the next call."""
+    """A failed run, a finished one, a second start in one folder, an interruption."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
     data = tree["tasks"]["mine"]["data"]
     tree["tasks"]["bad"] = {**tree["tasks"]["mine"], "data": data, "lr": 1e30}

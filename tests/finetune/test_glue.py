@@ -1,4 +1,4 @@
-"""GLUE's tasks by name, on files of the hub's form."""
+"""GLUE's tasks by name, on files as on the hub."""
 
 import pyarrow
 import pyarrow.parquet
@@ -23,7 +23,7 @@ COLUMNS = {  # of nyu-mll/glue
 
 
 def write_task(folder, task, rows=6):
-    """Its parquet files as the hub has them: numbers as labels, and a test split with labels that are hidden."""
+    """Its parquet files as on the hub: numbers as labels, and a test split with hidden labels."""
     splits = ["train", "test", *glue.SPLITS.get(task, {"": "validation"}).values()]
     for split in splits:
         number = [-1] * rows if split == "test" else [i % len(glue.TASKS[task].get("labels", "x")) for i in range(rows)]
