@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.common.errors import ConfigError
+from src.common.errors import CheckpointError, ConfigError
 from src.common.files import replace_folder
 from src.configuration_bert import MosaicBertConfig
 from src.export import card, onnx
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError("--onnx is for MosaicBERT; Hugging Face's BERT is exported by optimum")
     try:
         tokenizer = weights.load_tokenizer(source, args.tokenizer)
-    except ConfigError as error:
-        raise ConfigError(f"{error}: --tokenizer FOLDER") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: --tokenizer FOLDER") from None
     auto_class, model = load(source)
 
     partial = args.out.with_name(f"{args.out.name}.partial")
