@@ -210,7 +210,7 @@ class RunFolder:
         """Write the tokenizer next to the checkpoints, unless the same one is there, so that they can be moved."""
         folder, fingerprint = self.path / TOKENIZER, tokenizer_fingerprint(tokenizer)
         settle_folder(folder)
-        with contextlib.suppress(ValueError):  # a damaged one is replaced
+        with contextlib.suppress(ValueError, OSError):  # a damaged one is replaced
             if folder.exists() and tokenizer_fingerprint(load_tokenizer(str(folder))) == fingerprint:
                 return
         partial = folder.with_name(f"{TOKENIZER}{PARTIAL}")
