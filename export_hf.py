@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.common.errors import ConfigError, ExportError
+from src.common.errors import CheckpointError, ConfigError, ExportError
 from src.common.files import PARTIAL, replace_folder
 from src.configuration_bert import MosaicBertConfig
 from src.export import hf, onnx
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError("--onnx is for MosaicBERT; export Hugging Face's BERT with optimum")
     try:
         tokenizer = weights.load_tokenizer(source, args.tokenizer)
-    except ValueError as error:
-        raise ConfigError(f"{error}: --tokenizer FOLDER") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: --tokenizer FOLDER") from None
     auto_class, model = hf.load_model(source)
 
     partial = args.out.with_name(f"{args.out.name}{PARTIAL}")

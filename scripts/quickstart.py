@@ -80,7 +80,7 @@ def report(out: Path, own_text: bool) -> None:
     eval_loss = [line[plot_curves.EVAL_LOSS] for line in lines if plot_curves.EVAL_LOSS in line][-1]
     seconds, tokens = lines[-1]["seconds"], lines[-1]["token"]
 
-    tokenizer = load_tokenizer(run.tokenizer_name)
+    tokenizer = load_tokenizer(str(out / "checkpoints" / checkpoint.TOKENIZER))
     entropy = unigram_baseline(run, tokenizer)
     level = (entropy, "word frequencies alone")
     plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)

@@ -161,50 +161,20 @@ def write(tmp_path):
     return write
 
 
-TINY = [
-    "model.model_config.hidden_size=24",
-    "model.model_config.num_hidden_layers=2",
-    "model.model_config.num_attention_heads=3",
-    "model.model_config.intermediate_size=40",
-    "model.model_config.hidden_dropout_prob=0.0",
-]
-
-
-def tiny_run(token_shards, tokenizer_folder, folder):
-    """Overrides for a run of 4 steps of 16 samples on the CPU, which writes to ``folder``."""
-    return [
-        *TINY,
-        f"data_local={token_shards}",
-        f"tokenizer_name={tokenizer_folder}",
-        f"max_seq_len={MAX_SEQ_LEN}",
-        "train_loader.num_workers=0",
-        "train_loader.num_canonical_nodes=1",
-        "eval_loader.num_workers=0",
-        "max_duration=4ba",
-        "eval_interval=100ba",
-        "global_train_batch_size=16",
-        "device_train_microbatch_size=16",
-        "device_eval_batch_size=32",
-        "precision=fp32",
-        "progress_bar=false",
-        f"save_folder={folder}/checkpoints",
-        "save_interval=2ba",
-        f"loggers.metrics_file.path={folder}/metrics.jsonl",
-        f"loggers.tensorboard.log_dir={folder}/tensorboard",
-    ]
-
-
 @pytest.fixture
 def overrides(token_shards, tokenizer_folder, tmp_path):
-    """A run of 4 steps of 16 samples on the CPU."""
+    """Options of a run of 4 steps of 16 samples on the CPU."""
+    from tests.runs import tiny_run
+
     return tiny_run(token_shards, tokenizer_folder, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def trained(token_shards, tokenizer_folder, tmp_path_factory):
-    """The checkpoints' folder of a small MosaicBERT after 4 steps."""
+    """Folder with the checkpoints of a small MosaicBERT after 4 steps."""
     import main
+    from tests.runs import QUICKSTART, tiny_run
 
     folder = tmp_path_factory.mktemp("trained")
-    main.main(["yamls/quickstart.yaml", *tiny_run(token_shards, tokenizer_folder, folder), "optimizer.lr=0.01"])
+    main.main([QUICKSTART, *tiny_run(token_shards, tokenizer_folder, folder), "optimizer.lr=0.01"])
     return folder / "checkpoints"

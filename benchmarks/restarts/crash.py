@@ -108,7 +108,7 @@ def in_all_reduce(count: Counter) -> None:
 
 
 POINTS: dict[str, Callable[[Counter], None]] = {
-    "before write": lambda count: around(checkpoint, "_write", lambda *_: count(), None),
+    "before write": lambda count: around(checkpoint, "write", lambda *_: count(), None),
     "in write": in_write,
     "after write": after_write,
     "before rename": before_rename,

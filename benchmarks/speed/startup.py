@@ -27,21 +27,22 @@ def child(argv: list[str]) -> None:
     """Be main.py until the first step is done; print the seconds of PARTS."""
     times = [time.perf_counter()]
     import main
+    from src.train import builders, run
 
     times.append(time.perf_counter())
 
-    class Clock(main.builders.Callback):
+    class Clock(builders.Callback):
         def batch_end(self, state: Any, logger: Any) -> None:
             times.append(time.perf_counter())
 
-    class OneStep(main.Trainer):
+    class OneStep(builders.Trainer):
         def fit(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
             self.state.callbacks.append(Clock())
             times.append(time.perf_counter())
             super().fit(duration="1ba")  # and an evaluation, which does not count
 
-    main.Trainer = OneStep
-    main.print_evaluation = lambda trainer: None
+    builders.Trainer = OneStep
+    run.print_evaluation = lambda trainer: None
     main.run([*argv, *QUIET, "eval_interval=1000000ba"])
     seconds = [b - a for a, b in itertools.pairwise(times)]
     print(json.dumps(dict(zip(PARTS, seconds, strict=True))))

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""The code and the machine that a result was made with."""
 
 import platform
 import shutil
@@ -8,17 +8,37 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 
-def environment() -> dict[str, str]:
-    """The commit of this code, versions of what it runs on, and the device."""
-    commit = ""
+
+def commit() -> str:
+    """Commit of this code: from git, else from the file ``.gpu/commit``, else ``unknown``."""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        if described:
+            return described
+    written = ROOT / ".gpu" / "commit"  # for machines that get the code without git
+    return written.read_text().strip() if written.exists() else "unknown"
+
+
+def device_name(kind: str) -> str:
+    """Name of the GPU for ``cuda``; for ``cpu``, the processor and the number of torch's threads."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {(models or [platform.machine()])[0]}"
+
+
+def environment() -> dict[str, str]:
+    """Commit, versions of Python and packages, and the device that runs use."""
     packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
     return {
-        "commit": commit or "unknown",
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
     }

@@ -1,4 +1,4 @@
-"""Processes that end with their parent."""
+"""Processes that end with their parent process."""
 
 import ctypes
 import signal
@@ -8,6 +8,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """End this process when the one that started it ends, however that came: a killed launcher leaves no orphans."""
+    """Kill this process when its parent ends, however that happens, so that none outlives its launcher. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,14 +13,12 @@ from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
-from src.common.errors import ConfigError
-from src.configuration_bert import MosaicBertConfig
+from src.common.errors import CheckpointError, ConfigError
 from src.data.microbatches import Batch
 from src.data.tokenizer import load_tokenizer
 from src.masked_lm_loss import IGNORED
-from src.train import weights
-from src.train.models import build_model_config, with_kernels
-from src.train.schema import Component, build
+from src.train import models, weights
+from src.train.schema import Component
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
@@ -131,64 +129,13 @@ class Classifier(ComposerModel):
 # Models
 # ----------------------------------------------------------------------------------------------------------------------
 
-HEADS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "classification": (BertForSequenceClassification, transformers.BertForSequenceClassification),
-    "regression": (BertForSequenceClassification, transformers.BertForSequenceClassification),
-    "tokens": (BertForTokenClassification, transformers.BertForTokenClassification),
+SEQUENCES = {
+    "mosaic_bert": BertForSequenceClassification,
+    "hf_bert": transformers.BertForSequenceClassification,
 }
-"""MosaicBERT's class and Hugging Face's, by kind of task."""
-
-
-def mosaic_bert(
-    tokenizer: PreTrainedTokenizerFast,
-    source: weights.Pretrained | None,
-    kind: str,
-    head: dict[str, Any],
-    model_config: dict[str, Any] | None = None,
-    attention: str = "auto",
-    kernels: str = "auto",
-    gradient_checkpointing: bool = False,
-) -> PreTrainedModel:
-    """MosaicBERT; ``model_config`` overrides settings of the pretrained MosaicBertConfig."""
-    options = with_kernels(model_config, attention, kernels)
-    return _load(HEADS[kind][0], MosaicBertConfig, tokenizer, source, options, head, gradient_checkpointing)
-
-
-def hf_bert(
-    tokenizer: PreTrainedTokenizerFast,
-    source: weights.Pretrained | None,
-    kind: str,
-    head: dict[str, Any],
-    model_config: dict[str, Any] | None = None,
-    gradient_checkpointing: bool = False,
-) -> PreTrainedModel:
-    """Hugging Face's BERT, the baseline; ``model_config`` overrides settings of the pretrained BertConfig."""
-    kinds = HEADS[kind][1], transformers.BertConfig
-    return _load(*kinds, tokenizer, source, model_config or {}, head, gradient_checkpointing)
-
-
-MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
-
-
-def _load(
-    model_class: type[PreTrainedModel],
-    config_class: type,
-    tokenizer: PreTrainedTokenizerFast,
-    source: weights.Pretrained | None,
-    options: dict[str, Any],
-    head: dict[str, Any],
-    gradient_checkpointing: bool,
-) -> PreTrainedModel:
-    if source is None:
-        config = build_model_config(config_class, tokenizer, options, "model.model_config")
-        for name, value in head.items():
-            setattr(config, name, value)
-        model = model_class(config)
-    else:
-        model = weights.load_pretrained(source, model_class, fresh_classifier=True, **options, **head)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+TOKENS = {"mosaic_bert": BertForTokenClassification, "hf_bert": transformers.BertForTokenClassification}
+HEADS = {"classification": SEQUENCES, "regression": SEQUENCES, "tokens": TOKENS}
+"""Model classes, by kind of task and kind of model."""
 
 
 def build_model(
@@ -216,10 +163,23 @@ def build_model(
         names = dict(enumerate(classes))
         head = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
         head["problem_type"] = "single_label_classification" if kind == "classification" else None
-    model = build("model", MODELS, component, tokenizer=tokenizer, source=source, kind=kind, head=head)
-    positions = getattr(model.config, "max_position_embeddings", max_seq_len)
-    if max_seq_len > positions:
-        raise ConfigError(f"max_seq_len: expected at most {positions}, the positions of this model, got {max_seq_len}")
+    options = models.read_options(component)
+    model_class: type[PreTrainedModel] = HEADS[kind][component.name]
+    try:
+        if source is None:
+            config = models.build_config(models.KINDS[component.name], options, tokenizer)
+            for name, value in head.items():
+                setattr(config, name, value)
+            model = model_class(config)
+        else:
+            model = weights.load_pretrained(source, model_class, new_classifier=True, **options.for_config(), **head)
+    except (ConfigError, CheckpointError):
+        raise
+    except ValueError as error:  # for example attention dropout, where no kernel has it
+        raise ConfigError(f"model.{component.name}: {error}") from None
+    models.check_positions(model.config, max_seq_len)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -27,7 +27,7 @@ from src.finetune.data import Encoded, classes_of, collate, count_tokens, encode
 from src.finetune.model import METRICS, Classifier, build_model, read_tokenizer
 from src.masked_lm_loss import IGNORED
 from src.train import checkpoint, optim, weights
-from src.train.callbacks import Guard, Reseed
+from src.train.callbacks import Reseed, StopOnSilentFailure
 from src.train.monitors import ConsoleLine, MetricsFile
 from src.train.schema import Component, build
 
@@ -70,7 +70,7 @@ def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators:
         precision=config.precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch has the same weight
-        callbacks=[Reseed(spec.seed), Guard(), LRMonitor()],
+        callbacks=[Reseed(spec.seed), StopOnSilentFailure(), LRMonitor()],
         loggers=[ConsoleLine("15sec"), MetricsFile(f"{spec.folder}/metrics.jsonl")],
         progress_bar=False,
     )

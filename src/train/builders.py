@@ -1,14 +1,18 @@
-"""From a run's config to its parts: tables of names, each with the class that it stands for.
+"""From a run's config to its Trainer: ``build_trainer``, top to bottom.
 
-A name that is in no table, and an option that its class does not take, are errors that name what there is. What comes
-from Composer is Composer's, under its class's name in snake_case.
+Components are looked up by name in tables. An unknown name, and an option that the class does not take, are errors that
+list what exists. Composer's classes have their own names, in snake_case.
 """
 
+import contextlib
 import dataclasses
+import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from composer import Trainer
 from composer.algorithms import EMA, SWA, GradientClipping, LowPrecisionLayerNorm
 from composer.callbacks import (
     EarlyStopper,
@@ -33,17 +37,123 @@ from composer.loggers import (
     TensorboardLogger,
     WandBLogger,
 )
+from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import ConfigError
+from src.common.errors import CheckpointError, ConfigError
+from src.data import shared_memory
 from src.data.microbatches import fullest_batch
-from src.train import checkpoint
-from src.train.callbacks import AverageGradients, Guard, LargestStep, Reseed, ScheduledMasking, StopOnSignal, TimeLimit
-from src.train.config import MaskingSchedule, RunConfig, seconds
-from src.train.data import device_train_batch_size, highest_rate, split_batch
+from src.data.shards import dataset_fingerprint
+from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
+from src.data_c4 import StreamingC4
+from src.train import checkpoint, models, optim, weights
+from src.train.callbacks import (
+    AverageGradients,
+    MemoryProbe,
+    Reseed,
+    ScheduledMasking,
+    StopAtTimeLimit,
+    StopOnSignal,
+    StopOnSilentFailure,
+)
+from src.train.config import MaskingSchedule, RunConfig, seconds, settings
+from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
+from src.train.processes import meet
+from src.train.resume import ResumeCheck
 from src.train.schema import Named, build, nearest
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """The Trainer of a run; nothing is trained yet.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong, or do not fit each other.
+    """
+    checkpoint.load_as_data()
+    check_device(config)
+    meet(config.dist_timeout)
+    if dist.get_local_rank() == 0:
+        shared_memory.remove_stale_shared_memory()
+    folder, found = checkpoint.find(local_save_folder(config), config.autoresume)
+    with contextlib.ExitStack() as on_error:
+        if folder is not None:
+            on_error.callback(folder.close)
+        reproducibility.seed_all(config.seed)  # the same weights on every rank
+        tokenizer = build_tokenizer(config, found)
+        model = models.build_model(config, tokenizer)
+        start = found or config.load_path
+        if start is None:
+            weights.initialise(config, model, tokenizer)
+        train_data = build_train_data(config, tokenizer)
+        check = build_resume_check(config, tokenizer, train_data.dataloader.dataset)  # pyright: ignore
+        if found is not None:
+            check.compare(checkpoint.settings_of(found), found)  # names settings; weights only have shapes
+        if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
+            checkpoint.check_fits(start, model)
+        if folder is not None:
+            folder.keep_tokenizer(tokenizer)
+        try:
+            trainer = Trainer(
+                run_name=config.run_name,
+                seed=config.seed,
+                model=model,
+                optimizers=optim.build_optimizer(config, model),
+                schedulers=optim.build_scheduler(config),
+                train_dataloader=train_data,
+                eval_dataloader=build_evaluators(config, tokenizer, train_data),
+                max_duration=config.max_duration,
+                eval_interval=config.eval_interval,
+                precision=config.precision,
+                device_train_microbatch_size=config.device_train_microbatch_size,
+                # Every masked token of the global batch has the same weight, whatever the microbatches and ranks.
+                accumulate_train_batch_on_tokens=True,
+                algorithms=build_algorithms(config),
+                callbacks=[
+                    *build_callbacks(config, tokenizer),
+                    check,
+                    *build_savers(config, folder, found is not None),
+                ],
+                loggers=build_loggers(config),
+                progress_bar=config.progress_bar,
+                save_folder=config.save_folder,
+                save_interval=config.save_interval,
+                save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+                save_overwrite=config.save_overwrite,
+                load_path=start,
+                load_weights_only=config.load_weights_only and found is None,
+                autoresume=config.autoresume and local_save_folder(config) is None,
+                compile_config=config.compile_config,
+                parallelism_config=build_parallelism(config),
+                dist_timeout=config.dist_timeout,
+            )
+        except pickle.UnpicklingError as error:  # of a checkpoint in an object store
+            raise CheckpointError(
+                f"{start or config.save_folder}: it holds more than data: {str(error)[:300]}"
+            ) from None
+        on_error.pop_all()
+    return trainer
+
+
+def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of the config, or that of the checkpoint that the run starts from; ``found`` is one to resume."""
+    if config.tokenizer_name is not None:
+        return load_tokenizer(config.tokenizer_name)
+    start = found or config.load_path or config.pretrained
+    assert start is not None, "checked by load"
+    return weights.load_tokenizer(weights.read(start))
+
+
+def build_resume_check(config: RunConfig, tokenizer: PreTrainedTokenizerFast, dataset: StreamingC4) -> ResumeCheck:
+    """The check that a resumed run has the settings, data and tokenizer of its checkpoint."""
+    fingerprints = {
+        "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
+    return ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Algorithms, callbacks, loggers
@@ -56,21 +166,20 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "swa": SWA,
 }
 
+SHORTER_SAMPLES = "Composer's supports only its own HuggingFaceModel; convert shorter samples"
+
 REFUSED = {
     ("alibi", "mosaic_bert"): "MosaicBERT has ALiBi already",
     ("alibi", "hf_bert"): "Composer's does not work with this version of transformers; use model mosaic_bert",
-    ("fused_layernorm", "mosaic_bert"): "Composer has it no longer, and MosaicBERT's LayerNorm is its own",
-    ("fused_layernorm", "hf_bert"): "Composer has it no longer",
+    ("fused_layernorm", "mosaic_bert"): "removed from Composer; MosaicBERT has its own LayerNorm",
+    ("fused_layernorm", "hf_bert"): "removed from Composer",
     ("gated_linear_units", "mosaic_bert"): "MosaicBERT has gated linear units already",
-    ("gated_linear_units", "hf_bert"): "Composer's takes its own HuggingFaceModel only; use model mosaic_bert",
+    ("gated_linear_units", "hf_bert"): "Composer's supports only its own HuggingFaceModel; use model mosaic_bert",
     ("low_precision_layernorm", "mosaic_bert"): "MosaicBERT's LayerNorm keeps its statistics in fp32",
-    (
-        "seq_length_warmup",
-        "mosaic_bert",
-    ): "Composer's takes its own HuggingFaceModel only; convert shorter samples",
-    ("seq_length_warmup", "hf_bert"): "Composer's takes its own HuggingFaceModel only; convert shorter samples",
+    ("seq_length_warmup", "mosaic_bert"): SHORTER_SAMPLES,
+    ("seq_length_warmup", "hf_bert"): SHORTER_SAMPLES,
 }
-"""Algorithms of Composer's that cannot act on a model, and why."""
+"""Algorithms of Composer that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
     "early_stopper": EarlyStopper,
@@ -104,7 +213,7 @@ def _build_all(path: str, table: Mapping[str, Callable[..., Any]], components: N
 
 
 def build_algorithms(config: RunConfig) -> list[Algorithm]:
-    """Composer's algorithms; those that cannot act on the run's model are refused."""
+    """Composer's algorithms; raises ConfigError for those of REFUSED."""
     for name in config.algorithms:
         reason = REFUSED.get((name, config.model.name))
         if reason:
@@ -113,16 +222,16 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
-    """The config's callbacks; what each run has; what a time limit, mixed data and a scheduled rate need."""
-    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), Guard()]
-    if config.device_train_microbatch_size != "auto":  # which finds what fits, and again whenever something does not
+    """The config's callbacks, those of every run, and those that other settings need."""
+    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+    if config.device_train_microbatch_size != "auto":  # auto finds what fits by itself
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
-        callbacks.append(LargestStep(split_batch(config)(largest, size)[0]))
+        callbacks.append(MemoryProbe(split_batch(config)(largest, size)[0]))
     if config.parallelism_config is not None:
         callbacks.append(AverageGradients())
     if config.time_limit is not None:
-        callbacks.append(TimeLimit(seconds(config.time_limit)))
+        callbacks.append(StopAtTimeLimit(seconds(config.time_limit)))
     if config.train_loader.streams:
         callbacks.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
@@ -131,50 +240,50 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
 
 
 def local_save_folder(config: RunConfig) -> str | None:
-    """The ``save_folder`` if it is one on this machine or a file system that it mounts."""
+    """The ``save_folder`` if it is on this machine or a mounted file system."""
     if config.save_folder is None or "://" in config.save_folder:
         return None
     return config.save_folder.format(run_name=config.run_name)
 
 
 def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool) -> list[Callback]:
-    """What writes checkpoints to a ``save_folder`` here, also when a signal comes; to an object store the Trainer's.
+    """The callbacks that save checkpoints in a local ``save_folder``, and after a signal.
 
-    (Given one for an object store, the Trainer would look for a checkpoint to resume from in its temporary folder.)
+    For an object store, the Trainer makes its own saver. With ours it would look for checkpoints in a temporary folder.
     """
     path = local_save_folder(config)
     if path is None:
         return [StopOnSignal()]
-    # Later checkpoints than the one that the run goes on from are its own, of before it was killed.
+    # Checkpoints after the one that the run resumes from are its own, from before it was killed.
     overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
     return [checkpoint.Saver(folder, path, config.save_interval, overwrite, keep), StopOnSignal()]
 
 
 FSDP_OPTIONS = {
-    **{f.name: "FSDP1's, or has no effect here; remove it" for f in dataclasses.fields(FSDPConfig)},
+    **{f.name: "an option of FSDP1, or without effect here; remove it" for f in dataclasses.fields(FSDPConfig)},
     "activation_checkpointing": "set model.gradient_checkpointing: true",
-    "mixed_precision": "weights are gathered in fp32 and autocast casts them; FSDP would cast ALiBi's slopes too",
+    "mixed_precision": "weights are gathered in fp32 and autocast casts them; FSDP would also cast ALiBi's slopes",
     "sharding_strategy": "reshard_after_forward: true is FSDP1's FULL_SHARD, false its SHARD_GRAD_OP",
-    "state_dict_type": "checkpoints hold whole weights, so that any number of processes resumes from them",
+    "state_dict_type": "checkpoints hold full weights, so that any number of processes can resume from them",
 }
-"""Options of Composer's for FSDP that cannot be set, and what to do."""
+"""Composer's options for FSDP that cannot be set, and what to do."""
 
 WITHOUT_FSDP = {
     "algorithms.ema": "Composer's cannot average sharded weights",
     "algorithms.swa": "Composer's cannot average sharded weights",
-    "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; take step_monitor's grad_norm",
+    "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; use step_monitor's grad_norm",
 }
-"""What Composer gets wrong with FSDP."""
+"""What computes wrong results with FSDP in Composer."""
 
 
 def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
-    """Composer's ``parallelism_config``: FSDP2 (``fully_shard``), each BertLayer a unit and the rest another.
+    """Composer's ``parallelism_config``: FSDP2 (``fully_shard``), one unit per BertLayer and one for the rest.
 
     ``{fsdp: {reshard_after_forward: true}}`` frees gathered weights after the forward pass and gathers them again for
     the backward; false keeps them.
 
     Raises:
-        ConfigError: options that cannot be set, and parts of the run that do not work with FSDP; all in one message.
+        ConfigError: options cannot be set, or parts of the run do not work with FSDP. One message names all of them.
     """
     if config.parallelism_config is None:
         return None
@@ -184,7 +293,7 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     faults, takes = [], ["reshard_after_forward"]
     for name in map(str, given):
         if name not in takes:
-            reason = FSDP_OPTIONS.get(name, f"unknown; {nearest(name, takes)}")
+            reason = FSDP_OPTIONS.get(name, f"unknown key; {nearest(name, takes)}")
             faults.append(f"parallelism_config.fsdp.{name}: {reason}")
     reshard = given.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
@@ -196,32 +305,32 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
         faults.append(
-            "algorithms.gradient_clipping.clipping_type: adaptive compares norms of shards; take norm or value"
+            "algorithms.gradient_clipping.clipping_type: adaptive compares norms of shards; use norm or value"
         )
     if config.device_train_microbatch_size == "auto":
         faults.append(
-            "device_train_microbatch_size: give a number. Composer has auto for FSDP1 alone, and fails there on torch "
-            "2.7.1 and later (unshard_with_sync is not defined)"
+            "device_train_microbatch_size: give a number. Composer supports auto for FSDP1 only, and not on torch "
+            "2.7.1 and later"
         )
     if faults:
         raise ConfigError("\n  ".join(["this run cannot use FSDP", *faults]))
-    # An instance, because Composer takes FSDP1 of a dict.
+    # An instance: from a dict Composer makes FSDP1.
     return {"fsdp": FSDP2Config(reshard_after_forward=reshard, state_dict_type="full", mixed_precision="FULL")}
 
 
 def check_device(config: RunConfig) -> None:
-    """Refuse, in one error, what this machine's device cannot do."""
+    """Refuse settings that this machine cannot run, in one ConfigError."""
     if torch.cuda.is_available():
         return
     faults = []
     if config.precision != "fp32":
-        faults.append(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
+        faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
     if config.device_train_microbatch_size == "auto":
-        faults.append("device_train_microbatch_size: auto needs a GPU, and none is found; give a number")
+        faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
 
 
 def build_loggers(config: RunConfig) -> list[LoggerDestination]:
-    """Loggers, beside the console and the progress bar, which the Trainer makes."""
+    """The config's loggers; the Trainer makes the progress bar."""
     return _build_all("loggers", LOGGERS, config.loggers)

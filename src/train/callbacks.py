@@ -1,4 +1,7 @@
-"""Callbacks and loggers that Composer lacks."""
+"""Callbacks that Composer lacks.
+
+Checkpoints hold the state of a callback under the name of its class; those here have none.
+"""
 
 import math
 import random
@@ -16,17 +19,17 @@ from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from src.common.errors import Interrupted, TrainingError
+from src.common.errors import Interrupted, TrainingError, first_line
 from src.data.masking import mask_batch
 from src.data.microbatches import Batch
 from src.train.config import MaskingSchedule
 
 
 class Reseed(Callback):
-    """Seed all random generators at each step's begin, by the run's seed, the step and the rank.
+    """Seed all random generators at the start of each step, from the run's seed, the step and the rank.
 
-    Dropout is then a function of these three: a restart need not have seen the steps before. Composer restores random
-    states only between epochs, and to where they were when the checkpoint was written, not where its data begins.
+    Dropout is then a function of these three, so a resumed run has the same. Composer restores random states only
+    between epochs, and to their values when the checkpoint was written.
     """
 
     def __init__(self, seed: int):
@@ -41,11 +44,11 @@ class Reseed(Callback):
 
 
 class StopOnSignal(Callback):
-    """At SIGTERM or SIGINT, end all processes after the step that runs, with a checkpoint of it.
+    """After SIGTERM or SIGINT, finish the step, save a checkpoint and end all processes.
 
-    One process that got the signal is enough. Before the first step and after the last one a signal ends the process
-    at once, and so does a second one; but not within ``ECHO`` seconds, because a launcher that was signalled with its
-    processes hands its own signal on to them.
+    One process that gets the signal is enough. Before the first step and after the last one, a signal ends the process
+    at once. So does a second signal, except within ``ECHO`` seconds: a launcher that got the signal together with its
+    processes forwards it to them.
 
     Raises:
         Interrupted: from fit, in all processes, after the same step.
@@ -64,7 +67,9 @@ class StopOnSignal(Callback):
     def _note(self, number: int, frame: Any) -> None:
         if self.received is None:
             self.received = signal.Signals(number).name, time.monotonic()
-            print(f"{self.received[0]}: ending after this step; once more ends at once", file=sys.stderr, flush=True)
+            print(
+                f"{self.received[0]}: ending after this step; a second signal ends at once", file=sys.stderr, flush=True
+            )
         elif time.monotonic() - self.received[1] > self.ECHO:
             sys.exit(128 + number)
 
@@ -75,13 +80,13 @@ class StopOnSignal(Callback):
         if not stop.item():
             return
         for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a launcher ends those that are later than the first
+            signal.signal(number, signal.SIG_IGN)  # a launcher sends one to processes that end later than the first
         step, savers = state.timestamp.batch, [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
         for saver in savers:
             if saver.last_checkpoint_batch != step:
                 saver._save_checkpoint(state, logger)
-            saver.fit_end(state, logger)  # what goes to an object store has arrived
-        kept = "its checkpoint is written, and the same command with autoresume: true goes on"
+            saver.fit_end(state, logger)  # waits for uploads to an object store
+        kept = "its checkpoint is saved, and the same command with autoresume: true resumes"
         raise Interrupted(f"stopped by a signal after step {step.value}; {kept if savers else 'nothing is saved'}")
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -89,10 +94,10 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
 
 
-class Guard(Callback):
-    """Stop a run that would go wrong in silence: the loss is no number, or an epoch ended before its data did.
+class StopOnSilentFailure(Callback):
+    """Stop a run that fails without an exception: its loss is NaN or infinite, or an epoch ends before its data.
 
-    The loss is looked at when Composer has read it anyway, after the step and before anything is saved.
+    Checks the loss after the step, when Composer has read it, and before anything is saved.
     """
 
     def __init__(self) -> None:
@@ -102,7 +107,7 @@ class Guard(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         assert isinstance(state.loss, torch.Tensor)
         bad = ~state.loss.detach().isfinite()
-        self.bad = bad if self.bad is None else self.bad | bad  # on the device: nobody waits for it
+        self.bad = bad if self.bad is None else self.bad | bad  # on the device, without waiting for it
         self.lr = state.optimizers[0].param_groups[0]["lr"]
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -110,13 +115,16 @@ class Guard(Callback):
         if math.isfinite(loss):
             return
         gathered = dist.all_gather_object(bad is not None and bool(bad.item()))
-        ranks = ", ".join(str(rank) for rank, found in enumerate(gathered) if found) or "none (their sum overflowed)"
+        ranks = (
+            ", ".join(str(rank) for rank, found in enumerate(gathered) if found)
+            or "none (the sum over ranks overflowed)"
+        )
         savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
         saved = [name for saver in savers for name in saver.all_saved_checkpoints_to_timestamp]
         raise TrainingError(
             f"the loss is {loss} at step {state.timestamp.batch.value} on ranks {ranks}, learning rate {self.lr:g}. "
-            f"{'Last checkpoint before it: ' + saved[-1] if saved else 'This run has saved no checkpoint before it'}. "
-            "A lower learning rate, a longer warmup or algorithms.gradient_clipping may help"
+            f"{'Last checkpoint before it: ' + saved[-1] if saved else 'No checkpoint was saved before it'}. "
+            "Try a lower learning rate, a longer warmup or algorithms.gradient_clipping"
         )
 
     def epoch_end(self, state: State, logger: Logger) -> None:
@@ -127,17 +135,17 @@ class Guard(Callback):
 
 
 def _local(p: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter: its shard, with FSDP."""
+    """This process's part of a parameter: with FSDP, its shard."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-class LargestStep(Callback):
-    """Before the first step, forward and backward once over the largest microbatch that can come, and discard it.
+class MemoryProbe(Callback):
+    """Run forward and backward once on the largest possible microbatch before the first step, and discard the result.
 
-    Too little memory shows at once, and not in the night when long sequences meet. Random states stay as they are.
+    Too little memory then shows at once, not when the first batch of only long sequences comes. Random states are kept.
 
     Args:
-        microbatch: the largest, with its layout.
+        microbatch: the largest possible one, with its layout.
     """
 
     def __init__(self, microbatch: Batch):
@@ -150,7 +158,7 @@ class LargestStep(Callback):
         device = parameters[0].device
         state.model.train()
         try:
-            # Adam's two moments come into being with the first step.
+            # Adam allocates its two moments in the first step.
             new = sum(_local(p).numel() for p in parameters if p not in states)
             moments = torch.empty(2 * new, device=device)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -159,12 +167,12 @@ class LargestStep(Callback):
                 loss.backward()
             del moments
         except RuntimeError as error:
+            # torch has an exception type for GPUs alone; on a CPU only the allocator's message tells.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             size, tokens = self.microbatch["num_samples"], self.microbatch["num_tokens"]
-            reason = str(error).splitlines()[0]
             raise TrainingError(
-                f"too little memory for a microbatch of {size} sequences, {tokens} tokens ({reason}). Lower "
+                f"too little memory for a microbatch of {size} sequences, {tokens} tokens ({first_line(error)}). Lower "
                 "device_train_microbatch_size (the loss stays the same; auto finds what fits), or set "
                 "model.gradient_checkpointing: true"
             ) from None
@@ -174,8 +182,9 @@ class LargestStep(Callback):
 
 
 class AverageGradients(Callback):
-    """Make FSDP's gradients the average over processes where the backend adds them up: gloo of torch 2.7 takes
-    ``ReduceOp.AVG`` for ``SUM``, in silence.
+    """Divide FSDP's gradients by the number of processes if the backend sums them.
+
+    gloo of torch 2.7 silently computes ``SUM`` for ``ReduceOp.AVG``.
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -195,7 +204,7 @@ class AverageGradients(Callback):
 
 
 class ScheduledMasking(Callback):
-    """Mask each training batch at the rate of the moment, in the main process, before it is split.
+    """Mask each training batch at the scheduled rate, in the main process, before it is split.
 
     Logs:
         masking/rate: share of tokens masked in this step.
@@ -212,13 +221,13 @@ class ScheduledMasking(Callback):
         logger.log_metrics({"masking/rate": rate})
 
 
-class TimeLimit(Callback):
-    """Stop after some time, all processes at the same step; Composer then evaluates and saves as at any end.
+class StopAtTimeLimit(Callback):
+    """Stop after a time limit, all processes at the same step; Composer then evaluates and saves as at the end.
 
-    The schedule of the learning rate is that of the whole run, so that a later start goes on with it.
+    The learning rate schedule stays that of the whole run, so a later start continues it.
 
     Args:
-        seconds: since the trainer began to fit.
+        seconds: since the start of fit.
     """
 
     def __init__(self, seconds: float):
@@ -230,6 +239,6 @@ class TimeLimit(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         over = torch.tensor([int(time.monotonic() - self.started >= self.seconds)], dtype=torch.uint8)
         over = state.device.tensor_to_device(over)
-        dist.all_reduce(over, reduce_operation="MAX")  # the first clock to run out decides for all
+        dist.all_reduce(over, reduce_operation="MAX")  # the first process over the limit decides for all
         if over.item():
             state.stop_training()

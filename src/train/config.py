@@ -2,15 +2,15 @@
 
     load("yamls/mosaic_bert.yaml", ["max_duration=10ba"]) -> RunConfig
 
-This is the only place with defaults. Every unknown, missing and ill-typed key is reported in ONE error, by its full
-path and with the nearest known name. What a component takes (an optimizer's betas, a callback's interval) is checked
-where it is built, by schema.build. Fields that go to Composer's Trainer keep Composer's names, and its units: ``ba``
-batches, ``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
+This is the only place with defaults. One error reports every unknown, missing and ill-typed key, by its full path and
+with the nearest known name. ``schema.build`` checks the options of a component (an optimizer's betas, a callback's
+interval) when it builds it. Fields that go to Composer's Trainer keep Composer's names and units: ``ba`` batches,
+``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
 """
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from src.train.schema import Component, Named, is_within, nearest, read, to_dict
 
 @dataclass(frozen=True)
 class MaskingSchedule:
-    """A masking rate that goes linearly from one value to another (Ankner et al., 2023, arXiv 2305.15096)."""
+    """A masking rate that changes linearly over the run (Ankner et al., 2023, arXiv 2305.15096)."""
 
     initial: float
     """Share of tokens masked at the first step."""
@@ -30,27 +30,28 @@ class MaskingSchedule:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Where samples come from, for training and evaluation."""
+    """Where the samples of training or evaluation come from."""
 
     split: str
     """Subfolder of the dataset."""
     local: str | None = None
-    """Folder of the dataset, or the cache when there is a remote. None: the run's ``data_local``."""
+    """Folder of the dataset; the cache if it is streamed. None: the run's ``data_local``."""
     remote: str | None = None
-    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing is streamed."""
+    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else no streaming."""
     num_workers: int = 0
-    """Processes that load, tokenize and mask. The batches are the same for any number."""
+    """Worker processes that load, tokenize and mask. Batches do not depend on their number."""
     prefetch_factor: int | None = None
-    """Batches that each worker keeps ready. None: 2. Refused without workers."""
+    """Batches that each worker loads ahead. None: 2. Refused without workers."""
     persistent_workers: bool = False
-    """Keep the workers from one pass to the next, in place of starting them anew. Refused without workers."""
+    """Keep the workers alive between epochs. Refused without workers."""
     timeout: float = 1800
-    """Seconds to wait for a batch before giving up, so that a dead stream is no hang. With workers only."""
+    """Seconds to wait for a batch; then the run stops with an error, so a dead stream cannot hang it. No effect without
+    workers."""
     cache_limit: str | None = None
-    """Size such as ``100gb`` above which streamed shards are dropped again, the one used longest ago first: at least 4
-    shards. None keeps all. Refused without a remote."""
+    """Size of the cache, for example ``100gb``; the least recently used shards are deleted above it. At least 4 shards.
+    None keeps all. Refused without a remote."""
     download_retry: int | None = None
-    """Times that a download is tried. None: 2. Refused without a remote."""
+    """Attempts of a download. None: 2. Refused without a remote."""
     download_timeout: float | None = None
     """Seconds that a download may take. None: 60. Refused without a remote."""
 
@@ -60,40 +61,40 @@ class TrainLoaderConfig(LoaderConfig):
     """The training data."""
 
     num_canonical_nodes: int = dataclasses.field(kw_only=True)
-    """Nodes that the order of samples is made for. It is part of the order, hence required: a multiple or a divisor of
-    the nodes that will ever run this (streaming's requirement), kept when their number changes."""
+    """Nodes that the order of samples is computed for. It decides the order, so it is required. Keep it when the number
+    of nodes changes: it must be a multiple or a divisor of that number (streaming's requirement)."""
     shuffle: bool = True
-    """Whether samples come in random order, another one each epoch."""
+    """Random order, a different one each epoch."""
     shuffle_seed: int | None = None
-    """Seed of that order. None: the run's ``seed``. No effect without shuffle."""
+    """Seed of that order. None: the run's ``seed``. No effect without ``shuffle``."""
     length_window: int = 0
-    """Global batches, 64 for example, within which the shuffled order is grouped by length: a batch then holds samples
-    of like length, and ranks equally many tokens (docs/data.md says what that does). 0 does not group. Needs shuffle,
-    shards of tokens with their lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
+    """Group the shuffled samples by length within windows of this many global batches, for example 64 (docs/data.md).
+    A batch then has samples of similar lengths, and all ranks get nearly equal numbers of tokens. 0: no grouping. Needs
+    ``shuffle``, tokenized shards with lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
     moving_crop: bool = False
-    """Whether a text of more than ``max_seq_len`` tokens gives another part of itself each epoch, so that none of it is
-    lost for ever, in place of its beginning. Needs shards of text."""
+    """Take a different crop of a text longer than ``max_seq_len`` tokens each epoch, not always its beginning. Needs
+    shards of text."""
     predownload: int | None = None
-    """Samples to download ahead of each worker. None: 8 batches. Refused without a remote."""
+    """Samples that each worker downloads ahead. None: 8 batches. Refused without a remote."""
     streams: dict[str, Source] = field(default_factory=dict)
-    """Datasets to mix, by name, in place of the one of ``local`` and ``remote``."""
+    """Datasets to mix, by name; ``local`` and ``remote`` are then given per dataset."""
 
 
 @dataclass(frozen=True)
 class EvalLoaderConfig(LoaderConfig):
-    """The held-out data, each sample of which is counted once, always masked alike."""
+    """Validation data. Every sample counts once, and its masks are always the same."""
 
     mlm_probability: float = 0.15
-    """Share of tokens masked; 15% whatever training takes, so that losses compare."""
+    """Share of tokens masked; 15% whatever the rate of training, so that losses can be compared."""
 
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """What may change when a run goes on from a checkpoint."""
+    """What may change when a run resumes from a checkpoint."""
 
     allow: list[str] = field(default_factory=list)
-    """Settings, by path (``optimizer.lr``, ``max_duration``, a section such as ``optimizer``, ``dataset``,
-    ``tokenizer``), that may differ from the checkpoint's; else a difference that would change the run is refused."""
+    """Paths of settings that may differ from the checkpoint's: ``optimizer.lr``, ``max_duration``, a section such as
+    ``optimizer``, and ``dataset`` and ``tokenizer``. Any other difference that would change the run is refused."""
 
 
 @dataclass(frozen=True)
@@ -101,87 +102,89 @@ class RunConfig:
     """One pretraining run."""
 
     run_name: str
-    """Names the run in logs and, through ``{run_name}``, in paths."""
+    """Name of the run, in logs and in paths (``{run_name}``)."""
     data_local: str
-    """Folder of the dataset, with one subfolder a split; the cache when there is a ``data_remote``."""
+    """Folder of the dataset, with one subfolder per split; the cache if there is a ``data_remote``."""
     max_seq_len: int
-    """Longest sample in tokens, [CLS] and [SEP] included."""
-    tokenizer_name: str
-    """Tokenizer: a folder, or a name on the Hugging Face hub."""
+    """Longest sample in tokens, including [CLS] and [SEP]."""
+    tokenizer_name: str | None
+    """Tokenizer: a folder, or a name on the Hugging Face Hub. null: that of the checkpoint in ``load_path`` or
+    ``pretrained``."""
     mlm_probability: float | MaskingSchedule
-    """Share of training tokens masked, or ``{initial: …, final: …}``, linear over the run."""
+    """Share of training tokens masked; or ``{initial: …, final: …}``, linear over the run."""
     model: Component
     """``mosaic_bert`` or ``hf_bert``, with ``model_config``."""
     train_loader: TrainLoaderConfig
     """The training data."""
     eval_loader: EvalLoaderConfig
-    """The held-out data."""
+    """The validation data."""
     optimizer: Component
-    """``decoupled_adamw`` or ``adamw``, with ``lr`` and the rest."""
+    """``decoupled_adamw`` or ``adamw``, with ``lr`` and other options."""
     scheduler: Component
     """``linear_decay_with_warmup``, ``cosine_with_warmup``, ``constant_with_warmup`` or ``warmup_stable_decay``."""
     max_duration: str
     """Length of the run, for example 70000ba, 286720000sp or 1ep."""
     global_train_batch_size: int
-    """Sequences in a step, over all devices; a multiple of their number."""
+    """Sequences per step, over all devices; a multiple of their number."""
     device_eval_batch_size: int
-    """Sequences in a batch of evaluation, on each device. The result does not depend on it."""
+    """Sequences per evaluation batch, on each device. No effect on the result."""
 
     time_limit: str | None = None
-    """Time such as 4h, 30min or 90s after which the run stops and saves; the schedule stays that of the whole run."""
+    """Stop and save after this time, for example 4h, 30min or 90s. The schedule stays that of the whole run."""
     data_remote: str | None = None
-    """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local`` already."""
+    """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local``."""
     data_verify: Literal["size", "hash", "off"] = "size"
-    """What is checked of the shards before the first step: that each is here with its ``size``; its ``hash`` too, which
-    reads all of the data once, and each shard that is streamed later; or nothing but the index (``off``)."""
+    """Check of the shards before the first step. ``size``: every shard is there, with its size. ``hash``: its hash too,
+    which reads all the data once; streamed shards are checked when they arrive. ``off``: only the index."""
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    """Sequences that a device works on at once; the loss does not depend on it. ``auto`` (GPU) finds what fits."""
+    """Sequences per microbatch. No effect on the loss. ``auto`` (GPU) finds what fits into memory."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
-    """Type of the matrix products. ``amp_*`` need a GPU."""
+    """Dtype of matrix products. ``amp_*`` need a GPU."""
     seed: int = 17
-    """Of weights, order, masks and dropout."""
+    """Seed of weights, order, masks and dropout."""
     eval_loaders: dict[str, EvalLoaderConfig] = field(default_factory=dict)
-    """More held-out data, by name; metrics are ``metrics/<name>/…`` beside eval_loader's ``metrics/eval/…``."""
+    """More validation sets, by name. Their metrics are ``metrics/<name>/…``; eval_loader's are ``metrics/eval/…``."""
     eval_interval: str | int = "1ep"
-    """How often to evaluate, and at the end; 0 for never."""
+    """How often to evaluate, and once at the end; 0: never."""
     algorithms: Named = field(default_factory=dict)
-    """Composer's algorithms by name, with what each takes."""
+    """Composer's algorithms by name, with their options."""
     callbacks: Named = field(default_factory=dict)
-    """Composer's callbacks by name, with what each takes."""
+    """Callbacks by name, with their options."""
     loggers: Named = field(default_factory=dict)
-    """Composer's loggers by name, with what each takes."""
+    """Loggers by name, with their options."""
     progress_bar: bool = True
     """Draw a progress bar."""
     save_folder: str | None = None
-    """Where checkpoints and the resolved config go: a path or an object-store URI. None saves nothing."""
+    """Folder for checkpoints, tokenizer and resolved config; or an object-store URI, for checkpoints only. None: saves
+    nothing."""
     save_interval: str = "1ep"
-    """How often to save; the end of the run is always saved. No effect without ``save_folder``."""
+    """How often to save, and once at the end. No effect without ``save_folder``."""
     save_num_checkpoints_to_keep: int = -1
-    """How many of the latest to keep, 2 or more, so that one may be damaged; -1 keeps all. No effect without
+    """Newest checkpoints to keep: at least 2, because one may be damaged; -1 keeps all. No effect without
     ``save_folder``."""
     save_overwrite: bool = False
-    """Whether checkpoints of an earlier run in the same folder may be overwritten."""
+    """Overwrite checkpoints of an earlier run in the same folder."""
     load_path: str | None = None
-    """Checkpoint to begin from."""
+    """Checkpoint to start from."""
     load_weights_only: bool = False
-    """Take only the weights from ``load_path`` and begin a new run with them."""
+    """Load only the weights from ``load_path``, and start a new run with them."""
     pretrained: str | None = None
-    """Weights to begin a new run with: a checkpoint or its folder, or a Hugging Face folder. All of the model's must be
-    there, and shape and tokenizer be the run's. Not read when the run goes on from a checkpoint, which has weights."""
+    """Weights to start a new run with: a checkpoint, its folder, or a Hugging Face folder. They must have the model's
+    shape, all its weights, and the run's tokenizer. Not read when the run resumes from a checkpoint."""
     autoresume: bool = False
-    """Go on from the latest checkpoint in ``save_folder`` if there is one."""
+    """Resume from the newest checkpoint in ``save_folder`` if there is one."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """What may differ from the checkpoint that the run goes on from."""
+    """What may differ from the checkpoint that the run resumes from."""
     compile_config: dict[str, Any] | None = None
-    """Arguments of torch.compile; ``{}`` compiles with its defaults. None does not compile."""
+    """Arguments of torch.compile; ``{}`` compiles with the defaults. None: no compilation."""
     parallelism_config: dict[str, Any] | None = None
-    """``{fsdp: {}}`` shards weights, gradients and the optimizer's state over the processes (FSDP2). None is DDP."""
+    """``{fsdp: {}}`` shards weights, gradients and optimizer state over the processes (FSDP2). None: DDP."""
     dist_timeout: float = 1800
-    """Seconds after which a process that waits for another gives up."""
+    """Seconds that a process waits for another before it stops with an error."""
 
 
-FREE = (
-    *("run_name", "data_local", "data_remote", "data_verify", "tokenizer_name"),  # what is in them is compared instead
+RESUME_SAFE = (
+    *("run_name", "data_local", "data_remote", "data_verify", "tokenizer_name"),  # fingerprints of the contents count
     *(f"train_loader.{f.name}" for f in dataclasses.fields(LoaderConfig)),
     *("eval_loader", "eval_loaders", "device_eval_batch_size", "eval_interval"),
     *("device_train_microbatch_size", "time_limit", "callbacks", "loggers", "progress_bar"),
@@ -189,7 +192,7 @@ FREE = (
     *("load_path", "load_weights_only", "autoresume", "resume", "dist_timeout"),
     *("compile_config", "parallelism_config", "model.attention", "model.gradient_checkpointing"),
 )
-"""Settings, and sections of them, that do not change what a run computes, but for rounding; all others do."""
+"""Settings and sections that may change on resume: they affect the result at most by rounding."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
 
@@ -199,7 +202,7 @@ INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML and ``key=value`` overrides (``train_loader.split=val``) into a run; raises as ``read`` does."""
+    """A run's config from a YAML and overrides such as ``train_loader.split=val``; raises what ``read`` does."""
     return _fill(read(RunConfig, path, overrides, _check))
 
 
@@ -211,11 +214,11 @@ def seconds(time: str) -> float:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What decides a run's result, by path, ``{"optimizer.lr": 5e-4, ...}``: all of the config but what is FREE."""
+    """Settings that decide a run's result, by path: ``{"optimizer.lr": 5e-4, ...}``; all but RESUME_SAFE."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
-        if any(is_within(path, free) for free in FREE):
+        if any(is_within(path, safe) for safe in RESUME_SAFE):
             return
         if isinstance(value, dict) and value:
             for name, inner in value.items():
@@ -228,101 +231,106 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _check(config: RunConfig, faults: list[str]) -> None:
-    """Values that have the right type and make no sense."""
+    """Append to ``faults`` what is wrong with values of the right type."""
 
-    def want(ok: bool, path: str, value: Any, what: str) -> None:
+    def expect(ok: bool, path: str, what: str, value: Any) -> None:
         if not ok:
-            faults.append(f"{path}: {value!r} is not {what}")
+            faults.append(f"{path}: expected {what}, got {value!r}")
 
-    loaders: dict[str, LoaderConfig] = {"train_loader": config.train_loader, "eval_loader": config.eval_loader}
-    loaders |= {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
-    rates = {
-        f"{path}.mlm_probability": loader.mlm_probability
-        for path, loader in loaders.items()
-        if isinstance(loader, EvalLoaderConfig)
-    }
-    if isinstance(config.mlm_probability, MaskingSchedule):
-        rates["mlm_probability.initial"] = config.mlm_probability.initial
-        rates["mlm_probability.final"] = config.mlm_probability.final
-    else:
-        rates["mlm_probability"] = config.mlm_probability
-    for path, rate in rates.items():
-        want(0 < rate < 1, path, rate, "between 0 and 1")
+    _check_rates(config, expect)
+    for name in ("global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
+        expect(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
+    expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
+    size = config.device_train_microbatch_size
+    expect(size == "auto" or size > 0, "device_train_microbatch_size", "a positive number", size)
+    _check_loaders(config, faults, expect)
+    _check_order(config, faults, expect)
 
-    for name in ("max_seq_len", "global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
-        want(getattr(config, name) > 0, name, getattr(config, name), "positive")
-    want(config.max_seq_len > 2, "max_seq_len", config.max_seq_len, "more than the 2 special tokens of a sample")
-    if config.device_train_microbatch_size != "auto":
-        size = config.device_train_microbatch_size
-        want(size > 0, "device_train_microbatch_size", size, "positive")
-    nodes = config.train_loader.num_canonical_nodes
-    want(nodes > 0, "train_loader.num_canonical_nodes", nodes, "positive")
-    for path, loader in loaders.items():
-        want(loader.num_workers >= 0, f"{path}.num_workers", loader.num_workers, "0 or more")
-        for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
-            value = getattr(loader, name, None)
-            want(value is None or value > 0, f"{path}.{name}", value, "positive")
-        streams = loader.streams.values() if isinstance(loader, TrainLoaderConfig) else ()
-        for name in ("prefetch_factor", "persistent_workers"):
-            if getattr(loader, name) and not loader.num_workers:
-                faults.append(f"{path}.{name}: acts only with num_workers")
-        for name in ("predownload", "cache_limit", "download_retry", "download_timeout"):
-            if getattr(loader, name, None) is not None and not any(_remote(config, x) for x in streams or [loader]):
-                faults.append(f"{path}.{name}: acts only on data that is streamed from a remote")
-    _check_order(config, faults)
     for name in config.eval_loaders:
-        want(name not in ("train", "eval"), "eval_loaders", name, "a name of your own; train and eval are taken")
-
-    want(
+        expect(name not in ("train", "eval"), "eval_loaders", "a name other than train and eval", name)
+    expect(
         bool(DURATION.fullmatch(config.max_duration)),
         "max_duration",
-        config.max_duration,
         "a number with ba, sp, tok or ep",
+        config.max_duration,
     )
-    intervals = {"save_interval": config.save_interval}
-    if config.eval_interval != 0:
-        intervals["eval_interval"] = str(config.eval_interval)
+    intervals = {"save_interval": config.save_interval, "eval_interval": str(config.eval_interval)}
+    if config.eval_interval == 0:
+        del intervals["eval_interval"]
     for path, interval in intervals.items():
-        want(bool(INTERVAL.fullmatch(interval)), path, interval, "a number with ba, sp, tok, ep, sec or dur")
-
-    if config.time_limit is not None:
-        want(bool(TIME.fullmatch(config.time_limit)), "time_limit", config.time_limit, "a number with d, h, min or s")
+        expect(bool(INTERVAL.fullmatch(interval)), path, "a number with ba, sp, tok, ep, sec or dur", interval)
+    time = config.time_limit
+    expect(time is None or bool(TIME.fullmatch(time)), "time_limit", "a number with d, h, min or s", time)
     if config.autoresume and config.save_folder is None:
-        faults.append("autoresume: there is nothing to resume from without a save_folder")
+        faults.append("autoresume: nothing to resume from without a save_folder")
     keep = config.save_num_checkpoints_to_keep
-    want(keep == -1 or keep >= 2, "save_num_checkpoints_to_keep", keep, "-1 (all) or at least 2: one may be damaged")
+    expect(keep == -1 or keep >= 2, "save_num_checkpoints_to_keep", "-1 (all) or at least 2 (one may be damaged)", keep)
     known = [f.name for f in dataclasses.fields(RunConfig)] + ["dataset", "tokenizer"]
     for name in config.resume.allow:
         if name.split(".")[0] not in known:
-            faults.append(f"resume.allow: {name!r} is no setting; {nearest(name.split('.')[0], known)}")
-        elif any(is_within(name, free) for free in FREE):
-            faults.append(f"resume.allow: {name!r} may always change")
+            faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name.split('.')[0], known)}")
+        elif any(is_within(name, safe) for safe in RESUME_SAFE):
+            faults.append(f"resume.allow: {name!r} may always change; remove it")
     if config.load_weights_only and config.load_path is None:
-        faults.append("load_weights_only: acts only with a load_path")
+        faults.append("load_weights_only: has no effect without load_path")
     if config.load_weights_only and config.pretrained is not None:
-        faults.append("pretrained: load_path with load_weights_only gives weights too; take one of them")
+        faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
+    if config.tokenizer_name is None and config.load_path is None and config.pretrained is None:
+        faults.append("tokenizer_name: null takes the tokenizer of load_path or pretrained; give one of the three")
+
+
+def _loaders(config: RunConfig) -> dict[str, LoaderConfig]:
+    """All loaders, by path."""
+    more = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
+    return {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **more}
+
+
+def _check_rates(config: RunConfig, expect: Callable[[bool, str, str, Any], None]) -> None:
+    rate = config.mlm_probability
+    rates = {f"mlm_probability.{k}": v for k, v in vars(rate).items()} if isinstance(rate, MaskingSchedule) else {}
+    rates = rates or {"mlm_probability": rate}
+    for path, loader in _loaders(config).items():
+        if isinstance(loader, EvalLoaderConfig):
+            rates[f"{path}.mlm_probability"] = loader.mlm_probability
+    for path, rate in rates.items():
+        expect(0 < rate < 1, path, "a share between 0 and 1", rate)
+
+
+def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool, str, str, Any], None]) -> None:
+    for path, loader in _loaders(config).items():
+        expect(loader.num_workers >= 0, f"{path}.num_workers", "0 or more", loader.num_workers)
+        for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
+            value = getattr(loader, name, None)
+            expect(value is None or value > 0, f"{path}.{name}", "a positive number", value)
+        for name in ("prefetch_factor", "persistent_workers"):
+            if getattr(loader, name) and not loader.num_workers:
+                faults.append(f"{path}.{name}: has no effect without num_workers")
+        sources = loader.streams.values() if isinstance(loader, TrainLoaderConfig) and loader.streams else [loader]
+        for name in ("predownload", "cache_limit", "download_retry", "download_timeout"):
+            if getattr(loader, name, None) is not None and not any(_remote(config, source) for source in sources):
+                faults.append(f"{path}.{name}: has no effect without a remote to stream from")
 
 
 def _remote(config: RunConfig, source: LoaderConfig | Source) -> str | None:
-    """Where a dataset is streamed from: its own remote, or the run's where it names no folder of its own."""
+    """Where a dataset is streamed from: its own remote; the run's if it has no folder of its own."""
     return source.remote or (config.data_remote if source.local is None else None)
 
 
-def _check_order(config: RunConfig, faults: list[str]) -> None:
-    """Which samples training draws, and in which order."""
-    loader = config.train_loader
+def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, str, str, Any], None]) -> None:
+    """Check which samples training draws, and in which order."""
+    loader, batch = config.train_loader, config.global_train_batch_size
     window, nodes = loader.length_window, loader.num_canonical_nodes
-    if window < 0:
-        faults.append(f"train_loader.length_window: {window} is not 0 or more")
+    expect(nodes > 0, "train_loader.num_canonical_nodes", "a positive number", nodes)
+    expect(window >= 0, "train_loader.length_window", "0 or more", window)
     if window and not loader.shuffle:
-        faults.append("train_loader.length_window: acts only with shuffle")
-    if window and nodes > 0 and config.global_train_batch_size % nodes:
+        faults.append("train_loader.length_window: has no effect without shuffle")
+    if window and nodes > 0 and batch % nodes:
         faults.append(
-            f"train_loader.length_window: needs a global_train_batch_size that is a multiple of num_canonical_nodes; "
-            f"{config.global_train_batch_size} is none of {nodes}"
+            "train_loader.length_window: needs a global_train_batch_size that is a multiple of num_canonical_nodes; "
+            f"{batch} is not a multiple of {nodes}"
         )
     if loader.streams and (loader.local or loader.remote):
-        faults.append("train_loader: local and remote are given by each of the streams, or without streams")
+        faults.append("train_loader: with streams, give local and remote in each of them")
     seen: dict[Any, str] = {}
     kinds = set()
     for name, stream in loader.streams.items():
@@ -330,27 +338,26 @@ def _check_order(config: RunConfig, faults: list[str]) -> None:
         weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
         kinds.add("proportion" if weights == ["proportion"] else "repeat or choose")
         for kind in weights:
-            if getattr(stream, kind) <= 0:
-                faults.append(f"{path}.{kind}: {getattr(stream, kind)!r} is not positive")
+            expect(getattr(stream, kind) > 0, f"{path}.{kind}", "a positive number", getattr(stream, kind))
         if len(weights) > 1:
-            faults.append(f"{path}: {' and '.join(weights)}: one weight is enough")
+            faults.append(f"{path}: {' and '.join(weights)}: give one of them")
         folder = stream.local or config.data_local, stream.split or loader.split
         if folder in seen:
-            faults.append(f"{path}: is the same folder as streams.{seen[folder]}; raise its weight instead")
+            faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")
         seen[folder] = name
     if len(kinds) > 1:
-        faults.append("train_loader.streams: all of them take a proportion, or none does")
+        faults.append("train_loader.streams: give a proportion to each of them, or to none")
 
 
 def _fill(config: RunConfig) -> RunConfig:
-    """The run with what one key takes from another written out."""
+    """The config with every default that another key gives written out."""
 
     def fill(loader: Any, **more: Any) -> Any:
         more |= {"local": loader.local or config.data_local, "remote": _remote(config, loader)}
         return dataclasses.replace(loader, **more)
 
     train, seed = config.train_loader, config.train_loader.shuffle_seed
-    # By name, so that the order of samples, and their ids, do not hang on the order of lines.
+    # Sorted by name: the order of lines in the YAML must not change sample ids.
     streams = {name: fill(stream, split=stream.split or train.split) for name, stream in sorted(train.streams.items())}
     order = {"shuffle_seed": config.seed if seed is None else seed, "streams": streams}
     return dataclasses.replace(

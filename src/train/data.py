@@ -21,17 +21,18 @@ from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
 
 
 def device_train_batch_size(config: RunConfig) -> int:
-    """Sequences that each device takes in a step."""
+    """Sequences per step and device."""
     world_size = dist.get_world_size()
     if config.global_train_batch_size % world_size:
         raise ConfigError(
-            f"global_train_batch_size: {config.global_train_batch_size} is not a multiple of the {world_size} devices"
+            f"global_train_batch_size: expected a multiple of the {world_size} devices, "
+            f"got {config.global_train_batch_size}"
         )
     return config.global_train_batch_size // world_size
 
 
 def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
-    """The training data, shuffled, in batches of the device's share."""
+    """The training data, in batches of one device's share."""
     loader = config.train_loader
     batch_size = device_train_batch_size(config)
     dataset = _streaming_c4(
@@ -52,8 +53,8 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
-    """The held-out data, each sample once; labels are part of metrics' names: metrics/eval/LanguageCrossEntropy."""
-    # Streaming allows one dataset a folder, and evaluation only indexes it, so those on the same folder share it.
+    """The validation sets, each sample once; their labels are in the names of metrics: metrics/eval/…."""
+    # streaming allows one dataset per folder. Evaluation only indexes it, so sets on the same folder share one.
     streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
     alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
     datasets: dict[Any, Any] = alone
@@ -62,7 +63,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
         batch_size, folder = config.device_eval_batch_size, _folder(loader)
         if folder in streams:
             raise ConfigError(
-                f"{label}: evaluates on train_loader.streams.{streams[folder]} itself; take another split"
+                f"{label}: this is the training data of train_loader.streams.{streams[folder]}; use another split"
             )
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
@@ -74,13 +75,13 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
 
 
 def highest_rate(config: RunConfig) -> float:
-    """Largest share of tokens that a training batch will have masked."""
+    """Highest masking rate of the run."""
     rate = config.mlm_probability
     return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
 
 
 def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
-    """What cuts a padded batch into the model's microbatches."""
+    """The function that cuts a padded batch into the model's microbatches."""
     if config.model.name != "mosaic_bert":
         return split_padded
     triton = resolve(config.model.options.get("attention", "auto")) == "triton"
@@ -103,7 +104,7 @@ def _streaming_c4(
         **({"sources": sources} if sources else one),
         verify=config.data_verify,
         cache_limit=loader.cache_limit,
-        **{name: value for name, value in downloads.items() if value is not None},  # None leaves it to streaming
+        **{name: value for name, value in downloads.items() if value is not None},  # None: streaming's default
         **order,
     )
     if dist.get_local_rank() == 0:
@@ -118,7 +119,7 @@ def _data_spec(
     loader: LoaderConfig,
     batch_size: int,
 ) -> DataSpec:
-    """Batches are cut by us: Composer's default would cut a microbatch's layout into nonsense."""
+    """With our own ``split_batch``: Composer's default silently corrupts the layout of a microbatch."""
     return DataSpec(
         data_c4.build_dataloader(
             dataset,

@@ -1,7 +1,8 @@
-"""Models by name."""
+"""The kinds of models that a YAML can name, for pretraining and fine-tuning."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -11,82 +12,98 @@ from src.common.errors import ConfigError
 from src.configuration_bert import MosaicBertConfig
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
-from src.train import weights
 from src.train.config import RunConfig
-from src.train.schema import build, check_options
+from src.train.schema import Component, build, check_options
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of ``model`` in a YAML, without its name; Hugging Face's BERT takes these."""
+
+    model_config: dict[str, Any] | None = None
+    """Arguments of the Hugging Face config."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+
+    def for_config(self) -> dict[str, Any]:
+        """All arguments of the Hugging Face config that the YAML gives."""
+        return dict(self.model_config or {})
+
+
+@dataclass(frozen=True)
+class MosaicBertOptions(ModelOptions):
+    """MosaicBERT also takes the implementations of attention and of the other kernels."""
+
+    attention: str = "auto"
+    kernels: str = "auto"
+
+    def for_config(self) -> dict[str, Any]:
+        """Adds the implementations, which the config holds, too."""
+        for name in ("attention", "kernels"):
+            if name in (self.model_config or {}):
+                raise ConfigError(f"model.model_config.{name}: it is model.{name}, next to model_config")
+        return {**super().for_config(), "attention": self.attention, "kernels": self.kernels}
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """One kind of model."""
+
+    options: type[ModelOptions]
+    """What the YAML may set."""
+    config_class: type[MosaicBertConfig] | type[transformers.BertConfig]
+    """Its Hugging Face config."""
+    pretraining: Callable[[Any, bool], MosaicBert | HFBert]
+    """The ComposerModel for pretraining, from a config and whether gradients are checkpointed."""
+
+
+KINDS = {
+    "mosaic_bert": ModelKind(MosaicBertOptions, MosaicBertConfig, MosaicBert),
+    "hf_bert": ModelKind(ModelOptions, transformers.BertConfig, HFBert),
+}
+"""By name in the YAML."""
+
+
+def read_options(component: Component) -> ModelOptions:
+    """The options of ``model``; raises ConfigError for an unknown name or option."""
+    return build("model", {name: kind.options for name, kind in KINDS.items()}, component)
 
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Rows of the word embeddings: the tokenizer's entries, up to a multiple of 64, which matrix products like."""
+    """Rows of the word embeddings: the tokenizer's size, rounded up to a multiple of 64 for fast matrix products."""
     return math.ceil(len(tokenizer) / 64) * 64
 
 
-def build_model_config(kind: type, tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], path: str) -> Any:
-    """A Hugging Face config of ``kind`` from the YAML's options, its vocabulary the tokenizer's."""
-    check_options(path, kind.__init__, options, ["self"])
-    options = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **options}
-    if options["vocab_size"] < len(tokenizer):
-        raise ConfigError(f"{path}.vocab_size: {options['vocab_size']} is less than the tokenizer's {len(tokenizer)}")
+def build_config(kind: ModelKind, options: ModelOptions, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The Hugging Face config of a model with new weights; its vocabulary is the tokenizer's."""
+    path, given = "model.model_config", options.for_config()
+    check_options(path, kind.config_class.__init__, given, ["self"])
+    given = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **given}
+    if given["vocab_size"] < len(tokenizer):
+        size = given["vocab_size"]
+        raise ConfigError(f"{path}.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {size}")
     try:
-        return kind(**options)
+        return kind.config_class(**given)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def with_kernels(model_config: dict[str, Any] | None, attention: str, kernels: str) -> dict[str, Any]:
-    """``model_config`` with the keys that stand beside it."""
-    for name in ("attention", "kernels"):
-        if name in (model_config or {}):
-            raise ConfigError(f"model.model_config.{name}: it is model.{name}, beside model_config")
-    return {**(model_config or {}), "attention": attention, "kernels": kernels}
-
-
-def mosaic_bert(
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-    model_config: dict[str, Any] | None = None,
-    attention: str = "auto",
-    kernels: str = "auto",
-    gradient_checkpointing: bool = False,
-) -> MosaicBert:
-    """MosaicBERT; ``model_config`` takes what MosaicBertConfig does; sequences may have any length."""
-    options = with_kernels(model_config, attention, kernels)
-    config = build_model_config(MosaicBertConfig, tokenizer, options, "model.model_config")
-    try:
-        return MosaicBert(config, gradient_checkpointing)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-
-
-def hf_bert(
-    tokenizer: PreTrainedTokenizerFast,
-    max_seq_len: int,
-    model_config: dict[str, Any] | None = None,
-    gradient_checkpointing: bool = False,
-) -> HFBert:
-    """Hugging Face's BERT; ``model_config`` takes what transformers' BertConfig does."""
-    config = build_model_config(transformers.BertConfig, tokenizer, model_config or {}, "model.model_config")
-    if max_seq_len > config.max_position_embeddings:
+def check_positions(model_config: Any, max_seq_len: int) -> None:
+    """Refuse sequences that are longer than the model's learned positions; MosaicBERT has none."""
+    positions = getattr(model_config, "max_position_embeddings", max_seq_len)
+    if max_seq_len > positions:
         raise ConfigError(
-            f"max_seq_len: {max_seq_len} is more than this model's {config.max_position_embeddings} positions "
+            f"max_seq_len: {max_seq_len} is more than the model's {positions} positions "
             "(model.model_config.max_position_embeddings)"
         )
-    return HFBert(config, gradient_checkpointing)
-
-
-MODELS = {"mosaic_bert": mosaic_bert, "hf_bert": hf_bert}
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MosaicBert | HFBert:
-    """The model, with fresh weights, on the CPU."""
-    return build("model", MODELS, config.model, tokenizer=tokenizer, max_seq_len=config.max_seq_len)
-
-
-def load_pretrained(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put the weights of ``config.pretrained``, if there is one, into the model."""
-    if config.pretrained is None:
-        return
-    source = weights.read(config.pretrained)
-    weights.check_kind(source, type(model.model))
-    weights.check_tokenizer(source, tokenizer)
-    weights.load_weights(model.model, source)
+    """The model for pretraining, with new weights, on the CPU."""
+    options, kind = read_options(config.model), KINDS[config.model.name]
+    model_config = build_config(kind, options, tokenizer)
+    check_positions(model_config, config.max_seq_len)
+    try:
+        return kind.pretraining(model_config, options.gradient_checkpointing)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None

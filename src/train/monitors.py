@@ -1,4 +1,4 @@
-"""What a run logs: step monitor, stream shares, console line, metrics file."""
+"""What a run logs, and where: step monitor, stream shares, console line, metrics file."""
 
 import json
 import math
@@ -15,20 +15,21 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 from torch.distributed.tensor import DTensor
 
+from src.common.files import write_text
 from src.data.microbatches import num_tokens
 from src.data_c4 import StreamingC4
 
 
 class StreamShares(Callback):
-    """How much of training each of several mixed datasets is.
+    """Log the share of each dataset in a mixture.
 
     Logs, by the dataset's name:
-        data/sample_share/<name>: share of the samples that an epoch draws; once.
-        data/token_share/<name>: share of the real tokens of all processes since it was last logged; every ``steps``
-            steps, and at the end of an epoch.
+        data/sample_share/<name>: share of an epoch's samples; logged once.
+        data/token_share/<name>: share of non-padding tokens of all processes since the last log; every ``steps`` steps
+            and at the end of an epoch.
 
     Args:
-        steps: batches between two counts, each of which waits for all processes.
+        steps: between two logs, each of which waits for all processes.
     """
 
     def __init__(self, steps: int = 100):
@@ -62,29 +63,29 @@ class StreamShares(Callback):
 
 
 class StepMonitor(Callback):
-    """What a step computed, and where its time went.
+    """Log throughput, data wait, gradient norm and batch statistics of each step. Tokens are non-padding tokens.
 
     ======================= ========================================================================================
-    step/tokens_per_s       real tokens of all processes a second: loading, forward, backward, optimizer, nothing else
-    step/samples_per_s      sequences of all processes a second, likewise
-    step/mfu                model FLOPs done in that time, of those that the GPU's data sheet promises; GPUs only
+    step/tokens_per_s       tokens per second, all processes; the time of loading, forward, backward and optimizer
+    step/samples_per_s      sequences per second, all processes; same time
+    step/mfu                model FLOPs per second, as a share of the GPU's peak in its data sheet; GPUs only
     step/data_wait_share    share of that time spent waiting for data
-    step/fill               T / (B * S): real tokens among the padded ones, of this process's batch
-    step/masked_tokens      tokens that carry loss, of this process's batch
-    step/grad_norm          L2 norm of the gradient, as the optimizer sees it
+    step/fill               T / (B * S), tokens per position of this process's padded batch
+    step/masked_tokens      masked tokens in this process's batch
+    step/grad_norm          L2 norm of the gradient that the optimizer gets
     ======================= ========================================================================================
 
-    Evaluation and saving lie between steps and are in no step's time; SpeedMonitor counts saving as training.
+    Times exclude evaluation and saving; Composer's SpeedMonitor counts saving as training.
 
     Args:
         window_size: steps that rates and shares are averaged over.
-        warmup: first steps of a process, which are left out: they compile, allocate and fill caches.
-        gpu_flops_available: FLOP/s of one GPU in this precision; None takes Composer's table of data sheets.
+        warmup: first steps of a process to skip: they compile, allocate and fill caches.
+        gpu_flops_available: FLOP/s of one GPU in this precision. None: from Composer's table of data sheets.
     """
 
     def __init__(self, window_size: int = 20, warmup: int = 5, gpu_flops_available: float | None = None):
         self.warmup = warmup
-        # Of each step: seconds, seconds of them waiting, tokens, samples, FLOPs (of this process).
+        # Per step: seconds, seconds of waiting for data, tokens, samples, FLOPs (of this process).
         self.steps: deque[tuple[float, float, int, int, int]] = deque(maxlen=window_size)
         self.started = self.waited = 0.0
         self.gpu_flops_available = gpu_flops_available
@@ -133,13 +134,13 @@ class StepMonitor(Callback):
 
 
 class ConsoleLine(LoggerDestination):
-    """Print a line each ``interval``: step, loss, learning rate, speed, and the time that is left at that speed.
+    """Print a line per ``interval`` with step, loss, learning rate, speed and estimated time left.
 
-    Speed and gradient norm are StepMonitor's, the learning rate is LRMonitor's; without them, the line lacks them. Each
-    evaluation is a line too. Rank 0 prints, to standard error.
+    Speed and gradient norm need StepMonitor, the learning rate needs LRMonitor. Each evaluation prints a line, too.
+    Rank 0 prints, to standard error.
 
     Args:
-        interval: such as 100ba, 1ep or 60sec.
+        interval: for example 100ba, 1ep or 60sec.
     """
 
     PARTS = (
@@ -188,10 +189,10 @@ class ConsoleLine(LoggerDestination):
 
 
 class MetricsFile(LoggerDestination):
-    """Write metrics as JSON lines, one a training step and one an evaluation, to be read by scripts and plots.
+    """Write metrics as JSON lines, one per training step and one per evaluation.
 
-    Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, evaluation excluded) done so far, and
-    whatever was logged since the last line. A resumed run keeps the lines up to where it resumes.
+    Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, without evaluation) since the start of
+    the run, and the metrics logged since the last line. A resumed run keeps the lines up to its checkpoint.
 
     Args:
         path: of the file; its folder is made.
@@ -211,10 +212,7 @@ class MetricsFile(LoggerDestination):
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             done = state.timestamp.batch.value
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["batch"] <= done] if done else []
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            swap = self.path.with_name(f"{self.path.name}.partial")  # a kill may not take the kept lines with it
-            swap.write_text("".join(f"{line}\n" for line in kept))
-            swap.replace(self.path)
+            write_text(self.path, (f"{line}\n" for line in kept))
             self._file = self.path.open("a")
 
     def batch_end(self, state: State, logger: Logger) -> None:

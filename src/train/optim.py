@@ -1,16 +1,15 @@
-"""Optimizers and learning rate schedules by name."""
+"""Optimizers and learning rate schedules, by name."""
 
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import State, Time, TimeUnit
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
     CosineAnnealingWithWarmupScheduler,
     LinearWithWarmupScheduler,
 )
-from composer.optim.scheduler import _convert_time
 
 from src.common.errors import ConfigError
 from src.train.config import RunConfig
@@ -35,13 +34,13 @@ def decoupled_adamw(
     weight_decay: float = 1e-5,
     decay_matrices_only: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW whose decay is apart from ``lr``: a step shrinks weights by weight_decay * lr / initial lr.
+    """AdamW with decoupled decay: a step shrinks weights by weight_decay * lr / initial lr.
 
-    What Composer's DecoupledAdamW computes, by torch's fused kernel: Composer's reads a step count from the device for
-    each parameter in turn.
+    Computes what Composer's DecoupledAdamW computes, with torch's fused kernel. Composer's waits for the device once
+    per parameter, to read a step count.
     """
     if lr <= 0:
-        raise ValueError(f"lr={lr}: it must be above 0, as the decay is a part of it")
+        raise ValueError(f"lr: expected a positive number, got {lr}; the decay is divided by it")
     return adamw(model, lr, betas, eps, weight_decay / lr, decay_matrices_only)
 
 
@@ -53,30 +52,42 @@ def adamw(
     weight_decay: float = 0.02,
     decay_matrices_only: bool = False,
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW: a step shrinks weights by weight_decay * lr. decoupled_adamw's decay d is d / lr here."""
+    """torch's fused AdamW: a step shrinks weights by weight_decay * lr. A decay d of decoupled_adamw is d / lr here."""
     groups = _groups(model, weight_decay, decay_matrices_only)
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)  # pyright: ignore
 
 
+def _resolved(text: str, state: State, ssr: float) -> Time[int]:
+    """A time as Composer's schedulers take it: ``dur`` in the unit of max_duration, and epochs in batches."""
+    time, end = Time.from_timestring(text), state.max_duration
+    assert end is not None
+    if time.unit == TimeUnit.DURATION and end.unit != TimeUnit.EPOCH:
+        return Time(int(time.value * end.value), end.unit)
+    if time.unit not in (TimeUnit.DURATION, TimeUnit.EPOCH):
+        return Time(int(time.value * ssr), time.unit)
+    assert state.dataloader_len is not None
+    steps = time.value * int(state.dataloader_len)
+    return Time(int(steps * (end.value if time.unit == TimeUnit.DURATION else ssr)), TimeUnit.BATCH)
+
+
 class WarmupStableDecayScheduler(ComposerScheduler):
-    """Linear warmup, then the full rate, then a linear decay at the end (Hu et al., 2024, MiniCPM, arXiv 2404.06395).
+    """Linear warmup, constant rate, then linear decay at the end (Hu et al., 2024, MiniCPM, arXiv 2404.06395).
 
     Args:
         t_warmup: length of the warmup, for example ``0.06dur`` or ``2000ba``.
         t_decay: length of the decay.
-        alpha_f: share of the rate that is left at the end.
+        alpha_f: final rate, as a share of the full one.
     """
 
     def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0):
         self.t_warmup, self.t_decay, self.alpha_f = t_warmup, t_decay, alpha_f
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
-        warmup = _convert_time(self.t_warmup, state, ssr)
-        decay, end = _convert_time(self.t_decay, state, ssr), _convert_time("1dur", state, ssr)
+        warmup, decay, end = (_resolved(time, state, ssr) for time in (self.t_warmup, self.t_decay, "1dur"))
         if not warmup.unit == decay.unit == end.unit or warmup.value + decay.value > end.value:
             raise ConfigError(
-                f"scheduler: t_warmup {self.t_warmup} and t_decay {self.t_decay} must be in the unit of max_duration "
-                f"({end.to_timestring()}), or in dur, and not add up to more"
+                f"scheduler: expected t_warmup and t_decay in dur or the unit of max_duration ({end.to_timestring()}), "
+                f"with a sum of at most that; got {self.t_warmup} and {self.t_decay}"
             )
         now = state.timestamp.get(end.unit).value
         if now < warmup.value:
@@ -97,10 +108,10 @@ SCHEDULERS = {
 
 
 def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all of the model's parameters."""
+    """The optimizer, over all parameters of the model."""
     return build("optimizer", OPTIMIZERS, config.optimizer, model=model)
 
 
 def build_scheduler(config: RunConfig) -> ComposerScheduler:
-    """The schedule of the learning rate, stepped every batch."""
+    """The learning rate schedule, stepped every batch."""
     return build("scheduler", SCHEDULERS, config.scheduler)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what may not differ from the run that wrote it, and what may, by name."""
+"""Resuming from a checkpoint: which settings may differ from those of the run that wrote it."""
 
 import logging
 from collections.abc import Sequence
@@ -12,27 +12,29 @@ from src.train.schema import is_within
 
 log = logging.getLogger(__name__)
 
-FROM_CHECKPOINT = ("train_loader.shuffle_seed", "train_loader.num_canonical_nodes")
-"""What the checkpoint's own order of samples overrides: to accept another value would have no effect."""
+RESTORED_BY_STREAMING = ("train_loader.shuffle_seed", "train_loader.num_canonical_nodes")
+"""Restored from the checkpoint by streaming, so a new value would be ignored; always refused."""
 LEARNING_RATE = ("optimizer", "scheduler", "max_duration")
-"""Settings that decide learning rates; the optimizer's state in a checkpoint overrides its options."""
+"""Settings that decide the learning rate. Loading the optimizer's state overrides the optimizer's options."""
 ABSENT = "not set"
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings of which a checkpoint and a config have different values: both, by path."""
+    """Settings that differ between a checkpoint and a config: both values, by path."""
     names = sorted({*there, *here})
     both = {name: (there.get(name, ABSENT), here.get(name, ABSENT)) for name in names}
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
 class ResumeCheck(Callback):
-    """Write a run's settings into its checkpoints, and compare them with those of a checkpoint that it goes on from.
+    """Store a run's settings in its checkpoints, and compare them with those of a checkpoint when the run resumes.
+
+    Checkpoints hold its state under the name of this class.
 
     Args:
         settings: what decides the run's result, by path (``config.settings``, and fingerprints).
-        allow: paths, and sections, that may differ.
-        earlier: other values that mean the same, by path, as earlier versions wrote them.
+        allow: paths and sections that may differ.
+        earlier: values that mean the same and that earlier versions wrote, by path.
     """
 
     def __init__(self, settings: dict[str, Any], allow: Sequence[str], earlier: dict[str, Any] | None = None):
@@ -47,26 +49,25 @@ class ResumeCheck(Callback):
         self.accepted = self.compare(state, "the checkpoint")
 
     def compare(self, there: dict[str, Any] | None, path: str) -> list[str]:
-        """The accepted differences from a checkpoint's settings, by path.
+        """Paths of the accepted differences from a checkpoint's settings.
 
         Raises:
-            ConfigError: others differ; all of them, with both values, in one message.
+            ConfigError: other settings differ. One message names all of them, with both values.
         """
         if there is None:
-            log.warning("%s states no settings, so nothing was compared with this run's", path)
+            log.warning("%s has no settings, so none were compared with this run's", path)
             return []
         same = {name for name, value in self.earlier.items() if there.get(name) == value}
         found = {k: values for k, values in differences(there, self.settings).items() if k not in same}
-        accepted = [
-            name for name in found if name not in FROM_CHECKPOINT and any(is_within(name, ok) for ok in self.allow)
-        ]
+        allowed = [name for name in found if any(is_within(name, ok) for ok in self.allow)]
+        accepted = [name for name in allowed if name not in RESTORED_BY_STREAMING]
         refused = [name for name in found if name not in accepted]
         if not refused:
             return accepted
-        lines = [f"{path} is of a run with other settings"]
+        lines = [f"{path} is of a run with different settings"]
         lines += [f"{name}: {found[name][0]!r} there, {found[name][1]!r} here" for name in refused]
-        lines.append("Set them as they were, or begin a new run in another save_folder")
-        fixed = [name for name in refused if name in FROM_CHECKPOINT]
+        lines.append("Set them back, or start a new run in another save_folder")
+        fixed = [name for name in refused if name in RESTORED_BY_STREAMING]
         if fixed:
             lines[-1] += f". {', '.join(fixed)} cannot change within a run: the order of samples is the checkpoint's"
         else:
@@ -77,9 +78,9 @@ class ResumeCheck(Callback):
         self._options = [[{**group, "params": None} for group in o.param_groups] for o in state.optimizers]
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Let accepted options of the optimizer and schedule act, which the checkpoint has overridden."""
+        """Apply accepted options of optimizer and schedule again: loading the checkpoint has overridden them."""
         if self.accepted:
-            log.warning("resumed with other settings than the checkpoint's, as accepted: %s", ", ".join(self.accepted))
+            log.warning("resumed with settings that differ from the checkpoint's: %s", ", ".join(self.accepted))
         if not any(is_within(name, section) for name in self.accepted for section in LEARNING_RATE):
             return
         for optimizer, options in zip(state.optimizers, self._options, strict=True):
@@ -88,4 +89,4 @@ class ResumeCheck(Callback):
         for scheduler in state.schedulers:
             scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
             for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-                group["lr"] = group["initial_lr"] * share(0)  # Composer's reads the time from the state
+                group["lr"] = group["initial_lr"] * share(0)  # Composer's lambda takes the time from the state

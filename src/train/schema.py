@@ -1,4 +1,4 @@
-"""YAML -> frozen dataclasses, and components by name; all faults in one error."""
+"""YAML -> frozen dataclasses and components by name. One error names all faults."""
 
 import dataclasses
 import difflib
@@ -21,7 +21,7 @@ from src.common.errors import ConfigError
 
 @dataclass(frozen=True)
 class Component:
-    """A component by name: in the YAML a section with ``name`` and the options that its class takes."""
+    """A component by name: in the YAML, a section with ``name`` and the options of its class."""
 
     name: str
     options: dict[str, Any]
@@ -30,24 +30,38 @@ class Component:
 Named = dict[str, Component]
 
 
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a YAML."""
+
+    path: str
+    """Full path of the key."""
+    kind: Literal["unknown", "missing", "type"]
+    text: str
+    """What is wrong, and what was expected."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
+
+
 def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
-    """A ``kind``, which is a frozen dataclass, from a YAML and ``key=value`` overrides.
+    """A frozen dataclass ``kind`` from a YAML and ``key=value`` overrides.
 
     ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable.
 
     Args:
-        check: adds to a list what is wrong with values of the right type.
+        check: appends to a list what is wrong with values of the right type.
 
     Raises:
-        ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. All
-            such keys are in the one message.
+        ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. One
+            message names all of them.
     """
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
+            raise ConfigError(f"override {override!r}: expected key=value")
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: there is no such file")
-    faults: list[str] = []
+        raise ConfigError(f"{path}: no such file")
+    faults: list[Fault] = []
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         tree: Any = OmegaConf.to_container(merged, throw_on_missing=False)
@@ -57,23 +71,23 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
             tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
         except InterpolationResolutionError as error:
             _dataclass(kind, tree, "", faults)  # a misspelt key is often why another cannot refer to it
-            unknown = [fault for fault in faults if ": unknown; " in fault]
+            unknown = [str(fault) for fault in faults if fault.kind == "unknown"]
             raise ConfigError("\n  ".join([f"{path}: {error}", *unknown])) from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
-        # The last two are what OmegaConf raises when an override does not fit the YAML's shape.
+        # OmegaConf raises the last two when an override does not fit the YAML's shape.
         raise ConfigError(f"{path}: {error}") from None
 
     config = _dataclass(kind, tree, "", faults)
+    texts = [str(fault) for fault in faults]
     if config is not None:
-        check(config, faults)
-    if config is None or faults:
-        heading = f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}"
-        raise ConfigError("\n  ".join([heading, *faults]))
+        check(config, texts)
+    if texts:
+        raise ConfigError("\n  ".join([f"{path}: {len(texts)} fault{'s' * (len(texts) > 1)}", *texts]))
     return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A resolved config as plain values, components as they stand in a YAML. ``read`` of it gives the config again."""
+    """A resolved config as plain values, as in a YAML; ``read`` of them returns the same config."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Component):
@@ -88,12 +102,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def is_within(path: str, section: str) -> bool:
-    """Whether a path is that of a section or of something in it."""
+    """Whether ``path`` is ``section`` or a key in it."""
     return path == section or path.startswith(f"{section}.")
 
 
 def hide_environment(text: str, path: str, overrides: Sequence[str] = ()) -> str:
-    """``text`` with the value of each environment variable that the YAML or an override reads replaced by its name."""
+    """``text`` without the values of environment variables: names stand for those that the YAML and overrides read."""
     source = "\n".join([Path(path).read_text(), *overrides])
     for name in set(re.findall(r"\$\{oc\.env:\s*([A-Za-z_]\w*)", source)):
         if os.environ.get(name):
@@ -102,47 +116,49 @@ def hide_environment(text: str, path: str, overrides: Sequence[str] = ()) -> str
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, else all."""
+    """A hint for a misspelt name: the nearest known name, else all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _dataclass(kind: type, tree: Any, path: str, faults: list[str]) -> Any:
-    """``tree`` as a ``kind``, or None with the reasons added to ``faults``."""
+def _dataclass(kind: type, tree: Any, path: str, faults: list[Fault]) -> Any:
+    """``tree`` as a ``kind``; None if it does not fit, and ``faults`` then says why."""
     if not isinstance(tree, dict):
-        faults.append(f"{path}: keys and values are wanted here, not {tree!r}")
+        faults.append(Fault(path, "type", f"expected keys and values, got {tree!r}"))
         return None
     prefix = f"{path}." if path else ""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     for name in tree:
         if name not in fields:
-            faults.append(f"{prefix}{name}: unknown; {nearest(str(name), list(fields))}")
+            faults.append(Fault(f"{prefix}{name}", "unknown", f"unknown key; {nearest(str(name), list(fields))}"))
     values, before = {}, len(faults)
     for name, f in fields.items():
         if name in tree and tree[name] != "???":  # OmegaConf's mark of a value that must be given
             values[name] = _value(hints[name], tree[name], prefix + name, faults)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            faults.append(f"{prefix}{name}: missing")
+            faults.append(Fault(f"{prefix}{name}", "missing", "missing"))
     return kind(**values) if len(faults) == before else None
 
 
-def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
-    """``value`` as a ``hint``, or None with the reason added to ``faults``."""
+def _value(hint: Any, value: Any, path: str, faults: list[Fault]) -> Any:
+    """``value`` as a ``hint``; None if it does not fit, and ``faults`` then says why."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Component:
-        return _component(value, path, faults)
-    if origin is dict and args[1] is Component:
-        return _components(value, path, faults)
-    if origin is dict and dataclasses.is_dataclass(args[1]) and isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
+    elif origin is dict and args[1] is Component:
+        if value is None or isinstance(value, dict):
+            return _components(value or {}, path, faults)
+    elif origin is dict and dataclasses.is_dataclass(args[1]) and isinstance(value, dict):
         return {name: _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
-    if dataclasses.is_dataclass(hint):
+    elif dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, faults)  # pyright: ignore[reportArgumentType]
-    if origin in (typing.Union, types.UnionType):
+    elif origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         for arg in args:
-            attempt: list[str] = []
+            attempt: list[Fault] = []
             result = _value(arg, value, path, attempt)
             if not attempt:
                 return result
@@ -159,91 +175,82 @@ def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif origin is list:
-        if isinstance(value, list) and all(type(item) is args[0] for item in value):  # true is no whole number
+        if isinstance(value, list) and all(type(item) is args[0] for item in value):  # True is an int, too
             return value
     elif isinstance(value, origin or hint):
         return value
-    faults.append(f"{path}: {value!r} is not {_describe(hint)}")
+    faults.append(Fault(path, "type", f"expected {_described(hint)}, got {value!r}"))
     return None
 
 
-def _describe(hint: Any) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return "a list of texts" if typing.get_args(hint)[0] is str else "a list of whole numbers"
-    return "keys and values"
-
-
-def _component(value: Any, path: str, faults: list[str]) -> Component | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        faults.append(f"{path}: a section with a 'name' is wanted here, not {value!r}")
-        return None
-    return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
-
-
-def _components(value: Any, path: str, faults: list[str]) -> Named | None:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        faults.append(f"{path}: names, each with what it takes, are wanted here, not {value!r}")
-        return None
+def _components(sections: dict[str, Any], path: str, faults: list[Fault]) -> Named:
     components = {}
-    for name, options in value.items():
+    for name, options in sections.items():
         if options is not None and not isinstance(options, dict):
-            faults.append(f"{path}.{name}: keys and values (or {{}}) are wanted here, not {options!r}")
+            faults.append(Fault(f"{path}.{name}", "type", f"expected keys and values (or {{}}), got {options!r}"))
         components[name] = Component(str(name), options or {})
     return components
+
+
+def _described(hint: Any) -> str:
+    """A type as an error message names it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Component:
+        return "a section with a 'name'"
+    if hint in (str, int, float, bool):
+        return hint.__name__
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else _described(arg) for arg in args)
+    if origin is list:
+        return f"a list of {args[0].__name__}"
+    return "keys and values"
 
 
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def build(path: str, table: Mapping[str, Callable[..., Any]], component: Component, **given: Any) -> Any:
-    """``table[name](**options, **given)``; ``given`` comes from the code and is no option of the YAML's.
+    """``table[name](**options, **given)``; ``given`` comes from the code and cannot be set in the YAML.
 
     Raises:
-        ConfigError: the name is not in the table, options are unknown or missing, or a package that it needs is not
-            installed; by the key's full path.
+        ConfigError: the name is not in the table, an option is unknown, missing or refused, or a package is not
+            installed. The message has the key's full path.
     """
     if component.name not in table:
         raise ConfigError(f"{path}: unknown {component.name!r}; {nearest(component.name, list(table))}")
-    target = table[component.name]
-    check_options(f"{path}.{component.name}", target, component.options, given)
+    target, path = table[component.name], f"{path}.{component.name}"
+    check_options(path, target, component.options, given)
     try:
         return target(**component.options, **given)
-    except ImportError as error:  # Composer's loggers import their service's package when they are made
-        raise ConfigError(f"{path}.{component.name}: a package is not installed: {error}") from None
+    except ImportError as error:  # Composer's loggers import the package of their service in __init__
+        raise ConfigError(f"{path}: a package is not installed: {error}") from None
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{path}.{component.name}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def check_options(path: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str]) -> None:
-    """Refuse, in one error, options that ``target`` does not take, and say which it lacks."""
-    parameters = inspect.signature(target).parameters
-    takes = [
-        name
-        for name, p in parameters.items()
+    """Refuse options that ``target`` does not take, and required ones that are missing; one error names all."""
+    parameters = {
+        name: p
+        for name, p in inspect.signature(target).parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
+    }
+    # Loggers pass **kwargs to their service. *args with **kwargs are a base class's and have no effect.
+    variadic = {p.kind for p in inspect.signature(target).parameters.values()} & VARIADIC
+    open_ended = inspect.isclass(target) and variadic == {inspect.Parameter.VAR_KEYWORD}
+    faults = [
+        f"unexpected {str(name)!r} ({nearest(str(name), list(parameters))})"
+        for name in options
+        if name not in parameters and not open_ended
     ]
-    # Loggers hand **kwargs on to their service; *args, **kwargs are a base class's and go nowhere.
-    kinds = {p.kind for p in parameters.values()}
-    open_ended = inspect.isclass(target) and kinds & VARIADIC == {inspect.Parameter.VAR_KEYWORD}
-    faults = []
-    for name in options:
-        if name not in takes and not open_ended:
-            faults.append(f"unexpected {str(name)!r} ({nearest(str(name), takes)})")
     faults += [
         f"missing {name!r}"
-        for name in takes
-        if parameters[name].default is inspect.Parameter.empty and name not in options
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in options
     ]
     if faults:
-        raise ConfigError(f"{path}: {'; '.join(faults)}; it takes {', '.join(takes) or 'nothing'}")
+        raise ConfigError(f"{path}: {'; '.join(faults)}; it takes {', '.join(parameters) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""What a run will do and need, told before it begins: `main.py --validate`."""
+"""Size, work and memory of a run, before it starts: `main.py --validate`."""
 
 import math
 from collections.abc import Callable
@@ -16,23 +16,35 @@ from src.data.microbatches import fullest_batch, num_tokens
 from src.data_c4 import StreamingC4
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
-from src.train.builders import build_parallelism
+from src.train import builders, models, optim, weights
 from src.train.config import MaskingSchedule, RunConfig
-from src.train.data import device_train_batch_size, highest_rate, split_batch
+from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 
 SAMPLES = 512
-"""Samples, evenly spread over the training data, from which lengths are estimated."""
+"""Samples, evenly spread over the training data, that lengths are estimated from."""
+
+
+def validate(config: RunConfig) -> str:
+    """Build what training would build, and describe the run: a line each for its size, work and memory.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what ``build_trainer`` would raise for this config.
+    """
+    tokenizer = builders.build_tokenizer(config, None)
+    model = models.build_model(config, tokenizer)
+    weights.initialise(config, model, tokenizer)
+    optim.build_optimizer(config, model)
+    builders.build_algorithms(config)
+    builders.build_callbacks(config, tokenizer)
+    builders.build_parallelism(config)
+    train_data = build_train_data(config, tokenizer)
+    build_evaluators(config, tokenizer, train_data)
+    dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+    return summarize(config, model, dataset, optim.build_scheduler(config))
 
 
 def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC4, scheduler: ComposerScheduler) -> str:
-    """Size, work and memory of a run, a line each; nothing is trained.
-
-    Args:
-        config: of the run.
-        model: with its weights on the CPU.
-        dataset: the training data; only indexed.
-        scheduler: of the learning rate.
-    """
+    """The lines; ``model`` is on the CPU, and ``dataset`` is only indexed."""
     rate = config.mlm_probability
     collator = MaskingCollator(
         dataset.tokenizer, rate.initial if isinstance(rate, MaskingSchedule) else rate, config.seed
@@ -50,16 +62,16 @@ def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC
         **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
         "global batch": f"{config.global_train_batch_size:,} samples, about "
         f"{per_sample * config.global_train_batch_size:,.0f} tokens, over {dist.get_world_size()} devices",
-        "steps": f"{steps:,}, {steps * config.global_train_batch_size / dataset.epoch_size:.2f} passes over the data",
+        "steps": f"{steps:,}, {steps * config.global_train_batch_size / dataset.epoch_size:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
-        "work": f"{model.flops_per_batch(batch) / tokens['total'] / 1e6:,.1f} MFLOP a real token, forward and backward",
+        "work": f"{model.flops_per_batch(batch) / tokens['total'] / 1e6:,.1f} MFLOP per token, forward and backward",
         "memory": memory(config, model, parameters, dataset),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
 
 
 def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:
-    """About ``SAMPLES`` ids, evenly spread over the data; of mixed datasets, of each its share."""
+    """About ``SAMPLES`` ids, evenly spread over the data; from each dataset of a mixture, its share."""
     parts = zip(dataset.sample_offset_per_stream, dataset.samples_per_stream, dataset.shares.values(), strict=True)
     return np.concatenate(
         [
@@ -70,7 +82,7 @@ def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:
 
 
 def mixture(dataset: StreamingC4) -> str:
-    """Share and number of draws of each of the mixed datasets in an epoch."""
+    """Share and number of draws per epoch of each dataset in a mixture."""
     draws = zip(dataset.shares.items(), dataset.streams, dataset.samples_per_stream, strict=True)
     parts = (
         f"{name} {share:.1%} ({stream.choose:,} draws of {samples:,} samples)"
@@ -80,7 +92,7 @@ def mixture(dataset: StreamingC4) -> str:
 
 
 def total_steps(config: RunConfig, samples: int, tokens_per_sample: float) -> int:
-    """Steps of the whole run; with a max_duration in tokens, about so many."""
+    """Steps of the whole run; an estimate if max_duration is in tokens."""
     duration, sequences = Time.from_timestring(config.max_duration), config.global_train_batch_size
     in_steps = {
         "ba": duration.value,
@@ -92,14 +104,14 @@ def total_steps(config: RunConfig, samples: int, tokens_per_sample: float) -> in
 
 
 def steps_per_epoch(config: RunConfig, samples: int) -> int:
-    """Steps of one pass over the data; the last may repeat samples to be full."""
+    """Steps per epoch; the last batch may repeat samples to be full."""
     return math.ceil(samples / config.global_train_batch_size)
 
 
 def schedule_shares(
     scheduler: ComposerScheduler, config: RunConfig, steps: int, samples: int, tokens_per_sample: float
 ) -> tuple[float, float]:
-    """Shares of the run in which the rate rises to its highest, and in which it falls from it."""
+    """Shares of the run with warmup, before the highest learning rate, and with decay, after it."""
     points = min(steps, 2000)
     sequences = config.global_train_batch_size
 
@@ -119,20 +131,19 @@ def schedule_shares(
 
 
 def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, dataset: StreamingC4) -> str:
-    """Bytes of a device at the worst case, every sequence of a microbatch at its longest (T = B * S).
+    """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S).
 
-    Weights, gradients and Adam's two moments in fp32 are counted, a device's share of them with FSDP; what the backward
-    pass needs is measured on one and two sequences and extrapolated. A framework's workspace and fragmentation come on
-    top.
+    Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
+    measured on one and two sequences and extrapolated. Workspaces and fragmentation are not included.
     """
-    parallelism = build_parallelism(config)
+    parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
     states = (16 - sharded + sharded / dist.get_world_size()) * parameters
     size = config.device_train_microbatch_size
     if size == "auto":
-        return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; the microbatch is found on the GPU"
+        return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; auto finds the microbatch on the GPU"
     S = config.max_seq_len
-    device = get_device()  # the one that will train: each kind of kernel keeps other things
+    device = get_device()  # the one that trains: kernels for CPU and GPU save different tensors
     model = device.module_to_device(model)
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
 
@@ -144,19 +155,19 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
 
     activations = extrapolated(kept, min(size, device_train_batch_size(config)))
     return (
-        f"about {(states + activations) / 2**30:.2f} GiB a device at the worst case: {states / 2**30:.2f} for weights, "
-        f"gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
+        f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {states / 2**30:.2f} for "
+        f"weights, gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
     )
 
 
 def extrapolated(kept: Callable[[int], int], size: int) -> int:
-    """What ``size`` sequences keep, from one and two: what is kept once, as copies of weights in bf16, counts once."""
+    """Bytes for ``size`` sequences, from those for one and two. Constant parts, such as bf16 weights, count once."""
     one = kept(1)
     return one + (size - 1) * (kept(2) - one)
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward pass keeps for the backward, beside the model's parameters."""
+    """Bytes that a forward pass saves for the backward, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -169,5 +180,5 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
     total = sum(saved.values())
-    del output  # until here, so that no storage's address was used twice
+    del output  # kept until here, so that no address is used twice
     return total

@@ -1,15 +1,15 @@
-"""Weights to begin with: from a checkpoint of a run or a Hugging Face folder, into any of the models, strictly.
+"""Pretrained weights: from a checkpoint of a run or a Hugging Face folder, strictly, into any of the models.
 
     load_pretrained(path, model_class, **config) -> model      load_tokenizer(read(path)) -> its tokenizer
 
 A path is one of
-    runs/mine/checkpoints, or a file in it    checkpoints of main.py; read as data, nothing in them is run
+    runs/mine/checkpoints, or a file in it    checkpoints of main.py
     a folder with config.json and weights     what export_hf.py or save_pretrained wrote, or a published MosaicBERT
                                               (model_type ``bert`` with ``alibi_starting_size``)
     a folder of Hugging Face's BERT           for transformers' own classes only
 
-Every weight must find its place and every place its weight, but for the heads listed in ``FRESH`` and ``LEFT`` and for
-names that a class ties together, of which one is enough.
+Every weight of the model must be there, and no other. Exceptions are the names in ``NEWLY_INITIALISED`` and
+``DROPPED``, and names that a class ties together, of which one is enough. Files are read as data: no code in them runs.
 """
 
 import inspect
@@ -27,33 +27,35 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from src.common.errors import ConfigError
+from src.common.errors import CheckpointError, ConfigError, first_line
 from src.configuration_bert import MosaicBertConfig
 from src.data import tokenizer as tokenizers
+from src.hf_bert import HFBert
+from src.mosaic_bert import MosaicBert
 from src.train import checkpoint
+from src.train.config import RunConfig
+from src.train.models import KINDS
 from src.train.schema import nearest
 
 log = logging.getLogger(__name__)
 
-FRESH = ("bert.pooler.", "classifier.")
-"""Heads that pretraining does not train: a class with one begins it anew where the weights have nothing of it."""
-LEFT = (*FRESH, "cls.", "bert.embeddings.position_ids")
-"""What the weights may have and a class may lack: heads, and a buffer of older versions of transformers."""
-UNSEEN = ("num_attention_heads", "layer_norm_eps")
-"""Settings that decide what weights mean and that no shape shows."""
-CONFIGS = {"mosaic_bert": MosaicBertConfig, "hf_bert": transformers.BertConfig}
-"""The config's class of each model that main.py trains."""
+NEWLY_INITIALISED = ("bert.pooler.", "classifier.")
+"""Heads that pretraining does not train; newly initialised if the weights have nothing of them."""
+DROPPED = (*NEWLY_INITIALISED, "cls.", "bert.embeddings.position_ids")
+"""Weights that a class may lack: heads, and a buffer of older versions of transformers."""
+SHAPELESS_SETTINGS = ("num_attention_heads", "layer_norm_eps")
+"""Settings that change the computation but no tensor shape; compared explicitly."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Files of weights in a Hugging Face folder; the first one that is there is read."""
-NAMED = 12
-"""Names of weights that an error lists before it counts."""
+"""Files of weights in a Hugging Face folder; the first that exists is read."""
+MOST_NAMES = 12
+"""Names of weights in an error; further ones are counted."""
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights at rest, and what is known of them."""
+    """Weights that were read, and what is known of them."""
 
     path: Path
     """The checkpoint's file, or the Hugging Face folder."""
@@ -62,21 +64,24 @@ class Pretrained:
     state: dict[str, Tensor]
     """Weights by name; the encoder's begin with ``bert.``, as in BertForMaskedLM."""
     settings: dict[str, Any] | None
-    """What a checkpoint states of its run (``resume.ResumeCheck``), by path; None for a Hugging Face folder."""
+    """Settings of the run that wrote the checkpoint (``resume.ResumeCheck``); None for a Hugging Face folder."""
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Folder or name of the tokenizer: a folder's own, or of the config that lies beside a checkpoint."""
-        if self.settings is None:
-            has_one = any((self.path / name).exists() for name in ("tokenizer.json", "vocab.txt"))
-            return str(self.path) if has_one else None
+        """Folder or Hub name of the tokenizer, or None: next to the checkpoint, or in the Hugging Face folder.
+
+        Runs of earlier versions only wrote its name, to config.yaml next to the checkpoint.
+        """
+        own = self.path if self.settings is None else self.path.with_name(checkpoint.TOKENIZER)
+        if any((own / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+            return str(own)
         config = self.path.with_name("config.yaml")
-        if not config.exists():
+        if self.settings is None or not config.exists():
             return None
         try:
             return OmegaConf.load(config).tokenizer_name
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{config}: tokenizer_name: {error}") from None
+            raise CheckpointError(f"{config}: tokenizer_name: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ def read(path: str | Path) -> Pretrained:
     """The weights of a checkpoint or a Hugging Face folder.
 
     Raises:
-        ConfigError: there is neither at ``path``; it is damaged, holds more than data, or is another kind of model.
+        CheckpointError: there is neither at ``path``; or it is damaged, holds more than data, or is of another kind.
     """
     path = Path(path)
     if path.is_file():
@@ -99,47 +104,46 @@ def read(path: str | Path) -> Pretrained:
     if latest.exists():
         return _read_checkpoint(latest)
     if not path.exists():
-        raise ConfigError(f"{path}: there is no such file or folder")
-    raise ConfigError(f"{path}: this folder holds neither {latest.name} nor a Hugging Face model (no config.json)")
+        raise CheckpointError(f"{path}: no such file or folder")
+    raise CheckpointError(f"{path}: this folder has neither {latest.name} nor a Hugging Face model (config.json)")
 
 
 def _read_checkpoint(path: Path) -> Pretrained:
-    reason = checkpoint.fault(path)
+    state = checkpoint.read(path)
+    reason = checkpoint.damage(path)
     if reason is not None:
-        raise ConfigError(f"{path}: the checkpoint is damaged: {reason}")
-    state = checkpoint.read(str(path))
+        raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
     settings = state["callbacks"].get("ResumeCheck") or {}
-    kind = CONFIGS.get(settings.get("model.name", ""))
+    kind = KINDS.get(settings.get("model.name", ""))
     if kind is None:
-        raise ConfigError(f"{path}: the checkpoint does not say which model it is of, as those of main.py do")
+        raise CheckpointError(f"{path}: not a checkpoint of main.py: it does not say which model it is of")
     weights = {name.removeprefix("model."): tensor for name, tensor in state["model"].items()}
     prefix = "model.model_config."
     options = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     options["vocab_size"] = len(weights["bert.embeddings.word_embeddings.weight"])
     if "classifier.weight" in weights:
         options["num_labels"] = len(weights["classifier.weight"])
-    return Pretrained(path, _config(kind, options, path), weights, settings)
+    return Pretrained(path, _config(kind.config_class, options, path), weights, settings)
 
 
 def _read_folder(folder: Path) -> Pretrained:
     try:
         options = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     model_type = options.get("model_type")
     if model_type not in ("mosaic_bert", "bert"):
-        raise ConfigError(f"{folder}: model_type {model_type!r} is neither mosaic_bert nor bert")
-    kind = (
-        MosaicBertConfig if model_type == "mosaic_bert" or "alibi_starting_size" in options else transformers.BertConfig
-    )
-    if kind is MosaicBertConfig:
+        raise CheckpointError(f"{folder}: model_type: expected mosaic_bert or bert, got {model_type!r}")
+    ours = model_type == "mosaic_bert" or "alibi_starting_size" in options
+    kind = KINDS["mosaic_bert" if ours else "hf_bert"].config_class
+    if ours:
         if options.get("hidden_act", "gelu") != "gelu":
-            raise ConfigError(f"{folder}: hidden_act {options['hidden_act']!r}: MosaicBERT's is gelu")
-        # Of a published config, what acts here; it has lengths and positions too, and the names of its own classes.
+            raise CheckpointError(f"{folder}: hidden_act: expected gelu, got {options['hidden_act']!r}")
+        # A published config has more settings, without effect here: lengths, positions, names of its own classes.
         takes = {*inspect.signature(MosaicBertConfig).parameters, "id2label", "label2id", "problem_type"}
         options = {name: value for name, value in options.items() if name in takes}
     weights = _read_weights(folder)
-    if "embeddings.word_embeddings.weight" in weights:  # of an encoder alone
+    if "embeddings.word_embeddings.weight" in weights:  # an encoder without a head
         weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
     return Pretrained(folder, _config(kind, options, folder), weights, None)
 
@@ -147,27 +151,25 @@ def _read_folder(folder: Path) -> Pretrained:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     paths = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not paths:
-        raise ConfigError(f"{folder}: there are no weights here; {' or '.join(WEIGHTS)} is read, each as one file")
-    try:
-        if paths[0].suffix == ".safetensors":
+        raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHTS)}, as one file")
+    if paths[0].suffix == ".safetensors":
+        try:
             weights = safetensors.torch.load_file(paths[0])
-        else:
-            weights = torch.load(paths[0], map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes of either reader
-        text = str(error)
-        what = "hold more than data, and running what they hold is refused" if "nsupported" in text else "are damaged"
-        raise ConfigError(f"{paths[0]}: the weights {what}: {text[:300]}") from None
-    renamed = ((".gamma", ".weight"), (".beta", ".bias"))  # of BERT's first LayerNorms
+        except Exception as error:  # a damaged file can raise anything in the reader
+            raise CheckpointError(f"{paths[0]}: the file is damaged ({first_line(error)})") from None
+    else:
+        weights = checkpoint.load_data(paths[0])
+    renamed = ((".gamma", ".weight"), (".beta", ".bias"))  # LayerNorms of the first BERT checkpoints
     for old, new in renamed:
         weights = {name.removesuffix(old) + new if name.endswith(old) else name: w for name, w in weights.items()}
     return weights
 
 
-def _config(kind: type, options: dict[str, Any], path: Path) -> Any:
+def _config(config_class: type, options: dict[str, Any], path: Path) -> Any:
     try:
-        return kind(**options)
+        return config_class(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,25 +178,26 @@ def _config(kind: type, options: dict[str, Any], path: Path) -> Any:
 
 
 def load_pretrained(
-    source: str | Path | Pretrained, model_class: type[Model], fresh_classifier: bool = False, **overrides: Any
+    source: str | Path | Pretrained, model_class: type[Model], new_classifier: bool = False, **overrides: Any
 ) -> Model:
     """A model with pretrained weights, in evaluation mode.
 
     Args:
-        source: a path that ``read`` takes, or what it gave.
-        model_class: BertModel or a BertFor… of bert_layers.py; one of transformers for weights of its BERT.
-        fresh_classifier: begin ``classifier`` anew even if the weights have one, as for another task.
-        overrides: settings of the config by name, ``num_labels`` or ``hidden_dropout_prob`` for example.
+        source: a path, or what ``read`` returns.
+        model_class: BertModel or a BertFor… of bert_layers.py; for weights of Hugging Face's BERT, of transformers.
+        new_classifier: newly initialise ``classifier`` even if the weights have one, for another task.
+        overrides: settings of the config by name, for example ``num_labels`` or ``hidden_dropout_prob``.
 
     Raises:
-        ConfigError: what ``read`` and ``load_weights`` raise; or a setting that the config does not have.
-        ValueError: the model cannot be built so, for example with attention dropout where no kernel has it.
+        CheckpointError: as ``read`` and ``load_weights``.
+        ConfigError: an override is unknown or refused.
+        ValueError: the model cannot be built, for example with attention dropout that no kernel supports.
     """
     if not isinstance(source, Pretrained):
         source = read(source)
     check_kind(source, model_class)
     model = model_class(_overridden(source, overrides))
-    load_weights(model, source, fresh_classifier)
+    load_weights(model, source, new_classifier)
     return model.eval()
 
 
@@ -202,77 +205,90 @@ def _overridden(source: Pretrained, overrides: dict[str, Any]) -> Any:
     config = source.config
     for name in overrides:
         if not hasattr(config, name):
-            raise ConfigError(f"model_config.{name}: unknown; {nearest(name, list(vars(config)))}")
+            raise ConfigError(f"model_config.{name}: unknown key; {nearest(name, list(vars(config)))}")
     options = config.to_dict()
-    if "num_labels" in overrides:  # else the names of other labels would win over the number
+    if "num_labels" in overrides:  # the names of other labels would override the number
         del options["id2label"], options["label2id"]
-    return _config(type(config), {**options, **overrides}, source.path)
+    try:
+        return type(config)(**{**options, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model_config: {error}") from None
 
 
 def check_kind(source: Pretrained, model_class: type[PreTrainedModel]) -> None:
-    """Refuse weights of a MosaicBERT for Hugging Face's BERT, and the reverse, with the reason (ConfigError)."""
+    """Refuse weights of a MosaicBERT for Hugging Face's BERT, and the reverse (CheckpointError)."""
     assert model_class.config_class is not None
     ours, theirs = issubclass(model_class.config_class, MosaicBertConfig), isinstance(source.config, MosaicBertConfig)
     if ours and not theirs:
-        raise ConfigError(
+        raise CheckpointError(
             f"{source.path}: these are weights of Hugging Face's BERT (learned positions, separate queries, keys and "
-            "values, no gated linear units; no alibi_starting_size in its config): MosaicBERT has no place for them. "
-            "Take model hf_bert, or weights of a MosaicBERT"
+            "values, no gated linear units; no alibi_starting_size in its config), which do not fit MosaicBERT. Use "
+            "model hf_bert, or weights of a MosaicBERT"
         )
     if theirs and not ours:
-        raise ConfigError(f"{source.path}: these are weights of a MosaicBERT; take model mosaic_bert, not hf_bert")
+        raise CheckpointError(f"{source.path}: these are weights of a MosaicBERT; use model mosaic_bert, not hf_bert")
 
 
-def load_weights(model: PreTrainedModel, source: Pretrained, fresh_classifier: bool = False) -> None:
-    """Put weights into a model, each where it belongs.
+def initialise(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Load the weights of ``config.pretrained``, if it is set, into a model for pretraining."""
+    if config.pretrained is None:
+        return
+    source = read(config.pretrained)
+    check_kind(source, type(model.model))
+    check_tokenizer(source, tokenizer)
+    load_weights(model.model, source)
+
+
+def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: bool = False) -> None:
+    """Load weights into a model.
 
     Raises:
-        ConfigError: weights are missing, left over, of another shape or, tied, contradict each other; a setting that no
-            shape shows differs; the weights are of another kind of model. All of it in one message.
+        CheckpointError: weights are missing, unexpected, of another shape, or tied but not equal; a setting of
+            SHAPELESS_SETTINGS differs; or the weights are of another kind of model. One message names all faults.
     """
     check_kind(source, type(model))
-    prefix = "" if hasattr(model, "bert") else "bert."  # of BertModel, whose names have none
-    places = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    prefix = "" if hasattr(model, "bert") else "bert."  # names of BertModel have none
+    here = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     state = source.state
-    if fresh_classifier:
+    if new_classifier:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
-    fresh = tuple(head for head in FRESH if not any(name.startswith(head) for name in state))
+    new_heads = tuple(head for head in NEWLY_INITIALISED if not any(name.startswith(head) for name in state))
     tied: dict[int, list[str]] = {}
-    for name, tensor in places.items():
+    for name, tensor in here.items():
         tied.setdefault(tensor.data_ptr(), []).append(name)
 
     faults, missing = [], []
     for names in tied.values():
         given = [name for name in names if name in state]
-        if not given and not names[0].startswith(fresh):
+        if not given and not names[0].startswith(new_heads):
             missing.append(names[0])
         elif len(given) > 1 and not all(torch.equal(state[given[0]], state[name]) for name in given[1:]):
             faults.append(f"tied, but not equal: {', '.join(given)}")
-    left = [name for name in state if name not in places]
+    unused = [name for name in state if name not in here]
     shapes = [
-        f"{name} {tuple(state[name].shape)}, not {tuple(place.shape)}"
-        for name, place in places.items()
-        if name in state and state[name].shape != place.shape
+        f"{name} (expected {tuple(tensor.shape)}, got {tuple(state[name].shape)})"
+        for name, tensor in here.items()
+        if name in state and state[name].shape != tensor.shape
     ]
     for what, found in (
         ("missing", missing),
-        ("unexpected", [name for name in left if not name.startswith(LEFT)]),
+        ("unexpected", [name for name in unused if not name.startswith(DROPPED)]),
         ("of another shape", shapes),
     ):
         if found:
-            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-            faults.append(f"{what}: {', '.join(found[:NAMED])}{more}")
-    for name in UNSEEN:
-        there, here = getattr(source.config, name), getattr(model.config, name)
-        if there != here:
-            faults.append(f"{name}: {there} there, {here} here")
+            more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+            faults.append(f"{what}: {', '.join(found[:MOST_NAMES])}{more}")
+    for name in SHAPELESS_SETTINGS:
+        theirs, ours = getattr(source.config, name), getattr(model.config, name)
+        if theirs != ours:
+            faults.append(f"{name}: {theirs} there, {ours} here")
     if faults:
-        raise ConfigError("\n  ".join([f"{source.path}: these weights do not fit {type(model).__name__}", *faults]))
+        raise CheckpointError("\n  ".join([f"{source.path}: these weights do not fit {type(model).__name__}", *faults]))
 
-    given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name in places}
+    given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name in here}
     model.load_state_dict(given, strict=False)
-    anew = [name for name in places if name not in state and name.startswith(fresh)]
-    for what, names in (("left out", left), ("begun anew", anew)):
+    new = [name for name in here if name not in state and name.startswith(new_heads)]
+    for what, names in (("not used", unused), ("newly initialised", new)):
         if names:
             log.info("%s: %s: %s", source.path, what, ", ".join(names))
 
@@ -283,28 +299,28 @@ def load_weights(model: PreTrainedModel, source: Pretrained, fresh_classifier: b
 
 
 def load_tokenizer(source: Pretrained, name: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer that the weights were trained with: ``name``, or without it the folder's or the run's own.
+    """The tokenizer that the weights were trained with: ``name``, by default the checkpoint's or folder's own.
 
     Raises:
-        ConfigError: nothing says which it is, it is not to be had, or ``name`` is another.
+        CheckpointError: no tokenizer is named or found, or it is not the one of the weights.
     """
     name = name or source.tokenizer_name
     if name is None:
-        where = "no tokenizer in this folder" if source.settings is None else "no config.yaml beside the checkpoint"
-        raise ConfigError(f"{source.path}: nothing says which tokenizer these weights are of ({where}); name it")
+        where = "in this folder" if source.settings is None else f"in {checkpoint.TOKENIZER}/ next to the checkpoint"
+        raise CheckpointError(f"{source.path}: no tokenizer {where}; name the tokenizer")
     try:
         tokenizer = tokenizers.load_tokenizer(name)
     except ValueError as error:
-        raise ConfigError(f"{source.path}: its {error}") from None
+        raise CheckpointError(f"{source.path}: its {error}") from None
     check_tokenizer(source, tokenizer)
     return tokenizer
 
 
 def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer that the weights were not trained with, as far as they say with which they were.
+    """Refuse a tokenizer that the weights were not trained with; warn if nothing says which one that was.
 
     Raises:
-        ConfigError: it makes other ids of a text, or has more of them than there are embeddings.
+        CheckpointError: it gives other ids, or has more of them than the model has embeddings.
     """
     if source.settings is not None:
         trained_with = source.settings.get("tokenizer")
@@ -312,12 +328,13 @@ def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> N
         trained_with = tokenizers.tokenizer_fingerprint(tokenizers.load_tokenizer(source.tokenizer_name))
     else:
         trained_with = None
+    name = tokenizer.name_or_path
     if trained_with is None:
         log.warning("%s does not say which tokenizer it was trained with, so none was compared", source.path)
     elif trained_with not in (tokenizers.tokenizer_fingerprint(tokenizer), tokenizers.earlier_fingerprint(tokenizer)):
-        raise ConfigError(f"{source.path}: the tokenizer {tokenizer.name_or_path} is another than it was trained with")
+        raise CheckpointError(f"{source.path}: the tokenizer {name} is not the one that it was trained with")
     if len(tokenizer) > source.config.vocab_size:
-        raise ConfigError(
-            f"{source.path}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} entries, and the model "
-            f"embeddings for {source.config.vocab_size}"
+        raise CheckpointError(
+            f"{source.path}: the tokenizer {name} has {len(tokenizer)} entries, but the model only "
+            f"{source.config.vocab_size} embeddings"
         )

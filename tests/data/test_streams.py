@@ -11,6 +11,7 @@ import torch
 import main
 from src.common.errors import ConfigError
 from src.data.shards import LENGTHS
+from src.train.builders import build_trainer
 from src.train.config import load
 
 
@@ -38,7 +39,7 @@ def test_the_share_of_each_dataset_is_logged_by_name(options, tmp_path, capsys):
     main.main(["yamls/quickstart.yaml", *options, "max_duration=1ep", "--validate"])
     printed = capsys.readouterr().out
     assert "c4 62.2% (300 draws of 300 samples), own 37.8% (182 draws of 91 samples)" in printed
-    assert "31, 1.03 passes" in printed
+    assert "31, 1.03 epochs" in printed
 
 
 @pytest.mark.parametrize("rate", ["0.3", "{initial: 0.3, final: 0.2}"])
@@ -48,7 +49,7 @@ def test_mixed_and_in_order_of_length_a_run_resumes_bit_by_bit(rate, options, tm
     weights = []
     for folder, loaded in (("whole", []), ("half", [f"load_path={tmp_path}/whole/ep0-ba20-rank0.pt"])):
         run = load("yamls/quickstart.yaml", [*options, *loaded, f"save_folder={tmp_path}/{folder}", "autoresume=false"])
-        trainer = main.build_trainer(run)
+        trainer = build_trainer(run)
         trainer.fit()
         trainer.close()
         assert trainer.state.timestamp.batch.value == 40 and trainer.state.timestamp.epoch.value == 1
@@ -58,5 +59,5 @@ def test_mixed_and_in_order_of_length_a_run_resumes_bit_by_bit(rate, options, tm
 
 def test_evaluating_on_a_mixed_dataset_itself_is_refused(options, tmp_path):
     options = [*options, f"eval_loader.local={tmp_path}", "eval_loader.split=held-out"]
-    with pytest.raises(ConfigError, match=r"eval: evaluates on train_loader.streams.own itself"):
+    with pytest.raises(ConfigError, match=r"eval: this is the training data of train_loader.streams.own"):
         main.main(["yamls/quickstart.yaml", *options])

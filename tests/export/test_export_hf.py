@@ -24,8 +24,8 @@ from src.configuration_bert import AUTO_MAP
 from src.export import hf, onnx
 from src.train import weights
 from src.train.weights import load_pretrained
-from tests.conftest import tiny_run
 from tests.model.test_bert_layers import batch_of, model_of
+from tests.runs import tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -385,7 +385,7 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     kept = []
     result = run.train_and_evaluate(dataclasses.replace(specs["late-seed1"], save_model=True))
     for spec in (specs["first-seed5"], specs["late-seed1"]):
-        kept.append(load_pretrained(Path(spec.folder) / MODEL_FOLDER, model.HEADS["regression"][0]))
+        kept.append(load_pretrained(Path(spec.folder) / MODEL_FOLDER, model.HEADS["regression"]["mosaic_bert"]))
     for (name, before), after in zip(
         kept[0].bert.state_dict().items(), kept[1].bert.state_dict().values(), strict=True
     ):

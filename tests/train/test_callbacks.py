@@ -7,13 +7,10 @@ import torch
 
 import main
 from src import data_c4
-from src.common.errors import TrainingError
+from src.common.errors import ConfigError, TrainingError
 from src.mosaic_bert import MosaicBert
-from src.train.callbacks import LargestStep
-from src.train.config import load
-from tests.train.test_main import fit
-
-QUICKSTART = "yamls/quickstart.yaml"
+from src.train.callbacks import MemoryProbe
+from tests.runs import QUICKSTART, fit, trainer_of
 
 
 def test_a_loss_that_is_no_number_stops_the_run(overrides, tmp_path):
@@ -31,8 +28,8 @@ def test_a_loss_that_is_no_number_stops_the_run(overrides, tmp_path):
 
 def test_without_a_checkpoint_that_is_said(overrides):
     options = [*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"]
-    with pytest.raises(TrainingError, match="This run has saved no checkpoint before it"):
-        fit(QUICKSTART, options)
+    with pytest.raises(TrainingError, match="No checkpoint was saved before it"):
+        fit(options)
 
 
 def test_an_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
@@ -40,7 +37,7 @@ def test_an_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
     whole = data_c4.Loader.__iter__
     monkeypatch.setattr(data_c4.Loader, "__iter__", lambda self: (b for i, b in enumerate(whole(self)) if i < 3))
     with pytest.raises(TrainingError, match="epoch 1 ended after 3 of 19 batches"):
-        fit(QUICKSTART, [*overrides, "max_duration=1ep", "eval_interval=0"])
+        fit([*overrides, "max_duration=1ep", "eval_interval=0"])
 
 
 def test_the_largest_microbatch_is_tried_first_and_changes_nothing(overrides, monkeypatch):
@@ -51,10 +48,10 @@ def test_the_largest_microbatch_is_tried_first_and_changes_nothing(overrides, mo
         "forward",
         lambda self, batch: shapes.append((len(batch["input_ids"]), batch["max_seqlen"])) or forward(self, batch),
     )
-    _, want, weights = fit(QUICKSTART, options)
+    _, want, weights = fit(options)
     assert shapes[0] == (16 * 32, 32) == max(shapes)
-    monkeypatch.setattr(LargestStep, "fit_start", lambda *args: None)
-    _, got, same = fit(QUICKSTART, options)
+    monkeypatch.setattr(MemoryProbe, "fit_start", lambda *args: None)
+    _, got, same = fit(options)
     assert got.losses == want.losses and torch.equal(weights, same)
 
 
@@ -72,7 +69,7 @@ def test_too_little_memory_is_said_before_the_first_step(overrides, monkeypatch)
 
 def test_console_lines(overrides, capsys):
     monitors = ["callbacks.step_monitor.warmup=0", "loggers.console_line.interval=2ba", "eval_interval=4ba"]
-    fit(QUICKSTART, [*overrides, "save_folder=null", *monitors])
+    fit([*overrides, "save_folder=null", *monitors])
     printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     number = r"[\d.,e+-]+"
     parts = rf"loss {number}  lr {number}  grad {number}  {number} tokens/s  waiting for data {number}%"
@@ -83,5 +80,5 @@ def test_console_lines(overrides, capsys):
 
 
 def test_an_interval_that_is_none(overrides):
-    with pytest.raises(main.ConfigError, match=r"loggers\.console_line: .*hours"):
-        main.build_trainer(load(QUICKSTART, [*overrides, "loggers.console_line.interval=3hours"]))
+    with pytest.raises(ConfigError, match=r"loggers\.console_line: .*hours"):
+        trainer_of([*overrides, "loggers.console_line.interval=3hours"])

@@ -1,28 +1,22 @@
 """FSDP: weights, gradients and the optimizer's state in shards; the same losses as without, whoever resumes what."""
 
-import json
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 from src.bert_layers import BertForMaskedLM
 from src.train.weights import load_pretrained
-from tests.train.test_launch import launch
-from tests.train.test_main import fit
-from tests.train.test_resume import fit as fit_until
+from tests.runs import DROPOUT, UNSAVED, fit, launch, logged, losses_of
 
-QUICKSTART = "yamls/quickstart.yaml"
 FSDP = "parallelism_config={fsdp: {}}"
 WITHOUT_EVALUATION = "eval_interval=0"  # which would leave part of the weights gathered
-DROPOUT = "model.model_config.hidden_dropout_prob=0.1"
 CLIPPING = "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 0.5}"
 
 
 def test_one_process_computes_the_same_with_shards(overrides):
     options = [*overrides, DROPOUT, CLIPPING, "device_train_microbatch_size=5", "save_folder=null", WITHOUT_EVALUATION]
-    _, want, weights = fit(QUICKSTART, options)
-    trainer, got, shards = fit(QUICKSTART, [*options, FSDP])
+    _, want, weights = fit(options)
+    trainer, got, shards = fit([*options, FSDP])
     assert isinstance(shards, DTensor) and got.losses == want.losses
     torch.testing.assert_close(shards.full_tensor(), weights, rtol=0, atol=0)
     decoder = trainer.state.model.model.cls.predictions.decoder.weight
@@ -33,17 +27,17 @@ def test_one_process_computes_the_same_with_shards(overrides):
 def test_a_restart_with_or_without_shards(first, then, overrides, tmp_path):
     """Bit for bit in one process, from a checkpoint of either to either."""
     options = [*overrides, DROPOUT, "save_overwrite=false", "autoresume=true", WITHOUT_EVALUATION]
-    want, weights = fit_until([*options, "save_folder=null", "autoresume=false"])
-    killed, _ = fit_until([*options, *[FSDP] * first], kill_at=3)
+    want, weights = losses_of([*options, *UNSAVED])
+    killed, _ = losses_of([*options, *[FSDP] * first], kill_at=3)
     assert killed == {step: want[step] for step in (1, 2, 3)}
-    got, same = fit_until([*options, *[FSDP] * then])
+    got, same = losses_of([*options, *[FSDP] * then])
     assert got == {step: want[step] for step in (3, 4)}
     assert torch.equal(same.full_tensor() if then else same, weights)
 
 
 def test_a_checkpoint_of_shards_is_read_like_any_other(overrides, tmp_path):
     """By export and fine-tuning, and by --eval without FSDP."""
-    _, _, shards = fit(QUICKSTART, [*overrides, FSDP, WITHOUT_EVALUATION])
+    _, _, shards = fit([*overrides, FSDP, WITHOUT_EVALUATION])
     model = load_pretrained(str(tmp_path / "checkpoints"), BertForMaskedLM)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(weights, shards.full_tensor(), rtol=0, atol=0)
@@ -55,8 +49,7 @@ def test_a_checkpoint_of_shards_is_read_like_any_other(overrides, tmp_path):
 
 
 def norms_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["step/grad_norm"] for line in lines if "step/grad_norm" in line]
+    return [line["step/grad_norm"] for line in logged(folder) if "step/grad_norm" in line]
 
 
 @pytest.mark.slow

@@ -13,51 +13,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.core import Callback
 
 import main
 from src.common.errors import ConfigError, Interrupted
 from src.data import shared_memory
 from src.data.shards import dataset_fingerprint
 from src.train import checkpoint, processes
+from src.train.callbacks import StopOnSignal
 from src.train.config import load, settings
 from src.train.resume import ResumeCheck
-from tests.train.test_launch import environment, free_port, options_in
-
-QUICKSTART = "yamls/quickstart.yaml"
-
-
-class Killed(Exception):
-    pass
-
-
-class Watch(Callback):
-    """Losses by step; raises at the end of step ``kill_at``, before anything of it is saved."""
-
-    def __init__(self, kill_at=None, act=None):
-        self.losses, self.kill_at, self.act = {}, kill_at, act
-
-    def batch_end(self, state, logger):
-        step = state.timestamp.batch.value
-        self.losses[step] = state.total_loss_dict["loss/train/total"]
-        if step == self.kill_at:
-            if self.act is None:
-                raise Killed
-            self.act()
-
-
-def fit(options, kill_at=None, act=None):
-    """Losses by step, and the weights at the end; what ``act`` raises goes on."""
-    trainer = main.build_trainer(load(QUICKSTART, options))
-    watch = Watch(kill_at, act)
-    trainer.state.callbacks.append(watch)
-    try:
-        trainer.fit()
-    except Killed:
-        pass
-    finally:
-        trainer.close()
-    return watch.losses, torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()])
+from tests.runs import (
+    DROPOUT,
+    QUICKSTART,
+    UNSAVED,
+    Killed,
+    Watch,
+    change_tokenizer,
+    logged,
+    losses_of,
+    start,
+    trainer_of,
+    wait,
+)
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def options(overrides):
     """Two epochs of 300 samples in 6 steps of two microbatches, with dropout."""
     return [
         *overrides,
-        "model.model_config.hidden_dropout_prob=0.1",
+        DROPOUT,
         "global_train_batch_size=100",
         "device_train_microbatch_size=50",
         "max_duration=6ba",
@@ -99,22 +76,22 @@ def test_a_restart_changes_nothing(options, tmp_path):
         ("falling", "{initial: 0.3, final: 0.1}", ["within an epoch"]),
     ):
         run = [*options, f"mlm_probability={masking}"]
-        want, weights = fit([*run, "save_folder=null", "autoresume=false"])
+        want, weights = losses_of([*run, *UNSAVED])
         assert len(want) == 6
         for case in cases:
             save, kills, workers = RESTARTS[case]
             saved = [f"save_folder={tmp_path}/{name} {case}", f"save_interval={save}"]
             for kill_at, number in zip([*kills, None], workers, strict=True):
-                got, same = fit([*run, *saved, f"train_loader.num_workers={number}"], kill_at)
+                got, same = losses_of([*run, *saved, f"train_loader.num_workers={number}"], kill_at)
                 assert got == {step: want[step] for step in got}, (case, kill_at)
             assert max(got) == 6 and min(got) > 1 and torch.equal(same, weights), case
 
 
 def test_the_first_backward_that_is_discarded_leaves_no_trace(options):
     """Random states, gradients, weights, buffers, and the optimizer's state."""
-    trainer = main.build_trainer(load(QUICKSTART, [*options, "save_folder=null", "autoresume=false"]))
+    trainer = trainer_of([*options, *UNSAVED])
     state = trainer.state
-    largest = next(c for c in state.callbacks if type(c).__name__ == "LargestStep")
+    largest = next(c for c in state.callbacks if type(c).__name__ == "MemoryProbe")
 
     def everything():
         held = {name: value.clone() for name, value in state.model.state_dict().items()}
@@ -157,12 +134,12 @@ def lose(path):
 @pytest.mark.parametrize("damage", [truncate, empty, change_a_bit, lose])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, options, tmp_path, caplog):
     options = [*options, "save_interval=2ba", "eval_interval=0"]
-    want, weights = fit([*options, "save_folder=null", "autoresume=false"])
+    want, weights = losses_of([*options, *UNSAVED])
     folder = folder_of(options)
-    fit(options, kill_at=5)
+    losses_of(options, kill_at=5)
     assert names(folder) == ["ep0-ba2-rank0.pt", "ep1-ba4-rank0.pt", "latest-rank0.pt"]
     damage(folder / "ep1-ba4-rank0.pt")
-    got, same = fit(options)
+    got, same = losses_of(options)
     assert min(got) == 3 and got == {step: want[step] for step in got} and torch.equal(same, weights)
     if damage is not lose:
         assert "ep1-ba4-rank0.pt is damaged" in caplog.text
@@ -170,18 +147,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, option
 
 
 def test_when_all_are_damaged_the_run_does_not_begin_anew(options, capsys):
-    fit([*options, "save_interval=2ba", "eval_interval=0"], kill_at=5)
+    losses_of([*options, "save_interval=2ba", "eval_interval=0"], kill_at=5)
     for path in folder_of(options).glob("ep*"):
         truncate(path)
     with pytest.raises(SystemExit) as exit:
         main.run([QUICKSTART, *options])
-    assert "no checkpoint here can be read any more" in str(exit.value)
+    assert "every checkpoint is damaged" in str(exit.value)
 
 
 def test_a_checkpoint_is_complete_or_absent(options, monkeypatch):
     """Killed within the write, before the rename, and before ``latest`` knows: what is there can be loaded."""
     options = [*options, "save_interval=2ba", "eval_interval=0"]
-    want, weights = fit([*options, "save_folder=null", "autoresume=false"])
+    want, weights = losses_of([*options, *UNSAVED])
     folder = folder_of(options)
 
     whole = torch.save
@@ -192,8 +169,9 @@ def test_a_checkpoint_is_complete_or_absent(options, monkeypatch):
         file.write(b"PK" * 100)
         raise Killed
 
-    def die(*_):
-        raise Killed
+    def die(path, *_):
+        if not str(path).endswith(".holder.partial"):  # the folder's lock
+            raise Killed
 
     for target, name, double in (
         (torch, "save", half),
@@ -201,12 +179,12 @@ def test_a_checkpoint_is_complete_or_absent(options, monkeypatch):
         (checkpoint.RunFolder, "point_latest", die),
     ):
         shutil.rmtree(folder, ignore_errors=True)
-        fit(options, kill_at=3)
+        losses_of(options, kill_at=3)
         with monkeypatch.context() as patch:
             patch.setattr(target, name, double)
-            fit(options)
+            losses_of(options)
         assert os.readlink(folder / "latest-rank0.pt") == "ep0-ba2-rank0.pt"
-        got, same = fit(options)
+        got, same = losses_of(options)
         assert min(got) == 3 and got == {step: want[step] for step in got} and torch.equal(same, weights)
         assert not list(folder.glob("*.partial"))
 
@@ -225,7 +203,7 @@ def test_rotation_survives_restarts(options):
     """Three starts; two checkpoints stay, whichever start wrote them; a later one of an earlier run is not counted."""
     options = [*options, "save_interval=1ba", "eval_interval=0"]
     for kill_at in (3, 5, None):
-        fit(options, kill_at)
+        losses_of(options, kill_at)
         assert len([name for name in names(folder_of(options)) if name.startswith("ep")]) == 2
     assert names(folder_of(options)) == ["ep1-ba5-rank0.pt", "ep1-ba6-rank0.pt", "latest-rank0.pt"]
 
@@ -233,30 +211,30 @@ def test_rotation_survives_restarts(options):
 def test_an_old_run_in_the_folder(options):
     """Not resumed: refused, or with save_overwrite written over; its later checkpoints are not gone on from."""
     options = [*options, "save_interval=2ba", "eval_interval=0"]
-    fit(options)
+    losses_of(options)
     with pytest.raises(SystemExit, match="may conflict"):
         main.run([QUICKSTART, *options, "autoresume=false"])
     anew = [*options, "autoresume=false", "save_overwrite=true"]
-    want, _ = fit(anew, kill_at=3)
-    got, _ = fit(options)
+    want, _ = losses_of(anew, kill_at=3)
+    got, _ = losses_of(options)
     assert min(want) == 1 and min(got) == 3
 
 
-def test_fault_reads_all_of_it(tmp_path):
+def test_damage_is_found_anywhere(tmp_path):
     """Each byte of what torch.save wrote, but the padding between records, is covered."""
     path = tmp_path / "x.pt"
     torch.save({"weights": torch.arange(1000.0)}, path)
-    assert checkpoint.fault(path) is None
+    assert checkpoint.damage(path) is None
     content = path.read_bytes()
     at = content.index(torch.arange(1000.0).numpy().tobytes())
     for position in (at, at + 1999, at + 3999):
         changed = bytearray(content)
         changed[position] ^= 1
         path.write_bytes(changed)
-        assert "has other bytes than were written" in str(checkpoint.fault(path))
+        assert "wrong CRC of" in str(checkpoint.damage(path))
     for size in range(0, len(content), 97):
         path.write_bytes(content[:size])
-        assert checkpoint.fault(path) is not None
+        assert checkpoint.damage(path) is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +246,7 @@ def test_fault_reads_all_of_it(tmp_path):
 def stopped(options):
     """A run that was killed in its fourth step, its checkpoint of the second; evaluation off."""
     options = [*options, "save_interval=2ba", "eval_interval=0"]
-    fit(options, kill_at=3)
+    losses_of(options, kill_at=3)
     return options
 
 
@@ -287,7 +265,7 @@ def test_settings_that_would_change_the_run_are_refused_with_both_values(stopped
         main.run([QUICKSTART, *stopped, *changes, "resume.allow=[seed]"])
     message = str(exit.value)
     for line in (
-        "ep0-ba2-rank0.pt is of a run with other settings",
+        "ep0-ba2-rank0.pt is of a run with different settings",
         "global_train_batch_size: 100 there, 50 here",
         "train_loader.shuffle: True there, False here",
         "mlm_probability: 0.3 there, 0.2 here",
@@ -306,28 +284,24 @@ def test_a_moving_crop_goes_on_and_cannot_be_switched(options, text_shards, tmp_
     """In the second epoch, with other workers; without it the losses are others."""
     text = [*options, f"data_local={text_shards}", "eval_interval=0", "save_interval=1ba", "max_duration=5ba"]
     moving = [*text, "train_loader.moving_crop=true"]
-    want, weights = fit([*moving, "save_folder=null", "autoresume=false"])
-    still, _ = fit([*text, "save_folder=null", "autoresume=false"], kill_at=1)
+    want, weights = losses_of([*moving, *UNSAVED])
+    still, _ = losses_of([*text, *UNSAVED], kill_at=1)
     assert still[1] != want[1]
-    fit(moving, kill_at=5)
+    losses_of(moving, kill_at=5)
     with pytest.raises(ConfigError, match=r"train_loader\.moving_crop: True there, False here"):
-        fit(text)
-    got, same = fit([*moving, "train_loader.num_workers=1"])
+        losses_of(text)
+    got, same = losses_of([*moving, "train_loader.num_workers=1"])
     assert got == {5: want[5]} and torch.equal(same, weights)
 
 
 def test_another_dataset_and_another_tokenizer_are_refused(stopped, text_shards, tokenizer_folder, tmp_path):
-    shutil.copytree(tokenizer_folder, tmp_path / "other")
-    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
-    vocabulary = words["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    change_tokenizer(tokenizer_folder, tmp_path / "other")
     other = [f"data_local={text_shards}", f"tokenizer_name={tmp_path}/other"]
     with pytest.raises(ConfigError) as refused:
-        fit([*stopped, *other])
+        losses_of([*stopped, *other])
     assert "\n  dataset: '" in str(refused.value) and "\n  tokenizer: '" in str(refused.value)
     assert "resume.allow=[dataset,tokenizer]" in str(refused.value)
-    got, _ = fit([*stopped, *other, "resume.allow=[dataset, tokenizer]"])
+    got, _ = losses_of([*stopped, *other, "resume.allow=[dataset, tokenizer]"])
     assert min(got) == 3
 
 
@@ -335,7 +309,7 @@ def test_a_kill_before_the_first_step_keeps_the_lines_of_the_metrics_file(stoppe
     """Read before anything is closed: a killed process closes nothing."""
     metrics = tmp_path / "metrics.jsonl"
     before = metrics.read_text().splitlines()
-    trainer = main.build_trainer(load(QUICKSTART, stopped))
+    trainer = trainer_of(stopped)
     logger = next(c for c in trainer.state.callbacks if type(c).__name__ == "MetricsFile")
     logger.fit_start(trainer.state, trainer.logger)
     assert metrics.read_text().splitlines() == before[:2]
@@ -344,7 +318,7 @@ def test_a_kill_before_the_first_step_keeps_the_lines_of_the_metrics_file(stoppe
 
 def test_what_may_always_change(stopped, tmp_path, token_shards):
     """Where the data lies, workers, microbatch, intervals, loggers: the same run."""
-    want, weights = fit([*stopped, "save_folder=null", "autoresume=false"])
+    want, weights = losses_of([*stopped, *UNSAVED])
     shutil.copytree(token_shards, tmp_path / "copy")
     free = [
         f"data_local={tmp_path}/copy",
@@ -354,7 +328,7 @@ def test_what_may_always_change(stopped, tmp_path, token_shards):
         "run_name=other",
         "eval_interval=3ba",
     ]
-    got, same = fit([*stopped, *free])
+    got, same = losses_of([*stopped, *free])
     assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
 
 
@@ -362,14 +336,14 @@ def test_a_restart_takes_its_own_weights_not_the_pretrained_ones(options, traine
     """Bit for bit, though they are gone; another name for them is compared as any setting."""
     shutil.copytree(trained, tmp_path / "first")
     begun = [*options, f"pretrained={tmp_path}/first", "save_interval=2ba"]
-    want, weights = fit([*begun, "save_folder=null", "autoresume=false"])
-    assert want[1] != fit([*options, "save_folder=null", "autoresume=false"], kill_at=1)[0][1]
-    fit(begun, kill_at=3)
+    want, weights = losses_of([*begun, *UNSAVED])
+    assert want[1] != losses_of([*options, *UNSAVED], kill_at=1)[0][1]
+    losses_of(begun, kill_at=3)
     shutil.rmtree(tmp_path / "first")
-    got, same = fit(begun)
+    got, same = losses_of(begun)
     assert got == {step: want[step] for step in (3, 4, 5, 6)} and torch.equal(same, weights)
     with pytest.raises(ConfigError, match="pretrained: '.*/first' there, None here"):
-        fit([*options, "save_interval=2ba"])
+        losses_of([*options, "save_interval=2ba"])
 
 
 @pytest.mark.parametrize("change", ["optimizer.lr=1e-9", "scheduler.alpha_f=0.5", "max_duration=60ba"])
@@ -377,12 +351,8 @@ def test_accepted_settings_act(change, stopped):
     """The rate of the resumed run is that of the new settings from its first step, whatever the checkpoint holds."""
     end = 4
     rates = []
-    trainer = main.build_trainer(
-        load(
-            QUICKSTART,
-            [*stopped, change, "scheduler.t_decay=0.9dur", "resume.allow=[optimizer,scheduler,max_duration]"],
-        )
-    )
+    allow = "resume.allow=[optimizer,scheduler,max_duration]"
+    trainer = trainer_of([*stopped, change, "scheduler.t_decay=0.9dur", allow])
     group = trainer.state.optimizers[0].param_groups[0]
     watch = Watch(end)
     watch.batch_start = lambda state, logger: rates.append(group["lr"])
@@ -404,7 +374,7 @@ def test_accepted_settings_act(change, stopped):
 
 
 def test_a_finished_run_says_so(options, capsys):
-    fit([*options, "save_interval=3ba", "eval_interval=0"])
+    losses_of([*options, "save_interval=3ba", "eval_interval=0"])
     before = names(folder_of(options))
     main.run([QUICKSTART, *options])
     assert "quickstart is finished: 6 steps, max_duration=6ba" in capsys.readouterr().out
@@ -432,7 +402,7 @@ def test_each_setting_is_free_or_compared():
 
 def test_a_checkpoint_without_settings_is_said(caplog):
     assert ResumeCheck({"seed": 1}, []).compare(None, "x.pt") == []
-    assert "x.pt states no settings" in caplog.text
+    assert "x.pt has no settings" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,22 +414,22 @@ def test_a_checkpoint_without_settings_is_said(caplog):
 def test_a_signal_ends_the_run_after_a_saved_step(number, workers, options):
     """With evaluation of that step done; the restart changes nothing."""
     options = [*options, "save_interval=100ba", f"train_loader.num_workers={workers}"]
-    want, weights = fit([*options, "save_folder=null", "autoresume=false"])
+    want, weights = losses_of([*options, *UNSAVED])
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(Interrupted, match="stopped by a signal after step 4; its checkpoint is written"):
-            fit(options, 4, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="stopped by a signal after step 4; its checkpoint is saved"):
+            losses_of(options, 4, lambda: os.kill(os.getpid(), number))
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
     assert names(folder_of(options)) == ["ep1-ba4-rank0.pt", "latest-rank0.pt"]
-    got, same = fit(options)
+    got, same = losses_of(options)
     assert got == {5: want[5], 6: want[6]} and torch.equal(same, weights)
     assert signal.getsignal(signal.SIGTERM) == before[0]  # at the end of fit, as it was
 
 
 def test_a_second_signal_ends_at_once_unless_it_is_an_echo():
-    stop = main.builders.StopOnSignal()
+    stop = StopOnSignal()
     stop._note(signal.SIGTERM, None)
     stop._note(signal.SIGTERM, None)  # the launcher's, at once
     stop.received = "SIGTERM", time.monotonic() - stop.ECHO - 1
@@ -470,10 +440,10 @@ def test_a_second_signal_ends_at_once_unless_it_is_an_echo():
 
 def test_a_second_live_run_in_the_folder_is_refused(tmp_path):
     first = checkpoint.RunFolder(str(tmp_path))
-    with pytest.raises(ConfigError, match=f"another run lives in this folder .process {os.getpid()} on "):
-        checkpoint.RunFolder(str(tmp_path), patience=0.2)
+    with pytest.raises(ConfigError, match=f"another run uses this folder .process {os.getpid()} on "):
+        checkpoint.RunFolder(str(tmp_path), timeout=0.2)
     first.close()
-    checkpoint.RunFolder(str(tmp_path), patience=0.2).close()
+    checkpoint.RunFolder(str(tmp_path), timeout=0.2).close()
 
 
 def hold_until_killed(code):
@@ -523,7 +493,7 @@ def test_shared_memory_of_dead_runs_is_removed_and_of_live_ones_is_not(tmp_path,
 
 
 def test_a_run_records_its_shared_memory_and_a_worker_keeps_it(options, token_shards):
-    trainer = main.build_trainer(load(QUICKSTART, [*options, "save_folder=null", "autoresume=false"]))
+    trainer = trainer_of([*options, *UNSAVED])
     prefix = trainer.state.train_dataloader.dataset.shared_memory_prefix  # pyright: ignore
     record = shared_memory.SHARED / f"{prefix:06}_owner"
     with record.open() as file, pytest.raises(BlockingIOError):
@@ -565,34 +535,13 @@ def test_those_whose_parent_is_killed_end(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start(place, options, folder):
-    """Launchers in a session of their own, one a node; ``place`` is a number of processes, or ``nodes``."""
-    folder.mkdir(exist_ok=True)
-    arguments = ["main.py", QUICKSTART, *options_in(options, folder)]
-    commands = [(["composer", "-n", str(place), *arguments], environment())]
-    if place == "nodes":  # each with its /dev/shm and TMPDIR, as two hosts have
-        port, commands = free_port(), []
-        for rank in range(2):
-            tmp = folder / f"tmp{rank}"
-            tmp.mkdir(exist_ok=True)
-            apart = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh", "composer"]
-            node = {"WORLD_SIZE": 2, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            commands.append(([*apart, "--nproc", "1", *arguments], environment(TMPDIR=tmp, **node)))
-    output = (folder / "output.txt").open("a")
-    return [subprocess.Popen(c, stdout=output, stderr=output, env=e, start_new_session=True) for c, e in commands]
-
-
 def launched(folder):
     """Losses by step, as the metrics file has them."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return {line["batch"]: line["loss/train/total"] for line in lines if "loss/train/total" in line}
+    return {line["batch"]: line["loss/train/total"] for line in logged(folder) if "loss/train/total" in line}
 
 
 def finish(launchers, folder):
-    assert [launcher.wait(timeout=300) for launcher in launchers] == [0] * len(launchers), (
-        folder / "output.txt"
-    ).read_text()
+    wait(launchers, folder)
     model = torch.load(folder / "latest-rank0.pt", mmap=True, weights_only=True)["state"]["model"]
     return launched(folder), torch.cat([value.flatten() for value in model.values()])
 
@@ -616,7 +565,7 @@ def long_options(overrides):
     checkpoint.load_as_data()
     return [
         *overrides,
-        "model.model_config.hidden_dropout_prob=0.1",
+        DROPOUT,
         "train_loader.num_workers=1",
         "device_train_microbatch_size=4",
         "max_duration=80ba",

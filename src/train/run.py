@@ -1,0 +1,74 @@
+"""What main.py does with a run's config: train it, or evaluate a checkpoint."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from composer import Trainer
+from composer.utils import dist
+
+from src.common.environment import environment
+from src.common.errors import ConfigError, Interrupted
+from src.common.files import write_text
+from src.train.builders import build_trainer, local_save_folder
+from src.train.config import RunConfig
+from src.train.schema import hide_environment, to_dict
+
+
+def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
+    """Train, evaluate at the end, and print the result; a finished run is only reported.
+
+    Args:
+        config: of the run.
+        path, overrides: what the config was read from; the saved config names environment variables, not their values.
+    """
+    trainer = build_trainer(config)
+    done, end = trainer.state.timestamp, trainer.state.max_duration
+    assert end is not None
+    if done >= end:
+        if dist.get_global_rank() == 0:
+            print(f"{config.run_name} is finished: {done.batch.value} steps, max_duration={config.max_duration}")
+        trainer.close()
+        return
+    text = hide_environment(describe(config), path, overrides)
+    if dist.get_global_rank() == 0:
+        print(text, file=sys.stderr)
+        folder = local_save_folder(config)
+        if folder is not None:
+            write_text(Path(folder) / "config.yaml", text)
+    try:
+        trainer.fit()
+    except Interrupted:
+        trainer.close()
+        raise
+    print_evaluation(trainer)
+    trainer.close()
+
+
+def evaluate(config: RunConfig) -> None:
+    """Evaluate ``load_path`` or ``pretrained`` on all validation sets, and print the result."""
+    if config.load_path is None and config.pretrained is None:
+        raise ConfigError("--eval needs load_path or pretrained")
+    # Only weights are loaded, and no file of the checkpoint's run may be overwritten.
+    config = dataclasses.replace(config, load_weights_only=True, autoresume=False, save_folder=None, loggers={})
+    trainer = build_trainer(config)
+    trainer.eval()
+    print_evaluation(trainer)
+    trainer.close()
+
+
+def print_evaluation(trainer: Trainer) -> None:
+    """Print a line per validation set, on rank 0. All processes must call it: they compute values together."""
+    for label, metrics in trainer.state.eval_metrics.items():
+        values = {name: metric.compute().item() for name, metric in metrics.items() if metric.update_called}
+        if values and dist.get_global_rank() == 0:
+            print(label, " ".join(f"{name}={value:.6g}" for name, value in values.items()))
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved config as a YAML that can be run again; comments describe code and machine."""
+    runs_on = {**environment(), "world_size": dist.get_world_size()}
+    comments = "".join(f"# {name}: {value}\n" for name, value in runs_on.items())
+    return comments + yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,92 @@
+"""A checkpoint folder holds its tokenizer: moved, it is evaluated, exported, fine-tuned and continued by itself."""
+
+import json
+import shutil
+
+import pytest
+
+import export_hf
+import finetune
+import main
+from src.common.errors import CheckpointError, ConfigError
+from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from src.train.checkpoint import TOKENIZER
+from src.train.weights import load_tokenizer as tokenizer_of
+from src.train.weights import read
+from tests.runs import QUICKSTART, UNSAVED, change_tokenizer, losses_of
+
+NULL = "tokenizer_name=null"
+
+
+@pytest.fixture
+def moved(overrides, tokenizer_folder, tmp_path):
+    """Checkpoints that were moved after the run, and whose original tokenizer is deleted; the options of the run."""
+    shutil.copytree(tokenizer_folder, tmp_path / "original")
+    options = [*overrides, f"tokenizer_name={tmp_path}/original"]
+    main.main([QUICKSTART, *options])
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "original")
+    return tmp_path / "elsewhere", options
+
+
+def test_a_moved_checkpoint_is_evaluated_and_continued(moved, capsys):
+    folder, options = moved
+    want = capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(ValueError, match="original': there is no such folder"):
+        main.main([QUICKSTART, "--eval", *options, f"load_path={folder}/latest-rank0.pt"])
+    main.main([QUICKSTART, "--eval", *options, NULL, f"load_path={folder}/latest-rank0.pt"])
+    assert capsys.readouterr().out.splitlines()[-1] == want
+    main.main([QUICKSTART, "--validate", *options, NULL, f"pretrained={folder}"])
+    losses, _ = losses_of([*options, NULL, *UNSAVED, f"pretrained={folder}"])
+    assert len(losses) == 4
+    resumed = [f"save_folder={folder}", "autoresume=true", "save_overwrite=false", "max_duration=6ba"]
+    losses, _ = losses_of([*options, NULL, *resumed, "resume.allow=[max_duration]", f"pretrained={folder}x"])
+    assert list(losses) == [5, 6]
+
+
+def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path):
+    folder, _ = moved
+    export_hf.main([str(folder), str(tmp_path / "exported")])
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "exported"))) == read(folder).settings["tokenizer"]
+    rows = ({"text": f"{word} {i}", "label": word} for i in range(8) for word in ("river", "war"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"pretrained={folder}", f"folder={tmp_path}/tuned", f"tasks.mine.data.train={tmp_path}/rows.jsonl"]
+    finetune.main(["yamls/finetune_own.yaml", *options, "tasks.mine.seeds=[17]", "tasks.mine.epochs=1"])
+    assert list((tmp_path / "tuned").rglob("result.json"))
+
+
+def test_the_tokenizer_is_written_before_the_first_step_and_where_it_is_missing(overrides, tokenizer, tmp_path):
+    """Also next to checkpoints of earlier versions, which lack it, and in place of a damaged one."""
+    options = [*overrides, "autoresume=true", "save_overwrite=false", "eval_interval=0", "save_interval=3ba"]
+    folder = tmp_path / "checkpoints" / TOKENIZER
+    losses_of(options, kill_at=1)
+    assert not list(folder.parent.glob("ep*")) and tokenizer_fingerprint(load_tokenizer(str(folder)))
+    for damage in (lambda: shutil.rmtree(folder), lambda: (folder / "tokenizer.json").write_text("{")):
+        damage()
+        losses_of(options, kill_at=4)
+        assert tokenizer_fingerprint(load_tokenizer(str(folder))) == tokenizer_fingerprint(tokenizer)
+    written = (folder / "tokenizer.json").stat().st_mtime_ns
+    losses_of(options)
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == written
+    assert {path.name for path in folder.parent.iterdir() if TOKENIZER in path.name} == {TOKENIZER}
+
+
+def test_another_tokenizer_is_refused(moved, tmp_path):
+    """On resume by its fingerprint, as in pretrained; the checkpoint's own stays."""
+    folder, options = moved
+    other = change_tokenizer(folder / TOKENIZER, tmp_path / "other")
+    before = (folder / TOKENIZER / "tokenizer.json").read_bytes()
+    resumed = [*options, f"tokenizer_name={other}", f"save_folder={folder}", "autoresume=true", "save_overwrite=false"]
+    with pytest.raises(ConfigError, match="\n  tokenizer: '"):
+        losses_of([*resumed, "max_duration=6ba", "resume.allow=[max_duration]"])
+    with pytest.raises(CheckpointError, match="other is not the one that it was trained with"):
+        losses_of([*options, f"tokenizer_name={other}", *UNSAVED, f"pretrained={folder}"])
+    assert (folder / TOKENIZER / "tokenizer.json").read_bytes() == before
+
+
+def test_checkpoints_of_earlier_versions_name_their_tokenizer(trained, tokenizer_folder, tmp_path):
+    """In config.yaml next to them, which is read where there is no tokenizer."""
+    shutil.copytree(trained, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / TOKENIZER)
+    assert read(tmp_path / "old").tokenizer_name == tokenizer_folder
+    assert len(tokenizer_of(read(tmp_path / "old"))) == 1000
