@@ -325,5 +325,5 @@ def write(held: Any, path: Path) -> str | None:
         with atomic(path) as partial, partial.open("wb") as file:
             torch.save(held, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns errors of the system into RuntimeErrors
-        return first_line(error.__context__ or error)
+        return first_line(error if isinstance(error, OSError) else error.__context__ or error)
     return None

@@ -304,7 +304,7 @@ def test_a_folder_that_computes_something_else_does_not_appear(trained, tmp_path
 
 def test_refusals_before_any_work(trained, tmp_path, monkeypatch):
     shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt")
-    with pytest.raises(ConfigError, match=": --tokenizer FOLDER"):
+    with pytest.raises(ValueError, match="next to the checkpoint; name the tokenizer: --tokenizer FOLDER"):
         export_hf.main([str(tmp_path / "alone.pt"), str(tmp_path / "out")])
     monkeypatch.setattr(onnx, "PACKAGES", ("onnx", "nothing_of_that_name"))
     with pytest.raises(ConfigError, match="--onnx needs nothing_of_that_name: pip install -r requirements-onnx.txt"):

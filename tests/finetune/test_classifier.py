@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
-from src.common.errors import ConfigError
+from src.common.errors import CheckpointError, ConfigError
 from src.finetune import model
 from src.finetune.model import METRICS, Classifier, EntityF1, build_model
 from src.masked_lm_loss import IGNORED
@@ -193,7 +193,7 @@ def test_refusals(tokenizer, tmp_path):
         model_of("mosaic_bert", "regression", [], tokenizer, model_config={**SHAPE, "attention": "torch"})
     with pytest.raises(ConfigError, match="unexpected 'hiden_size'"):
         model_of("mosaic_bert", "regression", [], tokenizer, model_config={"hiden_size": 8})
-    with pytest.raises(ConfigError, match="max_seq_len: expected at most 40, the positions"):
+    with pytest.raises(ConfigError, match="max_seq_len: 64 is more than the model's 40 positions"):
         model_of(
             "hf_bert",
             "regression",
@@ -204,7 +204,7 @@ def test_refusals(tokenizer, tmp_path):
         )
     assert model_of("mosaic_bert", "regression", [], tokenizer, max_seq_len=10_000)  # ALiBi has no limit
     model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="Take model hf_bert"):
+    with pytest.raises(CheckpointError, match="Use model hf_bert"):
         model_of("mosaic_bert", "regression", [], tokenizer, weights.read(tmp_path), model_config={})
     with pytest.raises(ConfigError, match="tokenizer_name: missing"):
         model.read_tokenizer(None, None)

@@ -218,6 +218,15 @@ def test_a_file_that_is_no_config(text, fault, write):
         load(write(text))
 
 
+def test_a_misspelt_key_is_named_where_another_refers_to_it(write, quickstart):
+    """Unknown keys alone: others may be faults of the reference that failed."""
+    quickstart["data_locl"] = quickstart.pop("data_local")
+    with pytest.raises(ConfigError) as error:
+        load(write({**quickstart, "save_folder": "${data_local}/x"}))
+    assert "data_locl: unknown key; did you mean 'data_local'?" in str(error.value)
+    assert "missing" not in str(error.value)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("4h", 14400), ("1.5min", 90), ("90s", 90), ("2d", 172800)])
 def test_time_limit(text, seconds):
     assert config.seconds(text) == seconds

@@ -17,6 +17,7 @@ from composer.core import Callback
 
 import main
 from src.bert_layers import BertForMaskedLM
+from src.common import environment
 from src.common.errors import CheckpointError, ConfigError
 from src.configuration_bert import MosaicBertConfig
 from src.data.masking import MaskingCollator
@@ -384,9 +385,10 @@ def test_nan_monitor_stops_a_run(overrides):
         fit(options)
 
 
-def test_a_machine_without_git_can_train(monkeypatch):
+def test_a_machine_without_git_can_train(monkeypatch, tmp_path):
     run = load(QUICKSTART)
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert "# commit: unknown" in describe(run)
 
 

@@ -29,7 +29,7 @@ def moved(overrides, tokenizer_folder, tmp_path):
     return tmp_path / "elsewhere", options
 
 
-def test_a_moved_checkpoint_is_evaluated_and_continued(moved, capsys):
+def test_a_moved_checkpoint_is_evaluated_and_continued(capsys, moved):
     folder, options = moved
     want = capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match="original': there is no such folder"):
@@ -44,13 +44,15 @@ def test_a_moved_checkpoint_is_evaluated_and_continued(moved, capsys):
     assert list(losses) == [5, 6]
 
 
-def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path):
+def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypatch):
     folder, _ = moved
     export_hf.main([str(folder), str(tmp_path / "exported")])
     assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "exported"))) == read(folder).settings["tokenizer"]
     rows = ({"text": f"{word} {i}", "label": word} for i in range(8) for word in ("river", "war"))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [f"pretrained={folder}", f"folder={tmp_path}/tuned", f"tasks.mine.data.train={tmp_path}/rows.jsonl"]
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # set by the run
     finetune.main(["yamls/finetune_own.yaml", *options, "tasks.mine.seeds=[17]", "tasks.mine.epochs=1"])
     assert list((tmp_path / "tuned").rglob("result.json"))
 
@@ -71,10 +73,11 @@ def test_the_tokenizer_is_written_before_the_first_step_and_where_it_is_missing(
     assert {path.name for path in folder.parent.iterdir() if TOKENIZER in path.name} == {TOKENIZER}
 
 
-def test_another_tokenizer_is_refused(moved, tmp_path):
+def test_another_tokenizer_is_refused(moved, text_shards, tmp_path):
     """On resume by its fingerprint, as in pretrained; the checkpoint's own stays."""
     folder, options = moved
     other = change_tokenizer(folder / TOKENIZER, tmp_path / "other")
+    options = [*options, f"data_local={text_shards}"]  # tokenized shards refuse it, too
     before = (folder / TOKENIZER / "tokenizer.json").read_bytes()
     resumed = [*options, f"tokenizer_name={other}", f"save_folder={folder}", "autoresume=true", "save_overwrite=false"]
     with pytest.raises(ConfigError, match="\n  tokenizer: '"):
