@@ -34,6 +34,11 @@ def kill(task, counted):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt_itself(task, counted):
+    os.kill(os.getpid(), signal.SIGINT)
+    counted(1)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_each_task_runs_once_and_is_taken_when_a_worker_is_free(num_workers, tmp_path):
     counts, most = [], 0
@@ -71,6 +76,12 @@ def test_an_interrupt_ends_all_workers_and_there_are_no_more_of_them_than_tasks(
         workers.run(partial(wait, tmp_path), range(2), 5, interrupt)
     assert len(processes) == 2 and not multiprocessing.active_children()
     assert time.monotonic() - started < 40
+
+
+def test_ctrl_c_reaches_workers_too_and_they_leave_it_to_the_main_process():
+    counts = []
+    workers.run(interrupt_itself, range(4), 2, counts.append)
+    assert sum(counts) == 4
 
 
 PARENT = """
