@@ -2,7 +2,7 @@
 
 Letters: T real tokens of the batch, N heads, H head size, L length of one sequence; q_TNH is q as (T, N, H).
 
-    attention(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p=0.0, impl="auto", tables=None) -> (T, N, H)
+    attention(q, k, v, layout, alibi_slopes, dropout_p=0.0, impl="auto") -> (T, N, H)
 
     reference   padded, explicit bias; any device        torch       SDPA for each length; any device
     triton      our kernels; CUDA                        flash_attn  the flash-attn package's; CUDA, if installed
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import flash_attn_triton, triton_common
-from .bert_padding import tile_tables
+from .bert_padding import Layout
 
 log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten  # its ops are not typed
@@ -45,36 +45,76 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     return torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device=device)
 
 
+class AlibiSlopes(torch.nn.Module):
+    """The slopes (N,) of all heads: a buffer that moves with the model but is never cast lower than fp32, nor saved.
+
+    Nothing restores such a buffer where a library builds the model on the meta device and loads only what was saved:
+    transformers 5 leaves uninitialised memory in it. Hence ``fill``, and a look at the values before their first use.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+        self.checked: Tensor | None = None
+
+    def fill(self, device: torch.device) -> None:
+        """Compute the slopes again, on ``device``."""
+        self.slopes = alibi_slopes(len(self.slopes), device)
+
+    def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # .half(), .to(bfloat16) and to_empty() all come through here.
+        super()._apply(fn, recurse)
+        self.fill(self.slopes.device)
+        return self
+
+    def forward(self, device: torch.device) -> Tensor:
+        """The slopes, (N,) fp32, for a model on ``device``.
+
+        Raises:
+            ValueError: they are not those of N heads. Checked once for each tensor, for which a GPU waits.
+        """
+        if self.slopes.is_meta and device.type != "meta":  # load_state_dict(assign=True) leaves it there
+            self.fill(device)
+        # is_compiling comes first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
+        if not torch.compiler.is_compiling() and self.checked is not self.slopes and not self.slopes.is_meta:
+            want = alibi_slopes(len(self.slopes), "cpu")
+            if not torch.equal(self.slopes.cpu(), want):
+                raise ValueError(
+                    f"the ALiBi slopes are {self.slopes.tolist()}, not {want.tolist()}: whatever loaded this model did "
+                    "not initialise its buffers. Load it by from_pretrained with trust_remote_code=True"
+                )
+            self.checked = self.slopes
+        return self.slopes
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
     impl: str = "auto",
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention within each sequence of an unpadded batch, ALiBi added.
 
     Args:
-        q, k, v: (T, N, H), views of a packed product included.
-        cu_seqlens: (B + 1,) int32, cumulated lengths, first 0, last T.
-        max_seqlen: the longest length.
+        q, k, v: (T, N, H); views of a packed product are fine.
+        layout: of the T tokens. Only ``triton`` reads its tile tables; without them it makes them, and a GPU waits.
         alibi_slopes: (N,) fp32.
-        dropout_p: probability with which an attention weight is dropped; 0 outside training.
+        dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: a name that ``resolve`` accepts.
-        tables: tables of tiles by their rows (``bert_padding.tile_tables``), which only ``triton`` reads; without them
-            it makes them, for which a GPU waits.
 
     Returns:
         (T, N, H) in the dtype of q.
     """
     run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
-    # Under autocast the products below would be taken in bf16; the contract is fp32 scores.
+    options = {"dropout_p": dropout_p} if dropout_p else {}
+    # Autocast would take the products in bf16; the contract is fp32 scores.
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p, tables)
+        return run(q, k, v, layout, alibi_slopes, **options)
 
 
 def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -> str:
@@ -119,15 +159,13 @@ def reference(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """Padded, with an explicit (N, S, S) bias: what attention means here. Memory grows as B * N * S^2."""
     T, _, H = q_TNH.shape
-    lengths_B = cu_seqlens.diff().long()
+    lengths_B, max_seqlen = layout.cu_seqlens.diff().long(), layout.max_seqlen
     B = len(lengths_B)
     dtype = torch.promote_types(q_TNH.dtype, torch.float32)
 
@@ -260,11 +298,9 @@ def torch_ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention for each sequence, neighbours of one length together; no padding.
 
@@ -273,11 +309,11 @@ def torch_ragged(
     for the device to read ``cu_seqlens``.
     """
     if q.device.type == "cpu" and dropout_p == 0:
-        return _FlashOnCPU.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
+        return _FlashOnCPU.apply(q, k, v, layout.cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     rows, copies = [], {}
-    for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype):
+    for tile, bias in _biased_tiles(layout.cu_seqlens.tolist(), alibi_slopes, dtype):
         if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, and a slice may begin between them
             key = tile.length, tile.queries.start
             if key not in copies:
@@ -294,31 +330,12 @@ def torch_ragged(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def triton_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
-) -> Tensor:
-    """The kernels of ``flash_attn_triton``; nothing is padded, nothing of size S^2 is stored."""
-    if tables is None:
-        tables = tile_tables(cu_seqlens, flash_attn_triton.TILE_ROWS)
-    return flash_attn_triton.flash_attn(q, k, v, alibi_slopes, tables)
-
-
 def flash_attn_package(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """flash_attn_varlen_func of the flash-attn package (2.4 and later know slopes); fp16 and bf16 only.
 
@@ -334,10 +351,10 @@ def flash_attn_package(
         q,
         k,
         v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        layout.cu_seqlens,
+        layout.cu_seqlens,
+        layout.max_seqlen,
+        layout.max_seqlen,
         alibi_slopes=alibi_slopes,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -352,7 +369,7 @@ def _flash_attn_missing(device_type: str) -> str | None:
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference,
     "torch": torch_ragged,
-    "triton": triton_kernels,
+    "triton": flash_attn_triton.flash_attn,
     "flash_attn": flash_attn_package,
 }
 WITH_DROPOUT = {"reference", "torch"}

@@ -7,7 +7,8 @@ Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) in
 b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,43 +75,51 @@ def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
 
 
-def unpad_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Where the real tokens of a padded batch are.
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of an unpadded batch come from, and where each sequence starts."""
+
+    indices: Tensor
+    """(T,) int64, position of each token in the flattened (B * S) padded batch."""
+    cu_seqlens: Tensor
+    """(B + 1,) int32, cumulative lengths; the first is 0, the last T."""
+    max_seqlen: int
+    """The longest length."""
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    """Tile tables of the attention kernels by rows of a tile; without them, each layer makes its own."""
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> "Layout":
+        """The layout that a microbatch carries under the names of the fields."""
+        return cls(batch["indices"], batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same, on ``device``."""
+        tables = {rows: table.to(device) for rows, table in self.tables.items()}
+        return Layout(self.indices.to(device), self.cu_seqlens.to(device), self.max_seqlen, tables)
+
+
+def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout:
+    """The layout of a padded batch, without tile tables.
 
     Args:
-        attention_mask: (B, S), nonzero at real tokens.
+        mask_or_lengths: attention mask (B, S), nonzero at tokens, padding anywhere; or lengths (B,) of a batch that is
+            padded on the right to the longest.
+        longest_first: sort sequences by length, stably, instead of keeping their order.
 
-    Returns:
-        ``indices`` (T,) int64 into the flattened (B * S) batch, ``cu_seqlens`` (B + 1,) int32, and the longest length.
-        On a GPU this waits for the device; the training loop calls it on the CPU, in ``split_batch``.
+    On a GPU this waits for the device; training calls it on the CPU, in ``split_unpadded``.
     """
-    mask = attention_mask.bool()
+    mask = mask_or_lengths
+    if mask.dim() == 1:
+        mask = torch.arange(int(mask.max()), device=mask.device) < mask[:, None]
+    mask = mask.bool()
+    positions = torch.arange(mask.numel(), device=mask.device).view_as(mask)
     lengths = mask.sum(dim=1, dtype=torch.int32)
+    if longest_first:
+        lengths, order = lengths.sort(descending=True, stable=True)
+        mask, positions = mask[order], positions[order]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    max_seqlen = int(lengths.max()) if lengths.numel() else 0
-    return mask.flatten().nonzero().squeeze(1), cu_seqlens, max_seqlen
-
-
-def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Cut each sequence into tiles of ``rows`` tokens, for a kernel that takes one a program.
-
-    Returns:
-        (n, 3) int32: the first token of the tile's sequence, the sequence's length, the tile's first row in it. Long
-        sequences come first, so that the programs that take longest do not start last. On a GPU this waits for the
-        device; the training loop calls it on the CPU, in ``split_batch``.
-    """
-    lengths = cu_seqlens.diff()
-    tiles = (lengths + rows - 1) // rows
-    order = lengths.argsort(descending=True, stable=True)
-    sequence = order.repeat_interleave(tiles[order])
-    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
-    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
-    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
-
-
-def tile_tables(cu_seqlens: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
-    """``tile_table`` for tiles of each size, by size."""
-    return {rows: tile_table(cu_seqlens, rows) for rows in sizes}
+    return Layout(positions[mask], cu_seqlens, int(lengths.max()) if len(lengths) else 0)
 
 
 def unpad_input(x: Tensor, indices: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ ALiBi from Press et al., 2021 (arXiv 2108.12409). docs/kernels.md derives it on 
 Letters: T real tokens, N heads, H head size; q_TNH is q as (T, N, H).
 
 Each program takes one tile (some rows of one sequence) of one head; the tiles come as a table (n, 3) int32 of
-(sequence's first token, its length, tile's first row), made by ``bert_padding.tile_table``. Padding, idle programs, an
+(sequence's first token, its length, tile's first row), made by ``tile_table``. Padding, idle programs, an
 (S, S) bias and a limit on length do not exist. Nothing is added by atomics: the same input gives the same bits.
 
 Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
@@ -17,12 +17,14 @@ Eager code goes through autograd.Function; torch.compile sees custom ops, which 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bert_padding import Layout
 from .triton_common import DTYPES, interpreted, launch, ops_of
 
 try:
@@ -91,6 +93,27 @@ def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
         if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
             return tiles
     raise ValueError(f"attention 'triton' takes heads of at most {MAX_HEAD_SIZE}, not {head_size} in {dtype}")
+
+
+def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Cut each sequence into tiles of ``rows`` tokens; each program of a kernel takes one.
+
+    Returns:
+        (n, 3) int32: first token of the tile's sequence, the sequence's length, the tile's first row in it. Longest
+        sequences first, so that the slowest programs do not start last. On a GPU this waits for the device.
+    """
+    lengths = cu_seqlens.diff()
+    tiles = (lengths + rows - 1) // rows
+    order = lengths.argsort(descending=True, stable=True)
+    sequence = order.repeat_interleave(tiles[order])
+    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
+    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
+    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
+
+
+def tile_tables(layout: Layout, sizes: Iterable[int] = TILE_ROWS) -> dict[int, Tensor]:
+    """The layout's tile tables by rows of a tile; by default, all that any kernel may read."""
+    return {rows: tile_table(layout.cu_seqlens, rows) for rows in sizes}
 
 
 def padded_head_size(head_size: int) -> int:
@@ -536,29 +559,30 @@ def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
 _flash_attn_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, alibi_slopes: Tensor, tables: dict[int, Tensor]) -> Tensor:
-    """Softmax attention within each sequence, ALiBi added; no dropout.
+def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
+    """Softmax attention within each sequence, with ALiBi and without dropout. Nothing of size S^2 is stored.
 
     Args:
-        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, of one dtype, H at most 128, views included. Also under autocast they
-            are computed on as they come; accumulation, softmax and bias are fp32.
+        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, all of one dtype, H at most 128; views are fine. Autocast does not
+            cast them; accumulation, softmax and bias are fp32.
+        layout: of the T tokens; without tile tables they are made here.
         alibi_slopes: (N,) fp32.
-        tables: tables of tiles (n, 3) by rows of a tile, for ``TILE_ROWS``, as ``bert_padding.tile_tables`` makes them.
 
     Returns:
         (T, N, H), contiguous, in the dtype of q.
 
     Raises:
-        ValueError: a dtype or a head size that the kernels do not take.
+        ValueError: unsupported dtype or head size.
     """
     if not q_TNH.dtype == k_TNH.dtype == v_TNH.dtype or q_TNH.dtype not in DTYPES:
         given = ", ".join(str(x.dtype) for x in (q_TNH, k_TNH, v_TNH))
-        raise ValueError(f"attention 'triton' takes q, k, v of one dtype of fp16, bf16, fp32, not {given}")
+        raise ValueError(f"attention 'triton': expected q, k, v of one dtype of fp16, bf16, fp32, got {given}")
     if alibi_slopes.dtype != torch.float32:
-        raise ValueError(f"attention 'triton' takes slopes in fp32, not {alibi_slopes.dtype}")
+        raise ValueError(f"attention 'triton': expected slopes in fp32, got {alibi_slopes.dtype}")
     tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
-    own_tables = (tables[tile.rows] for tile in (tiles.forward, tiles.dkdv, tiles.dq))
-    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *own_tables)
+    rows = [tile.rows for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
+    tables = layout.tables or tile_tables(layout, set(rows))
+    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *(tables[size] for size in rows))
     if torch.compiler.is_compiling():
         return _flash_attn_op(*args)[0]
     return _FlashAttention.apply(*args)  # pyright: ignore[reportReturnType]

@@ -4,9 +4,8 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from src.bert_layers import UnpaddedMaskedLMOutput
-from src.data.microbatches import Batch
 from src.masked_lm_loss import masked_lm_loss
-from src.mosaic_bert import MaskedLMModel
+from src.mosaic_bert import Batch, MaskedLMModel
 
 
 class HFBert(MaskedLMModel):

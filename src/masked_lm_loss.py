@@ -127,7 +127,3 @@ def _weight_grad(dlogits: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(dlogits.t(), x, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return torch.mm(dlogits.t(), x)
-
-
-IGNORED = -100
-"""Label of a position that carries no loss."""

@@ -8,83 +8,68 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
+from src.bert_layers import BertForMaskedLM, BertLayer, UnpaddedMaskedLMOutput
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
-from src.data.microbatches import Batch
+
+Batch = dict[str, Any]
 
 
-class LanguageCrossEntropy(Metric):
-    """Mean cross entropy of all masked tokens, in nats. Named and logged as Composer's, which takes (B, S, V) logits.
+class MaskedTokenMetric(Metric):
+    """Sums over masked tokens: exact, so that a value does not depend on how tokens are spread over batches and ranks.
 
-    Sums are added up, in fp64, so that the value does not depend on batches, ranks or their order.
+    Not torchmetrics' MeanMetric and SumMetric: the one takes means and multiplies them back, which rounds, the other
+    counts in floats, and both read each value to look for NaN, for which a GPU waits.
     """
 
     full_state_update = False
-    sum_loss: Tensor
-    total_items: Tensor
+    loss_sum: Tensor
+    correct: Tensor
+    count: Tensor
 
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("sum_loss", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_items", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+    def __init__(self):
+        super().__init__()
+        self.add_state("loss_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch: cross entropy summed over ``count`` masked tokens, all ()."""
-        self.sum_loss += loss_sum.detach()
-        self.total_items += count
+        """Add a microbatch: the fields of ``UnpaddedMaskedLMOutput``, all ()."""
+        self.loss_sum += loss_sum.detach()
+        self.correct += correct
+        self.count += count
+
+
+class LanguageCrossEntropy(MaskedTokenMetric):
+    """Mean cross entropy in nats per masked token. Named and logged as Composer's, which takes (B, S, V) logits."""
 
     def compute(self) -> Tensor:
         """() fp64; NaN if nothing was masked."""
-        return self.sum_loss / self.total_items
+        return self.loss_sum / self.count
 
 
 class LanguagePerplexity(LanguageCrossEntropy):
-    """exp of the mean cross entropy of all masked tokens."""
+    """exp of the mean cross entropy per masked token."""
 
     def compute(self) -> Tensor:
         """() fp64; NaN if nothing was masked."""
         return super().compute().exp()
 
 
-class MaskedTokens(Metric):
-    """Masked tokens that the other metrics are over."""
+class MaskedAccuracy(MaskedTokenMetric):
+    """Share of masked tokens predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
 
-    full_state_update = False
-    total: Tensor
+    def compute(self) -> Tensor:
+        """() fp64 in [0, 1]; NaN if nothing was masked."""
+        return self.correct.double() / self.count
 
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch of ``count`` () masked tokens."""
-        self.total += count
+class MaskedTokens(MaskedTokenMetric):
+    """Number of masked tokens that the other metrics are computed from."""
 
     def compute(self) -> Tensor:
         """() int64."""
-        return self.total
-
-
-class MaskedAccuracy(Metric):
-    """Share of masked tokens that are predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
-
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch: ``correct`` of ``count`` masked tokens, both ()."""
-        self.correct += correct
-        self.total += count
-
-    def compute(self) -> Tensor:
-        """() in [0, 1]; NaN if nothing was masked."""
-        return self.correct.double() / self.total
+        return self.count
 
 
 class MaskedLMModel(ComposerModel):
@@ -138,8 +123,8 @@ class MosaicBert(MaskedLMModel):
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
         """A microbatch of ``builders.split_batch``."""
-        layout = Layout(batch["cu_seqlens"], batch["max_seqlen"], batch.get("tables"))
-        return self.model(batch["input_ids"], labels=batch["labels"], layout=layout, masked_index=batch["masked_index"])
+        ids, labels, masked_index = batch["input_ids"], batch["labels"], batch["masked_index"]
+        return self.model(ids, labels=labels, layout=Layout.from_batch(batch), masked_index=masked_index)
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.

@@ -11,8 +11,8 @@ from src.bert_layers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    Layout,
 )
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
 
@@ -95,8 +95,7 @@ def unpadded(model, batch, microbatch_size=10**6):
     parts = split_unpadded(batch, microbatch_size)
     total = sum(part["num_masked"] for part in parts)
     outputs = [
-        model.forward_unpadded(p["input_ids"], Layout(p["cu_seqlens"], p["max_seqlen"]), p["masked_index"], p["labels"])
-        for p in parts
+        model.forward_unpadded(p["input_ids"], Layout.from_batch(p), p["masked_index"], p["labels"]) for p in parts
     ]
     return sum(o.loss * (p["num_masked"] / total) for o, p in zip(outputs, parts, strict=True))
 
