@@ -3,9 +3,9 @@
 Architecture: Portes et al., 2023, MosaicBERT, arXiv 2312.17482, section 2. Post-LayerNorm as in BERT (Devlin et al.,
 2019, arXiv 1810.04805); GLU from Shazeer, 2020, arXiv 2002.05202.
 
-Letters, as suffixes of shapes: B sequences, S padded length, T real tokens, M masked tokens, D hidden size, N heads,
-H head size, I GLU width, V vocabulary. Inside, the model works on the T real tokens, one sequence after another; padded
-input is unpadded on the way in and padded again on the way out.
+Letters, as suffixes of shapes: B sequences, S padded length, T non-padding tokens, M masked tokens, D hidden size, N
+heads, H head size, I GLU width, V vocabulary. The model computes the T tokens only, one sequence after another: it
+unpads its input and pads its output again.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ from .triton_common import resolve as resolve_kernels
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
-    """What BertForMaskedLM returns; sums rather than means, so that batches can be added up exactly."""
+    """What BertForMaskedLM returns. Sums, so that batches can be added up exactly."""
 
     loss_sum: Tensor | None = None
     """() fp32, cross entropy summed over the masked tokens."""
@@ -60,14 +60,14 @@ class UnpaddedMaskedLMOutput(MaskedLMOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The doors for fused kernels
+# Fused kernels, or plain torch
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x)), the sum and the statistics in fp32 at least.
+    """LayerNorm(residual + dropout(x)), with sum and statistics at least in fp32.
 
-    Under autocast the result has the autocast dtype, so that the residual stream stays in it.
+    The result has the autocast dtype under autocast, so that the residual stream keeps it.
     """
 
     def __init__(self, config: MosaicBertConfig):
@@ -96,7 +96,7 @@ def geglu(gate_and_up: Tensor, dropout_p: float, training: bool, kernels: str = 
 
 
 class BertEmbeddings(nn.Module):
-    """Word and segment embeddings; no positions, ALiBi has them."""
+    """Word and segment embeddings; positions come from ALiBi."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -122,11 +122,11 @@ class BertSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.impl = config.attention
-        resolve(self.impl, self.dropout_p)  # refuses here, not at the first step
+        resolve(self.impl, self.dropout_p)  # raises here, not at the first step
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
-        """(T, D) -> (T, D), or (M, D) when only the queries at ``rows`` (M,) are wanted."""
+        """(T, D) -> (T, D); with ``rows`` (M,), (M, D): of the queries at these rows only."""
         D, heads = x.shape[-1], (self.num_heads, -1)
         if rows is None:
             q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # each (T, N, H)
@@ -154,7 +154,7 @@ class BertSelfOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Self-attention block."""
+    """Self-attention, output projection, residual and LayerNorm."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -182,7 +182,7 @@ class BertGatedLinearUnitMLP(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer; with ``rows``, keys and values for all T tokens, all else for those rows only."""
+    """One Transformer layer; with ``rows``, keys and values of all T tokens, everything else of these rows only."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -200,11 +200,11 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.alibi = AlibiSlopes(config.num_attention_heads)
-        self.gradient_checkpointing = False  # transformers sets it, and the function that checkpoints
+        self.gradient_checkpointing = False  # transformers sets both attributes
         self._gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The input and the output of every layer, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
+        """The input and every layer's output, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
         states, slopes = (x,), self.alibi(x.device)
         for i, layer in enumerate(self.layer):
             args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None)

@@ -1,10 +1,10 @@
-"""Between padded (B, S, ...) tensors and the T real tokens of a batch, one after another (T, ...).
+"""Unpadding: padded tensors (B, S, ...) to the non-padding tokens (T, ...), and back.
 
-"Unpadding" computes on real tokens only. Zeng et al., 2022 (Boosting Distributed Training Performance of the Unpadded
-BERT Model, arXiv 2208.08124) describe it; NVIDIA's MLPerf 1.1 BERT used it first.
+Described by Zeng et al., 2022 (Boosting Distributed Training Performance of the Unpadded BERT Model, arXiv 2208.08124);
+first used by NVIDIA's MLPerf 1.1 BERT.
 
-Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) int32 are the cumulated lengths: sequence
-b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
+Letters: B sequences, S padded length, T tokens of the batch, padding not counted. Sequence b is rows
+``cu_seqlens[b]:cu_seqlens[b + 1]`` of an unpadded tensor.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class _IndexFirstAxis(torch.autograd.Function):
-    """x[index] for an index without repeats: the gradient is then a copy, not the addition of ``index_select``."""
+    """x[index] for an index without repeats: its gradient is a copy, where ``index_select`` adds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _IndexFirstAxis(torch.autograd.Function):
 
 
 def index_first_axis(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (M,) int64 of ``x`` (T, ...), as (M, ...). No index may come twice."""
+    """Rows ``index`` (M,) int64 of ``x`` (T, ...), as (M, ...). Indices must be unique."""
     return _IndexFirstAxis.apply(x, index)  # pyright: ignore[reportReturnType]
 
 
@@ -42,7 +42,7 @@ def scatter_first_axis(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 class _UnpackHeads(torch.autograd.Function):
-    """unbind, whose backward takes gradients that already lie beside each other as they are."""
+    """``unbind(1)``; the backward skips the copy if the gradients already share one packed buffer."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
@@ -53,24 +53,24 @@ class _UnpackHeads(torch.autograd.Function):
         parts, first = len(grads), grads[0]
         T, N, H = first.shape
         strides = (parts * N * H, H, 1)
-        beside = all(
+        packed = all(
             grad.stride() == strides
             and grad.dtype == first.dtype
             and grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
             and grad.storage_offset() == first.storage_offset() + i * N * H
             for i, grad in enumerate(grads)
         )
-        if beside:
+        if packed:
             return first.as_strided((T, parts, N, H), (parts * N * H, N * H, H, 1))
         return torch.stack(grads, dim=1)
 
 
 def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys, values (T, N, H) of a packed product (T, 3, N, H), as views; or keys and values of (T, 2, N, H).
+    """Views of a packed product: q, k, v (T, N, H) of (T, 3, N, H), or k, v of (T, 2, N, H).
 
-    ``unbind(1)``, but for the backward, which copies nothing where an attention wrote its gradients side by side.
+    ``unbind(1)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
     """
-    if torch.compiler.is_compiling():  # which finds such copies itself, and cannot follow a test of addresses
+    if torch.compiler.is_compiling():  # removes such copies itself, and cannot compare addresses
         return packed.unbind(1)
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
 
@@ -123,7 +123,7 @@ def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout
 
 
 def unpad_input(x: Tensor, indices: Tensor) -> Tensor:
-    """The real tokens (T, ...) of a padded (B, S, ...) tensor."""
+    """The tokens (T, ...) of a padded tensor (B, S, ...); ``indices`` as in ``Layout``."""
     return index_first_axis(x.flatten(0, 1), indices)
 
 

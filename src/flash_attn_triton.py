@@ -1,19 +1,19 @@
-"""FlashAttention over unpadded sequences, ALiBi computed inside the tile: forward and backward, in Triton.
+"""FlashAttention over unpadded sequences, with ALiBi computed inside the tile: forward and backward, in Triton.
 
-Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135), the split of the
-backward into one kernel per gradient and the parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691),
-ALiBi from Press et al., 2021 (arXiv 2108.12409). docs/kernels.md derives it on paper.
+Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135); one kernel per
+gradient and parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691); ALiBi from Press et al., 2021
+(arXiv 2108.12409). docs/kernels.md has the derivation.
 
-Letters: T real tokens, N heads, H head size; q_TNH is q as (T, N, H).
+Letters: T tokens, N heads, H head size; q_TNH is q as (T, N, H).
 
-Each program takes one tile (some rows of one sequence) of one head; the tiles come as a table (n, 3) int32 of
-(sequence's first token, its length, tile's first row), made by ``tile_table``. Padding, idle programs, an
-(S, S) bias and a limit on length do not exist. Nothing is added by atomics: the same input gives the same bits.
+Each program computes one tile (some rows of one sequence) of one head, from a tile table (``tile_table``). There is no
+padding, no idle program, no (S, S) bias and no limit on length. There are no atomics: the same input gives the same
+bits.
 
 Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 
-Eager code goes through autograd.Function; torch.compile sees custom ops, which cost some 60 us a call more.
+Eager code runs an autograd.Function; torch.compile sees custom ops, which cost some 60 us per call more.
 """
 
 import math
@@ -44,12 +44,12 @@ MAX_HEAD_SIZE = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work."""
+    """Sizes of one kernel."""
 
     rows: int
-    """Rows of its own: queries in the forward and for dq, keys for dk and dv. The table of tiles is made for them."""
+    """Rows of one program: queries in the forward and for dq, keys for dk and dv. Tile tables are made for them."""
     cols: int
-    """Rows of the other side that one step of the loop takes."""
+    """Rows of the other side per step of the loop."""
     warps: int
     stages: int
     """Steps of the loop whose loads are in flight."""
@@ -57,18 +57,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels that have any."""
+    """The tiles of the three kernels that read a tile table."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
 
-# By (architecture, largest padded head size, bytes of an element); the first that fits is taken. Chosen so that none
-# spills or exceeds the card's shared memory with Triton 3.3.0 or 3.8.0, whose registers differ
-# (benchmarks/results/kernels_aot.md). Speed is for benchmarks/benchmarks/kernels/tune.py to say.
+# By (architecture, largest padded head size, bytes per element); the first match is used. None spills registers or
+# exceeds the card's shared memory with Triton 3.3.0 or 3.8.0 (benchmarks/results/kernels_aot.md); for speed, see
+# benchmarks/kernels/tune.py.
 TILES: dict[tuple[int, int, int], Tiles] = {
-    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB a program
+    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB per program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),  # A100: 163 KiB
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
@@ -84,15 +84,19 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
-"""Every number of rows for which a kernel may want a table of tiles."""
+"""All sizes for which a kernel may read a tile table."""
 
 
 def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """The tiles for heads of this size in this dtype on this architecture (80 for compute capability 8.0)."""
+    """The tiles for a head size, dtype and architecture (80 for compute capability 8.0).
+
+    Raises:
+        ValueError: the heads are too large.
+    """
     for (arch, largest, itemsize), tiles in TILES.items():
         if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
             return tiles
-    raise ValueError(f"attention 'triton' takes heads of at most {MAX_HEAD_SIZE}, not {head_size} in {dtype}")
+    raise ValueError(f"attention 'triton': expected heads of at most {MAX_HEAD_SIZE}, got {head_size} in {dtype}")
 
 
 def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -117,7 +121,7 @@ def tile_tables(layout: Layout, sizes: Iterable[int] = TILE_ROWS) -> dict[int, T
 
 
 def padded_head_size(head_size: int) -> int:
-    """The power of two, 16 at least, that a tile holds a head in; what is added is zero."""
+    """Width of a head in a tile: a power of two, at least 16, zero beyond H."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
@@ -364,16 +368,16 @@ if triton is not None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 DELTA_TILE = 2048
-"""Elements of a tile of flash_attn_delta: 16 a thread."""
+"""Elements of a tile of flash_attn_delta: 16 per thread."""
 
 
 def delta_rows(head_size: int) -> int:
-    """Rows of such a tile."""
+    """Rows of a tile of flash_attn_delta."""
     return DELTA_TILE // padded_head_size(head_size)
 
 
 def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+    """Compile-time constants of a kernel."""
     H = q.shape[2]
     return {
         "H": H,
@@ -387,9 +391,9 @@ def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
 
 
 def _aligned(x_TNH: Tensor) -> Tensor:
-    """Itself, or a copy if heads of a multiple of 16 do not begin at multiples of 16 elements.
+    """``x_TNH`` itself, or a copy if loads from it would be narrow: heads that start off a multiple of 16 elements.
 
-    For loads that cannot be wide the kernels would be built anew, and spill. An expanded gradient has strides of 0.
+    Triton would compile another kernel for narrow loads, which spills. An expanded gradient has strides of 0.
     """
     T, N, H = x_TNH.stride()
     misplaced = x_TNH.shape[2] % 16 == 0 and (T % 16 or N % 16 or x_TNH.storage_offset() % 16)
@@ -405,7 +409,7 @@ def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out (T, N, H) and lse (N, T) fp32, base 2; with another tile than the table's of TILES if it is given."""
+    """out (T, N, H) and lse (N, T) fp32, base 2; ``tile`` by default that of TILES."""
     T, N, H = q.shape
     q, k, v = map(_aligned, (q, k, v))
     tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
@@ -492,7 +496,7 @@ def _backward(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps q, k, v, out and lse; the probabilities are computed again in the backward."""
+    """Saves q, k, v, out and lse; the backward recomputes the probabilities."""
 
     @staticmethod
     def forward(
@@ -506,7 +510,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, slopes, dkdv_table, dq_table = ctx.saved_tensors
         T, N, H = q.shape
-        # One buffer for the three: bert_padding's unpack_heads hands it on as the packed product's gradient, uncopied.
+        # One buffer: bert_padding's unpack_heads returns it as the packed product's gradient without a copy.
         dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
         _backward(grads[0], q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
         return dq, dk, dv, None, None, None, None
@@ -560,7 +564,7 @@ _flash_attn_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
-    """Softmax attention within each sequence, with ALiBi and without dropout. Nothing of size S^2 is stored.
+    """Softmax attention with ALiBi within each sequence, no dropout. Stores nothing of size S^2.
 
     Args:
         q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, all of one dtype, H at most 128; views are fine. Autocast does not

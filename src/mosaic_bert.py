@@ -1,4 +1,4 @@
-"""MosaicBERT as a ComposerModel: fed unpadded microbatches, measured on the masked tokens."""
+"""MosaicBERT as a ComposerModel: takes unpadded microbatches, measures masked tokens."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ Batch = dict[str, Any]
 
 
 class MaskedTokenMetric(Metric):
-    """Sums over masked tokens: exact, so that a value does not depend on how tokens are spread over batches and ranks.
+    """Sums over masked tokens, in fp64 and int64, so that values do not depend on batches or ranks.
 
-    Not torchmetrics' MeanMetric and SumMetric: the one takes means and multiplies them back, which rounds, the other
-    counts in floats, and both read each value to look for NaN, for which a GPU waits.
+    Not torchmetrics' MeanMetric, which multiplies a mean by its weight and so rounds, nor SumMetric, which counts in
+    floats; both look for NaN in each value, and a GPU waits for it.
     """
 
     full_state_update = False
@@ -73,7 +73,7 @@ class MaskedTokens(MaskedTokenMetric):
 
 
 class MaskedLMModel(ComposerModel):
-    """What both models share: the loss is their output's, the metrics are over the masked tokens."""
+    """What both models share: the loss, and the metrics over masked tokens."""
 
     model: PreTrainedModel
 
@@ -88,7 +88,7 @@ class MaskedLMModel(ComposerModel):
         return outputs.loss
 
     def eval_forward(self, batch: Batch, outputs: UnpaddedMaskedLMOutput | None = None) -> UnpaddedMaskedLMOutput:
-        """The forward pass; for metrics of training, what it gave already."""
+        """The forward pass, or ``outputs`` if training has run it already."""
         return self(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
@@ -109,8 +109,8 @@ class MosaicBert(MaskedLMModel):
 
     Args:
         config: its shape.
-        gradient_checkpointing: keep only each layer's input and compute the layer again in the backward pass: less
-            memory, about a third more time.
+        gradient_checkpointing: save only each layer's input, and recompute the layer in the backward pass: less memory,
+            about a third more time.
     """
 
     def __init__(self, config: MosaicBertConfig, gradient_checkpointing: bool = False):
@@ -122,16 +122,16 @@ class MosaicBert(MaskedLMModel):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
-        """A microbatch of ``builders.split_batch``."""
+        """A microbatch of ``split_unpadded``."""
         ids, labels, masked_index = batch["input_ids"], batch["labels"], batch["masked_index"]
         return self.model(ids, labels=labels, layout=Layout.from_batch(batch), masked_index=masked_index)
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.
 
-        Matrix products only, 2 per multiply-add, backward twice the forward; attention by the sum of squared lengths;
-        the projections of the last layer and the head that run on the M masked tokens are counted for those. What
-        gradient checkpointing and attention's backward compute again is not counted.
+        Counts matrix products, 2 per multiply-add, the backward as twice the forward; attention by the sum of squared
+        lengths; the last layer (but for keys and values) and the head for the M masked tokens only. Recomputation, by
+        gradient checkpointing or in attention's backward, is not counted.
         """
         if "cu_seqlens" in batch:
             lengths, M = batch["cu_seqlens"].diff(), len(batch["labels"])

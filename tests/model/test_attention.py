@@ -171,5 +171,5 @@ def test_slopes_of_a_power_of_two_and_of_twelve():
 
 
 def test_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'flash' is not there; choose auto, reference, torch"):
+    with pytest.raises(ValueError, match="unknown attention 'flash'; expected one of auto, reference, torch"):
         A.resolve("flash")

@@ -91,9 +91,9 @@ def test_vocabulary_is_the_tokenizers_up_to_a_multiple_of_64(tokenizer):
 def test_settings_that_cannot_act_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="512 is more than this model's 128 positions"):
         models.hf_bert(tokenizer, 512, {"max_position_embeddings": 128})
-    with pytest.raises(ConfigError, match="'nope' is not there"):
+    with pytest.raises(ConfigError, match="unknown attention 'nope'"):
         models.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1}, attention="nope")
-    with pytest.raises(ConfigError, match="kernels 'nope' is not there; choose one of auto, triton, torch"):
+    with pytest.raises(ConfigError, match="unknown kernels 'nope'; expected one of auto, triton, torch"):
         models.mosaic_bert(tokenizer, 128, {"hidden_size": 12, "num_hidden_layers": 1}, kernels="nope")
     with pytest.raises(ConfigError, match="not a multiple"):
         models.mosaic_bert(tokenizer, 128, {"hidden_size": 10})
