@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from src.attention import MISSING, resolve
-from src.bert_layers import BertForMaskedLM, BertSelfAttention, Layout
-from src.bert_padding import index_first_axis, tile_tables, unpad_input, unpad_layout
+from src.bert_layers import BertForMaskedLM, BertSelfAttention
+from src.bert_padding import index_first_axis, unpad_input, unpad_layout
 from src.configuration_bert import MosaicBertConfig
-from src.flash_attn_triton import TILE_ROWS
+from src.flash_attn_triton import tile_tables
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask``, ``labels``, (B, S) each, on the CPU."""
@@ -174,24 +174,21 @@ class MosaicBert(Arm):
         )
 
     def parts(self, batch: Batch) -> list[Part]:
-        batch = longest_first(batch)
-        indices, cu_seqlens, max_seqlen = unpad_layout(batch["attention_mask"])
-        labels = unpad_input(batch["labels"], indices)
+        layout = unpad_layout(batch["attention_mask"], longest_first=True)
+        if resolve(self.attention, device_type=self.device) == "triton":
+            layout = replace(layout, tables=tile_tables(layout))
+        labels = unpad_input(batch["labels"], layout.indices)
         masked_index = (labels >= 0).nonzero().squeeze(1)
         tensors = {
-            "input_ids": unpad_input(batch["input_ids"], indices),
+            "input_ids": unpad_input(batch["input_ids"], layout.indices),
             "masked_index": masked_index,
             "masked_labels": labels[masked_index],
             "labels": labels,
         }
         segments = self.segments(batch)
         if segments is not None:
-            tensors["segments"] = unpad_input(segments, indices)
-        tables = None
-        if resolve(self.attention, device_type=self.device) == "triton":
-            tables = {rows: table.to(self.device) for rows, table in tile_tables(cu_seqlens, TILE_ROWS).items()}
-        layout = Layout(cu_seqlens.to(self.device), max_seqlen, tables)
-        return [{name: x.to(self.device) for name, x in tensors.items()} | {"layout": layout}]
+            tensors["segments"] = unpad_input(segments, layout.indices)
+        return [{name: x.to(self.device) for name, x in tensors.items()} | {"layout": layout.to(self.device)}]
 
     def loss_sum(self, part: Part) -> Tensor:
         return self.model.forward_unpadded(

@@ -1,15 +1,15 @@
-"""Attention over unpadded sequences with ALiBi: one signature, several implementations, one door.
+"""Attention over unpadded sequences with ALiBi: one function, four implementations.
 
-Letters: T real tokens of the batch, N heads, H head size, L length of one sequence; q_TNH is q as (T, N, H).
+Letters: T tokens of the batch, N heads, H head size, L length of one sequence; q_TNH is q as (T, N, H).
 
-    attention(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p=0.0, impl="auto", tables=None) -> (T, N, H)
+    attention(q, k, v, layout, alibi_slopes, dropout_p=0.0, impl="auto") -> (T, N, H)
 
-    reference   padded, explicit bias; any device        torch       SDPA for each length; any device
-    triton      our kernels; CUDA                        flash_attn  the flash-attn package's; CUDA, if installed
+    reference   padded, explicit bias; any device        torch       SDPA per sequence length; any device
+    triton      our kernels; CUDA                        flash_attn  the flash-attn package; CUDA, if installed
 
-``reference`` is the meaning, written to be read; every other implementation is tested against it. Scores are
-q.k * H^-0.5 - slope * |i - j| (Press et al., 2021, arXiv 2108.12409; symmetric, as in MosaicBERT, arXiv 2312.17482),
-and they, the bias and the softmax are at least fp32 under any autocast: bf16 errs by 0.67 in the bias at distance 511.
+``reference`` is the definition, and the other implementations are tested against it. Scores are
+q.k * H^-0.5 - slope * |i - j| (Press et al., 2021, arXiv 2108.12409; symmetric, as in MosaicBERT, arXiv 2312.17482).
+Scores, bias and softmax are at least fp32 under any autocast: a bf16 bias errs by 0.67 at distance 511.
 """
 
 import logging
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import flash_attn_triton, triton_common
-from .bert_padding import tile_tables
+from .bert_padding import Layout
 
 log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten  # its ops are not typed
@@ -36,8 +36,8 @@ aten: Any = torch.ops.aten  # its ops are not typed
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """Slope of each head, (N,) fp32 (Press et al., 2021, section 3 and its reference implementation).
 
-    A power of two takes the geometric sequence that ends at 2^-8. Any other N takes the slopes of the next lower power
-    of two, then every second slope of twice that number: for 12, 2^-1 ... 2^-8, then 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5.
+    For a power of two, the geometric sequence that ends at 2^-8. For any other N, the slopes of the next lower power of
+    two, then every second slope of twice that number: for 12, 2^-1 ... 2^-8, then 2^-0.5, 2^-1.5, 2^-2.5, 2^-3.5.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     exponents = [8 * (i + 1) / power for i in range(power)]
@@ -45,55 +45,95 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     return torch.tensor([2.0**-e for e in exponents], dtype=torch.float32, device=device)
 
 
+class AlibiSlopes(torch.nn.Module):
+    """The slopes (N,) as a buffer that moves with the model, stays fp32 and is not saved.
+
+    A library that builds the model on the meta device and loads only what was saved does not restore such a buffer:
+    transformers 5 leaves uninitialised memory in it. Hence ``fill``, and a check before the first use.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
+        self.checked: Tensor | None = None
+
+    def fill(self, device: torch.device) -> None:
+        """Compute the slopes again, on ``device``."""
+        self.slopes = alibi_slopes(len(self.slopes), device)
+
+    def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # .half(), .to(bfloat16) and to_empty() all come through here.
+        super()._apply(fn, recurse)
+        self.fill(self.slopes.device)
+        return self
+
+    def forward(self, device: torch.device) -> Tensor:
+        """The slopes, (N,) fp32, for a model on ``device``.
+
+        Raises:
+            ValueError: wrong values. Checked once per tensor, and a GPU waits for it.
+        """
+        if self.slopes.is_meta and device.type != "meta":  # after load_state_dict(assign=True)
+            self.fill(device)
+        # is_compiling first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
+        if not torch.compiler.is_compiling() and self.checked is not self.slopes and not self.slopes.is_meta:
+            want = alibi_slopes(len(self.slopes), "cpu")
+            if not torch.equal(self.slopes.cpu(), want):
+                raise ValueError(
+                    f"the ALiBi slopes are {self.slopes.tolist()}, expected {want.tolist()}: the model was loaded "
+                    "without initialising its buffers. Load it by from_pretrained with trust_remote_code=True"
+                )
+            self.checked = self.slopes
+        return self.slopes
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
     impl: str = "auto",
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention within each sequence of an unpadded batch, ALiBi added.
+    """Softmax attention with ALiBi within each sequence of an unpadded batch.
 
     Args:
-        q, k, v: (T, N, H), views of a packed product included.
-        cu_seqlens: (B + 1,) int32, cumulated lengths, first 0, last T.
-        max_seqlen: the longest length.
+        q, k, v: (T, N, H); views of a packed product are fine.
+        layout: of the T tokens. Only ``triton`` reads its tile tables; without them it makes them, and a GPU waits.
         alibi_slopes: (N,) fp32.
-        dropout_p: probability with which an attention weight is dropped; 0 outside training.
+        dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: a name that ``resolve`` accepts.
-        tables: tables of tiles by their rows (``bert_padding.tile_tables``), which only ``triton`` reads; without them
-            it makes them, for which a GPU waits.
 
     Returns:
         (T, N, H) in the dtype of q.
     """
     run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
-    # Under autocast the products below would be taken in bf16; the contract is fp32 scores.
+    options = {"dropout_p": dropout_p} if dropout_p else {}
+    # Autocast would take the products in bf16; the contract is fp32 scores.
     with torch.autocast(q.device.type, enabled=False):
-        return run(q, k, v, cu_seqlens, max_seqlen, alibi_slopes, dropout_p, tables)
+        return run(q, k, v, layout, alibi_slopes, **options)
 
 
 def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -> str:
-    """The implementation that runs for ``impl``: itself, or for ``auto`` triton on a GPU that can, torch elsewhere.
+    """The implementation that ``impl`` names; for ``auto``, triton on a GPU that supports it, torch elsewhere.
 
-    Without ``device_type``, for the device that this machine has.
+    By default ``device_type`` is cuda on a machine with a GPU, cpu elsewhere.
 
     Raises:
-        ValueError: there is no such implementation, it cannot run on the device, or it cannot drop attention weights
-            and ``dropout_p`` is not 0.
+        ValueError: unknown name; or the implementation does not run on the device, or has no dropout and ``dropout_p``
+            is not 0.
     """
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     name = _fastest(device_type) if impl == "auto" else impl
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention {impl!r} is not there; choose auto, {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"unknown attention {impl!r}; expected one of auto, {', '.join(IMPLEMENTATIONS)}")
     missing = MISSING[name](device_type) if name in MISSING else None
     if missing is not None:
-        raise ValueError(f"attention {name!r} cannot run here: {missing}; attention: auto takes what can")
+        raise ValueError(f"attention {name!r} cannot run here: {missing}; set attention to auto")
     if dropout_p > 0 and name not in WITH_DROPOUT:
         raise ValueError(
             f"attention {name!r} has no dropout: set attention_probs_dropout_prob to 0, "
@@ -103,15 +143,15 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
 
 
 def _fastest(device_type: str) -> str:
-    """What ``auto`` means on such a device."""
+    """The implementation of ``auto``, logged once."""
     name = "triton" if device_type == "cuda" and triton_common.unavailable(device_type) is None else "torch"
     if not torch.compiler.is_compiling():
-        _say_once(name, device_type)
+        _log_once(name, device_type)
     return name
 
 
 @cache
-def _say_once(name: str, device_type: str) -> None:
+def _log_once(name: str, device_type: str) -> None:
     log.info("attention: auto is %s on %s", name, device_type)
 
 
@@ -119,15 +159,13 @@ def reference(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Padded, with an explicit (N, S, S) bias: what attention means here. Memory grows as B * N * S^2."""
+    """The definition: padded, with an explicit (N, S, S) bias. Memory grows as B * N * S^2."""
     T, _, H = q_TNH.shape
-    lengths_B = cu_seqlens.diff().long()
+    lengths_B, max_seqlen = layout.cu_seqlens.diff().long(), layout.max_seqlen
     B = len(lengths_B)
     dtype = torch.promote_types(q_TNH.dtype, torch.float32)
 
@@ -150,17 +188,17 @@ def reference(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# torch: scaled_dot_product_attention, one call for each length
+# torch: scaled_dot_product_attention, one call per length
 # ----------------------------------------------------------------------------------------------------------------------
 
 TILE_ELEMENTS = 2**22
-"""Elements of a tile's bias at most, 16 MiB in fp32, so that memory does not grow with the square of the length.
-Measured: at 2**20 sequences of 512 take a tenth longer, 2**24 gains nothing."""
+"""Maximal number of elements of a tile's bias, 16 MiB in fp32, so that memory does not grow with the square of the
+length. Measured: with 2**20, sequences of 512 take a tenth longer; 2**24 gains nothing."""
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some query rows against all keys, for neighbouring sequences of one length L: slices of (T, N, H) tensors."""
+    """Some query rows and all keys of neighbouring sequences of one length L: slices of (T, N, H) tensors."""
 
     tokens: slice
     sequences: int
@@ -177,9 +215,9 @@ class _Tile:
 
 
 def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
-    """Cut a ragged batch into tiles of so many rows that a bias of the longest sequence has at most TILE_ELEMENTS.
+    """Cut a ragged batch into tiles whose bias has at most TILE_ELEMENTS, for the longest sequence too.
 
-    Neighbours of equal length share a tile (documents cut into chunks are mostly such) where one is enough for them.
+    Neighbours of equal length, common where documents are cut into chunks, share a tile if one holds all their rows.
     """
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
     rows = max(1, TILE_ELEMENTS // (num_heads * max(lengths, default=1) or 1))
@@ -197,8 +235,8 @@ def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
 def _biased_tiles(cu_seqlens: list[int], slopes: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Tile, Tensor]]:
     """Each tile with its bias, (1, N, rows, L).
 
-    One Toeplitz table -slope * |row - column| serves every tile as a slice: a tile whose queries begin at row r takes
-    the columns from last_row - r on. It has at most twice TILE_ELEMENTS.
+    Each bias is a slice of one Toeplitz table -slope * |row - column| of at most twice TILE_ELEMENTS: a tile whose
+    queries start at row r takes the columns from last_row - r on.
     """
     tiles = list(_tiles(cu_seqlens, len(slopes)))
     last_row = max((tile.queries.start for tile in tiles), default=0)
@@ -211,7 +249,7 @@ def _biased_tiles(cu_seqlens: list[int], slopes: Tensor, dtype: torch.dtype) -> 
 
 
 class _FlashOnCPU(torch.autograd.Function):
-    """torch's flash kernel for CPUs, tile by tile; q, k, v, the output and the log-sum-exp are kept, no bias."""
+    """torch's flash kernel for CPUs, tile by tile. Saves q, k, v, the output and the log-sum-exp, but no bias."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], slopes: Tensor) -> Tensor:
@@ -255,30 +293,27 @@ class _FlashOnCPU(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-@torch.compiler.disable  # what it does goes by the lengths of a batch: compiled, each new batch would be compiled again
+@torch.compiler.disable  # depends on the lengths of a batch, so each new batch would be compiled again
 def torch_ragged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
     dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention for each sequence, neighbours of one length together; no padding.
+    """torch's scaled_dot_product_attention per sequence, neighbours of one length together; no padding.
 
-    On a CPU without dropout, memory is linear in T. Otherwise torch keeps what its kernel needs, with dropout on a CPU
-    (N, L, L) probabilities of each sequence, on a GPU a bias (N, L, L) for each length of the batch. On a GPU it waits
-    for the device to read ``cu_seqlens``.
+    On a CPU without dropout, memory is linear in T. With dropout torch keeps (N, L, L) probabilities of each sequence,
+    and on a GPU a bias (N, L, L) for each length of the batch. On a GPU it waits, to read ``cu_seqlens``.
     """
     if q.device.type == "cpu" and dropout_p == 0:
-        return _FlashOnCPU.apply(q, k, v, cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
+        return _FlashOnCPU.apply(q, k, v, layout.cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     rows, copies = [], {}
-    for tile, bias in _biased_tiles(cu_seqlens.tolist(), alibi_slopes, dtype):
-        if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, and a slice may begin between them
+    for tile, bias in _biased_tiles(layout.cu_seqlens.tolist(), alibi_slopes, dtype):
+        if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, and a slice may start unaligned
             key = tile.length, tile.queries.start
             if key not in copies:
                 copies[key] = bias.clone(memory_format=torch.contiguous_format)
@@ -290,54 +325,38 @@ def torch_ragged(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels
+# The choice
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def triton_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
-) -> Tensor:
-    """The kernels of ``flash_attn_triton``; nothing is padded, nothing of size S^2 is stored."""
-    if tables is None:
-        tables = tile_tables(cu_seqlens, flash_attn_triton.TILE_ROWS)
-    return flash_attn_triton.flash_attn(q, k, v, alibi_slopes, tables)
 
 
 def flash_attn_package(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
+    layout: Layout,
     alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
-    tables: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """flash_attn_varlen_func of the flash-attn package (2.4 and later know slopes); fp16 and bf16 only.
+    """flash_attn_varlen_func of the flash-attn package (2.4 or later, which take slopes); fp16 and bf16 only.
 
-    Its backward adds dq by atomics unless ``torch.use_deterministic_algorithms`` is on.
+    The backward adds dq by atomics unless ``torch.use_deterministic_algorithms`` is on.
+
+    Raises:
+        ValueError: the package does not import, or another dtype.
     """
     try:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"attention 'flash_attn' cannot run here: {error}") from error
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention 'flash_attn' takes fp16 and bf16, not {q.dtype}; set precision to amp_bf16")
+        raise ValueError(f"attention 'flash_attn': expected fp16 or bf16, got {q.dtype}; set precision to amp_bf16")
     return flash_attn_varlen_func(
         q,
         k,
         v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        layout.cu_seqlens,
+        layout.cu_seqlens,
+        layout.max_seqlen,
+        layout.max_seqlen,
         alibi_slopes=alibi_slopes,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -352,7 +371,7 @@ def _flash_attn_missing(device_type: str) -> str | None:
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference,
     "torch": torch_ragged,
-    "triton": triton_kernels,
+    "triton": flash_attn_triton.flash_attn,
     "flash_attn": flash_attn_package,
 }
 WITH_DROPOUT = {"reference", "torch"}
@@ -360,4 +379,4 @@ MISSING: dict[str, Callable[[str], str | None]] = {
     "triton": triton_common.unavailable,
     "flash_attn": _flash_attn_missing,
 }
-"""Why an implementation cannot run on a type of device, or None; those that are not named always can."""
+"""Why an implementation cannot run on a type of device, or None. Implementations not listed run on any."""

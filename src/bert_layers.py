@@ -3,13 +3,14 @@
 Architecture: Portes et al., 2023, MosaicBERT, arXiv 2312.17482, section 2. Post-LayerNorm as in BERT (Devlin et al.,
 2019, arXiv 1810.04805); GLU from Shazeer, 2020, arXiv 2002.05202.
 
-Letters, as suffixes of shapes: B sequences, S padded length, T real tokens, M masked tokens, D hidden size, N heads,
-H head size, I GLU width, V vocabulary. Inside, the model works on the T real tokens, one sequence after another; padded
-input is unpadded on the way in and padded again on the way out.
+Letters, as suffixes of shapes: B sequences, S padded length, T non-padding tokens, M masked tokens, D hidden size, N
+heads, H head size, I GLU width, V vocabulary. The model computes the T tokens only, one sequence after another: it
+unpads its input and pads its output again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,22 +20,23 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
+    ModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from .attention import alibi_slopes, attention, resolve
+from .attention import AlibiSlopes, attention, resolve
 from .bert_padding import (
+    Layout,
     index_first_axis,
     pad_input,
     scatter_first_axis,
-    tile_tables,
     unpack_heads,
     unpad_input,
     unpad_layout,
 )
 from .configuration_bert import MosaicBertConfig
-from .flash_attn_triton import TILE_ROWS
+from .flash_attn_triton import tile_tables
 from .geglu_triton import geglu as geglu_triton
 from .layer_norm_triton import layer_norm as layer_norm_triton
 from .masked_lm_loss import masked_lm_head_loss, masked_lm_loss
@@ -47,7 +49,7 @@ from .triton_common import resolve as resolve_kernels
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
-    """What BertForMaskedLM returns; sums rather than means, so that batches can be added up exactly."""
+    """What BertForMaskedLM returns. Sums, so that batches can be added up exactly."""
 
     loss_sum: Tensor | None = None
     """() fp32, cross entropy summed over the masked tokens."""
@@ -58,14 +60,14 @@ class UnpaddedMaskedLMOutput(MaskedLMOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The doors for fused kernels
+# Fused kernels, or plain torch
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x)), the sum and the statistics in fp32 at least.
+    """LayerNorm(residual + dropout(x)), with sum and statistics at least in fp32.
 
-    Under autocast the result has the autocast dtype, so that the residual stream stays in it.
+    The result has the autocast dtype under autocast, so that the residual stream keeps it.
     """
 
     def __init__(self, config: MosaicBertConfig):
@@ -93,20 +95,8 @@ def geglu(gate_and_up: Tensor, dropout_p: float, training: bool, kernels: str = 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where each sequence of an unpadded batch lies."""
-
-    cu_seqlens: Tensor
-    """(B + 1,) int32, cumulated lengths."""
-    max_seqlen: int
-    """Length of the longest sequence."""
-    tables: dict[int, Tensor] | None = None
-    """Tables of tiles for the kernels, by rows of a tile; without them each layer's attention makes its own."""
-
-
 class BertEmbeddings(nn.Module):
-    """Word and segment embeddings; no positions, ALiBi has them."""
+    """Word and segment embeddings; positions come from ALiBi."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -124,50 +114,6 @@ class BertEmbeddings(nn.Module):
         return dropout(self.LayerNorm(x), self.dropout_p, self.training)
 
 
-class AlibiSlopes(nn.Module):
-    """The slopes (N,) of all heads: a buffer that moves with the model but is never cast lower than fp32, nor saved.
-
-    Nothing restores such a buffer where a library builds the model on the meta device and loads only what was saved:
-    transformers 5 leaves uninitialised memory in it. Hence ``fill``, and a look at the values before their first use.
-    """
-
-    slopes: Tensor
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.register_buffer("slopes", alibi_slopes(num_heads), persistent=False)
-        self.checked: Tensor | None = None
-
-    def fill(self, device: torch.device) -> None:
-        """Compute the slopes again, on ``device``."""
-        self.slopes = alibi_slopes(len(self.slopes), device)
-
-    def _apply(self, fn, recurse=True):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # .half(), .to(bfloat16) and to_empty() all come through here.
-        super()._apply(fn, recurse)
-        self.fill(self.slopes.device)
-        return self
-
-    def forward(self, device: torch.device) -> Tensor:
-        """The slopes, (N,) fp32, for a model on ``device``.
-
-        Raises:
-            ValueError: they are not those of N heads. Checked once for each tensor, for which a GPU waits.
-        """
-        if self.slopes.is_meta and device.type != "meta":  # load_state_dict(assign=True) leaves it there
-            self.fill(device)
-        # is_compiling comes first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
-        if not torch.compiler.is_compiling() and self.checked is not self.slopes and not self.slopes.is_meta:
-            want = alibi_slopes(len(self.slopes), "cpu")
-            if not torch.equal(self.slopes.cpu(), want):
-                raise ValueError(
-                    f"the ALiBi slopes are {self.slopes.tolist()}, not {want.tolist()}: whatever loaded this model did "
-                    "not initialise its buffers. Load it by from_pretrained with trust_remote_code=True"
-                )
-            self.checked = self.slopes
-        return self.slopes
-
-
 class BertSelfAttention(nn.Module):
     """Queries, keys and values in one product, then attention within each sequence."""
 
@@ -176,11 +122,11 @@ class BertSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.impl = config.attention
-        resolve(self.impl, self.dropout_p)  # refuses here, not at the first step
+        resolve(self.impl, self.dropout_p)  # raises here, not at the first step
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
-        """(T, D) -> (T, D), or (M, D) when only the queries at ``rows`` (M,) are wanted."""
+        """(T, D) -> (T, D); with ``rows`` (M,), (M, D): of the queries at these rows only."""
         D, heads = x.shape[-1], (self.num_heads, -1)
         if rows is None:
             q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # each (T, N, H)
@@ -190,9 +136,7 @@ class BertSelfAttention(nn.Module):
             q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)
             k, v = unpack_heads(F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)))
         dropout_p = self.dropout_p if self.training else 0.0
-        out = attention(
-            q, k, v, layout.cu_seqlens, layout.max_seqlen, slopes, dropout_p, self.impl, layout.tables
-        ).flatten(1)
+        out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(1)
         return out if rows is None else index_first_axis(out, rows)
 
 
@@ -210,7 +154,7 @@ class BertSelfOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Self-attention block."""
+    """Self-attention, output projection, residual and LayerNorm."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -238,7 +182,7 @@ class BertGatedLinearUnitMLP(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer; with ``rows``, keys and values for all T tokens, all else for those rows only."""
+    """One Transformer layer; with ``rows``, keys and values of all T tokens, everything else of these rows only."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -256,11 +200,11 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.alibi = AlibiSlopes(config.num_attention_heads)
-        self.gradient_checkpointing = False  # transformers sets it, and the function that checkpoints
+        self.gradient_checkpointing = False  # transformers sets both attributes
         self._gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The input and the output of every layer, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
+        """The input and every layer's output, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
         states, slopes = (x,), self.alibi(x.device)
         for i, layer in enumerate(self.layer):
             args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None)
@@ -291,8 +235,8 @@ class BertPooler(nn.Module):
 class BertPreTrainedModel(PreTrainedModel):
     """What all MosaicBERTs share: config, initial weights, gradient checkpointing.
 
-    Each class names the way to it (``_auto_class``), so that save_pretrained writes this source beside the weights,
-    and the folder loads where nothing but torch and transformers is.
+    Each class sets ``_auto_class``, so that save_pretrained writes this source beside the weights, and the folder loads
+    with torch and transformers alone.
     """
 
     config_class = MosaicBertConfig
@@ -302,7 +246,7 @@ class BertPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range) for matrices, 0 for biases, 1 and 0 for LayerNorms, as BERT."""
-        # Through nn.init alone: transformers 5 replaces these functions so that they leave loaded weights as they are.
+        # Only nn.init: transformers 5 replaces its functions by ones that keep loaded weights.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -313,12 +257,18 @@ class BertPreTrainedModel(PreTrainedModel):
         if isinstance(module, AlibiSlopes):
             module.fill(module.slopes.device)
 
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """``output`` itself, or as a tuple without its None; the config decides if ``return_dict`` is None."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
 
 def _refuse(**arguments: object) -> None:
-    """Arguments that Hugging Face's BERT takes and that cannot act here."""
+    """Raise ValueError for arguments of Hugging Face's BERT that would have no effect here."""
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise ValueError(f"MosaicBERT takes no {name}: positions come from ALiBi, weights are never materialised")
+            raise ValueError(
+                f"MosaicBERT takes no {name}: it has no position embeddings, and never stores attention weights"
+            )
 
 
 class BertModel(BertPreTrainedModel):
@@ -339,10 +289,12 @@ class BertModel(BertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
-    def layout(self, cu_seqlens: Tensor, max_seqlen: int) -> Layout:
-        """The layout of a batch, with what this model's attention reads of it."""
-        needs_tables = resolve(self.config.attention, device_type=cu_seqlens.device.type) == "triton"
-        return Layout(cu_seqlens, max_seqlen, tile_tables(cu_seqlens, TILE_ROWS) if needs_tables else None)
+    def layout(self, mask_or_lengths: Tensor) -> Layout:
+        """The layout of a padded batch (``unpad_layout``), with tile tables if this model's attention reads any."""
+        layout = unpad_layout(mask_or_lengths)
+        if resolve(self.config.attention, device_type=mask_or_lengths.device.type) != "triton":
+            return layout
+        return replace(layout, tables=tile_tables(layout))
 
     def encode(
         self,
@@ -354,7 +306,7 @@ class BertModel(BertPreTrainedModel):
     ) -> tuple[Tensor, ...]:
         """The unpadded model: (T,) ids or (T, D) embeddings to the L + 1 states, (T, D) each.
 
-        With ``rows`` (M,) the last state is (M, D): the last layer computes no more than these tokens need.
+        With ``rows`` (M,) the last state is (M, D): the last layer computes only what these tokens need.
         """
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         return self.encoder(x, layout, rows)
@@ -375,7 +327,7 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids: (B, S), or ``inputs_embeds`` (B, S, D) in their place.
-            attention_mask: (B, S), nonzero at real tokens; None means that all are. ALiBi's distances count real
+            attention_mask: (B, S), nonzero at tokens, zero at padding; None means no padding. ALiBi's distances count
                 tokens only, so padding may be left or right.
             token_type_ids: (B, S), or None for segment 0.
             output_hidden_states: also return the embeddings' output and every layer's.
@@ -384,37 +336,38 @@ class BertModel(BertPreTrainedModel):
             ``last_hidden_state`` (B, S, D), zero at padding, and ``pooler_output`` (B, D) or None.
 
         Raises:
-            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or not one kind of input.
+            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or both kinds of input, or
+                none.
         """
         _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("expected either input_ids or inputs_embeds")
         B, S = given.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(B, S, dtype=torch.bool, device=given.device)
-        indices, cu_seqlens, max_seqlen = unpad_layout(attention_mask)
+        layout = self.layout(attention_mask)
 
         def unpad(x: Tensor | None) -> Tensor | None:
-            return None if x is None else unpad_input(x, indices)
+            return None if x is None else unpad_input(x, layout.indices)
 
-        layout = self.layout(cu_seqlens, max_seqlen)
+        def pad(x: Tensor) -> Tensor:
+            return pad_input(x, layout.indices, B, S)
+
         states = self.encode(unpad(input_ids), layout, unpad(token_type_ids), unpad(inputs_embeds))
-        last = pad_input(states[-1], indices, B, S)
-        pooled = None
+        last, pooled = pad(states[-1]), None
         if self.pooler is not None:
-            # The first real token, wherever padding put it. An empty sequence pools a zero vector.
+            # The first token, whichever side is padded. An empty sequence pools a zero vector.
             first = attention_mask.bool().int().argmax(dim=1)
             pooled = self.pooler(last[torch.arange(B, device=last.device), first])
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,  # pyright: ignore[reportArgumentType]
             pooler_output=pooled,  # pyright: ignore[reportArgumentType]
-            hidden_states=tuple(pad_input(x, indices, B, S) for x in states) if output_hidden_states else None,  # pyright: ignore
+            hidden_states=tuple(map(pad, states)) if output_hidden_states else None,  # pyright: ignore
         )
-        return output if return_dict else output.to_tuple()
+        return self._returned(output, return_dict)
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -430,7 +383,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Logits over the vocabulary; the decoder's weight is the word embeddings'."""
+    """Logits over the vocabulary; the decoder's weight is tied to the word embeddings."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -442,7 +395,7 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
-    """The head, under the name that checkpoints have."""
+    """The head, under the name that it has in checkpoints."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -455,7 +408,7 @@ class BertOnlyMLMHead(nn.Module):
 class BertForMaskedLM(BertPreTrainedModel):
     """MosaicBERT with its masked-language-model head."""
 
-    # A dict, as transformers 5 wants it: what is tied to what. transformers 4 reads the keys alone.
+    # transformers 5 expects a dict, of what is tied to what; transformers 4 reads the keys alone.
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
     _auto_class = "AutoModelForMaskedLM"
 
@@ -491,47 +444,31 @@ class BertForMaskedLM(BertPreTrainedModel):
         """Padded in; with ``labels`` the loss out, else logits (B, S, V).
 
         Args:
-            labels: (B, S), negative where nothing is to be predicted. The loss is the mean cross entropy of the others.
-            return_logits: with labels, compute the logits of all tokens too; without it ``logits`` is None, and the
-                last layer and the head run on the masked tokens only.
-            layout, masked_index: of a batch without padding, which then goes to ``forward_unpadded``; the training step
-                comes in here, because what wraps a module (FSDP, hooks) sees only its ``forward``.
+            labels: (B, S), negative at tokens without loss. The loss is the mean cross entropy of the others.
+            return_logits: with labels, also compute the logits of all tokens. By default ``logits`` is None then, and
+                the last layer and the head compute the masked tokens only.
+            layout, masked_index: of an unpadded batch, which goes to ``forward_unpadded``. Training calls it through
+                here, because whatever wraps a module (FSDP, hooks) sees only its ``forward``.
 
         The other arguments, and the errors, are those of ``BertModel.forward``.
         """
         if layout is not None:
             assert input_ids is not None and masked_index is not None and labels is not None
             return self.forward_unpadded(input_ids, layout, masked_index, labels, token_type_ids)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if labels is not None and not return_logits and not output_hidden_states and inputs_embeds is None:
             _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
-            assert input_ids is not None, "give input_ids or inputs_embeds"
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            indices, cu_seqlens, max_seqlen = unpad_layout(mask)
-            labels_T = unpad_input(labels, indices)
+            assert input_ids is not None, "expected input_ids or inputs_embeds"
+            layout = self.bert.layout(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+            labels_T = unpad_input(labels, layout.indices)
             masked_index = (labels_T >= 0).nonzero().squeeze(1)
-            output = self.forward_unpadded(
-                unpad_input(input_ids, indices),
-                self.bert.layout(cu_seqlens, max_seqlen),
-                masked_index,
-                labels_T[masked_index],
-                None if token_type_ids is None else unpad_input(token_type_ids, indices),
-            )
-            return output if return_dict else output.to_tuple()
+            segments = None if token_type_ids is None else unpad_input(token_type_ids, layout.indices)
+            ids_T, labels_M = unpad_input(input_ids, layout.indices), labels_T[masked_index]
+            return self._returned(self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments), return_dict)
 
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
         logits = self.cls(encoded.last_hidden_state)  # (B, S, V)
         losses = {}
         if labels is not None:
@@ -540,7 +477,7 @@ class BertForMaskedLM(BertPreTrainedModel):
                 masked &= attention_mask.bool()
             losses = masked_lm_loss(logits[masked], labels[masked])
         output = UnpaddedMaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states, **losses)
-        return output if return_dict else output.to_tuple()
+        return self._returned(output, return_dict)
 
     def forward_unpadded(
         self,
@@ -550,13 +487,13 @@ class BertForMaskedLM(BertPreTrainedModel):
         labels: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> UnpaddedMaskedLMOutput:
-        """A batch without padding, and where its masked tokens are.
+        """The loss of an unpadded batch.
 
         Args:
             input_ids: (T,).
-            layout: where each sequence lies.
-            masked_index: (M,) int64, positions in 0..T-1 of the masked tokens, ascending.
-            labels: (M,), what stood there.
+            layout: where each sequence starts.
+            masked_index: (M,) int64, positions of the masked tokens in 0..T-1, ascending.
+            labels: (M,), the ids to predict there.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
         head = self.cls.predictions
@@ -564,20 +501,19 @@ class BertForMaskedLM(BertPreTrainedModel):
         return UnpaddedMaskedLMOutput(**masked_lm_head_loss(x, head.decoder.weight, head.decoder.bias, labels))
 
 
-def _classifier_dropout(config: MosaicBertConfig) -> nn.Dropout:
-    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+class _Classifier(BertPreTrainedModel):
+    """classifier(dropout(encoder's output)), and a loss."""
 
-
-class BertForSequenceClassification(BertPreTrainedModel):
-    """MosaicBERT with a classification or regression head: classifier(dropout(tanh(dense(first token)))), as BERT's."""
-
-    _auto_class = "AutoModelForSequenceClassification"
+    output_class: type[SequenceClassifierOutput] | type[TokenClassifierOutput]
+    pooled: bool
+    """Whether the head takes the pooler's output (B, D), or the last state (B, S, D)."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.bert = BertModel(config)
-        self.dropout = _classifier_dropout(config)
+        self.bert = BertModel(config, add_pooling_layer=self.pooled)
+        own = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if own is None else own)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
@@ -593,27 +529,31 @@ class BertForSequenceClassification(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple:
-        """Logits (B, num_labels) and, with ``labels`` (B,) or (B, num_labels), the loss of ``config.problem_type``.
+    ) -> SequenceClassifierOutput | TokenClassifierOutput | tuple:
+        """Logits (B, num_labels) or (B, S, num_labels) and, with ``labels``, the loss.
 
-        Without a problem_type: regression for one label, single-label for integers, multi-label for floats.
+        The other arguments, and the errors, are those of ``BertModel.forward``.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        logits = self.classifier(self.dropout(encoded.pooler_output))
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
+        logits = self.classifier(self.dropout(encoded.pooler_output if self.pooled else encoded.last_hidden_state))
         loss = None if labels is None else self._loss(logits.float(), labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        output = self.output_class(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
+        return self._returned(output, return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BertForSequenceClassification(_Classifier):
+    """MosaicBERT with a classification or regression head: classifier(dropout(tanh(dense(first token)))), as BERT's.
+
+    ``labels`` are (B,) or (B, num_labels), and the loss is that of ``config.problem_type``. Without a problem_type:
+    regression for one label, single-label for integers, multi-label for floats.
+    """
+
+    _auto_class = "AutoModelForSequenceClassification"
+    output_class, pooled = SequenceClassifierOutput, True
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem_type = self.config.problem_type
@@ -627,46 +567,14 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-class BertForTokenClassification(BertPreTrainedModel):
-    """MosaicBERT with a label for each token: classifier(dropout(last state)), without a pooler."""
+class BertForTokenClassification(_Classifier):
+    """MosaicBERT with a label for each token: classifier(dropout(last state)), without a pooler.
+
+    ``labels`` are (B, S), and the loss is the mean cross entropy of those that are not -100.
+    """
 
     _auto_class = "AutoModelForTokenClassification"
+    output_class, pooled = TokenClassifierOutput, False
 
-    def __init__(self, config: MosaicBertConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple:
-        """Logits (B, S, num_labels) and, with ``labels`` (B, S), the mean cross entropy of those that are not -100."""
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
-        loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -1,13 +1,14 @@
-"""Between padded (B, S, ...) tensors and the T real tokens of a batch, one after another (T, ...).
+"""Unpadding: padded tensors (B, S, ...) to the non-padding tokens (T, ...), and back.
 
-"Unpadding" computes on real tokens only. Zeng et al., 2022 (Boosting Distributed Training Performance of the Unpadded
-BERT Model, arXiv 2208.08124) describe it; NVIDIA's MLPerf 1.1 BERT used it first.
+Described by Zeng et al., 2022 (Boosting Distributed Training Performance of the Unpadded BERT Model, arXiv 2208.08124);
+first used by NVIDIA's MLPerf 1.1 BERT.
 
-Letters: B sequences, S padded length, T real tokens. ``cu_seqlens`` (B + 1,) int32 are the cumulated lengths: sequence
-b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of the unpadded tensor.
+Letters: B sequences, S padded length, T tokens of the batch, padding not counted. Sequence b is rows
+``cu_seqlens[b]:cu_seqlens[b + 1]`` of an unpadded tensor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class _IndexFirstAxis(torch.autograd.Function):
-    """x[index] for an index without repeats: the gradient is then a copy, not the addition of ``index_select``."""
+    """x[index] for an index without repeats: its gradient is a copy, where ``index_select`` adds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class _IndexFirstAxis(torch.autograd.Function):
 
 
 def index_first_axis(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (M,) int64 of ``x`` (T, ...), as (M, ...). No index may come twice."""
+    """Rows ``index`` (M,) int64 of ``x`` (T, ...), as (M, ...). Indices must be unique."""
     return _IndexFirstAxis.apply(x, index)  # pyright: ignore[reportReturnType]
 
 
@@ -41,7 +42,7 @@ def scatter_first_axis(x: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 class _UnpackHeads(torch.autograd.Function):
-    """unbind, whose backward takes gradients that already lie beside each other as they are."""
+    """``unbind(1)``; the backward skips the copy if the gradients already share one packed buffer."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
@@ -52,69 +53,77 @@ class _UnpackHeads(torch.autograd.Function):
         parts, first = len(grads), grads[0]
         T, N, H = first.shape
         strides = (parts * N * H, H, 1)
-        beside = all(
+        packed = all(
             grad.stride() == strides
             and grad.dtype == first.dtype
             and grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
             and grad.storage_offset() == first.storage_offset() + i * N * H
             for i, grad in enumerate(grads)
         )
-        if beside:
+        if packed:
             return first.as_strided((T, parts, N, H), (parts * N * H, N * H, H, 1))
         return torch.stack(grads, dim=1)
 
 
 def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys, values (T, N, H) of a packed product (T, 3, N, H), as views; or keys and values of (T, 2, N, H).
+    """Views of a packed product: q, k, v (T, N, H) of (T, 3, N, H), or k, v of (T, 2, N, H).
 
-    ``unbind(1)``, but for the backward, which copies nothing where an attention wrote its gradients side by side.
+    ``unbind(1)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
     """
-    if torch.compiler.is_compiling():  # which finds such copies itself, and cannot follow a test of addresses
+    if torch.compiler.is_compiling():  # removes such copies itself, and cannot compare addresses
         return packed.unbind(1)
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
 
 
-def unpad_layout(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Where the real tokens of a padded batch are.
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of an unpadded batch come from, and where each sequence starts."""
+
+    indices: Tensor
+    """(T,) int64, position of each token in the flattened (B * S) padded batch."""
+    cu_seqlens: Tensor
+    """(B + 1,) int32, cumulative lengths; the first is 0, the last T."""
+    max_seqlen: int
+    """The longest length."""
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    """Tile tables of the attention kernels by rows of a tile; without them, each layer makes its own."""
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> "Layout":
+        """The layout that a microbatch carries under the names of the fields."""
+        return cls(batch["indices"], batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same, on ``device``."""
+        tables = {rows: table.to(device) for rows, table in self.tables.items()}
+        return Layout(self.indices.to(device), self.cu_seqlens.to(device), self.max_seqlen, tables)
+
+
+def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout:
+    """The layout of a padded batch, without tile tables.
 
     Args:
-        attention_mask: (B, S), nonzero at real tokens.
+        mask_or_lengths: attention mask (B, S), nonzero at tokens, padding anywhere; or lengths (B,) of a batch that is
+            padded on the right to the longest.
+        longest_first: sort sequences by length, stably, instead of keeping their order.
 
-    Returns:
-        ``indices`` (T,) int64 into the flattened (B * S) batch, ``cu_seqlens`` (B + 1,) int32, and the longest length.
-        On a GPU this waits for the device; the training loop calls it on the CPU, in ``split_batch``.
+    On a GPU this waits for the device; training calls it on the CPU, in ``split_unpadded``.
     """
-    mask = attention_mask.bool()
+    mask = mask_or_lengths
+    if mask.dim() == 1:
+        mask = torch.arange(int(mask.max()), device=mask.device) < mask[:, None]
+    mask = mask.bool()
+    positions = torch.arange(mask.numel(), device=mask.device).view_as(mask)
     lengths = mask.sum(dim=1, dtype=torch.int32)
+    if longest_first:
+        lengths, order = lengths.sort(descending=True, stable=True)
+        mask, positions = mask[order], positions[order]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    max_seqlen = int(lengths.max()) if lengths.numel() else 0
-    return mask.flatten().nonzero().squeeze(1), cu_seqlens, max_seqlen
-
-
-def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Cut each sequence into tiles of ``rows`` tokens, for a kernel that takes one a program.
-
-    Returns:
-        (n, 3) int32: the first token of the tile's sequence, the sequence's length, the tile's first row in it. Long
-        sequences come first, so that the programs that take longest do not start last. On a GPU this waits for the
-        device; the training loop calls it on the CPU, in ``split_batch``.
-    """
-    lengths = cu_seqlens.diff()
-    tiles = (lengths + rows - 1) // rows
-    order = lengths.argsort(descending=True, stable=True)
-    sequence = order.repeat_interleave(tiles[order])
-    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
-    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
-    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
-
-
-def tile_tables(cu_seqlens: Tensor, sizes: Iterable[int]) -> dict[int, Tensor]:
-    """``tile_table`` for tiles of each size, by size."""
-    return {rows: tile_table(cu_seqlens, rows) for rows in sizes}
+    return Layout(positions[mask], cu_seqlens, int(lengths.max()) if len(lengths) else 0)
 
 
 def unpad_input(x: Tensor, indices: Tensor) -> Tensor:
-    """The real tokens (T, ...) of a padded (B, S, ...) tensor."""
+    """The tokens (T, ...) of a padded tensor (B, S, ...); ``indices`` as in ``Layout``."""
     return index_first_axis(x.flatten(0, 1), indices)
 
 

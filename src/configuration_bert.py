@@ -11,13 +11,13 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
     "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
 }
-"""The class of each Auto class, for trust_remote_code: in the source that lies beside a saved model's weights."""
+"""Auto class to class, for trust_remote_code, in the source files beside a saved model's weights."""
 
 
 class MosaicBertConfig(PretrainedConfig):
     """Shape and regularisation of a MosaicBERT (Portes et al., 2023, arXiv 2312.17482). Defaults: MosaicBERT-Base.
 
-    There is no maximal length: positions come from ALiBi alone (Press et al., 2021, arXiv 2108.12409).
+    There is no maximal length: positions come from ALiBi (Press et al., 2021, arXiv 2108.12409).
 
     Args:
         vocab_size: rows of the word embeddings (V). 30,522 BERT word pieces, padded to a multiple of 64 for speed.
@@ -25,24 +25,24 @@ class MosaicBertConfig(PretrainedConfig):
         num_hidden_layers: number of Transformer layers (L).
         num_attention_heads: attention heads (N); divides ``hidden_size``.
         intermediate_size: width of the gated linear unit (I).
-        hidden_dropout_prob: dropout after the embeddings' LayerNorm, after the attention's output and in the GLU.
-        attention_probs_dropout_prob: dropout on attention weights; only ``reference`` and ``torch`` attention have it.
+        hidden_dropout_prob: dropout after the embeddings' LayerNorm, after attention's output and in the GLU.
+        attention_probs_dropout_prob: dropout of attention weights; needs ``attention`` ``reference`` or ``torch``.
         type_vocab_size: number of segment ids.
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: epsilon of every LayerNorm.
-        attention: implementation of attention, a name known to ``attention.py``, or ``auto``.
-        kernels: of LayerNorm and GLU: ``triton``, ``torch``, or ``auto``, which is triton on a GPU and torch elsewhere.
+        attention: implementation of attention (``attention.IMPLEMENTATIONS``), or ``auto``.
+        kernels: LayerNorm and GLU: ``triton``, ``torch``, or ``auto``: triton on a GPU and torch elsewhere.
         classifier_dropout: dropout before the classification head; None means ``hidden_dropout_prob``.
-        pad_token_id: id of [PAD]; padding never enters the model, only ``pad_token_id`` of the tokenizer is recorded.
-        tie_word_embeddings: whether the head's decoder is the word embeddings' weight, as in BERT.
-        kwargs: what every Hugging Face config takes, ``num_labels`` for one.
+        pad_token_id: id of [PAD], recorded for users; the model computes no padding.
+        tie_word_embeddings: whether the head's decoder shares the word embeddings' weight, as in BERT.
+        kwargs: of every Hugging Face config, such as ``num_labels``.
 
     Raises:
-        ValueError: ``hidden_size`` is no multiple of ``num_attention_heads``.
+        ValueError: ``hidden_size`` is not a multiple of ``num_attention_heads``.
     """
 
     model_type = "mosaic_bert"
-    _auto_class = "AutoConfig"  # so that save_pretrained writes this source too
+    _auto_class = "AutoConfig"  # so that save_pretrained writes this source file too
 
     def __init__(
         self,
@@ -86,4 +86,4 @@ class MosaicBertConfig(PretrainedConfig):
 
 
 BertConfig = MosaicBertConfig
-"""The class in the auto_map of published MosaicBERTs and of folders exported before it had a name of its own."""
+"""Name of the class in the auto_map of published MosaicBERTs and of older exports."""

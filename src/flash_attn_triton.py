@@ -1,28 +1,30 @@
-"""FlashAttention over unpadded sequences, ALiBi computed inside the tile: forward and backward, in Triton.
+"""FlashAttention over unpadded sequences, with ALiBi computed inside the tile: forward and backward, in Triton.
 
-Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135), the split of the
-backward into one kernel per gradient and the parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691),
-ALiBi from Press et al., 2021 (arXiv 2108.12409). docs/kernels.md derives it on paper.
+Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135); one kernel per
+gradient and parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691); ALiBi from Press et al., 2021
+(arXiv 2108.12409). docs/kernels.md has the derivation.
 
-Letters: T real tokens, N heads, H head size; q_TNH is q as (T, N, H).
+Letters: T tokens, N heads, H head size; q_TNH is q as (T, N, H).
 
-Each program takes one tile (some rows of one sequence) of one head; the tiles come as a table (n, 3) int32 of
-(sequence's first token, its length, tile's first row), made by ``bert_padding.tile_table``. Padding, idle programs, an
-(S, S) bias and a limit on length do not exist. Nothing is added by atomics: the same input gives the same bits.
+Each program computes one tile (some rows of one sequence) of one head, from a tile table (``tile_table``). There is no
+padding, no idle program, no (S, S) bias and no limit on length. There are no atomics: the same input gives the same
+bits.
 
 Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 
-Eager code goes through autograd.Function; torch.compile sees custom ops, which cost some 60 us a call more.
+Eager code runs an autograd.Function; torch.compile sees custom ops, which cost some 60 us per call more.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bert_padding import Layout
 from .triton_common import DTYPES, interpreted, launch, ops_of
 
 try:
@@ -42,12 +44,12 @@ MAX_HEAD_SIZE = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work."""
+    """Sizes of one kernel."""
 
     rows: int
-    """Rows of its own: queries in the forward and for dq, keys for dk and dv. The table of tiles is made for them."""
+    """Rows of one program: queries in the forward and for dq, keys for dk and dv. Tile tables are made for them."""
     cols: int
-    """Rows of the other side that one step of the loop takes."""
+    """Rows of the other side per step of the loop."""
     warps: int
     stages: int
     """Steps of the loop whose loads are in flight."""
@@ -55,18 +57,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels that have any."""
+    """The tiles of the three kernels that read a tile table."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
 
-# By (architecture, largest padded head size, bytes of an element); the first that fits is taken. Chosen so that none
-# spills or exceeds the card's shared memory with Triton 3.3.0 or 3.8.0, whose registers differ
-# (benchmarks/results/kernels_aot.md). Speed is for benchmarks/benchmarks/kernels/tune.py to say.
+# By (architecture, largest padded head size, bytes per element); the first match is used. None spills registers or
+# exceeds the card's shared memory with Triton 3.3.0 or 3.8.0 (benchmarks/results/kernels_aot.md); for speed, see
+# benchmarks/kernels/tune.py.
 TILES: dict[tuple[int, int, int], Tiles] = {
-    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB a program
+    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB per program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),  # A100: 163 KiB
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
@@ -82,19 +84,44 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
-"""Every number of rows for which a kernel may want a table of tiles."""
+"""All sizes for which a kernel may read a tile table."""
 
 
 def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """The tiles for heads of this size in this dtype on this architecture (80 for compute capability 8.0)."""
+    """The tiles for a head size, dtype and architecture (80 for compute capability 8.0).
+
+    Raises:
+        ValueError: the heads are too large.
+    """
     for (arch, largest, itemsize), tiles in TILES.items():
         if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
             return tiles
-    raise ValueError(f"attention 'triton' takes heads of at most {MAX_HEAD_SIZE}, not {head_size} in {dtype}")
+    raise ValueError(f"attention 'triton': expected heads of at most {MAX_HEAD_SIZE}, got {head_size} in {dtype}")
+
+
+def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Cut each sequence into tiles of ``rows`` tokens; each program of a kernel takes one.
+
+    Returns:
+        (n, 3) int32: first token of the tile's sequence, the sequence's length, the tile's first row in it. Longest
+        sequences first, so that the slowest programs do not start last. On a GPU this waits for the device.
+    """
+    lengths = cu_seqlens.diff()
+    tiles = (lengths + rows - 1) // rows
+    order = lengths.argsort(descending=True, stable=True)
+    sequence = order.repeat_interleave(tiles[order])
+    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
+    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
+    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
+
+
+def tile_tables(layout: Layout, sizes: Iterable[int] = TILE_ROWS) -> dict[int, Tensor]:
+    """The layout's tile tables by rows of a tile; by default, all that any kernel may read."""
+    return {rows: tile_table(layout.cu_seqlens, rows) for rows in sizes}
 
 
 def padded_head_size(head_size: int) -> int:
-    """The power of two, 16 at least, that a tile holds a head in; what is added is zero."""
+    """Width of a head in a tile: a power of two, at least 16, zero beyond H."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
@@ -341,16 +368,16 @@ if triton is not None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 DELTA_TILE = 2048
-"""Elements of a tile of flash_attn_delta: 16 a thread."""
+"""Elements of a tile of flash_attn_delta: 16 per thread."""
 
 
 def delta_rows(head_size: int) -> int:
-    """Rows of such a tile."""
+    """Rows of a tile of flash_attn_delta."""
     return DELTA_TILE // padded_head_size(head_size)
 
 
 def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+    """Compile-time constants of a kernel."""
     H = q.shape[2]
     return {
         "H": H,
@@ -364,9 +391,9 @@ def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
 
 
 def _aligned(x_TNH: Tensor) -> Tensor:
-    """Itself, or a copy if heads of a multiple of 16 do not begin at multiples of 16 elements.
+    """``x_TNH`` itself, or a copy if loads from it would be narrow: heads that start off a multiple of 16 elements.
 
-    For loads that cannot be wide the kernels would be built anew, and spill. An expanded gradient has strides of 0.
+    Triton would compile another kernel for narrow loads, which spills. An expanded gradient has strides of 0.
     """
     T, N, H = x_TNH.stride()
     misplaced = x_TNH.shape[2] % 16 == 0 and (T % 16 or N % 16 or x_TNH.storage_offset() % 16)
@@ -382,7 +409,7 @@ def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out (T, N, H) and lse (N, T) fp32, base 2; with another tile than the table's of TILES if it is given."""
+    """out (T, N, H) and lse (N, T) fp32, base 2; ``tile`` by default that of TILES."""
     T, N, H = q.shape
     q, k, v = map(_aligned, (q, k, v))
     tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
@@ -469,7 +496,7 @@ def _backward(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps q, k, v, out and lse; the probabilities are computed again in the backward."""
+    """Saves q, k, v, out and lse; the backward recomputes the probabilities."""
 
     @staticmethod
     def forward(
@@ -483,7 +510,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, slopes, dkdv_table, dq_table = ctx.saved_tensors
         T, N, H = q.shape
-        # One buffer for the three: bert_padding's unpack_heads hands it on as the packed product's gradient, uncopied.
+        # One buffer: bert_padding's unpack_heads returns it as the packed product's gradient without a copy.
         dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
         _backward(grads[0], q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
         return dq, dk, dv, None, None, None, None
@@ -536,29 +563,30 @@ def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
 _flash_attn_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, alibi_slopes: Tensor, tables: dict[int, Tensor]) -> Tensor:
-    """Softmax attention within each sequence, ALiBi added; no dropout.
+def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
+    """Softmax attention with ALiBi within each sequence, no dropout. Stores nothing of size S^2.
 
     Args:
-        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, of one dtype, H at most 128, views included. Also under autocast they
-            are computed on as they come; accumulation, softmax and bias are fp32.
+        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, all of one dtype, H at most 128; views are fine. Autocast does not
+            cast them; accumulation, softmax and bias are fp32.
+        layout: of the T tokens; without tile tables they are made here.
         alibi_slopes: (N,) fp32.
-        tables: tables of tiles (n, 3) by rows of a tile, for ``TILE_ROWS``, as ``bert_padding.tile_tables`` makes them.
 
     Returns:
         (T, N, H), contiguous, in the dtype of q.
 
     Raises:
-        ValueError: a dtype or a head size that the kernels do not take.
+        ValueError: unsupported dtype or head size.
     """
     if not q_TNH.dtype == k_TNH.dtype == v_TNH.dtype or q_TNH.dtype not in DTYPES:
         given = ", ".join(str(x.dtype) for x in (q_TNH, k_TNH, v_TNH))
-        raise ValueError(f"attention 'triton' takes q, k, v of one dtype of fp16, bf16, fp32, not {given}")
+        raise ValueError(f"attention 'triton': expected q, k, v of one dtype of fp16, bf16, fp32, got {given}")
     if alibi_slopes.dtype != torch.float32:
-        raise ValueError(f"attention 'triton' takes slopes in fp32, not {alibi_slopes.dtype}")
+        raise ValueError(f"attention 'triton': expected slopes in fp32, got {alibi_slopes.dtype}")
     tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
-    own_tables = (tables[tile.rows] for tile in (tiles.forward, tiles.dkdv, tiles.dq))
-    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *own_tables)
+    rows = [tile.rows for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
+    tables = layout.tables or tile_tables(layout, set(rows))
+    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *(tables[size] for size in rows))
     if torch.compiler.is_compiling():
         return _flash_attn_op(*args)[0]
     return _FlashAttention.apply(*args)  # pyright: ignore[reportReturnType]

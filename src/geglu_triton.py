@@ -3,8 +3,8 @@
 GEGLU: Shazeer, 2020, arXiv 2002.05202; the GELU is exact: gelu(x) = x * Phi(x), Phi the normal distribution function.
 Letters: T rows, I width.
 
-Kept for the backward: the packed (T, 2I), which nothing else keeps, and dropout's key, 8 bytes. The backward computes
-gelu and the mask again, and writes the packed gradient (T, 2I), without a concatenation.
+Saved for the backward: the packed (T, 2I) and dropout's key, 8 bytes. The backward recomputes gelu and the mask, and
+writes the packed gradient (T, 2I) without a concatenation.
 
 Launch: tiles of ROWS x BLOCK of the output, row by row in a one-dimensional grid; see ``tile``.
 """
@@ -98,13 +98,13 @@ if triton is not None:
 
 
 TILE = 2048
-"""Elements of a tile: 16 registers a thread for each value that is held. Other sizes have not been timed."""
+"""Elements of a tile: 16 registers per thread for each value held. Other sizes are not timed."""
 BLOCK = 1024
-"""Columns of a tile at most: 3,072, the width of the base model, is three of them, without masked lanes."""
+"""Maximal number of columns of a tile: 3,072, the base model's width, is three of them, without masked lanes."""
 
 
 def tile(I: int) -> dict[str, int]:  # noqa: E741
-    """Shape of a tile and warps."""
+    """Tile and number of warps."""
     block = min(BLOCK, max(16, triton.next_power_of_2(I)))
     return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": 4}
 
@@ -131,7 +131,7 @@ def _forward(gate_and_up: Tensor, key: Tensor | None, dropout_p: float) -> Tenso
     """(T, I)."""
     T, width = gate_and_up.shape
     out = torch.empty(T, width // 2, dtype=gate_and_up.dtype, device=gate_and_up.device)
-    # Without dropout the key is a pointer that is not read.
+    # Without dropout the key is not read.
     _launch(geglu_forward, gate_and_up, dropout_p, gate_and_up, gate_and_up if key is None else key, out)
     return out
 
@@ -195,21 +195,20 @@ def geglu(gate_and_up: Tensor, dropout_p: float = 0.0, key: Tensor | None = None
 
     Args:
         gate_and_up: (..., 2I) in fp16, bf16 or fp32, the gate first; rows may be strided.
-        dropout_p: probability with which an element is dropped, rounded down to a multiple of 2^-16; what stays is
-            scaled by 1 over the share that is kept.
-        key: (1,) int64 on the same device, what dropout's mask is drawn from: one key, one mask. Needed if
-            ``dropout_p`` is not 0.
+        dropout_p: probability of dropping an element, rounded down to a multiple of 2^-16; kept elements are divided
+            by the share that is kept.
+        key: (1,) int64 on the same device; determines dropout's mask. Required if ``dropout_p`` is not 0.
 
     Returns:
         (..., I), contiguous, in the same dtype; computed in fp32.
 
     Raises:
-        TypeError: a dtype that the kernels do not take.
-        ValueError: no key, an odd width, a probability that is none, or a device where no kernel can run.
+        TypeError: unsupported dtype.
+        ValueError: no key, an odd width, a probability outside [0, 1), or a device without kernels.
     """
     if dropout_p and key is None:
-        raise ValueError("dropout in the GEGLU kernel needs a key: kernels.draw_key(x)")
+        raise ValueError("GEGLU kernel: dropout needs a key; make one by triton_common.draw_key(x)")
     if gate_and_up.shape[-1] % 2:
-        raise ValueError(f"the GEGLU kernel takes a gate and an up of one width, not {gate_and_up.shape[-1]} columns")
+        raise ValueError(f"GEGLU kernel: expected an even number of columns, got {gate_and_up.shape[-1]}")
     run: Any = _forward_op if torch.compiler.is_compiling() else _Geglu.apply
     return run(rows_of(gate_and_up), key, dropout_p).unflatten(0, gate_and_up.shape[:-1])

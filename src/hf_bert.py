@@ -1,12 +1,11 @@
-"""Hugging Face's BERT as a ComposerModel: the baseline, padded, with its own embeddings of positions."""
+"""Hugging Face's BERT as a ComposerModel: the baseline, padded, with learned position embeddings."""
 
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from src.bert_layers import UnpaddedMaskedLMOutput
-from src.data.microbatches import Batch
 from src.masked_lm_loss import masked_lm_loss
-from src.mosaic_bert import MaskedLMModel
+from src.mosaic_bert import Batch, MaskedLMModel
 
 
 class HFBert(MaskedLMModel):
@@ -26,15 +25,15 @@ class HFBert(MaskedLMModel):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
-        """A microbatch of ``microbatches.split_padded``; logits are computed for every position, as this model does."""
+        """A microbatch of ``split_padded``. The model computes logits of every position."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, S, V)
         masked = batch["labels"] >= 0
         return UnpaddedMaskedLMOutput(**masked_lm_loss(logits[masked], batch["labels"][masked]))
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Floating-point operations of a training step on a batch, padding counted, since this model computes it.
+        """Floating-point operations of a training step on a batch, padding counted, as this model computes it.
 
-        Matrix products only, 2 per multiply-add, backward twice the forward; the head runs on every position.
+        Counts matrix products, 2 per multiply-add, the backward as twice the forward; the head on every position.
         """
         B, S = batch["input_ids"].shape
         c = self.config

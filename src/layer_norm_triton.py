@@ -1,14 +1,13 @@
 """LayerNorm(residual + dropout(x)) in one pass over memory, forward and backward, in Triton.
 
-LayerNorm: Ba et al., 2016, arXiv 1607.06450. Sum and statistics are in fp32, whatever the inputs' dtypes. Letters: T
+LayerNorm: Ba et al., 2016, arXiv 1607.06450. Sum and statistics are in fp32 for all dtypes of the inputs. Letters: T
 rows, D hidden size, P programs.
 
-Kept for the backward: x (T, D), which nothing else keeps; the residual (T, D), which is also the input of the product
-before it and kept for that anyhow; mean and 1/std, (T,) fp32 each: 8 T bytes; the parameters; dropout's key, 8 bytes.
-No mask and no normalised x: the backward computes them again while it reads x.
+Saved for the backward: x (T, D); the residual (T, D), which the product before it saves too; mean and 1/std, (T,) fp32
+each: 8 T bytes; the parameters; dropout's key, 8 bytes. The backward recomputes the mask and the normalised x.
 
-dweight and dbias are sums over rows. Each of a fixed number of programs adds up its own rows in registers, in order,
-and torch adds up the (P, D) partial sums: no atomics, so the same bits each time.
+dweight and dbias are sums over rows. A fixed number of programs add up their own rows in registers, in order, and torch
+adds up the (P, D) partial sums. There are no atomics: the same input gives the same bits.
 
 Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dimensional grid; see ``tile``.
 """
@@ -124,7 +123,7 @@ if triton is not None:
                 z = tl.where(keep, z * scale, 0.0)
             if RESIDUAL:
                 z += tl.load(residual_ptr + row64 * residual_stride + column, mask=real, other=0.0).to(tl.float32)
-            n = (z - mean) * rstd  # beyond D it is no 0, but dy is
+            n = (z - mean) * rstd  # not 0 beyond D, but dy is
             g = dy * weight
             dz = rstd * (g - tl.sum(g, axis=1)[:, None] / D - n * (tl.sum(g * n, axis=1)[:, None] / D))
             if WRITE_DRESIDUAL:
@@ -141,28 +140,27 @@ if triton is not None:
 
 
 MAX_D = 4096
-"""A row lies in one program's registers; from 8,192 on the backward spills."""
+"""One program holds a row in registers; from 8,192 on the backward spills."""
 PROGRAMS = 512
-"""Of the backward, at most: four on each multiprocessor of the largest cards. The same on every card, and so are the
-bits of dweight and dbias."""
+"""Maximal number of the backward's programs: four per multiprocessor of the largest cards. The same on every card, so
+that dweight and dbias have the same bits everywhere."""
 TILES = {
     "forward": {"elements": 1024, "per_warp": 1024, "max_warps": 4},
     "backward": {"elements": 1024, "per_warp": 256, "max_warps": 16},
 }
-"""``elements`` in a tile while D is small, and ``per_warp``. Forward: up to D = 1,024 a row is one warp's, 32 elements
-a thread, so that its sums need no barrier. Backward: 8 elements a thread, because each takes 10 registers with the sums
-over rows; with 16, a D of 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes have not
-been timed."""
+"""``elements`` of a tile for small D, and ``per_warp``. Forward: up to D = 1,024 one warp computes a row, 32 elements
+per thread, so that its sums need no barrier. Backward: 8 elements per thread, because each takes 10 registers with the
+sums over rows; with 16, D = 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes are not timed."""
 
 
 def tile(D: int, kind: str) -> dict[str, int]:
-    """Shape of a tile and warps, for ``kind`` forward or backward.
+    """Tile and number of warps; ``kind`` is forward or backward.
 
     Raises:
         ValueError: D is more than MAX_D.
     """
     if D > MAX_D:
-        raise ValueError(f"hidden size {D}: the LayerNorm kernel takes at most {MAX_D}; set kernels to torch")
+        raise ValueError(f"LayerNorm kernel: expected hidden size of at most {MAX_D}, got {D}; set kernels to torch")
     block, choice = max(16, triton.next_power_of_2(D)), TILES[kind]
     rows = max(1, choice["elements"] // block)
     warps = min(choice["max_warps"], max(1, rows * block // choice["per_warp"]))
@@ -188,7 +186,7 @@ def _forward(
         layer_norm_forward,
         triton.cdiv(T, options["ROWS"]),
         x,
-        x if residual is None else residual,  # a pointer that is not read
+        x if residual is None else residual,  # not read
         weight,
         bias,
         x if key is None else key,
@@ -210,7 +208,7 @@ def _forward(
 
 
 def _new_dresidual(x: Tensor, residual: Tensor | None, threshold: int) -> Tensor:
-    """Memory for dresidual (T, D); (0,) if there is no residual, or its gradient is dx to the bit."""
+    """Memory for dresidual (T, D); (0,) if there is no residual, or if dx is its gradient too."""
     if residual is None or (not threshold and residual.dtype == x.dtype):
         return x.new_empty(0)
     return torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
@@ -271,8 +269,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None
 
 
 def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of each argument of ``_forward``."""
-    saved = ctx.saved_tensors  # asked for once: checkpointing computes the layer again here
+    """Gradients of the arguments of ``_forward``."""
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes the layer here
     residual = saved[1]
     dx, dresidual, dweight, dbias = backward(dy, *saved, ctx.dropout_p)
     if residual is None:
@@ -283,7 +281,7 @@ def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor
 
 
 class _LayerNorm(torch.autograd.Function):
-    """For eager mode, where it costs less than a custom op."""
+    """For eager mode, where a custom op costs more."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -297,7 +295,7 @@ class _LayerNorm(torch.autograd.Function):
         return _gradients(ctx, _backward, dy)
 
 
-# For torch.compile, which cannot look into a launch: the same two functions as operators.
+# For torch.compile, which cannot trace a launch: the same two functions as custom ops.
 _forward_op = torch.library.custom_op(
     f"{ops_of(__name__)}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda")
 )
@@ -340,20 +338,19 @@ def layer_norm(
         weight, bias: (D,).
         eps: added to the variance.
         residual: of the shape of ``x``, any of the three dtypes.
-        dropout_p: probability with which an element of ``x`` is dropped, rounded down to a multiple of 2^-16; what
-            stays is scaled by 1 over the share that is kept.
-        key: (1,) int64 on the device of ``x``, what dropout's mask is drawn from: one key, one mask. Needed if
-            ``dropout_p`` is not 0.
+        dropout_p: probability of dropping an element of ``x``, rounded down to a multiple of 2^-16; kept elements are
+            divided by the share that is kept.
+        key: (1,) int64 on the device of ``x``; determines dropout's mask. Required if ``dropout_p`` is not 0.
 
     Returns:
-        The shape of ``x``, contiguous, in the dtype of autocast, or of ``x`` where there is none.
+        The shape of ``x``, contiguous, in the autocast dtype, or without autocast in the dtype of ``x``.
 
     Raises:
-        TypeError: a dtype that the kernels do not take.
-        ValueError: no key, D above MAX_D, a probability that is none, or a device where no kernel can run.
+        TypeError: unsupported dtype.
+        ValueError: no key, D above MAX_D, a probability outside [0, 1), or a device without kernels.
     """
     if dropout_p and key is None:
-        raise ValueError("dropout in the LayerNorm kernel needs a key: kernels.draw_key(x)")
+        raise ValueError("LayerNorm kernel: dropout needs a key; make one by triton_common.draw_key(x)")
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     inputs = (rows_of(x), None if residual is None else rows_of(residual), weight, bias, key, eps, dropout_p, out_dtype)

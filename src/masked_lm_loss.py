@@ -1,9 +1,8 @@
 """The masked-language-model loss: projection of the masked tokens to the vocabulary and cross entropy, as one function.
 
-The logits (M, V) are the largest tensor of a step: at base size 61 KB a masked token in bf16. Between forward and
-backward they lie in memory once, in the dtype of the product, and the backward writes their gradient over them; neither
-an fp32 copy nor a softmax of that size exists, only one of a block of rows. Without gradients (evaluation) the logits
-too are made a block of rows at a time, and nothing is kept.
+The logits (M, V) are the largest tensor of a step: at base size 61 KB per masked token in bf16. They are stored once,
+in the product's dtype, and the backward overwrites them by their gradient. fp32 copies and softmax exist for one block
+of rows at a time. Without gradients (evaluation) so do the logits, and nothing is saved.
 
 Letters: M masked tokens, D hidden size, V vocabulary.
 """
@@ -16,20 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""The label of a row that has none: no loss, no gradient, not counted. Any negative label is taken for it."""
+"""Label of a position without loss: no gradient, not counted. Any negative label means the same."""
 
 BLOCK_ELEMENTS = 2**24
-"""Logits in one block, 64 MB in fp32; a large card is busy with one, and it is little beside what training keeps."""
+"""Logits per block, 64 MB in fp32: enough to fill a large card, and little compared with what training stores."""
 
 
 def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Cross entropy of ``x @ weight.T + bias`` with ``labels``, without keeping more than the logits.
+    """Cross entropy of ``x @ weight.T + bias`` with ``labels``; saves nothing larger than the logits.
 
     Args:
         x: (M, D), M may be 0.
         weight: (V, D), the decoder's.
         bias: (V,).
-        labels: (M,) int64, negative where there is none.
+        labels: (M,) int64, negative for rows without loss.
 
     Returns:
         loss: () fp32, ``loss_sum / max(count, 1)``.
@@ -37,14 +36,13 @@ def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
         correct: () int64, rows with a label whose highest logit is the label.
         count: () int64, rows with a label.
 
-        fp64 in place of fp32 for a model in fp64. The product is taken in the dtype of autocast, all else in fp32. The
-        weight's gradient is added up in fp32 within the product; where torch cannot hand that out, as
-        ``_weight_grad`` says, its entries are rounded once to the product's dtype, as each nn.Linear's under autocast.
+        For an fp64 model, fp64 instead of fp32. The product has the autocast dtype, everything else is fp32. dW
+        accumulates in fp32; before torch 2.8, and on a CPU, it is rounded once to the autocast dtype, as nn.Linear's.
 
     Raises:
-        RuntimeError: a label is V or more (on a GPU, an assertion on the device).
+        RuntimeError: a label is V or more (on a GPU, a device-side assertion).
     """
-    if torch.compiler.is_compiling():  # a compiler fuses the passes over the logits itself
+    if torch.compiler.is_compiling():  # the compiler fuses the passes over the logits itself
         return masked_lm_loss(F.linear(x, weight, bias), labels)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -53,7 +51,7 @@ def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The same from logits (M, V) that are wanted for themselves; plain torch."""
+    """The same from logits (M, V), in plain torch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.where(labels >= 0, IGNORED)
     loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
@@ -66,9 +64,9 @@ def _fields(loss_sum: Tensor, correct: Tensor, labels: Tensor) -> dict[str, Any]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Keeps x and the weight in the product's dtype, the logits, and of each row its maximum and its sum of exp.
+    """Saves x and the weight in the product's dtype, the logits, and each row's maximum and sum of exp.
 
-    Those two apart, not log-sum-exp: the difference to a maximum of 1,000 is exact, to a rounded logarithm it is not.
+    Not their log-sum-exp: the difference from a maximum of 1,000 is exact, from a rounded logarithm it is not.
     """
 
     @staticmethod
@@ -100,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 6
         if ctx.spent:
-            raise RuntimeError("the masked-language-model loss has one backward: its logits have been written over")
+            raise RuntimeError("the masked-language-model loss supports one backward, which overwrites its logits")
         ctx.spent = True
         x, weight, labels, logits, top, total = ctx.saved_tensors
         scale = dloss.to(top.dtype) * (labels >= 0)  # (M,)
@@ -123,11 +121,7 @@ def _blocks(rows: int, V: int) -> list[slice]:
 
 
 def _weight_grad(dlogits: Tensor, x: Tensor) -> Tensor:
-    """(V, D), in fp32 where the product can be had in it: on a GPU, by a torch (2.8 or later) with ``out_dtype``."""
+    """(V, D); in fp32 on a GPU with torch 2.8 or later, whose ``torch.mm`` has ``out_dtype``."""
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(dlogits.t(), x, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return torch.mm(dlogits.t(), x)
-
-
-IGNORED = -100
-"""Label of a position that carries no loss."""

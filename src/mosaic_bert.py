@@ -1,4 +1,4 @@
-"""MosaicBERT as a ComposerModel: fed unpadded microbatches, measured on the masked tokens."""
+"""MosaicBERT as a ComposerModel: takes unpadded microbatches, measures masked tokens."""
 
 from typing import Any
 
@@ -8,87 +8,72 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from src.bert_layers import BertForMaskedLM, BertLayer, Layout, UnpaddedMaskedLMOutput
+from src.bert_layers import BertForMaskedLM, BertLayer, UnpaddedMaskedLMOutput
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
-from src.data.microbatches import Batch
+
+Batch = dict[str, Any]
 
 
-class LanguageCrossEntropy(Metric):
-    """Mean cross entropy of all masked tokens, in nats. Named and logged as Composer's, which takes (B, S, V) logits.
+class MaskedTokenMetric(Metric):
+    """Sums over masked tokens, in fp64 and int64, so that values do not depend on batches or ranks.
 
-    Sums are added up, in fp64, so that the value does not depend on batches, ranks or their order.
+    Not torchmetrics' MeanMetric, which multiplies a mean by its weight and so rounds, nor SumMetric, which counts in
+    floats; both look for NaN in each value, and a GPU waits for it.
     """
 
     full_state_update = False
-    sum_loss: Tensor
-    total_items: Tensor
+    loss_sum: Tensor
+    correct: Tensor
+    count: Tensor
 
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("sum_loss", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_items", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+    def __init__(self):
+        super().__init__()
+        self.add_state("loss_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch: cross entropy summed over ``count`` masked tokens, all ()."""
-        self.sum_loss += loss_sum.detach()
-        self.total_items += count
+        """Add a microbatch: the fields of ``UnpaddedMaskedLMOutput``, all ()."""
+        self.loss_sum += loss_sum.detach()
+        self.correct += correct
+        self.count += count
+
+
+class LanguageCrossEntropy(MaskedTokenMetric):
+    """Mean cross entropy in nats per masked token. Named and logged as Composer's, which takes (B, S, V) logits."""
 
     def compute(self) -> Tensor:
         """() fp64; NaN if nothing was masked."""
-        return self.sum_loss / self.total_items
+        return self.loss_sum / self.count
 
 
 class LanguagePerplexity(LanguageCrossEntropy):
-    """exp of the mean cross entropy of all masked tokens."""
+    """exp of the mean cross entropy per masked token."""
 
     def compute(self) -> Tensor:
         """() fp64; NaN if nothing was masked."""
         return super().compute().exp()
 
 
-class MaskedTokens(Metric):
-    """Masked tokens that the other metrics are over."""
+class MaskedAccuracy(MaskedTokenMetric):
+    """Share of masked tokens predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
 
-    full_state_update = False
-    total: Tensor
+    def compute(self) -> Tensor:
+        """() fp64 in [0, 1]; NaN if nothing was masked."""
+        return self.correct.double() / self.count
 
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch of ``count`` () masked tokens."""
-        self.total += count
+class MaskedTokens(MaskedTokenMetric):
+    """Number of masked tokens that the other metrics are computed from."""
 
     def compute(self) -> Tensor:
         """() int64."""
-        return self.total
-
-
-class MaskedAccuracy(Metric):
-    """Share of masked tokens that are predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
-
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self, dist_sync_on_step: bool = False):
-        super().__init__(dist_sync_on_step=dist_sync_on_step)
-        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
-        """Add a batch: ``correct`` of ``count`` masked tokens, both ()."""
-        self.correct += correct
-        self.total += count
-
-    def compute(self) -> Tensor:
-        """() in [0, 1]; NaN if nothing was masked."""
-        return self.correct.double() / self.total
+        return self.count
 
 
 class MaskedLMModel(ComposerModel):
-    """What both models share: the loss is their output's, the metrics are over the masked tokens."""
+    """What both models share: the loss, and the metrics over masked tokens."""
 
     model: PreTrainedModel
 
@@ -103,7 +88,7 @@ class MaskedLMModel(ComposerModel):
         return outputs.loss
 
     def eval_forward(self, batch: Batch, outputs: UnpaddedMaskedLMOutput | None = None) -> UnpaddedMaskedLMOutput:
-        """The forward pass; for metrics of training, what it gave already."""
+        """The forward pass, or ``outputs`` if training has run it already."""
         return self(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
@@ -124,8 +109,8 @@ class MosaicBert(MaskedLMModel):
 
     Args:
         config: its shape.
-        gradient_checkpointing: keep only each layer's input and compute the layer again in the backward pass: less
-            memory, about a third more time.
+        gradient_checkpointing: save only each layer's input, and recompute the layer in the backward pass: less memory,
+            about a third more time.
     """
 
     def __init__(self, config: MosaicBertConfig, gradient_checkpointing: bool = False):
@@ -137,16 +122,16 @@ class MosaicBert(MaskedLMModel):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
-        """A microbatch of ``builders.split_batch``."""
-        layout = Layout(batch["cu_seqlens"], batch["max_seqlen"], batch.get("tables"))
-        return self.model(batch["input_ids"], labels=batch["labels"], layout=layout, masked_index=batch["masked_index"])
+        """A microbatch of ``split_unpadded``."""
+        ids, labels, masked_index = batch["input_ids"], batch["labels"], batch["masked_index"]
+        return self.model(ids, labels=labels, layout=Layout.from_batch(batch), masked_index=masked_index)
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.
 
-        Matrix products only, 2 per multiply-add, backward twice the forward; attention by the sum of squared lengths;
-        the projections of the last layer and the head that run on the M masked tokens are counted for those. What
-        gradient checkpointing and attention's backward compute again is not counted.
+        Counts matrix products, 2 per multiply-add, the backward as twice the forward; attention by the sum of squared
+        lengths; the last layer (but for keys and values) and the head for the M masked tokens only. Recomputation, by
+        gradient checkpointing or in attention's backward, is not counted.
         """
         if "cu_seqlens" in batch:
             lengths, M = batch["cu_seqlens"].diff(), len(batch["labels"])

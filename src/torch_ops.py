@@ -1,4 +1,4 @@
-"""What layer_norm_triton.py and geglu_triton.py compute, in plain torch: for CPUs, and to compare with.
+"""Plain torch counterparts of layer_norm_triton.py and geglu_triton.py: for CPUs, and as their reference.
 
 Letters: T rows, D hidden size, I width of the gated linear unit.
 """
@@ -14,10 +14,10 @@ from .triton_common import MASK_BITS, dropout_scale, dropout_threshold
 
 
 def dropout(x: Tensor, dropout_p: float, training: bool = True) -> Tensor:
-    """``F.dropout``, on a CPU 4 times as fast: 16 random bits decide over an element, and the generator gives 64.
+    """``F.dropout``, 4 times as fast on a CPU: an element needs 16 random bits, and the generator gives 64.
 
-    The probability is rounded down to a multiple of 2^-16 there, and what stays is scaled by 1 over the share that is
-    really kept, so the expectation is exact. Elsewhere, and when compiling, torch's own is a single fused kernel.
+    On a CPU the probability is rounded down to a multiple of 2^-16, and kept elements are divided by the share that is
+    kept, so the expectation is exact. Elsewhere, and under torch.compile, it is torch's own.
 
     Raises:
         ValueError: ``dropout_p`` is not in [0, 1).
@@ -31,14 +31,14 @@ def dropout(x: Tensor, dropout_p: float, training: bool = True) -> Tensor:
 
 
 def keep_mask(x: Tensor, threshold: int) -> Tensor:
-    """A fresh mask of the shape of ``x``, bool, true where dropout keeps: where 16 random bits reach ``threshold``."""
+    """A new bool mask of the shape of ``x``, true where dropout keeps: where 16 random bits reach ``threshold``."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)  # all 64 bits
     bits = words.view(torch.int16)[: x.numel()]  # signed, hence the shift of the threshold
     return (bits >= threshold - 2 ** (MASK_BITS - 1)).view(x.shape)
 
 
 class _Dropout(torch.autograd.Function):
-    """x * keep * scale; keeps the mask, a byte an element."""
+    """x * keep * scale; saves the mask, a byte per element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -56,9 +56,9 @@ class _Dropout(torch.autograd.Function):
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """LayerNorm(residual + dropout(x)), (..., D), the sum and the statistics in fp32 at least.
+    """LayerNorm(residual + dropout(x)), (..., D), with sum and statistics at least in fp32.
 
-    In the dtype of autocast, or of ``x`` where there is none.
+    The result has the autocast dtype, or without autocast the dtype of ``x``.
     """
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -80,9 +80,9 @@ def geglu(gate_and_up: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 class _Geglu(torch.autograd.Function):
-    """Keeps the packed product alone (and dropout's mask, a byte an element); writes the packed gradient in place.
+    """Saves only the packed product and dropout's mask, a byte per element; writes both halves of the packed gradient.
 
-    Autograd's own would keep gelu(gate) too, and put the gradient together from its halves.
+    Autograd would also save gelu(gate), and concatenate the halves.
     """
 
     @staticmethod

@@ -12,9 +12,9 @@ BASE = {"common"}
 SCRIPTS = {path.stem for path in Path().glob("*.py")}
 MAY_IMPORT = {
     **dict.fromkeys(MODEL, MODEL),
-    **dict.fromkeys(TRAINING, {*MODEL, *TRAINING, "data"}),
+    **dict.fromkeys(TRAINING, {*MODEL, *TRAINING}),
     "common": BASE,
-    "data": {"data", *BASE, "bert_padding", "flash_attn_triton", "masked_lm_loss"},
+    "data": {"data", *BASE, "bert_padding", "masked_lm_loss"},
     "data_c4": {"data", *BASE},
     "convert": {"convert", "data", *BASE},
     "train": {"train", "data_c4", "data", *BASE, *MODEL, *TRAINING},
@@ -57,6 +57,14 @@ def test_a_model_file_imports_its_siblings_alone_and_by_name():
         text = Path(f"src/{name}.py").read_text()
         assert not re.search(r"^\s*(from|import) (src|\.\.)", text, re.MULTILINE), name
         assert not re.search(r"^\s*from \.\w+\.", text, re.MULTILINE), name
+
+
+def test_the_file_of_the_models_names_every_sibling_that_it_needs():
+    """That loader follows the imports of the model file in a local folder, but not those of its siblings."""
+    named, needed = set(imported(Path("src/bert_layers.py"))), {"bert_layers"}
+    for _ in MODEL:
+        needed |= {name.split(".")[1] for file in needed for name in imported(Path(f"src/{file}.py")) if "src." in name}
+    assert needed == {"bert_layers", *(name.split(".")[1] for name in named if name.startswith("src."))}
 
 
 def test_the_scripts_import_no_benchmark():

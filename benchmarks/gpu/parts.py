@@ -35,9 +35,9 @@ from benchmarks.kernels.compare import peaks
 from benchmarks.speed import step
 from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch
 from src import layer_norm_triton
-from src.bert_layers import Layout
+from src.bert_padding import Layout
 from src.data.microbatches import Batch, split_unpadded
-from src.flash_attn_triton import TILE_ROWS
+from src.flash_attn_triton import tile_tables
 
 TOY = os.environ.get("TOY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if TOY else ("cuda", torch.bfloat16)
@@ -124,14 +124,14 @@ class Training:
     def microbatch(self, B: int, S: int, fill: str) -> Batch:
         """One of B sequences, on the host."""
         lengths = c4_like_lengths(B, S) if fill == "c4" else torch.full((B,), S)
-        return split_unpadded(make_batch(lengths, SHAPE.vocabulary, 0.3), B, TILE_ROWS)[0]
+        return split_unpadded(make_batch(lengths, SHAPE.vocabulary, 0.3), B, tile_tables)[0]
 
     def step(self, parts: list[Batch], copy: str) -> None:
         """Forward and backward of each microbatch, then the optimizer."""
         masked = sum(part["num_masked"] for part in parts)
         for part in parts:
             part = moved(part, copy == "pinned") if copy != "before" else part
-            layout = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
+            layout = Layout.from_batch(part)
             with torch.autocast(DEVICE, DTYPE, enabled=not TOY):
                 output = self.model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"])
             (output.loss_sum / masked).backward()

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from benchmarks import report
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
 from src import geglu_triton, layer_norm_triton, torch_ops
-from src.bert_padding import tile_tables, unpack_heads
-from src.flash_attn_triton import TILE_ROWS
+from src.bert_padding import unpack_heads, unpad_layout
+from src.flash_attn_triton import tile_tables
 from src.masked_lm_loss import masked_lm_head_loss, masked_lm_loss
 
 Implementation = Callable[..., Tensor]
@@ -71,9 +71,9 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     lengths_B = c4_like_lengths(max(1, tokens // S), S)
     T, B, longest = int(lengths_B.sum()), len(lengths_B), int(lengths_B.max())
     pairs = int(lengths_B.square().sum())
-    cu_seqlens = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
-    tables = {rows: table.to(device) for rows, table in tile_tables(cu_seqlens, TILE_ROWS).items()}
-    cu_seqlens, lengths_B, slopes = cu_seqlens.to(device), lengths_B.to(device), A.alibi_slopes(N).to(device)
+    lengths_B, slopes = lengths_B.to(device), A.alibi_slopes(N).to(device)
+    layout = unpad_layout(lengths_B)
+    layout = replace(layout, tables=tile_tables(layout))
     packed = torch.randn(T, 3, N, H).to(device, dtype).requires_grad_()
     position = torch.arange(longest, device=device)
     real = position < lengths_B[:, None]
@@ -83,7 +83,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     def through(impl: str) -> Implementation:
         def run(qkv: Tensor) -> Tensor:
             q, k, v = unpack_heads(qkv)
-            return A.attention(q, k, v, cu_seqlens, longest, slopes, impl=impl, tables=tables)
+            return A.attention(q, k, v, layout, slopes, impl=impl)
 
         return run
 

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
 
 from src.attention import alibi_slopes, attention
-from src.bert_layers import BertLayer, Layout
-from src.bert_padding import tile_tables
+from src.bert_layers import BertLayer
+from src.bert_padding import unpad_layout
 from src.configuration_bert import MosaicBertConfig
-from src.flash_attn_triton import TILE_ROWS
+from src.flash_attn_triton import tile_tables
 from src.geglu_triton import geglu
 from src.layer_norm_triton import layer_norm
 from src.triton_common import draw_key
@@ -85,19 +86,18 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
     def rows(*shape: int) -> Tensor:
         return torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
 
-    cu_seqlens = torch.tensor([0, T], dtype=torch.int32)
-    tables = {size: table.to(device) for size, table in tile_tables(cu_seqlens, TILE_ROWS).items()}
-    cu_seqlens, slopes = cu_seqlens.to(device), alibi_slopes(N).to(device)
-    fixed = (cu_seqlens, slopes, *tables.values())
+    layout = unpad_layout(torch.tensor([T], device=device))
+    layout, slopes = replace(layout, tables=tile_tables(layout)), alibi_slopes(N).to(device)
+    fixed = (layout.cu_seqlens, slopes, *layout.tables.values())
 
     def ours(qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(1)
-        return attention(q, k, v, cu_seqlens, T, slopes, impl="triton", tables=tables)
+        return attention(q, k, v, layout, slopes, impl="triton")
 
     x, residual, qkv, packed = rows(D), rows(D), rows(3, N, D // N), rows(2 * I)
     weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)
     layer = BertLayer(MosaicBertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
-    parameters, layout = tuple(layer.parameters()), Layout(cu_seqlens, T, tables)
+    parameters = tuple(layer.parameters())
     # Under autocast a weight is cast, and the copy is kept; as it does not grow with T, it is no activation.
     counted = {
         "attention": (

@@ -21,13 +21,12 @@ from dataclasses import astuple
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.variants import c4_like_lengths
 from src import flash_attn_triton as kernels
 from src.attention import alibi_slopes
-from src.bert_padding import tile_tables
+from src.bert_padding import unpad_layout
 from src.flash_attn_triton import Tile
 
 # Those that do not spill on sm_80 or sm_90 at 64 heads wide, or did best there by instructions for a score.
@@ -49,11 +48,10 @@ class Attention:
     def __init__(self, head_size: int, dtype: torch.dtype, length: int, tokens: int, device: str):
         torch.manual_seed(0)
         num_heads = 768 // head_size if device == "cuda" else 2
-        cu_seqlens = F.pad(c4_like_lengths(max(1, tokens // length), length).cumsum(0), (1, 0)).to(torch.int32)
+        layout = unpad_layout(c4_like_lengths(max(1, tokens // length), length).to(device))
         sizes = {rows for tiles in (*CANDIDATES.values(), *TOY_CANDIDATES.values()) for rows, *_ in tiles}
-        tables = tile_tables(cu_seqlens, sizes | set(kernels.TILE_ROWS))
-        self.tables = {rows: table.to(device) for rows, table in tables.items()}
-        shape = (int(cu_seqlens[-1]), num_heads, head_size)
+        self.tables = kernels.tile_tables(layout) | kernels.tile_tables(layout, sizes)
+        shape = (len(layout.indices), num_heads, head_size)
         self.q, self.k, self.v, self.do, *outputs = (torch.randn(shape).to(device, dtype) for _ in range(7))
         self.dq, self.dk, self.dv = outputs
         self.slopes = alibi_slopes(num_heads).to(device)

@@ -26,7 +26,8 @@ import train_tokenizer
 from benchmarks import report
 from benchmarks.texts import documents, write_json_lines
 from src import data_c4
-from src.bert_layers import BertForMaskedLM, Layout
+from src.bert_layers import BertForMaskedLM
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.masking import MaskingCollator
 from src.data.microbatches import Batch, num_tokens, split_unpadded
@@ -67,7 +68,7 @@ def count(say: Callable[[str], None], samples: int) -> None:
 
 def loss_of(model: BertForMaskedLM, batch: Batch) -> torch.Tensor:
     (part,) = split_unpadded(batch, len(batch["input_ids"]))
-    layout = Layout(part["cu_seqlens"], part["max_seqlen"])
+    layout = Layout.from_batch(part)
     loss = model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"]).loss
     assert loss is not None
     return loss

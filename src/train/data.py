@@ -15,7 +15,7 @@ from src.common.errors import ConfigError
 from src.data.masking import MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
 from src.data.source import Source
-from src.flash_attn_triton import TILE_ROWS
+from src.flash_attn_triton import tile_tables
 from src.train import processes
 from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
 
@@ -85,7 +85,7 @@ def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
     if config.model.name != "mosaic_bert":
         return split_padded
     triton = resolve(config.model.options.get("attention", "auto")) == "triton"
-    return partial(split_unpadded, tile_sizes=TILE_ROWS if triton else ())
+    return partial(split_unpadded, tables_of=tile_tables if triton else None)
 
 
 def _folder(source: LoaderConfig | Source) -> tuple[str | None, str | None]:

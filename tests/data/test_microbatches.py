@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from src.bert_padding import tile_tables
+from src.bert_padding import Layout
 from src.data.microbatches import num_samples, num_tokens, split_padded, split_unpadded
+from src.flash_attn_triton import tile_tables
 from src.masked_lm_loss import IGNORED
 from tests.model.test_bert_layers import batch_of
 
@@ -38,11 +39,11 @@ def test_microbatches_hold_the_batch(microbatch_size):
 
 
 def test_tables_of_tiles_are_made_for_a_kernel_that_takes_them():
-    for part in split_unpadded(batch_of(LENGTHS), 2, tile_sizes=(16, 64)):
-        want = tile_tables(part["cu_seqlens"], (16, 64))
-        assert part["tables"].keys() == want.keys()
+    for part in split_unpadded(batch_of(LENGTHS), 2, tile_tables):
+        want = tile_tables(Layout.from_batch(part))
+        assert want and part["tables"].keys() == want.keys()
         assert all(torch.equal(part["tables"][rows], table) for rows, table in want.items())
-    assert "tables" not in split_unpadded(batch_of(LENGTHS), 100)[0]
+    assert split_unpadded(batch_of(LENGTHS), 100)[0]["tables"] == {}
 
 
 def test_a_microbatch_comes_back_as_it_is():

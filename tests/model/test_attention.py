@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from src import attention as A
+from src.bert_padding import unpad_layout
 
 RAGGED = [33, 1, 7, 7, 7, 127, 1, 64, 64, 5]
 
@@ -11,13 +12,12 @@ RAGGED = [33, 1, 7, 7, 7, 127, 1, 64, 64, 5]
 def make(lengths, N=3, H=16, dtype=torch.float64, seed=0):
     """q, k, v as views of one packed product, as the model makes them."""
     torch.manual_seed(seed)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     qkv = torch.randn(sum(lengths), 3, N, H, dtype=dtype, requires_grad=True)
-    return qkv, cu_seqlens, max(lengths), A.alibi_slopes(N)
+    return qkv, unpad_layout(torch.tensor(lengths)), A.alibi_slopes(N)
 
 
-def run(impl, qkv, cu_seqlens, max_seqlen, slopes, grad=None, dropout_p=0.0):
-    out = A.attention(*qkv.unbind(1), cu_seqlens, max_seqlen, slopes, dropout_p, impl)
+def run(impl, qkv, layout, slopes, grad=None, dropout_p=0.0):
+    out = A.attention(*qkv.unbind(1), layout, slopes, dropout_p, impl)
     if grad is None:
         grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     return out, torch.autograd.grad(out, qkv, grad)[0]
@@ -36,10 +36,10 @@ def by_definition(qkv, cu_seqlens, slopes):
 
 
 def test_reference_is_the_formula():
-    qkv, cu_seqlens, max_seqlen, slopes = make(RAGGED)
+    qkv, layout, slopes = make(RAGGED)
     with torch.no_grad():
-        out = A.attention(*qkv.unbind(1), cu_seqlens, max_seqlen, slopes, impl="reference")
-        torch.testing.assert_close(out, by_definition(qkv, cu_seqlens, slopes), rtol=1e-12, atol=1e-12)
+        out = A.attention(*qkv.unbind(1), layout, slopes, impl="reference")
+        torch.testing.assert_close(out, by_definition(qkv, layout.cu_seqlens, slopes), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, [1], [127], [1, 1, 1], [64] * 5, [3, 0, 2, 0]], ids=str)
@@ -56,27 +56,27 @@ def test_torch_equals_reference(lengths, tile_elements, dtype, tolerance, monkey
 
 def test_torch_gradients_are_derivatives(monkeypatch):
     monkeypatch.setattr(A, "TILE_ELEMENTS", 30)
-    qkv, *layout = make([4, 1, 5], N=2, H=3)
+    qkv, *rest = make([4, 1, 5], N=2, H=3)
 
     def f(x):
-        return A.attention(*x.unbind(1), *layout, impl="torch")
+        return A.attention(*x.unbind(1), *rest, impl="torch")
 
     assert torch.autograd.gradcheck(f, qkv)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_extreme_scores_stay_finite(impl):
-    qkv, *layout = make([33, 7], dtype=torch.float32)
-    out, grad = run(impl, (qkv.detach() * 20).requires_grad_(), *layout)  # scores of several hundred
+    qkv, *rest = make([33, 7], dtype=torch.float32)
+    out, grad = run(impl, (qkv.detach() * 20).requires_grad_(), *rest)  # scores of several hundred
     assert out.isfinite().all() and grad.isfinite().all()
 
 
 def test_sequences_do_not_see_each_other():
-    qkv, *layout = make([5, 9])
-    out, _ = run("torch", qkv, *layout)
+    qkv, *rest = make([5, 9])
+    out, _ = run("torch", qkv, *rest)
     changed = qkv.detach().clone()
     changed[5:] += 1
-    other, _ = run("torch", changed.requires_grad_(), *layout)
+    other, _ = run("torch", changed.requires_grad_(), *rest)
     assert torch.equal(out[:5], other[:5]) and not torch.equal(out[5:], other[5:])
 
 
@@ -84,9 +84,9 @@ def test_sequences_do_not_see_each_other():
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_low_precision_is_only_rounding_of_inputs_and_output(impl, dtype):
     """Scores, bias and softmax are fp32: the error is that of rounding the result once."""
-    qkv, *layout = make([300, 5], dtype=dtype)
-    out, _ = run(impl, qkv, *layout)
-    want, _ = run("reference", qkv.detach().float().requires_grad_(), *layout)
+    qkv, *rest = make([300, 5], dtype=dtype)
+    out, _ = run(impl, qkv, *rest)
+    want, _ = run("reference", qkv.detach().float().requires_grad_(), *rest)
     assert out.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.float(), want, rtol=eps, atol=eps * 1e-2)
@@ -94,10 +94,10 @@ def test_low_precision_is_only_rounding_of_inputs_and_output(impl, dtype):
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_autocast_does_not_lower_the_scores(impl):
-    qkv, *layout = make([300, 5], dtype=torch.float32)
-    want, want_grad = run(impl, qkv, *layout)
+    qkv, *rest = make([300, 5], dtype=torch.float32)
+    want, want_grad = run(impl, qkv, *rest)
     with torch.autocast("cpu", torch.bfloat16):
-        out = A.attention(*qkv.unbind(1), *layout, impl=impl)
+        out = A.attention(*qkv.unbind(1), *rest, impl=impl)
     grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     assert torch.equal(out, want)
     assert torch.equal(torch.autograd.grad(out, qkv, grad)[0], want_grad)
@@ -109,11 +109,11 @@ def test_dropout_keeps_the_mean_and_follows_the_seed(impl):
     qkv = torch.zeros(L, 3, N, H, dtype=torch.float64, requires_grad=True)  # equal scores but for ALiBi
     with torch.no_grad():
         qkv[:, 2] = 1.0
-    layout = (torch.tensor([0, L], dtype=torch.int32), L, torch.zeros(N))
+    rest = (unpad_layout(torch.tensor([L])), torch.zeros(N))
     outs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        outs.append(run(impl, qkv, *layout, dropout_p=0.25)[0])
+        outs.append(run(impl, qkv, *rest, dropout_p=0.25)[0])
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
     # Each output is mean(keep) / 0.75 over 40 keys: standard deviation 0.09, of the mean over 80 rows 0.01.
     assert abs(outs[0].mean() - 1) < 0.05 and outs[0].std() > 0.03
@@ -121,11 +121,11 @@ def test_dropout_keeps_the_mean_and_follows_the_seed(impl):
 
 def test_dropout_gradients_use_the_forward_masks(monkeypatch):
     monkeypatch.setattr(A, "TILE_ELEMENTS", 30)
-    qkv, *layout = make([4, 6], N=2, H=3)
+    qkv, *rest = make([4, 6], N=2, H=3)
 
     def f(x):
         torch.manual_seed(3)
-        return A.attention(*x.unbind(1), *layout, dropout_p=0.3, impl="torch")
+        return A.attention(*x.unbind(1), *rest, dropout_p=0.3, impl="torch")
 
     assert torch.autograd.gradcheck(f, qkv)
 
@@ -133,14 +133,14 @@ def test_dropout_gradients_use_the_forward_masks(monkeypatch):
 def test_memory_kept_for_the_backward_does_not_grow_with_the_square_of_the_length():
     def kept(L):
         sizes = []
-        qkv, *layout = make([L] * 2, N=2, H=4, dtype=torch.float32)
+        qkv, *rest = make([L] * 2, N=2, H=4, dtype=torch.float32)
 
         def pack(x):
             sizes.append(x.untyped_storage().nbytes())
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            A.attention(*qkv.unbind(1), *layout, impl="torch")
+            A.attention(*qkv.unbind(1), *rest, impl="torch")
         return sum(sizes)
 
     assert kept(256) < 4.5 * kept(64)
@@ -171,5 +171,5 @@ def test_slopes_of_a_power_of_two_and_of_twelve():
 
 
 def test_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'flash' is not there; choose auto, reference, torch"):
+    with pytest.raises(ValueError, match="unknown attention 'flash'; expected one of auto, reference, torch"):
         A.resolve("flash")

@@ -11,8 +11,8 @@ from src.bert_layers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    Layout,
 )
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
 
@@ -95,8 +95,7 @@ def unpadded(model, batch, microbatch_size=10**6):
     parts = split_unpadded(batch, microbatch_size)
     total = sum(part["num_masked"] for part in parts)
     outputs = [
-        model.forward_unpadded(p["input_ids"], Layout(p["cu_seqlens"], p["max_seqlen"]), p["masked_index"], p["labels"])
-        for p in parts
+        model.forward_unpadded(p["input_ids"], Layout.from_batch(p), p["masked_index"], p["labels"]) for p in parts
     ]
     return sum(o.loss * (p["num_masked"] / total) for o, p in zip(outputs, parts, strict=True))
 
@@ -315,7 +314,7 @@ def test_slopes_that_nobody_initialised_are_refused():
     model, batch = model_of(dtype=torch.float32), batch_of()
     for left in (float("nan"), 0.0):
         model.bert.encoder.alibi.slopes = torch.full((3,), left)
-        with pytest.raises(ValueError, match=r"the ALiBi slopes are \[.*\], not \[0.0625, .*from_pretrained"):
+        with pytest.raises(ValueError, match=r"the ALiBi slopes are \[.*\], expected \[0.0625, .*from_pretrained"):
             model(**batch)
     model._init_weights(model.bert.encoder.alibi)  # as transformers 5 does, after loading
     assert model(**batch).loss.isfinite()
@@ -403,7 +402,7 @@ def test_token_classification():
 
 def test_attention_dropout_only_where_it_acts():
     model_of(attention_probs_dropout_prob=0.1, attention="torch")
-    with pytest.raises(ValueError, match="'nope' is not there"):
+    with pytest.raises(ValueError, match="unknown attention 'nope'"):
         model_of(attention="nope")
     with pytest.raises(ValueError, match="not a multiple"):
         MosaicBertConfig(hidden_size=10, num_attention_heads=3)

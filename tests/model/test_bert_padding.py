@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src.bert_padding import index_first_axis, pad_input, unpad_input, unpad_layout
+from src.bert_padding import Layout, index_first_axis, pad_input, unpad_input, unpad_layout
 
 MASKS = {
     "right": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
@@ -11,24 +11,42 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("longest_first", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_there_and_back(name):
+def test_there_and_back(name, longest_first):
     mask = torch.tensor(MASKS[name])
     x = torch.randn(*mask.shape, 5)
-    indices, cu_seqlens, max_seqlen = unpad_layout(mask)
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
-    assert max_seqlen == mask.sum(1).max()
-    flat = unpad_input(x, indices)
-    assert torch.equal(flat, x[mask.bool()])
-    assert torch.equal(pad_input(flat, indices, *mask.shape), x * mask[..., None])
+    layout = unpad_layout(mask, longest_first)
+    order = sorted(range(len(mask)), key=lambda i: -mask[i].sum()) if longest_first else range(len(mask))
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, *mask.sum(1)[list(order)].cumsum(0).tolist()]
+    assert type(layout.max_seqlen) is int and layout.max_seqlen == mask.sum(1).max()
+    flat = unpad_input(x, layout.indices)
+    assert torch.equal(flat, torch.cat([x[i][mask[i].bool()] for i in order]))
+    assert torch.equal(pad_input(flat, layout.indices, *mask.shape), x * mask[..., None])
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_lengths_are_a_mask_padded_on_the_right(longest_first):
+    from_mask = unpad_layout(torch.tensor(MASKS["right"]), longest_first)
+    from_lengths = unpad_layout(torch.tensor([3, 1, 4]), longest_first)
+    for a, b in zip(vars(from_mask).values(), vars(from_lengths).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_microbatch_carries_its_layout():
+    layout = Layout(torch.arange(3), torch.tensor([0, 3]), 3, {16: torch.tensor([[0, 3, 0]])})
+    assert vars(Layout.from_batch({"input_ids": None, **vars(layout)})) == vars(layout)
+    moved = layout.to("meta")
+    assert moved.max_seqlen == 3 and moved.tables.keys() == {16}
+    assert all(x.is_meta for x in (moved.indices, moved.cu_seqlens, *moved.tables.values()))
 
 
 def test_gradients_go_where_the_rows_came_from():
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 0, 3])
     assert torch.autograd.gradcheck(lambda x: index_first_axis(x, index), x)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    indices, *_ = unpad_layout(mask)
+    indices = unpad_layout(torch.tensor([[1, 1, 0], [1, 0, 0]])).indices
     flat = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: pad_input(x, indices, 2, 3), flat)
 

@@ -1,7 +1,6 @@
 """The attention kernels against the reference: on a CPU through Triton's interpreter, on a GPU as they are."""
 
-import importlib.util
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from src import attention as A
 from src import flash_attn_triton as F
 from src import triton_common
-from src.bert_padding import tile_table, tile_tables, unpack_heads
+from src.bert_padding import unpack_heads, unpad_layout
 from src.triton_common import launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,29 +47,28 @@ def few_steps(monkeypatch):
 def make(lengths, N=1, H=16, dtype=torch.float32, seed=0, scale=1.0, device=DEVICE):
     """q, k, v as views of one packed product, and a gradient for the output."""
     torch.manual_seed(seed)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    layout = unpad_layout(torch.tensor(lengths, device=device))
     qkv = (scale * torch.randn(sum(lengths), 3, N, H)).to(device, dtype).requires_grad_()
     grad = torch.randn(sum(lengths), N, H).to(device, dtype)
-    return qkv, cu_seqlens, grad
+    return qkv, layout, grad
 
 
-def run(impl, qkv, cu_seqlens, grad, slopes=None, tables=None):
+def run(impl, qkv, layout, grad, slopes=None):
     slopes = A.alibi_slopes(qkv.shape[2]).to(qkv.device) if slopes is None else slopes
-    max_seqlen = int(cu_seqlens.diff().max())
-    out = A.attention(*unpack_heads(qkv), cu_seqlens, max_seqlen, slopes, impl=impl, tables=tables)
+    out = A.attention(*unpack_heads(qkv), layout, slopes, impl=impl)
     return out, torch.autograd.grad(out, qkv, grad)[0]
 
 
-def assert_within_budget(qkv, cu_seqlens, grad, slopes=None, largest_lse=0.0):
+def assert_within_budget(qkv, layout, grad, slopes=None, largest_lse=0.0):
     """Output and gradients of q, k and v err at most twice as much as the padded reference's in the same dtype.
 
     Both against fp64; the reference's products are taken in the dtype, its softmax in fp32, as eager PyTorch would.
     A floor covers what eager PyTorch hits exactly (the gradient of a softmax over one token is 0 there, and here the
     rounding of do.v - do.out: 3 eps measured), and that a probability is exp2(s - lse) with lse rounded to fp32.
     """
-    got = run("triton", qkv, cu_seqlens, grad, slopes)
-    want = run("reference", qkv.detach().double().requires_grad_(), cu_seqlens, grad.double(), slopes)
-    plain = run("reference", qkv.detach().requires_grad_(), cu_seqlens, grad, slopes)
+    got = run("triton", qkv, layout, grad, slopes)
+    want = run("reference", qkv.detach().double().requires_grad_(), layout, grad.double(), slopes)
+    plain = run("reference", qkv.detach().requires_grad_(), layout, grad, slopes)
     for what, x, y, z in zip(("out", "dq dk dv"), got, want, plain, strict=True):
         assert x.dtype == qkv.dtype and x.isfinite().all()
         floor = (4 * torch.finfo(x.dtype).eps + largest_lse * 2**-24) * y.abs().max().item()
@@ -106,7 +104,6 @@ def test_equals_reference(lengths, N, H, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=str)
 def test_tiles_of_other_sizes_give_the_same(dtype, monkeypatch):
     monkeypatch.setattr(F, "tiles_for", lambda *args: SMALL)
-    monkeypatch.setattr(F, "TILE_ROWS", (16, 32))
     assert_within_budget(*make([33, 16, 1, 50], 2, 24, dtype))
 
 
@@ -123,15 +120,15 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=str)
 def test_large_scores(dtype):
     """Scores of +-80 and more, at which exp overflows in fp16 and underflows in fp32."""
-    qkv, cu_seqlens, grad = make([70, 9], 2, 16, dtype, scale=4.5)
+    qkv, layout, grad = make([70, 9], 2, 16, dtype, scale=4.5)
     scores = torch.einsum("inh,jnh->nij", *qkv[:70, :2].detach().double().unbind(1)) / 4
     assert scores.min() < -80 and scores.max() > 80
-    assert_within_budget(qkv, cu_seqlens, grad, largest_lse=scores.max().item() * F.LOG2E)
+    assert_within_budget(qkv, layout, grad, largest_lse=scores.max().item() * F.LOG2E)
 
 
 def test_slopes_of_zero_are_plain_attention():
-    qkv, cu_seqlens, grad = make([64, 37], 2, 32)
-    out, _ = run("triton", qkv, cu_seqlens, grad, torch.zeros(2, device=DEVICE))
+    qkv, layout, grad = make([64, 37], 2, 32)
+    out, _ = run("triton", qkv, layout, grad, torch.zeros(2, device=DEVICE))
     for rows in (slice(0, 64), slice(64, 101)):
         q, k, v = (x.transpose(0, 1) for x in qkv[rows].unbind(1))
         want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1)
@@ -141,7 +138,7 @@ def test_slopes_of_zero_are_plain_attention():
 def test_views_of_any_stride():
     """Heads and tokens far apart, a head's dimensions not beside each other or misplaced, an expanded gradient."""
     T, N, H = 40, 2, 16
-    cu_seqlens = torch.tensor([0, 33, 40], dtype=torch.int32, device=DEVICE)
+    layout = unpad_layout(torch.tensor([33, 7], device=DEVICE))
     torch.manual_seed(0)
     q = torch.randn(N, T, 3 * H + 1, device=DEVICE)[:, :, H + 1 : 2 * H + 1].transpose(0, 1)
     k = torch.randn(T, N, 2 * H, device=DEVICE)[:, :, ::2]
@@ -150,7 +147,7 @@ def test_views_of_any_stride():
     got, want = [], []
     for impl, result in (("triton", got), ("reference", want)):
         x = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (q, k, v)]
-        out = A.attention(*x, cu_seqlens, 33, slopes, impl=impl)
+        out = A.attention(*x, layout, slopes, impl=impl)
         result += [out, *torch.autograd.grad(out, x, torch.ones((), device=DEVICE).expand_as(out))]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -194,12 +191,12 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 @given(some_lengths, st.integers(0, 3))
 def test_no_token_sees_another_sequence(lengths, which):
     """Another content of one sequence changes no bit of the others' outputs and gradients."""
-    qkv, cu_seqlens, grad = make(lengths)
+    qkv, layout, grad = make(lengths)
     which %= len(lengths)
-    start, end = cu_seqlens[which].item(), cu_seqlens[which + 1].item()
+    start, end = layout.cu_seqlens[which : which + 2].tolist()
     changed = qkv.detach().clone()
     changed[start:end] += 1
-    (a, da), (b, db) = run("triton", qkv, cu_seqlens, grad), run("triton", changed.requires_grad_(), cu_seqlens, grad)
+    (a, da), (b, db) = run("triton", qkv, layout, grad), run("triton", changed.requires_grad_(), layout, grad)
     others = [*range(start), *range(end, sum(lengths))]
     assert torch.equal(a[others], b[others]) and torch.equal(da[others], db[others])
     assert start == end or not torch.equal(a[start:end], b[start:end])
@@ -208,12 +205,13 @@ def test_no_token_sees_another_sequence(lengths, which):
 @few
 @given(some_lengths, st.randoms(use_true_random=False))
 def test_any_order_of_sequences_gives_the_same_rows(lengths, random):
-    qkv, cu_seqlens, grad = make(lengths)
+    qkv, layout, grad = make(lengths)
     order = random.sample(range(len(lengths)), len(lengths))
-    rows = [row for b in order for row in range(cu_seqlens[b].item(), cu_seqlens[b + 1].item())]
-    other_cu_seqlens = torch.tensor([0, *(lengths[b] for b in order)]).cumsum(0).to(cu_seqlens)
-    a, da = run("triton", qkv, cu_seqlens, grad)
-    b, db = run("triton", qkv.detach()[rows].requires_grad_(), other_cu_seqlens, grad[rows])
+    starts = layout.cu_seqlens.tolist()
+    rows = [row for b in order for row in range(starts[b], starts[b + 1])]
+    other = unpad_layout(torch.tensor(lengths, device=DEVICE)[order])
+    a, da = run("triton", qkv, layout, grad)
+    b, db = run("triton", qkv.detach()[rows].requires_grad_(), other, grad[rows])
     assert torch.equal(a[rows], b) and torch.equal(da[rows], db)
 
 
@@ -237,18 +235,18 @@ def test_the_packed_gradient_is_not_copied():
 def test_tile_table_covers_each_token_once(rows):
     lengths = [3, 0, 65, 16, 1, 64, 0]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    table = tile_table(cu_seqlens, rows)
+    table = F.tile_table(cu_seqlens, rows)
     assert table.dtype == torch.int32 and table.shape == (sum(-(-n // rows) for n in lengths), 3)
     tokens = [start + row for start, n, first in table.tolist() for row in range(first, min(first + rows, n))]
     assert sorted(tokens) == list(range(sum(lengths)))
     assert table[:, 1].tolist() == sorted(table[:, 1].tolist(), reverse=True)
-    assert tile_table(torch.zeros(1, dtype=torch.int32), rows).shape == (0, 3)
+    assert F.tile_table(torch.zeros(1, dtype=torch.int32), rows).shape == (0, 3)
 
 
 def test_what_cannot_be_done_is_refused(monkeypatch):
-    qkv, cu_seqlens, grad = make([5], dtype=torch.float64)
+    qkv, layout, grad = make([5], dtype=torch.float64)
     with pytest.raises(ValueError, match="one dtype of fp16, bf16, fp32"):
-        run("triton", qkv, cu_seqlens, grad)
+        run("triton", qkv, layout, grad)
     with pytest.raises(ValueError, match="at most 128"):
         run("triton", *make([5], H=144, dtype=torch.float16))
     with pytest.raises(ValueError, match="slopes in fp32"):
@@ -271,27 +269,11 @@ def test_auto_is_triton_on_cuda():
 
 def test_custom_op_is_sound():
     """Schema, fake tensors, autograd registration, and tracing with changing sizes, as torch.library checks them."""
-    qkv, cu_seqlens, _ = make([17, 5], 2, 16)
+    qkv, layout, _ = make([17, 5], 2, 16)
     tiles = F.tiles_for(16, qkv.dtype, F._architecture(qkv.device))
-    tables = [tile_table(cu_seqlens, tile.rows) for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
+    tables = [F.tile_table(layout.cu_seqlens, tile.rows) for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
     torch.library.opcheck(F._flash_attn_op, (q, k, v, A.alibi_slopes(2).to(DEVICE), *tables))
-
-
-def test_a_second_copy_leaves_the_first_its_ops(monkeypatch):
-    """As an exported folder's, which may have other tiles, beside src in one process."""
-    spec = importlib.util.spec_from_file_location("src.exported_flash_attn_triton", F.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, copy)
-    spec.loader.exec_module(copy)
-    monkeypatch.setattr(copy, "_forward", None)
-    qkv, cu_seqlens, _ = make([17, 5], 2, 16)
-    tables = [tile_table(cu_seqlens, tile.rows) for tile in (LARGE.forward, LARGE.dkdv, LARGE.dq)]
-    inputs = (*(x.detach() for x in qkv.unbind(1)), A.alibi_slopes(2).to(DEVICE), *tables)
-    monkeypatch.setattr(F, "tiles_for", lambda *args: LARGE)
-    assert torch.equal(F._flash_attn_op(*inputs)[0], F._forward(*inputs[:5])[0])
-    with pytest.raises(TypeError):
-        copy._flash_attn_op(*inputs)
 
 
 def test_compiled_is_eager():
@@ -302,15 +284,15 @@ def test_compiled_is_eager():
         seen.append(graph)
         return graph.forward
 
-    def attend(qkv, slopes, cu_seqlens, tables):
-        return A.attention(*unpack_heads(qkv), cu_seqlens, 64, slopes, impl="triton", tables=tables) * 2
+    def attend(qkv, slopes, layout):
+        return A.attention(*unpack_heads(qkv), layout, slopes, impl="triton") * 2
 
     compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
     # The first batch has sizes that all differ: the compiler takes equal ones for the same.
     for lengths in ([33, 7, 2, 0, 70, 150], [17, 5], [64, 40, 1]):
-        qkv, cu_seqlens, grad = make(lengths, 2, 16)
-        slopes, tables = A.alibi_slopes(2).to(DEVICE), tile_tables(cu_seqlens, F.TILE_ROWS)
-        got, want = (f(qkv, slopes, cu_seqlens, tables) for f in (compiled, attend))
+        qkv, layout, grad = make(lengths, 2, 16)
+        slopes, layout = A.alibi_slopes(2).to(DEVICE), replace(layout, tables=F.tile_tables(layout))
+        got, want = (f(qkv, slopes, layout) for f in (compiled, attend))
         assert torch.equal(got, want)
         assert torch.equal(torch.autograd.grad(got, qkv, grad)[0], torch.autograd.grad(want, qkv, grad)[0])
     assert len(seen) == 1
@@ -318,10 +300,10 @@ def test_compiled_is_eager():
 
 def test_autocast_changes_nothing():
     """What comes in fp32 is computed in fp32: the dtype is the caller's choice."""
-    qkv, cu_seqlens, grad = make([33, 5], 2, 16)
-    want = run("triton", qkv, cu_seqlens, grad)
+    qkv, layout, grad = make([33, 5], 2, 16)
+    want = run("triton", qkv, layout, grad)
     with torch.autocast(DEVICE, torch.bfloat16):
-        got = run("triton", qkv, cu_seqlens, grad)
+        got = run("triton", qkv, layout, grad)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -330,12 +312,12 @@ def test_offsets_beyond_32_bits():
     """2^31 elements lie before the last sequence."""
     N, H, L = 32, 128, 4096
     sequences = 2**31 // (3 * N * H * L) + 2
-    cu_seqlens = torch.arange(0, (sequences + 1) * L, L, dtype=torch.int32, device=DEVICE)
+    layout = unpad_layout(torch.full((sequences,), L, device=DEVICE))
     qkv = torch.zeros(sequences * L, 3, N, H, dtype=torch.float16, device=DEVICE)
-    last, _, grad = make([L], N, H, torch.float16)
+    last, alone, grad = make([L], N, H, torch.float16)
     qkv[-L:] = last.detach()
     full_grad = torch.zeros(sequences * L, N, H, dtype=torch.float16, device=DEVICE)
     full_grad[-L:] = grad
-    out, dqkv = run("triton", qkv.requires_grad_(), cu_seqlens, full_grad)
-    want, want_grad = run("triton", last, cu_seqlens[:2], grad)
+    out, dqkv = run("triton", qkv.requires_grad_(), layout, full_grad)
+    want, want_grad = run("triton", last, alone, grad)
     assert torch.equal(out[-L:], want) and torch.equal(dqkv[-L:], want_grad)

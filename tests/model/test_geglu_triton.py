@@ -118,7 +118,7 @@ def test_what_is_refused():
     x = torch.ones(2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="needs a key"):
         geglu(x, 0.1)
-    with pytest.raises(ValueError, match="of one width, not 7 columns"):
+    with pytest.raises(ValueError, match="an even number of columns, got 7"):
         geglu(x[:, :7])
     with pytest.raises(TypeError, match="not torch.float64"):
         geglu(x.double())

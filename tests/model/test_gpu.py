@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from src.attention import alibi_slopes, attention, resolve
-from src.bert_layers import BertForMaskedLM, Layout
+from src.bert_layers import BertForMaskedLM
+from src.bert_padding import Layout, unpad_layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
-from src.flash_attn_triton import TILE_ROWS
+from src.flash_attn_triton import tile_tables
 from tests.model.test_bert_layers import batch_of
 
 pytestmark = [
@@ -31,8 +32,8 @@ LENGTHS = [512, 65, 511, 257, 500, 1, 512, 129, 512, 512, 100, 7, 128, 33]
 
 
 def microbatches(lengths=LENGTHS, size=10):
-    """On the CPU, as ``builders.split_batch`` cuts them."""
-    return split_unpadded(batch_of(lengths, 0.3, V), size, TILE_ROWS)
+    """On the CPU, as ``train.data.split_batch`` cuts them."""
+    return split_unpadded(batch_of(lengths, 0.3, V), size, tile_tables)
 
 
 def moved(x, pinned=False):
@@ -61,7 +62,7 @@ def model_of(attention="triton", kernels="triton", **options):
 
 def loss_of(model, part, dtype=torch.bfloat16):
     """() mean of a microbatch that is on the device, under autocast; in the parameters' own dtype if it is fp32."""
-    layout = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
+    layout = Layout.from_batch(part)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         return model(part["input_ids"], labels=part["labels"], layout=layout, masked_index=part["masked_index"]).loss
 
@@ -197,12 +198,12 @@ def test_kernels_and_reference_train_alike():
 def test_attention_of_torch_takes_sequences_of_many_tiles(dropout_p):
     """Tiles of 170 rows begin between the 16 bytes that torch's memory-efficient kernel loads at once."""
     L, N, H = 2048, 12, 16
-    cu_seqlens = torch.tensor([0, L], dtype=torch.int32, device=DEVICE)
+    layout = unpad_layout(torch.tensor([L], device=DEVICE))
     qkv, grad = (torch.randn(L, *shape, device=DEVICE) for shape in ((3, N, H), (N, H)))
     results = []
     for impl in ("torch", "reference"):
         x = qkv.detach().requires_grad_()
-        out = attention(*x.unbind(1), cu_seqlens, L, alibi_slopes(N, DEVICE), dropout_p, impl)
+        out = attention(*x.unbind(1), layout, alibi_slopes(N, DEVICE), dropout_p, impl)
         results.append((out, *torch.autograd.grad(out, x, grad)))
     if dropout_p == 0:
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -220,7 +221,7 @@ model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eva
 with torch.no_grad():
     got = model(ids.to(device), mask.to(device)).logits.cpu()
 torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-3, atol=1e-3)
-kernels = sys.modules[type(model).__module__.replace("bert_layers", "kernels")]
+kernels = sys.modules[type(model).__module__.replace("bert_layers", "triton_common")]
 assert kernels.launches and "src" not in sys.modules, kernels.launches
 print("the same")
 """

@@ -1,6 +1,9 @@
 """What the kernels share, and whole models with them."""
 
+import importlib.util
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels.saved_bytes import count, kept_bytes
 from src import attention, flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops, triton_common
+from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
 from tests.model.test_bert_layers import batch_of, gradients, model_of, unpadded
@@ -56,16 +60,16 @@ def assert_within_budget(got, plain, exact, what):
 
 
 def test_kernels_that_are_not_there():
-    with pytest.raises(ValueError, match="'cuda' is not there; choose one of auto, triton, torch"):
+    with pytest.raises(ValueError, match="unknown kernels 'cuda'; expected one of auto, triton, torch"):
         triton_common.resolve("cuda")
-    with pytest.raises(ValueError, match="'fast' is not there"):
+    with pytest.raises(ValueError, match="unknown kernels 'fast'"):
         model_of(kernels="fast")
 
 
 def test_triton_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(triton_common, "interpreted", lambda: False)
-    with pytest.raises(ValueError, match="'triton' cannot run here: .* need a CUDA device, .*; choose auto or torch"):
+    with pytest.raises(ValueError, match="cannot run here: .* need a CUDA device, .*; set kernels to auto or torch"):
         model_of(kernels="triton")
     with pytest.raises(ValueError, match="need a CUDA device, and this is cpu; set kernels to auto or torch"):
         triton_common.rows_of(torch.ones(2, 3))
@@ -81,7 +85,7 @@ def test_numpy_that_is_too_new_for_the_interpreter(monkeypatch):
     monkeypatch.setattr(triton_common.np, "__version__", "2.5.0")
     monkeypatch.setattr(triton_common.triton, "__version__", "3.6.0")
     message = "Triton 3.6.0 interprets no loop with numpy 2.5.0; it needs numpy < 2.5"
-    with pytest.raises(ValueError, match=f"kernels 'triton' cannot run here: {message}; choose auto or torch"):
+    with pytest.raises(ValueError, match=f"kernels 'triton' cannot run here: {message}; set kernels to auto or torch"):
         model_of(kernels="triton")
     with pytest.raises(ValueError, match=message):
         attention.resolve("triton", device_type="cpu")
@@ -101,7 +105,7 @@ def test_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert triton_common.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(ValueError, match=r"need compute capability 8.0, and this GPU has 7.5; choose auto or torch"):
+    with pytest.raises(ValueError, match=r"capability 8.0, and this GPU has 7.5; set kernels to auto or torch"):
         triton_common.resolve("triton")
     with pytest.raises(ValueError, match=r"need compute capability 8.0"):
         attention.resolve("triton", device_type="cuda")
@@ -131,7 +135,7 @@ def test_a_gpu_newer_than_triton(capability, first, last_without, monkeypatch):
 
 
 def test_fp64_and_probabilities_that_are_none_are_refused():
-    with pytest.raises(TypeError, match="take fp16, bf16 and fp32, not torch.float64; set kernels to torch"):
+    with pytest.raises(TypeError, match="expected fp16, bf16 or fp32, got torch.float64; set kernels to torch"):
         triton_common.rows_of(torch.ones(2, 3, dtype=torch.float64, device=DEVICE))
     for p in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="at least 0 and below 1"):
@@ -181,16 +185,16 @@ def test_whole_model_with_kernels_equals_the_one_without():
 def test_a_step_waits_for_no_value(monkeypatch):
     """Forward, loss and backward read no tensor's value and make none whose size depends on one."""
     model = model_of(dtype=torch.float32, hidden_dropout_prob=0.1, **IN_TURN["triton"]).train()
-    (micro,) = split_unpadded(batch_of(), 5)
-    layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+    (micro,) = split_unpadded(batch_of(), 5, flash_attn_triton.tile_tables)
+    layout = Layout.from_batch(micro)
     inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
     model.forward_unpadded(*inputs)  # looks at ALiBi's slopes, once
     waits = Waits(monkeypatch)
     with waits:
         model.forward_unpadded(*inputs).loss.backward()
     assert waits.seen == []
-    with waits:  # a batch without tables, and a value
-        model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
+    with waits:  # tables that are made on the device, and a value
+        flash_attn_triton.tile_tables(layout)
         float(micro["input_ids"].sum())
     assert {"repeat_interleave", "__float__"} <= set(waits.seen)
 
@@ -354,8 +358,8 @@ def test_the_whole_model_is_one_graph_and_seldom_compiled_again():
         ([30, 2], 0.3),
         ([7], 0.3),
     ):
-        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths))
-        layout = model.bert.layout(micro["cu_seqlens"].to(DEVICE), micro["max_seqlen"])
+        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths), flash_attn_triton.tile_tables)
+        layout = Layout.from_batch(micro).to(DEVICE)
         inputs = (micro["input_ids"].to(DEVICE), layout, micro["masked_index"].to(DEVICE), micro["labels"].to(DEVICE))
         torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
         counts.append(micro["num_masked"])
@@ -371,11 +375,29 @@ def test_plain_torch_is_compiled_for_two_batches_and_never_again():
     counts = []
     for lengths in ([9, 3, 17, 5], [20, 8], [9, 4, 4], [30, 2], [7, 6, 5, 4, 3]):
         (micro,) = split_unpadded(batch_of(lengths, 0.4), len(lengths))
-        layout = model.bert.layout(micro["cu_seqlens"], micro["max_seqlen"])
-        inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
+        inputs = (micro["input_ids"], Layout.from_batch(micro), micro["masked_index"], micro["labels"])
         torch.testing.assert_close(compiled(*inputs).loss, model.forward_unpadded(*inputs).loss)
         counts.append(counter.frame_count)
     assert 0 < counts[0] < counts[1] == counts[-1]
+
+
+@pytest.mark.parametrize("module", [flash_attn_triton, layer_norm_triton, geglu_triton], ids=lambda m: m.__name__)
+def test_a_second_copy_of_the_source_has_its_own_ops(module, monkeypatch):
+    """As the source of exported folders, one or more beside src in one process: of one name, the later op would win."""
+    spec = importlib.util.spec_from_file_location(module.__name__.replace("src.", "src.exported_"), module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copy)
+    spec.loader.exec_module(copy)
+    ours, theirs = (
+        {repr(x) for x in vars(m).values() if isinstance(x, torch.library.CustomOpDef)} for m in (module, copy)
+    )
+    assert len(ours) == len(theirs) == 2 and not ours & theirs
+
+
+def test_no_other_file_of_the_model_registers_ops():
+    kernels = {flash_attn_triton.__file__, layer_norm_triton.__file__, geglu_triton.__file__}
+    found = {str(path) for path in Path(triton_common.__file__).parent.glob("*.py") if "custom_op(" in path.read_text()}
+    assert found == kernels
 
 
 # Plain torch

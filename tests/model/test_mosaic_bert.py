@@ -49,6 +49,21 @@ def test_metric_values():
     assert entropy.compute() == 2.0 and accuracy.compute() == 0.5
 
 
+def test_metrics_are_sums_in_fp64():
+    """A million batches lose nothing to rounding, and an integer stays one; without a masked token there is no mean."""
+    metrics = MODELS["mosaic_bert"]().get_metrics(is_train=False)
+    assert list(metrics) == ["LanguageCrossEntropy", "LanguagePerplexity", "MaskedAccuracy", "MaskedTokens"]
+    for metric, without in zip(metrics.values(), ("nan", "nan", "nan", "0"), strict=True):
+        metric.update(torch.tensor(0.0), torch.tensor(0), torch.tensor(0))
+        assert str(metric.compute().item()) == without
+        metric.update(torch.tensor(2.0**24), torch.tensor(2**24), torch.tensor(2**24 + 1))
+        metric.update(torch.tensor(1.0), torch.tensor(0), torch.tensor(0))
+    values = [metric.compute() for metric in metrics.values()]
+    count = 2**24 + 1
+    assert values[0] == 1.0 and values[1] == torch.tensor(1.0, dtype=torch.float64).exp()
+    assert values[2].item() == 2**24 / count and values[3].item() == count and values[3].dtype == torch.int64
+
+
 def test_hf_bert_takes_the_loss_of_masked_tokens_only():
     torch.manual_seed(0)
     model = MODELS["hf_bert"]().eval()

@@ -98,9 +98,9 @@ def test_vocabulary_is_the_tokenizers_up_to_a_multiple_of_64(tokenizer):
 def test_settings_that_cannot_act_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="64 is more than the model's 32 positions"):
         model_of("hf_bert", tokenizer, {"max_position_embeddings": 32})
-    with pytest.raises(ConfigError, match="'nope' is not there"):
+    with pytest.raises(ConfigError, match="unknown attention 'nope'"):
         model_of("mosaic_bert", tokenizer, {"hidden_size": 12, "num_hidden_layers": 1}, attention="nope")
-    with pytest.raises(ConfigError, match="kernels 'nope' is not there; choose one of auto, triton, torch"):
+    with pytest.raises(ConfigError, match="unknown kernels 'nope'; expected one of auto, triton, torch"):
         model_of("mosaic_bert", tokenizer, {"hidden_size": 12, "num_hidden_layers": 1}, kernels="nope")
     with pytest.raises(ConfigError, match="not a multiple"):
         model_of("mosaic_bert", tokenizer, {"hidden_size": 10})
