@@ -1,14 +1,11 @@
-"""How cost grows with length, processes and model size: measured on this machine, or calculated.
+"""How cost grows with length, GPUs and model size: measured on this machine, or calculated.
 
-    python -m benchmarks.speed.scaling [--parts length ranks gpus sizes] [--lengths 128 512] [--rounds 5] [--out FOLDER]
+    python -m benchmarks.speed.scaling [--parts length gpus sizes] [--lengths 128 512] [--rounds 5] [--out FOLDER]
     python -m benchmarks.speed.scaling --toy      # seconds: only that all of it runs
 
 length    A small model (4 layers of 256) trains on 8,192 tokens in sequences of 128 … 8,192 without padding: time and
           peak memory per token of MosaicBERT, of Hugging Face's BERT, and of MosaicBERT padded, while its bias takes at
           most 2 GiB. Variants, checks (up to 2,048 tokens) and memory as in benchmarks/speed/step.py.
-ranks     The same model by DDP over gloo on this machine, 1, 2 and 4 processes of one thread, each with 1,024 tokens
-          per step: time, and the bytes that each hands to all-reduce, which must be 4 per parameter. The gradient must
-          be that of one process on all of the batches.
 gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128, in microbatches of 128. A ring sends
           2 (n - 1) / n of the gradients' bytes from each GPU (Patarasuk and Yuan, 2009). It overlaps with the backward
           pass of the last microbatch, two thirds of its time, except for the last of DDP's buckets. Assumed:
@@ -17,25 +14,20 @@ sizes     The YAMLs' models: parameters; FLOPs per token; memory of weights, gra
           fp32) and of what the backward pass of a microbatch of 128 x 128 tokens needs (in bf16, measured on one and
           two sequences and extrapolated).
 
-Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=… rank_bytes=…
+Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=…
 efficiency_512=… parameters_large=…``; the first four are the value at the longest length over that at the shortest.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks import report, timing
 from benchmarks.speed import step
@@ -97,80 +89,6 @@ def growth(rows: list[dict], variant: str, field: str) -> float:
     """A value at the longest length over that at the shortest."""
     values = {row["length"]: row[field] for row in rows if row["arm"] == variant}
     return values[max(values)] / values[min(values)]
-
-
-class MeanLoss(nn.Module):
-    """A variant as a module for DDP: its forward takes a padded batch to its mean loss."""
-
-    def __init__(self, variant: Variant):
-        super().__init__()
-        self.variant, self.model = variant, variant.model
-
-    def forward(self, batch: Batch) -> Tensor:
-        (part,) = self.variant.parts(batch)
-        return self.variant.run(part) / part["num_masked"]
-
-
-def rank_batch(rank: int, tokens: int) -> Batch:
-    batch = batch_of(128, tokens)
-    return {**batch, "input_ids": batch["input_ids"].roll(rank, dims=0), "labels": batch["labels"].roll(rank, dims=1)}
-
-
-def gradients(module: MeanLoss) -> Tensor:
-    grads = [p.grad for p in module.parameters()]
-    return torch.cat([grad.flatten() for grad in grads if grad is not None])
-
-
-def train_rank(rank: int, ranks: int, folder: str, tokens: int, rounds: int) -> None:
-    """One process of a DDP run; the first writes the results to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    module = MeanLoss(VARIANTS["mosaic_bert"](SMALL))
-    alone = torch.zeros(())
-    for other in range(ranks):  # the mean of the ranks' gradients, in this process
-        module(rank_batch(other, tokens)).backward()
-        alone = alone + gradients(module) / ranks
-        module.zero_grad()
-    sent = [0]
-
-    def counted(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore
-        sent[0] += bucket.buffer().nbytes
-        work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda future: future.value()[0] / ranks)
-
-    ddp = nn.parallel.DistributedDataParallel(module)
-    ddp.register_comm_hook(None, counted)
-    batch = rank_batch(rank, tokens)
-    ddp(batch).backward()
-    torch.testing.assert_close(gradients(module), alone, rtol=1e-4, atol=1e-7)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-
-    def train_step() -> None:
-        sent[0] = 0
-        optimizer.zero_grad()
-        ddp(batch).backward()
-        optimizer.step()
-
-    times = timing.interleaved({"step": train_step}, rounds, timing.wall_clock("cpu"))["step"]
-    parameters = sum(p.numel() for p in module.parameters())
-    assert sent[0] == 4 * parameters, (sent[0], parameters)
-    if rank == 0:
-        row = {"ranks": ranks, "ms": 1e3 * statistics.median(times), "bytes": sent[0], "parameters": parameters}
-        Path(folder, "row.json").write_text(json.dumps(row))
-    dist.destroy_process_group()
-
-
-def ranks(counts: list[int], tokens: int, rounds: int) -> list[dict]:
-    """A row for each number of processes."""
-    rows = []
-    for count in counts:
-        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            spawn(train_rank, (count, folder, tokens, rounds), nprocs=count)
-            row = json.loads(Path(folder, "row.json").read_text())
-        rows.append(row | {"tokens": count * tokens, "tokens_per_s": 1e3 * count * tokens / row["ms"]})
-        print(f"ranks {count}: {row['ms']:.0f} ms a step, {row['bytes']:,} bytes to all-reduce", flush=True)
-    return rows
 
 
 def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
@@ -245,15 +163,6 @@ TABLES: dict[str, tuple[str, dict[str, Callable[[dict], str]]]] = {
             "bytes per token": lambda r: f"{r['bytes_per_token']:,.0f}" if "bytes_per_token" in r else "",
         },
     ),
-    "ranks": (
-        "Ranks: 1,024 tokens each, one thread each, gloo; measured",
-        {
-            "ranks": lambda r: str(r["ranks"]),
-            "ms per step": lambda r: f"{r['ms']:.0f}",
-            "tokens per second": lambda r: f"{r['tokens_per_s']:,.0f}",
-            "bytes to all-reduce": lambda r: f"{r['bytes']:,}",
-        },
-    ),
     "gpus": (
         "GPUs: base, a global batch of 4,096 x 128; calculated",
         {
@@ -304,8 +213,6 @@ def summary(rows: dict[str, list[dict]]) -> str:
             fields[f"{prefix}time_per_token"] = f"{growth(rows['length'], variant, 'us_per_token'):.3f}"
             if "bytes_per_token" in rows["length"][0]:
                 fields[f"{prefix}memory_per_token"] = f"{growth(rows['length'], variant, 'bytes_per_token'):.3f}"
-    if "ranks" in rows:
-        fields["rank_bytes"] = rows["ranks"][-1]["bytes"]
     if "gpus" in rows:
         fields["efficiency_512"] = f"{next(r['efficiency'] for r in rows['gpus'] if r['gpus'] == 512):.3f}"
     if "sizes" in rows:
@@ -336,12 +243,11 @@ def main(argv: list[str]) -> None:
         batch = batch_of(int(S), int(tokens))
         print(step.peak_bytes_here(lambda: step.build([name], SMALL, "cpu", torch.float32)[name], batch))
         return
-    lengths, tokens, per_rank, counts, models = args.lengths, TOKENS, 1024, [1, 2, 4], [*YAMLS]
+    lengths, tokens, models = args.lengths, TOKENS, [*YAMLS]
     if args.toy:
-        lengths, tokens, per_rank, counts, models, args.rounds = [128, 256], 256, 128, [2], ["quickstart"], 1
+        lengths, tokens, models, args.rounds = [128, 256], 256, ["quickstart"], 1
     run: dict[str, Callable[[], list[dict]]] = {
         "length": lambda: length(lengths, tokens, args.rounds, memory=not args.toy),
-        "ranks": lambda: ranks(counts, per_rank, 2 * args.rounds),
         "gpus": lambda: gpus(137_000_000, args.gpu_tokens_per_s),
         "sizes": lambda: sizes(models),
     }

@@ -249,14 +249,6 @@ def test_growth_runs_and_ends_with_its_line(tmp_path, capsys):
     assert "## GPUs" in (tmp_path / "scaling-cpu.md").read_text()
 
 
-@pytest.mark.slow  # two processes, which import torch
-def test_ranks_send_their_gradients_once_and_get_the_mean(tmp_path):
-    """Their gradient is that of one process on both batches, else they end with an error."""
-    scaling.main(["--toy", "--parts", "ranks", "--out", str(tmp_path)])
-    (row,) = json.loads((tmp_path / "scaling-cpu.json").read_text())["ranks"]["rows"]
-    assert row["ranks"] == 2 and row["bytes"] == 4 * row["parameters"]
-
-
 @pytest.mark.slow  # a process that imports Composer
 def test_startup_is_the_sum_of_its_parts(overrides, tmp_path, capsys):
     """The run that is measured trains one step and leaves nothing behind."""

@@ -45,7 +45,7 @@ def loop_losses(token_shards, tokenizer, recipe, weights):
     shape = dataclasses.replace(SHAPE, vocabulary=len(weights["bert.embeddings.word_embeddings.weight"]))
     training = Training(MosaicBert(shape), recipe, RATE, STEPS)
     training.variant.model.load_state_dict(weights)
-    order = {"shuffle": True, "batch_size": 16, "num_canonical_nodes": 1}
+    order = {"shuffle": True, "shuffle_seed": 17, "batch_size": 16, "num_canonical_nodes": 1}
     dataset = data_c4.StreamingC4(tokenizer, 32, token_shards, split="train", **order)
     masks, losses, rates = MaskingCollator(tokenizer, recipe.masking[0], seed=17), [], []
     while len(losses) < STEPS:
