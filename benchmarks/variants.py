@@ -1,27 +1,26 @@
-"""What the benchmarks compare: MosaicBERT and what a user would train instead, each with its way through a batch.
+"""The models that the benchmarks compare: MosaicBERT, and baselines that a user would train instead.
 
-    mosaic_bert              ours; unpadded, head and last layer on masked tokens; attention of choice
-    mosaic_bert_compiled     ours through torch.compile, as ``compile_config: {}`` has it
-    mosaic_bert_padded       the same model on padded tensors, ALiBi and padding as one (B, N, S, S) bias in memory for
-                             torch's SDPA, which is MosaicBERT without unpadding; head and last layer as ours
-    hf_bert                  transformers' BertForMaskedLM with SDPA, padded, logits of every position
-    hf_strong                the same model as a careful user would run it: the batch sorted by length and cut into
-                             GROUPS groups of equally many sequences, each padded to its own longest and
-                             back-propagated before the next; head on the masked tokens only
-    modernbert               transformers' ModernBertForMaskedLM, SDPA, sparse_prediction, in ModernBERT-base's
-                             proportions (22 layers for BERT's 12) and with the parameters of ours
-    modernbert_same_shape    the same with our number of layers, heads and widths
+    mosaic_bert              ours: unpadded; last layer and head on masked tokens only
+    mosaic_bert_compiled     ours through torch.compile, as with ``compile_config: {}``
+    mosaic_bert_padded       ours without unpadding: torch's SDPA on padded tensors, with ALiBi and padding as one
+                             (B, N, S, S) bias in memory
+    hf_bert                  transformers' BertForMaskedLM with SDPA: padded, logits of every position
+    hf_strong                the same model, run carefully: the batch is sorted by length and cut into GROUPS groups of
+                             equally many sequences, each padded to its own longest and back-propagated before the
+                             next; head on masked tokens only
+    modernbert               transformers' ModernBertForMaskedLM with SDPA and sparse_prediction, in ModernBERT-base's
+                             proportions (22 layers where BERT has 12), with as many parameters as ours
+    modernbert_same_shape    the same with the layers, heads and widths of ours
 
-Each arm takes the same padded batch from the CPU; what it does to it (unpadding, sorting, moving to the device) is part
-of its step. ``check`` compares an arm's loss and gradients with those of the same weights run plainly.
+Each takes the same padded batch on the CPU; unpadding, sorting and copying to the device are part of its step.
+``check`` compares its loss and gradients with those of the same weights in a plain implementation.
 
-Letters: B sequences, S padded length, T real tokens, M masked tokens, D hidden size, N heads.
+Letters: B sequences, S padded length, T non-padding tokens ("tokens" below), M masked tokens, D hidden size, N heads.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +29,17 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from src.attention import MISSING, resolve
+from src.attention import resolve
 from src.bert_layers import BertForMaskedLM, BertSelfAttention
-from src.bert_padding import index_first_axis, unpad_input, unpad_layout
+from src.bert_padding import Layout, index_first_axis
 from src.configuration_bert import MosaicBertConfig
+from src.data.microbatches import split_unpadded
 from src.flash_attn_triton import tile_tables
 
 Batch = dict[str, Tensor]
-"""``input_ids``, ``attention_mask``, ``labels``, (B, S) each, on the CPU."""
+"""``input_ids``, ``attention_mask`` and ``labels``, each (B, S), on the CPU."""
 Part = dict[str, Any]
-"""What one forward pass takes, on the device."""
+"""The inputs of one forward pass, on the device."""
 
 GROUPS = 4
 """Groups of hf_strong."""
@@ -53,21 +53,16 @@ class Shape:
     hidden: int = 768
     heads: int = 12
     width: int = 3072
-    """Of the feed-forward layer; of ours, the gated unit's."""
+    """Of the feed-forward layer; in MosaicBERT, of the gated linear unit."""
     vocabulary: int = 30528
     dropout: float = 0.1
-    """Of hidden states; attention weights are never dropped, where all arms are fastest. ModernBERT has none."""
+    """Of hidden states; attention weights are never dropped, where all variants are fastest. ModernBERT has none."""
     length: int = 512
-    """Longest sequence, for arms that learn positions."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches
-# ----------------------------------------------------------------------------------------------------------------------
+    """Longest sequence, for variants with learned positions."""
 
 
 def c4_like_lengths(B: int, S: int) -> Tensor:
-    """(B,) lengths at even quantiles of a lognormal of median 250 and mean 430, cut at S, in random order."""
+    """(B,) lengths like C4's: even quantiles of a lognormal, median 250 and mean 430, cut at S, in random order."""
     sigma = math.sqrt(2 * math.log(430 / 250))
     quantiles = (torch.arange(B, dtype=torch.float64) + 0.5) / B
     lengths = (math.log(250) + sigma * torch.special.ndtri(quantiles)).exp().round().clamp(3, S).long()
@@ -75,7 +70,7 @@ def c4_like_lengths(B: int, S: int) -> Tensor:
 
 
 def make_batch(lengths: Tensor, vocabulary: int, masked: float) -> Batch:
-    """Random ids in sequences of ``lengths`` (B,), padded to the longest; a share of them carries a label."""
+    """Random ids in sequences of ``lengths`` (B,), padded to the longest; the share ``masked`` has labels."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(lengths), int(lengths.max()))
     real = torch.arange(shape[1]) < lengths[:, None]
@@ -90,49 +85,53 @@ def longest_first(batch: Batch) -> Batch:
     return {name: x[order] for name, x in batch.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Arms
-# ----------------------------------------------------------------------------------------------------------------------
+def to_device(x: Any, device: str, pinned: bool = False) -> Any:
+    """A microbatch on the device, copied without waiting, as Composer does it; optionally from pinned memory."""
+    if isinstance(x, dict):
+        return {name: to_device(y, device, pinned) for name, y in x.items()}
+    if isinstance(x, Tensor):
+        return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+    return x
 
 
-class Arm:
-    """A model in training mode, and its way from a padded batch to the sum of its masked tokens' losses."""
+class Variant:
+    """A model in training mode, and its way from a padded batch to the summed loss of its masked tokens."""
 
     model: Any
 
-    def __init__(self, shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, plain: bool = False):
+    def __init__(self, shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.model = self.build(plain).to(device).train()
+        self.model = self.build(plain=False).to(device).train()
 
     def build(self, plain: bool) -> nn.Module:
-        """The model with fresh weights; ``plain``: with an attention written out, the arm's meaning."""
-        raise AssertionError("each arm has its own")
+        """The model with fresh weights; ``plain``: in an implementation that is simple to read."""
+        raise NotImplementedError
 
     def parts(self, batch: Batch) -> list[Part]:
-        """The batch as what one forward pass after another takes."""
+        """The batch as inputs of one forward pass after another."""
         return [self.padded(batch)]
 
     def loss_sum(self, part: Part) -> Tensor:
-        """() cross entropy summed over the masked tokens."""
-        raise AssertionError("each arm has its own")
+        """() cross entropy, summed over masked tokens."""
+        raise NotImplementedError
 
     def segments(self, batch: Batch) -> Tensor | None:
-        """Token type ids (B, S), where an arm uses them."""
+        """Token type ids (B, S), if the variant uses them."""
         return None
 
     def padded(self, batch: Batch) -> Part:
-        """A padded batch on the device, and where its M masked tokens are, known without asking the device."""
+        """A padded batch on the device, with the flat positions of its M masked tokens, computed on the CPU."""
         masked_index = (batch["labels"].flatten() >= 0).nonzero().squeeze(1)
         part = {**batch, "masked_index": masked_index, "masked_labels": batch["labels"].flatten()[masked_index]}
         return {name: x.to(self.device) for name, x in part.items()}
 
     def run(self, part: Part) -> Tensor:
-        """``loss_sum``, in the arm's precision."""
+        """``loss_sum`` in the variant's precision."""
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             return self.loss_sum(part)
 
     def backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of the batch's mean loss to the parameters'; the loss, ()."""
+        """Add the gradient of the mean loss over all of the batch's masked tokens; returns that loss, ()."""
         M = max(1, int((batch["labels"] >= 0).sum()))
         losses = []
         for part in self.parts(batch):
@@ -141,16 +140,16 @@ class Arm:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def share(self, other: "Arm") -> None:
-        """Take the very parameters of an arm of the same model, so that many arms fit into memory."""
+    def share(self, other: "Variant") -> None:
+        """Use the same parameter tensors as a variant of the same model, to save memory."""
         self.model.load_state_dict(other.model.state_dict(keep_vars=True), assign=True)
 
-    def counted(self) -> "Arm":
-        """The arm whose products are counted as this one's."""
+    def counted(self) -> "Variant":
+        """The variant whose FLOPs are counted for this one."""
         return self
 
 
-class MosaicBert(Arm):
+class MosaicBert(Variant):
     """Ours."""
 
     def __init__(self, *args: Any, attention: str = "auto", kernels: str = "auto", **options: Any):
@@ -174,28 +173,20 @@ class MosaicBert(Arm):
         )
 
     def parts(self, batch: Batch) -> list[Part]:
-        layout = unpad_layout(batch["attention_mask"], longest_first=True)
-        if resolve(self.attention, device_type=self.device) == "triton":
-            layout = replace(layout, tables=tile_tables(layout))
-        labels = unpad_input(batch["labels"], layout.indices)
-        masked_index = (labels >= 0).nonzero().squeeze(1)
-        tensors = {
-            "input_ids": unpad_input(batch["input_ids"], layout.indices),
-            "masked_index": masked_index,
-            "masked_labels": labels[masked_index],
-            "labels": labels,
-        }
+        triton = resolve(self.attention, device_type=self.device) == "triton"
+        (part,) = split_unpadded(batch, len(batch["input_ids"]), tile_tables if triton else None)
         segments = self.segments(batch)
         if segments is not None:
-            tensors["segments"] = unpad_input(segments, layout.indices)
-        return [{name: x.to(self.device) for name, x in tensors.items()} | {"layout": layout.to(self.device)}]
+            part["segments"] = segments.flatten()[part["indices"]]
+        part = to_device(part, self.device)
+        return [part | {"layout": Layout.from_batch(part)}]
 
     def loss_sum(self, part: Part) -> Tensor:
         return self.model.forward_unpadded(
-            part["input_ids"], part["layout"], part["masked_index"], part["masked_labels"], part.get("segments")
+            part["input_ids"], part["layout"], part["masked_index"], part["labels"], part.get("segments")
         ).loss_sum
 
-    def counted(self) -> Arm:
+    def counted(self) -> "Variant":
         if resolve(self.attention, device_type=self.device) not in ("triton", "flash_attn"):
             return self
         twin = type(self)(self.shape, self.device, self.dtype, attention="torch", kernels=self.kernels)
@@ -215,21 +206,21 @@ class MosaicBertCompiled(MosaicBert):
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """In the place of ``Layout``, for a batch that keeps its padding."""
+    """Replaces ``Layout`` for a batch that keeps its padding."""
 
     bias: Tensor
-    """(B, N, S, S): ALiBi, and the lowest number at padded keys."""
+    """(B, N, S, S): ALiBi, and the lowest finite number at padded keys."""
 
 
 class PaddedSelfAttention(nn.Module):
-    """In the place of ``BertSelfAttention``: torch's SDPA over (B, N, S, H), with a bias that lies in memory."""
+    """Replaces ``BertSelfAttention``: torch's SDPA over (B, N, S, H) with a bias in memory."""
 
     def __init__(self, attention: BertSelfAttention):
         super().__init__()
         self.Wqkv, self.num_heads = attention.Wqkv, attention.num_heads
 
     def forward(self, x: Tensor, layout: PaddedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
-        """(B * S, D) -> the same, or (M, D) at ``rows``."""
+        """(B * S, D) -> (B * S, D), or (M, D) at ``rows``."""
         B, _, S, _ = layout.bias.shape
         q, k, v = self.Wqkv(x).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.bias).transpose(1, 2).reshape(B * S, -1)
@@ -254,14 +245,15 @@ class MosaicBertPadded(MosaicBert):
         alibi = -slopes[:, None, None] * (position[:, None] - position).abs()  # (N, S, S)
         lowest = torch.finfo(self.dtype).min
         bias = alibi.masked_fill(part["attention_mask"][:, None, None] == 0, lowest).to(self.dtype)
-        return [{**part, "input_ids": part["input_ids"].flatten(), "layout": PaddedLayout(bias)}]
+        labels = part["masked_labels"]
+        return [{**part, "input_ids": part["input_ids"].flatten(), "labels": labels, "layout": PaddedLayout(bias)}]
 
-    def counted(self) -> Arm:
+    def counted(self) -> Variant:
         return self
 
 
-class HFBert(Arm):
-    """Hugging Face's BERT as it comes."""
+class HFBert(Variant):
+    """Hugging Face's BERT, unchanged."""
 
     def build(self, plain: bool) -> nn.Module:
         s = self.shape
@@ -279,15 +271,12 @@ class HFBert(Arm):
         return transformers.BertForMaskedLM(config)
 
     def loss_sum(self, part: Part) -> Tensor:
-        return self.mean_loss(part) * len(part["masked_labels"])
-
-    def mean_loss(self, part: Part) -> Tensor:
-        """() as the model gives it."""
-        return self.model(part["input_ids"], part["attention_mask"], labels=part["labels"]).loss
+        mean = self.model(part["input_ids"], part["attention_mask"], labels=part["labels"]).loss
+        return mean * len(part["masked_labels"])
 
 
 class HFStrong(HFBert):
-    """Hugging Face's BERT with padding and logits left out where a few lines can."""
+    """Hugging Face's BERT with less padding and fewer logits, as a few lines of user code can have it."""
 
     def parts(self, batch: Batch) -> list[Part]:
         batch = longest_first(batch)
@@ -317,7 +306,7 @@ class ModernBertSameShape(HFBert):
             num_attention_heads=s.heads,
             max_position_embeddings=s.length,
             sparse_prediction=not plain,
-            # None: it compiles parts of itself on a GPU
+            # None: it compiles parts of itself on a GPU.
             reference_compile=False if plain else None,  # pyright: ignore
             attn_implementation="eager" if plain else "sdpa",  # pyright: ignore
             **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
@@ -325,12 +314,12 @@ class ModernBertSameShape(HFBert):
         return transformers.ModernBertForMaskedLM(config)
 
     def proportions(self) -> Shape:
-        """Of the ModernBERT that is built."""
+        """The size of the ModernBERT that is built."""
         return self.shape
 
 
 class ModernBert(ModernBertSameShape):
-    """transformers' ModernBERT, deep and narrow as its authors have it, with the parameters of ours."""
+    """transformers' ModernBERT in its authors' proportions, with as many parameters as ours."""
 
     def proportions(self) -> Shape:
         s = self.shape
@@ -340,10 +329,8 @@ class ModernBert(ModernBertSameShape):
         return replace(s, layers=layers, width=max(32, 32 * round(width / 32)))
 
 
-ARMS: dict[str, Callable[..., Arm]] = {
+VARIANTS: dict[str, Callable[..., Variant]] = {
     "mosaic_bert": MosaicBert,
-    **{f"mosaic_bert_{name}": partial(MosaicBert, attention=name) for name in ("reference", "torch", "triton")},
-    "mosaic_bert_flash_attn": partial(MosaicBert, attention="flash_attn"),
     "mosaic_bert_compiled": MosaicBertCompiled,
     "mosaic_bert_padded": MosaicBertPadded,
     "hf_bert": HFBert,
@@ -351,90 +338,80 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "modernbert": ModernBert,
     "modernbert_same_shape": ModernBertSameShape,
 }
-"""Arms by name; ``mosaic_bert`` has the attention that the device takes by itself."""
 
 FAMILIES = ("mosaic_bert", "hf", "modernbert_same_shape", "modernbert")
-"""Arms whose names begin alike are of one model, and share its parameters."""
-
-
-def runnable(device: str) -> list[str]:
-    """The arms that can run on a device; what ``mosaic_bert`` is anyway comes once."""
-    attention = {name: name.removeprefix("mosaic_bert_") for name in ARMS}
-    auto = resolve("auto", device_type=device)
-    return [name for name, a in attention.items() if a != auto and not (a in MISSING and MISSING[a](device))]
+"""Variants whose names begin alike are the same model, and share its parameters."""
 
 
 def family(name: str) -> str:
-    """Of an arm, one of FAMILIES."""
+    """The one of FAMILIES that a variant belongs to."""
     return next(prefix for prefix in FAMILIES if name.startswith(prefix))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Correctness and work
-# ----------------------------------------------------------------------------------------------------------------------
-
 TOLERANCE = {torch.float32: (2e-6, 5e-5), torch.bfloat16: (1e-3, 4e-2)}
-"""Relative error of the loss, and of all gradients together, that rounding may cause. Measured on a CPU, over all arms
-and widths of 48 and 256: 2e-7 and 3e-6 in fp32, 2e-4 and 2e-2 in bf16."""
+"""Highest relative error, by rounding alone, of the loss and of all gradients together. Measured on a CPU over all
+variants and widths of 48 and 256: 2e-7 and 3e-6 in fp32, 2e-4 and 2e-2 in bf16."""
 
 
-def plain_loss(arm: Arm, model: Any, batch: Batch) -> Tensor:
-    """() mean loss of a batch, padded, from the logits of every position."""
-    segments = arm.segments(batch)
-    extra = {} if segments is None else {"token_type_ids": segments.to(arm.device)}
-    ids, mask, labels = (batch[name].to(arm.device) for name in ("input_ids", "attention_mask", "labels"))
-    with torch.autocast(arm.device, arm.dtype, enabled=arm.dtype != torch.float32):
+def plain_loss(variant: Variant, model: Any, batch: Batch) -> Tensor:
+    """() mean loss of a padded batch, from the logits of every position."""
+    segments = variant.segments(batch)
+    extra = {} if segments is None else {"token_type_ids": segments.to(variant.device)}
+    ids, mask, labels = (batch[name].to(variant.device) for name in ("input_ids", "attention_mask", "labels"))
+    with torch.autocast(variant.device, variant.dtype, enabled=variant.dtype != torch.float32):
         logits = model(ids, mask, **extra).logits  # (B, S, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def errors(arm: Arm, batch: Batch) -> tuple[float, float]:
-    """Relative errors of an arm's loss and gradients, without dropout, to those of the same weights run plainly."""
-    plain = arm.build(plain=True).to(arm.device).eval()
-    plain.load_state_dict(arm.model.state_dict())
-    want = plain_loss(arm, plain, batch)
+def errors(variant: Variant, batch: Batch) -> tuple[float, float]:
+    """Relative errors of loss and gradients, without dropout, against the same weights in a plain implementation."""
+    plain = variant.build(plain=True).to(variant.device).eval()
+    plain.load_state_dict(variant.model.state_dict())
+    want = plain_loss(variant, plain, batch)
     want.backward()
-    arm.model.eval()
-    got = arm.backward(batch)
-    arm.model.train()
+    variant.model.eval()
+    got = variant.backward(batch)
+    variant.model.train()
     difference = size = 0.0
-    for p, q in zip(arm.model.parameters(), plain.parameters(), strict=True):
+    for p, q in zip(variant.model.parameters(), plain.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None, "a parameter has no gradient"
         difference += (p.grad.double() - q.grad.double()).square().sum().item()
         size += q.grad.double().square().sum().item()
-    arm.model.zero_grad()
+    variant.model.zero_grad()
     return ((got - want).abs() / want.abs()).item(), math.sqrt(difference / size)
 
 
-def check(make: Callable[..., Arm], shape: Shape, device: str, dtype: torch.dtype, batch: Batch) -> tuple[float, float]:
-    """``errors`` of an arm with two layers, and weights so large that attention is far from even.
+def check(
+    make: Callable[..., Variant], shape: Shape, device: str, dtype: torch.dtype, batch: Batch
+) -> tuple[float, float]:
+    """``errors`` of a variant with two layers and large weights.
 
-    At fresh weights a wrong mask would hardly be seen: every token attends to all others alike.
+    With fresh weights attention is nearly uniform, and a wrong mask would hardly show.
 
     Raises:
-        ValueError: they are more than rounding.
+        ValueError: the errors are above TOLERANCE.
     """
     torch.manual_seed(0)
-    arm = make(replace(shape, layers=min(2, shape.layers)), device, dtype)
+    variant = make(replace(shape, layers=min(2, shape.layers)), device, dtype)
     with torch.no_grad():
-        for p in arm.model.parameters():
+        for p in variant.model.parameters():
             if p.dim() == 2:
                 p.mul_(1.5 / (0.02 * shape.hidden**0.5))  # a product with unit inputs has a deviation of 1.5
-    found = errors(arm, batch)
+    found = errors(variant, batch)
     if not all(error <= limit for error, limit in zip(found, TOLERANCE[dtype], strict=True)):
         raise ValueError(f"loss and gradients are off by {found[0]:.1e} and {found[1]:.1e}")
     return found
 
 
-def step_flops(arm: Arm, batch: Batch) -> int:
-    """Floating-point operations of a step: the matrix products of the forward pass, and twice these for the backward.
+def step_flops(variant: Variant, batch: Batch) -> int:
+    """FLOPs of a step: the matrix products of the forward pass, and twice as many for the backward.
 
-    What is computed again in a backward pass is not counted; of our kernels, what the ragged products have.
+    Recomputation in the backward is not counted; attention kernels count as products of each sequence's true length.
     """
-    arm = arm.counted()
+    variant = variant.counted()
     with FlopCounterMode(display=False, custom_mapping=SDPA_ON_CPU) as counter, torch.no_grad():
-        for part in arm.parts(batch):
-            arm.run(part)
+        for part in variant.parts(batch):
+            variant.run(part)
     return 3 * counter.get_total_flops()
 
 
@@ -443,4 +420,4 @@ def _sdpa_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **opt
 
 
 SDPA_ON_CPU: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
-"""What torch's counter does not know."""
+"""FLOP formulas that torch's counter lacks."""

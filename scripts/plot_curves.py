@@ -2,7 +2,7 @@
 
     python -m scripts.plot_curves runs/a runs/b/metrics.jsonl --out losses.png
 
-A run is its metrics.jsonl, or the folder that holds it. Thin lines are training batches, points are evaluations.
+A run is given by its metrics.jsonl or the folder of it. Thin lines are training batches, points are evaluations.
 """
 
 import argparse
@@ -13,22 +13,22 @@ from typing import Any
 
 TRAIN_LOSS, EVAL_LOSS = "loss/train/total", "metrics/eval/LanguageCrossEntropy"
 
-AXES = {"batch": (1, "steps"), "token": (1e6, "million real tokens"), "seconds": (3600, "hours of training")}
-"""Field of a line, unit of the axis, and its name."""
+AXES = {"batch": (1, "steps"), "token": (1e6, "million tokens"), "seconds": (3600, "hours of training")}
+"""Unit and label of the axis, by the field of a line."""
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, or of the one in a folder. A last line cut off by a crash is left out.
+    """Lines of a metrics.jsonl, or of the one in a folder, without a last line that a crash cut off.
 
     Raises:
-        ValueError: there is no such file, or it holds no training step.
+        ValueError: the file is missing, or has no training step.
     """
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; loggers.metrics_file writes it")
+        raise ValueError(f"{file}: no such file; loggers.metrics_file writes it")
     lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
     if not any(TRAIN_LOSS in line for line in lines):
-        raise ValueError(f"{file}: holds no training step yet")
+        raise ValueError(f"{file}: no training step yet")
     return lines
 
 
@@ -41,10 +41,10 @@ def draw(
     """Write a picture with one panel for each of ``axes``.
 
     Args:
-        runs: lines of each run, by its name.
-        path: of the picture; its suffix is the format.
+        runs: lines of each run, by name.
+        path: of the picture; the suffix is its format.
         axes: keys of AXES.
-        level: a loss to compare with, and its name.
+        level: a loss to draw as a line, and its name.
     """
     import matplotlib
 
@@ -57,7 +57,7 @@ def draw(
         for number, (name, lines) in enumerate(runs.items()):
             for key, what, style in (
                 (TRAIN_LOSS, "training batch", {"alpha": 0.35, "linewidth": 1}),
-                (EVAL_LOSS, "held-out documents", {"marker": "o", "linewidth": 2}),
+                (EVAL_LOSS, "validation set", {"marker": "o", "linewidth": 2}),
             ):
                 points = [(line[axis] / unit, line[key]) for line in lines if key in line]
                 if points:

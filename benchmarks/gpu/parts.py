@@ -1,17 +1,16 @@
-"""What benchmarks/gpu/run.sh measures that no other benchmark does.
+"""Parts of benchmarks/gpu/run.sh that are no benchmark of their own.
 
     TOY=1 TRITON_INTERPRET=1 python -m benchmarks.gpu.parts curve --out FOLDER      one part, here on a CPU
 
-    environment    card, versions, measured ceilings, what a launch costs the host
-    model          loss and gradients of two layers at base widths, against the same weights run plainly
+    environment    card, versions, measured peaks, host time of a launch
+    model          loss and gradients of two layers at base widths, against a plain implementation
     curve          tokens per second over microbatches, lengths, accumulation, and ways to copy a batch to the card
     profile        kernels of a step by time, and the share of it that the card is busy
-    trainer        main.py on .gpu/mds, with Composer from .gpu/whl where it is not installed
+    trainer        main.py on .gpu/mds, with Composer from .gpu/whl if it is not installed
 
-Only the trainer needs Composer and streaming. With TOY=1 all of it runs on a CPU; figures mean nothing.
+Only the trainer needs Composer and streaming. With TOY=1 all parts run on a CPU, and their figures mean nothing.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -30,10 +29,9 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
-from benchmarks import report
-from benchmarks.kernels.compare import peaks
+from benchmarks import report, timing
 from benchmarks.speed import step
-from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch
+from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch, to_device
 from src import layer_norm_triton
 from src.bert_padding import Layout
 from src.data.microbatches import Batch, split_unpadded
@@ -51,17 +49,12 @@ def synchronize() -> None:
 
 
 def write(folder: Path, name: str, data: Any) -> None:
-    """After each row, so that a part that is stopped leaves what it has."""
+    """Called after each row, so that a part that is stopped leaves what it has."""
     report.write_json(folder / f"{name}.json", data)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Environment and correctness
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def host_us(function: Callable[[], Any], calls: int) -> float:
-    """Microseconds that the host needs to start something, the median; the card is not waited for."""
+    """Median microseconds that the host needs to launch ``function``, without waiting for the card."""
     times = []
     for _ in range(3 + calls):
         started = time.perf_counter()
@@ -69,6 +62,15 @@ def host_us(function: Callable[[], Any], calls: int) -> float:
         times.append(1e6 * (time.perf_counter() - started))
     synchronize()
     return statistics.median(times[3:])
+
+
+def peaks() -> tuple[float, float]:
+    """This card's FLOP/s in a large bf16 product and bytes/s in a large copy, measured."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+    source, target = (torch.empty(2**30, dtype=torch.int8, device="cuda") for _ in range(2))
+    runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    seconds = timing.interleaved(runs, 10, timing.device_clock("cuda"))
+    return 2 * 8192**3 / min(seconds["product"]), 2 * 2**30 / min(seconds["copy"])
 
 
 def environment(out: Path) -> None:
@@ -79,7 +81,7 @@ def environment(out: Path) -> None:
         fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         about[fields] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        matmul, bandwidth = peaks(DTYPE)
+        matmul, bandwidth = peaks()
         about |= {"matmul_tflops": matmul / 1e12, "copy_tb_per_s": bandwidth / 1e12}
     x, weight = torch.randn(4 if TOY else 128, 768, device=DEVICE), torch.ones(768, device=DEVICE)
     calls = 3 if TOY else 300
@@ -94,35 +96,21 @@ def model(out: Path) -> None:
     for dtype in (torch.float32,) if TOY else (torch.float32, torch.bfloat16):
         for S in (32,) if TOY else (128, 512, 2048):
             batch = make_batch(c4_like_lengths(3 if TOY else max(6, 4096 // S), S), SHAPE.vocabulary, 0.3)
-            loss, gradients = check(OURS, SHAPE, DEVICE, dtype, batch)  # raises where they are more than rounding
+            loss, gradients = check(OURS, SHAPE, DEVICE, dtype, batch)  # raises if they are above rounding
             rows.append({"dtype": str(dtype), "length": S, "loss_error": loss, "gradient_error": gradients})
             write(out, "model", rows)
             print(rows[-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def moved(x: Any, pinned: bool) -> Any:
-    """A microbatch on the card, as Composer brings it over: by copies that do not wait, from pinned memory or not."""
-    if isinstance(x, dict):
-        return {name: moved(y, pinned) for name, y in x.items()}
-    if isinstance(x, torch.Tensor):
-        return (x.pin_memory() if pinned else x).to(DEVICE, non_blocking=True)
-    return x
-
-
 class Training:
-    """Our model in training with its optimizer, on microbatches as the loader cuts them."""
+    """Our model and its optimizer, on microbatches as the product cuts them."""
 
     def __init__(self, dropout: float):
         self.model = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE).model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def microbatch(self, B: int, S: int, fill: str) -> Batch:
-        """One of B sequences, on the host."""
+        """A microbatch of B sequences, on the host."""
         lengths = c4_like_lengths(B, S) if fill == "c4" else torch.full((B,), S)
         return split_unpadded(make_batch(lengths, SHAPE.vocabulary, 0.3), B, tile_tables)[0]
 
@@ -130,7 +118,7 @@ class Training:
         """Forward and backward of each microbatch, then the optimizer."""
         masked = sum(part["num_masked"] for part in parts)
         for part in parts:
-            part = moved(part, copy == "pinned") if copy != "before" else part
+            part = to_device(part, DEVICE, copy == "pinned") if copy != "before" else part
             layout = Layout.from_batch(part)
             with torch.autocast(DEVICE, DTYPE, enabled=not TOY):
                 output = self.model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"])
@@ -139,8 +127,8 @@ class Training:
         self.optimizer.zero_grad()
 
     def speed(self, part: Batch, microbatches: int, copy: str, steps: int) -> dict[str, float]:
-        """Of steps that follow one another without waiting."""
-        parts = [moved(part, False) if copy == "before" else part] * microbatches
+        """Speed and peak memory of steps that follow each other without waiting."""
+        parts = [to_device(part, DEVICE) if copy == "before" else part] * microbatches
         for _ in range(1 if TOY else 3):
             self.step(parts, copy)
         synchronize()
@@ -162,7 +150,6 @@ class Training:
         }
 
 
-# Dropout, sequences of a microbatch, length, fill, microbatches of a step, when and from where they are copied.
 GRID = [
     *((0.1, B, 128, "c4", 1, "before") for B in (512, 64, 128, 256, 1024)),
     *((0.1, B, 128, "c4", n, copy) for B, n in ((128, 8), (512, 2)) for copy in ("before", "pageable", "pinned")),
@@ -172,6 +159,7 @@ GRID = [
 ]
 TOY_GRID = [(0.1, 4, 32, "c4", 1, "before"), (0.1, 4, 32, "c4", 2, "pageable"), (0.0, 2, 32, "1.0", 1, "before")]
 COLUMNS = ("dropout", "sequences", "length", "fill", "microbatches", "copy")
+"""Of GRID; ``sequences`` per microbatch, ``microbatches`` per step, ``copy``: before the step, or from which memory."""
 
 
 def curve(out: Path) -> None:
@@ -179,7 +167,7 @@ def curve(out: Path) -> None:
     for setting in TOY_GRID if TOY else GRID:
         dropout, B, S, fill, microbatches, copy = setting
         if dropout != current or training is None:
-            training, current = None, dropout  # the one before is freed first
+            training, current = None, dropout  # free the one before
             training = Training(dropout)
         row: dict[str, Any] = dict(zip(COLUMNS, setting, strict=True))
         try:
@@ -198,7 +186,7 @@ def profile(out: Path) -> None:
     activities = [ProfilerActivity.CPU, *([] if TOY else [ProfilerActivity.CUDA])]
     settings = [(128, 128, "c4"), (512, 128, "c4"), (128, 512, "c4"), (32, 2048, "1.0")]
     for B, S, fill in [(4, 32, "c4")] if TOY else settings:
-        parts = [moved(training.microbatch(B, S, fill), False)]
+        parts = [to_device(training.microbatch(B, S, fill), DEVICE)]
         for _ in range(1 if TOY else 3):
             training.step(parts, "before")
         synchronize()
@@ -228,7 +216,7 @@ def profile(out: Path) -> None:
 
 
 def trainer(out: Path) -> None:
-    """Some steps of the reference recipe at two sizes of microbatches; tokens per second are step_monitor's."""
+    """Some steps of the reference recipe at two microbatch sizes; step_monitor logs the tokens per second."""
     here, environment, rows = report.ROOT / ".gpu", dict(os.environ), []
     if subprocess.run([sys.executable, "-c", "import composer"], capture_output=True).returncode:
         environment["PYTHONPATH"] = str(out / "site")
@@ -251,7 +239,7 @@ def trainer(out: Path) -> None:
             "callbacks.step_monitor.window_size": 8,
             "loggers.metrics_file.path": out / f"{microbatch}.jsonl",
             "loggers.tensorboard.log_dir": out / "tensorboard",
-            **({} if TOY else {"model.model_config.vocab_size": 30528}),  # C4's; that of .gpu/tokenizer is small
+            **({} if TOY else {"model.model_config.vocab_size": 30528}),  # C4's; the tokenizer in .gpu is small
         }
         yaml = "yamls/quickstart.yaml" if TOY else "yamls/mosaic_bert.yaml"
         command = [sys.executable, "main.py", yaml, *(f"{name}={value}" for name, value in settings.items())]
@@ -267,7 +255,7 @@ def trainer(out: Path) -> None:
 def main(argv: list[str]) -> None:
     """Run a part."""
     parts = {function.__name__: function for function in (environment, model, curve, profile, trainer)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--out", type=Path, required=True, help="folder for PART.json")
     args = parser.parse_args(argv)

@@ -1,16 +1,15 @@
-"""Compile every kernel for the cards that it is meant for, on a machine that has none.
+"""Compile every kernel for all supported cards, on a machine without a GPU.
 
     python -m benchmarks.kernels.aot [--architectures 80 90] [--head_sizes 64] [--widths 768] [--dtypes bf16]
         [--out table.md]
 
-Says for each build the registers of a thread, bytes spilled to local memory, and shared memory of a program, and ends
-in ``aot kernels=… spilling=… over_limit=…``; exits with 1 if a build spills or asks for more shared memory than the
-card has. With ``--out`` it rewrites its Triton's section there, and keeps those of others. Triton builds a kernel anew
-for strides that are multiples of 16 elements and for others; so does this, except for attention, where heads of a
-multiple of 16 are always aligned, and others never. What runs faster is for ``tune.py`` to say, on the card.
+Prints for each build the registers per thread, bytes spilled to local memory, and shared memory of a program. Last
+line: ``aot kernels=… spilling=… over_limit=…``; the exit status is 1 if a build spills or needs more shared memory than
+the card has. With ``--out`` the section of this Triton version in that file is replaced. Triton compiles separately for
+strides that are multiples of 16 elements and for others, and so does this, except for attention: heads of a multiple of
+16 are always aligned, others never. ``tune.py`` finds the fastest tiles, on the card.
 """
 
-import argparse
 import itertools
 import os
 import re
@@ -22,23 +21,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # what is compiled is not interpreted
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import report
 from src import flash_attn_triton, geglu_triton, layer_norm_triton, triton_common
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
-"""Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, appendix on them)."""
+"""Bytes of shared memory that a program may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel with everything that the compiler is told."""
+    """One kernel and its compile-time arguments."""
 
     kernel: Any
     variant: str
@@ -50,13 +50,13 @@ class Build:
     """Strides and widths are multiples of 16."""
 
     def type_of(self, argument: str) -> str:
-        """Of an argument that is no constant."""
+        """The type of an argument that is no constant."""
         if argument.endswith("_ptr"):
             return f"*{POINTERS.get(argument, self.dtype)}"
         return "fp32" if argument.startswith(("scale", "eps")) else "i32"
 
     def divides(self, argument: str) -> bool:
-        """Whether the compiler may take an argument to be a multiple of 16, as allocations' beginnings always are."""
+        """Whether the compiler may assume that 16 divides an argument; it divides every pointer."""
         return argument.endswith("_ptr") or (self.aligned and ("stride" in argument or argument in ("D", "I")))
 
 
@@ -70,7 +70,7 @@ POINTERS = {
 
 
 def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator[Build]:
-    """The attention kernels for heads of one size."""
+    """The attention kernels for one head size."""
     F = flash_attn_triton
     tiles = F.tiles_for(head_size, DTYPES[dtype], architecture)
     shape = {"H": head_size, "BLOCK_H": F.padded_head_size(head_size)}
@@ -87,7 +87,7 @@ def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator
 
 
 def layer_norm_builds(width: int, dtype: str) -> Iterator[Build]:
-    """LayerNorm of rows of one width: alone, after a sum, and after a sum with dropout."""
+    """LayerNorm of one width: alone, with a residual, and with a residual and dropout."""
     for residual, dropout in ((False, False), (True, False), (True, True)):
         for kind in ("forward", "backward"):
             constants: dict[str, Any] = {"RESIDUAL": residual, "DROPOUT": dropout}
@@ -100,7 +100,7 @@ def layer_norm_builds(width: int, dtype: str) -> Iterator[Build]:
 
 
 def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
-    """The gated unit, with and without dropout."""
+    """GeGLU with and without dropout."""
     for dropout in (False, True):
         for kernel in (geglu_triton.geglu_forward, geglu_triton.geglu_backward):
             constants: dict[str, Any] = {"DROPOUT": dropout, **geglu_triton.tile(width)}
@@ -108,11 +108,8 @@ def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
 
 
 def compile_for(build: Build, architecture: int) -> dict[str, int]:
-    """Registers a thread, bytes spilled a thread, bytes of shared memory a program; whether it has ``wgmma``, Hopper's
-    asynchronous product, and whether ptxas makes it wait for each (its note C7515).
-
-    Raises:
-        Exception: what the compiler raises.
+    """Registers and spilled bytes per thread, bytes of shared memory per program; whether it has ``wgmma`` (Hopper's
+    asynchronous product), and whether ptxas makes it wait for each one (its note C7515).
     """
     names = build.kernel.arg_names
     signature = {name: "constexpr" if name in build.constants else build.type_of(name) for name in names}
@@ -139,7 +136,7 @@ def compile_for(build: Build, architecture: int) -> dict[str, int]:
 
 
 def _serialised(ptx: str) -> bool:
-    """Whether ptxas notes C7515, "wgmma.mma_async instructions are serialized". Triton does not hand its notes on."""
+    """Whether ptxas prints C7515, "wgmma.mma_async instructions are serialized". Triton does not pass its notes on."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -147,14 +144,14 @@ def _serialised(ptx: str) -> bool:
 
 
 def _output(tool: str, *arguments: str) -> str:
-    """What one of the tools that Triton brings prints."""
+    """The output of a tool that Triton brings."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     run = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     return run.stdout
 
 
 def write_section(path: Path, lines: list[str]) -> None:
-    """Put this Triton's section into the file, in the order of versions, in place of the one it had."""
+    """Replace or add this Triton version's section; sections are sorted by version."""
     sections = re.split(r"^(?=## Triton )", path.read_text() if path.exists() else "", flags=re.MULTILINE)[1:]
     title = f"## Triton {triton.__version__}\n"
     sections = [text.rstrip() for text in sections if not text.startswith(title)] + [title + "\n" + "\n".join(lines)]
@@ -165,15 +162,14 @@ def write_section(path: Path, lines: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Build and print; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=list(SHARED_MEMORY)
-    )
+    """Build and print; returns the exit status."""
+    parser = report.parser(__doc__)
+    known = list(SHARED_MEMORY)
+    parser.add_argument("--architectures", type=int, nargs="+", default=known, choices=known)
     parser.add_argument("--head_sizes", type=int, nargs="+", default=[16, 24, 32, 48, 64, 80, 128])
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 768, 1024, 4096], help="hidden sizes")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, help="write the table there too, as a section")
+    parser.add_argument("--out", type=Path, help="file for the table")
     args = parser.parse_args(argv)
 
     lines = [

@@ -1,28 +1,26 @@
-"""Each kernel beside what a user would take instead: accuracy first, then time, bytes and FLOPs, on one card.
+"""Each kernel compared with what a user would take instead: accuracy first, then time, on one card.
 
     python -m benchmarks.kernels.compare [--tokens 65536] [--rounds 20]
         [--cases attention layer_norm geglu head] [--out FOLDER]
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --toy      # a CPU, sizes of a toy: only that all of it runs
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --toy      # a CPU, toy sizes: only that all of it runs
 
-Peers: plain torch, torch.compile of it, FlexAttention (compiled, mask of documents, ALiBi as score_mod), padded SDPA
-with a materialised bias, and flash-attn where it is installed. Every output and gradient is compared with the same
-computation in a higher precision first; an implementation that errs more than twice as much as plain torch in the same
-dtype (or 4 roundings of the largest value) gets no time, and ours doing so ends the run with status 1. Times are of
-forward and backward together, in rounds that interleave all implementations, each after the card's L2 cache was
-overwritten: minima, and the median over rounds of peer / ours. Bytes and FLOPs are those that the task itself has
-(inputs and outputs read or written once; recomputation not counted), beside the card's measured peaks.
+Baselines: plain torch; torch.compile of it; FlexAttention (compiled, document mask, ALiBi as score_mod); padded SDPA
+with a bias in memory; and flash-attn where it is installed. First every output and gradient is compared with the same
+computation in a higher precision. An implementation whose error is more than twice that of plain torch in the same
+dtype (and more than 4 roundings of the largest value) is not timed; if it is ours, the run ends with exit status 1.
+Times are of forward and backward together, in rounds that interleave all implementations, each after the L2 cache was
+overwritten: the minimum, the median, and the median over rounds of the ratio to ours.
 
-Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``; what is left out, a peer that
-does not run here, is printed with its reason. Needs no Composer.
+Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``. A baseline that does not run
+here is left out, and its reason is printed. Needs neither Composer nor streaming.
 """
 
-import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
 from src import geglu_triton, layer_norm_triton, torch_ops
@@ -44,33 +42,23 @@ Implementation = Callable[..., Tensor]
 
 @dataclass
 class Case:
-    """One task: inputs that want gradients, and implementations of the same function of them."""
+    """One task: inputs that require gradients, and implementations of the same function of them."""
 
     name: str
     size: str
     inputs: tuple[Tensor, ...]
     reference: Implementation
-    """Takes the inputs in fp32 (fp64 for fp32) and gives what is true."""
+    """Its results on inputs in fp32 (fp64 for fp32) count as exact."""
     plain: Implementation
-    """Plain torch in the inputs' dtype; its error is the budget."""
+    """Plain torch in the inputs' dtype; twice its error is allowed."""
     ours: Implementation
-    peers: dict[str, Implementation] = field(default_factory=dict)
-    bytes: int = 0
-    """Moved at least, forward and backward."""
-    flops: int = 0
-    """Of forward and backward, recomputation not counted."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cases
-# ----------------------------------------------------------------------------------------------------------------------
+    baselines: dict[str, Implementation]
 
 
 def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, device: str) -> Case:
-    """C4-like lengths cut at S; the padded and the ragged see the same real tokens."""
+    """C4-like lengths cut at S; padded and ragged implementations see the same tokens."""
     lengths_B = c4_like_lengths(max(1, tokens // S), S)
     T, B, longest = int(lengths_B.sum()), len(lengths_B), int(lengths_B.max())
-    pairs = int(lengths_B.square().sum())
     lengths_B, slopes = lengths_B.to(device), A.alibi_slopes(N).to(device)
     layout = unpad_layout(lengths_B)
     layout = replace(layout, tables=tile_tables(layout))
@@ -88,7 +76,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         return run
 
     def padded(qkv: Tensor) -> Tensor:
-        """What a user writes first: pad, SDPA with a bias that holds ALiBi and the padding, unpad."""
+        """What a user writes first: pad, SDPA with ALiBi and padding in one bias, unpad."""
         x = qkv.new_zeros(*real.shape, *qkv.shape[1:])
         x[real] = qkv
         q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
@@ -96,7 +84,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)[real]
 
     def score_mod(score, b, h, i, j):
-        return score - slopes[h] * (i - j).abs()  # documents lie one after another: a distance is that of positions
+        return score - slopes[h] * (i - j).abs()  # within a document, packed positions have the same distance
 
     def same_document(b, h, i, j):
         return document[i] == document[j]
@@ -109,9 +97,9 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         out: Any = flex(q, k, v, score_mod=score_mod, block_mask=block_mask)
         return out[0].transpose(0, 1)
 
-    peers = {"padded SDPA": padded, "FlexAttention": flexible, "torch": through("torch")}
+    baselines = {"padded SDPA": padded, "FlexAttention": flexible, "torch": through("torch")}
     if A.MISSING["flash_attn"](device) is None and dtype != torch.float32:
-        peers["flash-attn"] = through("flash_attn")
+        baselines["flash-attn"] = through("flash_attn")
     return Case(
         "attention",
         f"S={S} T={T} fill={T / (B * longest):.2f}",
@@ -119,14 +107,12 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         through("reference"),
         padded,
         through("triton"),
-        peers,
-        bytes=12 * T * N * H * dtype.itemsize,  # q, k, v, out; do, dq, dk, dv; and q, k, v, out again
-        flops=14 * pairs * N * H,  # 2 products forward, 5 backward, 2 a multiply-add
+        baselines,
     )
 
 
 def layer_norm_case(T: int, D: int, dtype: torch.dtype, device: str) -> Case:
-    """LayerNorm(residual + x), and with dropout the time alone (its masks are each implementation's own)."""
+    """LayerNorm(residual + x)."""
     x, residual = (torch.randn(T, D).to(device, dtype).requires_grad_() for _ in range(2))
     weight = (1 + 0.1 * torch.randn(D)).to(device).requires_grad_()
     bias = (0.1 * torch.randn(D)).to(device).requires_grad_()
@@ -140,23 +126,22 @@ def layer_norm_case(T: int, D: int, dtype: torch.dtype, device: str) -> Case:
     def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch_ops.layer_norm(x, weight, bias, 1e-12, residual)
 
-    peers = {"torch": eager} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
-    # Read x, residual; write y. Read dy and both again; write their one gradient.
-    return Case("layer_norm", f"T={T} D={D}", (x, residual, weight, bias), plain, plain, ours, peers, 7 * x.nbytes)
+    baselines = {"torch": eager} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
+    return Case("layer_norm", f"T={T} D={D}", (x, residual, weight, bias), plain, plain, ours, baselines)
 
 
 def geglu_case(T: int, width: int, dtype: torch.dtype, device: str) -> Case:
-    """gelu(gate) * up from the packed product."""
+    """gelu(gate) * up of packed (T, 2 * width)."""
     packed = torch.randn(T, 2 * width).to(device, dtype).requires_grad_()
 
     def plain(packed: Tensor) -> Tensor:
         gate, up = packed.chunk(2, dim=-1)
         return F.gelu(gate) * up
 
-    peers = {"torch": lambda packed: torch_ops.geglu(packed, 0.0)}
+    baselines = {"torch": lambda packed: torch_ops.geglu(packed, 0.0)}
     if device == "cuda":
-        peers["torch.compile"] = torch.compile(plain)
-    return Case("geglu", f"T={T} I={width}", (packed,), plain, plain, geglu_triton.geglu, peers, 4 * packed.nbytes)
+        baselines["torch.compile"] = torch.compile(plain)
+    return Case("geglu", f"T={T} I={width}", (packed,), plain, plain, geglu_triton.geglu, baselines)
 
 
 def head_case(M: int, D: int, V: int, dtype: torch.dtype, device: str) -> Case:
@@ -172,18 +157,12 @@ def head_case(M: int, D: int, V: int, dtype: torch.dtype, device: str) -> Case:
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return masked_lm_head_loss(x, weight, bias, labels)["loss"]
 
-    peers = {"torch": plain} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
-    least = 2 * (x.nbytes + weight.nbytes) + 2 * M * V * dtype.itemsize
-    return Case("head", f"M={M} V={V}", (x, weight, bias), plain, plain, ours, peers, least, 6 * M * V * D)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ----------------------------------------------------------------------------------------------------------------------
+    baselines = {"torch": plain} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
+    return Case("head", f"M={M} V={V}", (x, weight, bias), plain, plain, ours, baselines)
 
 
 def results_of(run: Implementation, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Output and all gradients, for a gradient that is the same each time; inputs in ``dtype`` if it is given."""
+    """Output and all gradients, for a fixed output gradient; inputs in ``dtype`` if given."""
     if dtype is not None:
         inputs = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
     out = run(*inputs)
@@ -192,67 +171,55 @@ def results_of(run: Implementation, inputs: tuple[Tensor, ...], dtype: torch.dty
 
 
 def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
-    """Relative L2 error of each."""
+    """Relative L2 error of each tensor."""
     return [((x.to(y) - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True)]
 
 
 def faults(got: list[float], plain: list[float], dtype: torch.dtype) -> list[str]:
-    """Where an implementation errs more than twice as much as plain torch does, 4 roundings aside."""
+    """Errors that are above twice those of plain torch and above 4 roundings."""
     floor = 4 * torch.finfo(dtype).eps
     return [f"{a:.2g} > 2 x {b:.2g}" for a, b in zip(got, plain, strict=True) if not a <= max(2 * b, floor)]
 
 
 def measure(case: Case, chosen: dict[str, Implementation], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of forward and backward, by implementation, one entry a round."""
-    grad = torch.ones_like(next(iter(chosen.values()))(*case.inputs))
-    cache = torch.empty(2**28 if device == "cuda" else 0, dtype=torch.int8, device=device)  # larger than any L2
+    """Seconds of forward and backward in each round, by implementation."""
+    grad = torch.ones_like(case.ours(*case.inputs))
 
-    def once(run: Implementation) -> float:
-        for _ in range(40):  # milliseconds, in which the host starts all that is timed: the card alone is
-            cache.zero_()
-        if device != "cuda":
-            started = time.perf_counter()
-            torch.autograd.grad(run(*case.inputs), case.inputs, grad)
-            return 1e3 * (time.perf_counter() - started)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(torch.cuda.current_stream())
-        torch.autograd.grad(run(*case.inputs), case.inputs, grad)
-        end.record(torch.cuda.current_stream())
-        end.synchronize()
-        return start.elapsed_time(end)
+    def run(implementation: Implementation) -> None:
+        torch.autograd.grad(implementation(*case.inputs), case.inputs, grad)
 
-    for run in chosen.values():  # compile and warm
-        once(run)
-        once(run)
-    times: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in range(rounds):
-        for name, run in chosen.items():
-            times[name].append(once(run))
-    return times
+    runs = {name: partial(run, implementation) for name, implementation in chosen.items()}
+    return timing.interleaved(runs, rounds, timing.device_clock(device, flushes=40), warmup=2)
 
 
-def peaks(dtype: torch.dtype) -> tuple[float, float]:
-    """This card's FLOP/s in a large product and bytes/s in a large copy, measured."""
+def check(case: Case, dtype: torch.dtype) -> tuple[dict[str, tuple[Implementation, float]], dict[str, str]]:
+    """The implementations that are right, with their largest relative error; and those that are not, with the reason.
 
-    def best(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(10):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(torch.cuda.current_stream())
-            run()
-            end.record(torch.cuda.current_stream())
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return min(times)
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    source, target = (torch.empty(2**30, dtype=torch.int8, device="cuda") for _ in range(2))
-    return 2 * 8192**3 / best(lambda: a @ b), 2 * 2**30 / best(lambda: target.copy_(source))
+    Raises:
+        RuntimeError: ours does not run.
+    """
+    want = results_of(case.reference, case.inputs, torch.float64 if dtype == torch.float32 else torch.float32)
+    plain = errors(results_of(case.plain, case.inputs), want)
+    right, refused = {}, {}
+    for label, run in {"ours": case.ours, **case.baselines}.items():
+        try:
+            error = errors(results_of(run, case.inputs), want)
+        except (torch.OutOfMemoryError, RuntimeError) as reason:  # a baseline may not fit or not support the shape
+            if label == "ours":
+                raise
+            refused[label] = f"does not run: {str(reason).splitlines()[0]}"
+            continue
+        wrong = faults(error, plain, dtype)
+        if wrong:
+            refused[label] = f"WRONG, not timed: {'; '.join(wrong)}"
+        else:
+            right[label] = run, max(error)
+    return right, refused
 
 
 def main(argv: list[str]) -> int:
-    """Check, measure, print; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Check, measure, print; returns the exit status."""
+    parser = report.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=65536, help="padded tokens of a batch")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -264,7 +231,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     device = "cpu" if args.toy else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
+        parser.error("no CUDA device found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
     reason = A.MISSING["triton"](device)
     if reason is not None:
         parser.error(f"{reason}; set TRITON_INTERPRET=1 for --toy")
@@ -279,57 +246,34 @@ def main(argv: list[str]) -> int:
         "geglu": lambda: [geglu_case(tokens, 4 * D, dtype, device)],
         "head": lambda: [head_case(math.ceil(0.3 * tokens), D, V, dtype, device)],
     }
-
     about = report.machine(device)
     print(f"# {report.described(about)}, {dtype}{', interpreted' if args.toy else ''}")
-    matmul, bandwidth = peaks(dtype) if device == "cuda" else (math.nan, math.nan)
-    if device == "cuda":
-        print(f"# measured peaks: {matmul / 1e12:.0f} TFLOP/s in a product, {bandwidth / 1e12:.2f} TB/s in a copy")
 
-    rows, summary, checked, left_out, failed = [], [], 0, 0, []
-    for name in args.cases:
-        for case in makers[name]():
-            want = results_of(case.reference, case.inputs, torch.float64 if dtype == torch.float32 else torch.float32)
-            plain = errors(results_of(case.plain, case.inputs), want)
-            chosen = {}
-            for label, run in {"ours": case.ours, **case.peers}.items():
-                try:
-                    error = errors(results_of(run, case.inputs), want)
-                except (torch.OutOfMemoryError, RuntimeError) as reason:  # a peer may not fit, or not know the shape
-                    if label == "ours":
-                        raise
-                    print(f"{case.name} {case.size} {label}: does not run: {str(reason).splitlines()[0]}")
-                    left_out += 1
-                    continue
-                checked += 1
-                wrong = faults(error, plain, dtype)
-                if wrong:
-                    print(f"{case.name} {case.size} {label}: WRONG, no time is taken: {'; '.join(wrong)}")
-                    failed += [f"{case.name} {case.size}"] if label == "ours" else []
-                    continue
-                chosen[label] = run
-                rows.append({"case": case.name, "size": case.size, "implementation": label, "error": max(error)})
-            del want
-            times = measure(case, chosen, rounds, device) if chosen else {}
-            for row in rows[-len(chosen) :] if chosen else []:
-                label, ms = row["implementation"], times[row["implementation"]]
-                row |= {"ms": min(ms), "ms_median": statistics.median(ms)}
-                if device == "cuda":
-                    row["flops_share"] = case.flops / (min(ms) * 1e-3) / matmul
-                    row["bytes_share"] = case.bytes / (min(ms) * 1e-3) / bandwidth
-                if "ours" in times:
-                    ratio = statistics.median(b / a for a, b in zip(times["ours"], ms, strict=True))
-                    row["times_ours"] = ratio
-                    if label != "ours":
-                        key = label.replace(" ", "_").replace("Attention", "").replace("padded_", "").lower()
-                        summary.append(f"{case.name}_{case.size.split()[0].replace('=', '')}_vs_{key}={ratio:.2f}")
-                print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
-            if args.out is not None:  # after each case, so that a run that is stopped leaves what it has
-                path = args.out / f"kernels-{about['device'].replace(' ', '_') if device == 'cuda' else 'cpu'}.json"
-                peak = {} if device == "cpu" else {"matmul": matmul, "bandwidth": bandwidth}
-                report.write_json(path, {**about, "dtype": str(dtype), **peak, "rows": rows})
-    print(f"kernels device={device} checked={checked} failed={len(failed)} left_out={left_out} {' '.join(summary)}")
-    return int(bool(failed))
+    rows, summary, checked, left_out, failed = [], [], 0, 0, 0
+    for case in (case for name in args.cases for case in makers[name]()):
+        right, refused = check(case, dtype)
+        for label, reason in refused.items():
+            print(f"{case.name} {case.size} {label}: {reason}")
+        missing = sum(reason.startswith("does not run") for reason in refused.values())
+        checked, left_out = checked + len(right) + len(refused) - missing, left_out + missing
+        failed += "ours" in refused
+        times = measure(case, {label: run for label, (run, _) in right.items()}, rounds, device)
+        for label, (_, error) in right.items():
+            row = {"case": case.name, "size": case.size, "implementation": label, "error": error}
+            row |= {"ms": 1e3 * min(times[label]), "ms_median": 1e3 * statistics.median(times[label])}
+            if "ours" in times:
+                row["times_ours"] = timing.ratios(times["ours"], times[label])[0]
+                if label != "ours":
+                    key = label.replace(" ", "_").replace("Attention", "").replace("padded_", "").lower()
+                    where = f"{case.name}_{case.size.split()[0].replace('=', '')}"
+                    summary.append(f"{where}_vs_{key}={row['times_ours']:.2f}")
+            rows.append(row)
+            print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+        if args.out is not None:  # after each case, so that a run that is stopped leaves what it has
+            path = args.out / f"kernels-{about['device'].replace(' ', '_') if device == 'cuda' else 'cpu'}.json"
+            report.write_json(path, {**about, "dtype": str(dtype), "rows": rows})
+    print(f"kernels device={device} checked={checked} failed={failed} left_out={left_out} {' '.join(summary)}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Bytes that a layer keeps between forward and backward, ours beside plain PyTorch, counted on any machine.
+"""Bytes that a layer keeps between forward and backward, ours and plain PyTorch's, counted on any machine.
 
     python -m benchmarks.kernels.saved_bytes [--lengths 32 128]
 
 One sequence of T tokens in bf16, base widths, dropout 0.1; without a GPU the kernels run through Triton's interpreter.
-Counted are the storages that autograd saves, each once, parameters and the layer's input aside. Last line:
+Storages that autograd saves count once; parameters and the layer's input do not count. Last line:
 ``saved_bytes layer_per_token=… plain_per_token=…`` at the longest length.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is first imported
 
+from benchmarks import report
 from src.attention import alibi_slopes, attention
 from src.bert_layers import BertLayer
 from src.bert_padding import unpad_layout
@@ -34,7 +34,7 @@ D, N, I, P = 768, 12, 3072, 0.1  # noqa: E741
 
 
 def kept_bytes(function: Callable[..., Any], *args: Any, ignored: tuple[Tensor, ...] = ()) -> tuple[Any, int]:
-    """Result, and bytes that its backward keeps: storages once, those of arguments and of ``ignored`` not counted."""
+    """Result, and bytes that its backward keeps; storages count once, those of ``args`` and ``ignored`` do not."""
     seen = {x.untyped_storage().data_ptr() for x in (*args, *ignored) if isinstance(x, Tensor)}
     total = 0
 
@@ -51,7 +51,7 @@ def kept_bytes(function: Callable[..., Any], *args: Any, ignored: tuple[Tensor, 
 
 
 def plain_attention(qkv: Tensor, slopes: Tensor) -> Tensor:
-    """(T, 3, N, H) -> (T, N, H) of one sequence, as the formula is written."""
+    """(T, 3, N, H) -> (T, N, H) of one sequence, by the formula."""
     q, k, v = qkv.transpose(0, 1).transpose(1, 2).unbind(0)  # (N, T, H)
     position = torch.arange(len(qkv), device=qkv.device)
     bias = -slopes[:, None, None] * (position[:, None] - position).abs()
@@ -71,7 +71,7 @@ def plain_geglu(gate_and_up: Tensor) -> Tensor:
 
 
 def plain_layer(x: Tensor, layer: BertLayer, slopes: Tensor) -> Tensor:
-    """A layer of MosaicBERT from the parts above, under autocast."""
+    """A layer of MosaicBERT made of the parts above, under autocast."""
     block, output, mlp = layer.attention.self, layer.attention.output, layer.mlp
     mixed = plain_attention(block.Wqkv(x).unflatten(-1, (3, N, -1)), slopes).flatten(1)
     x = plain_layer_norm(output.dense(mixed), output.LayerNorm.weight, output.LayerNorm.bias, x)
@@ -81,7 +81,7 @@ def plain_layer(x: Tensor, layer: BertLayer, slopes: Tensor) -> Tensor:
 
 
 def count(T: int, device: str) -> dict[str, tuple[int, int]]:
-    """Bytes kept by ours and by plain PyTorch, by part."""
+    """Bytes kept by ours and by plain PyTorch, for each part."""
 
     def rows(*shape: int) -> Tensor:
         return torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -98,7 +98,7 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
     weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)
     layer = BertLayer(MosaicBertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
     parameters = tuple(layer.parameters())
-    # Under autocast a weight is cast, and the copy is kept; as it does not grow with T, it is no activation.
+    # Autocast keeps a cast copy of each weight. It does not grow with T, so it is subtracted.
     counted = {
         "attention": (
             kept_bytes(ours, qkv, ignored=fixed),
@@ -125,12 +125,12 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128])
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| kept for the backward, bytes a token | T | ours | plain PyTorch |\n|---|---|---|---|")
+    print("| kept for the backward, bytes per token | T | ours | plain PyTorch |\n|---|---|---|---|")
     last = (0.0, 0.0)
     for T in args.lengths:
         for name, sizes in count(T, device).items():

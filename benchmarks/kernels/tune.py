@@ -1,12 +1,12 @@
-"""Find the fastest tiles of the attention kernels on the card at hand, for TILES in src/flash_attn_triton.py.
+"""Find the fastest tiles of the attention kernels on this card, for TILES in src/flash_attn_triton.py.
 
     python -m benchmarks.kernels.tune [--head_sizes 64 128] [--dtypes bfloat16] [--lengths 128 512 2048] [--out FOLDER]
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, sizes of a toy: only that all of it runs
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, toy sizes: only that all of it runs
 
 For each head size, dtype and length, each of the three kernels runs with the table's tile and with every candidate that
-compiles and fits, on C4-like lengths, in interleaved rounds, each after the card's L2 cache was overwritten. The tile
-with the smallest product over lengths of its median time wins. A candidate whose output is not that of the table's tile
-is thrown out. Printed at the end are lines to paste into TILES, with the gain over the present ones. Needs no Composer.
+compiles and fits, on C4-like lengths, in interleaved rounds, each after the L2 cache was overwritten. A candidate whose
+output differs from that of the table's tile is rejected. The best tile has the smallest product of its median times
+over lengths. The last lines can be pasted into TILES; they say the gain over the present tiles. Needs no Composer.
 """
 
 import argparse
@@ -16,20 +16,19 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import flash_attn_triton as kernels
 from src.attention import alibi_slopes
 from src.bert_padding import unpad_layout
 from src.flash_attn_triton import Tile
 
-# Those that do not spill on sm_80 or sm_90 at 64 heads wide, or did best there by instructions for a score.
 CANDIDATES = {
     "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)]
     + [(64, 128, 4, 2), (128, 128, 8, 2)],
@@ -38,7 +37,7 @@ CANDIDATES = {
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 4, 2)]
     + [(64, 32, 4, 3), (128, 64, 4, 2)],
 }
-"""By kernel: rows, cols, warps, stages."""
+"""By kernel: rows, cols, warps, stages. Most do not spill on sm_80 or sm_90 at head size 64."""
 TOY_CANDIDATES = {name: [(16, 16, 4, 1), (32, 16, 4, 1)] for name in CANDIDATES}
 
 
@@ -60,7 +59,7 @@ class Attention:
         self.delta = kernels._delta(out, self.do)
 
     def run(self, kernel: str, tile: Tile) -> list[torch.Tensor]:
-        """What the kernel writes."""
+        """The kernel's outputs."""
         table = self.tables[tile.rows]
         if kernel == "forward":
             return [kernels._forward(self.q, self.k, self.v, self.slopes, table, tile)[0]]
@@ -73,7 +72,7 @@ class Attention:
 
 
 def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:
-    """In a process of its own: some candidates into Triton's cache, for inputs whose length 16 divides and not."""
+    """In a process of its own: compile some candidates into Triton's cache."""
     head_size, dtype, candidates = work
     inputs = Attention(head_size, dtype, 128, 4096, "cuda")
     for kernel, tile in candidates:
@@ -81,45 +80,30 @@ def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:
 
 
 def usable(inputs: Attention, kernel: str, tile: Tile) -> str | None:
-    """Why a candidate is not, or None if its output is that of the table's tile."""
+    """Why a candidate is rejected; None: it runs, and its output is that of the table's tile."""
     want = [x.float().clone() for x in inputs.run(kernel, getattr(inputs.present, kernel))]
     try:
         got = inputs.run(kernel, tile)
         errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True)]
-    except Exception as reason:  # too much shared memory, or more than the compiler can do
+    except Exception as reason:  # too much shared memory, or the compiler fails
         return type(reason).__name__
     return None if max(errors) < 1e-2 else f"WRONG by {max(errors):.2g}"
 
 
 def times(inputs: Attention, kernel: str, tiles: list[Tile], rounds: int) -> dict[Tile, float]:
-    """Milliseconds by tile, the median over interleaved rounds."""
-    cuda = inputs.q.is_cuda
-    cache = torch.empty(2**28 if cuda else 0, dtype=torch.int8, device=inputs.q.device)  # larger than any L2
-    taken: dict[Tile, list[float]] = {tile: [] for tile in tiles}
-    for _, tile in itertools.product(range(rounds), tiles):
-        for _ in range(4):  # the card is busy with it while the host starts what is timed
-            cache.zero_()
-        if not cuda:
-            started = time.perf_counter()
-            inputs.run(kernel, tile)
-            taken[tile].append(1e3 * (time.perf_counter() - started))
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(torch.cuda.current_stream())
-        inputs.run(kernel, tile)
-        end.record(torch.cuda.current_stream())
-        end.synchronize()
-        taken[tile].append(start.elapsed_time(end))
-    return {tile: statistics.median(ms) for tile, ms in taken.items()}
+    """Median milliseconds of each tile over interleaved rounds."""
+    runs = {tile: partial(inputs.run, kernel, tile) for tile in tiles}
+    taken = timing.interleaved(runs, rounds, timing.device_clock(inputs.q.device.type, flushes=4))
+    return {tile: 1e3 * statistics.median(seconds) for tile, seconds in taken.items()}
 
 
 def written(tile: Tile) -> str:
-    """As in TILES."""
+    """A tile as TILES writes it."""
     return f"Tile{astuple(tile)}"
 
 
 def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
-    """For each kernel the best tile, its gain, and the milliseconds of every candidate by length."""
+    """For each kernel: the best tile, its gain, and the milliseconds of every candidate by length."""
     candidates = {
         kernel: [Tile(*values) for values in tiles]
         for kernel, tiles in (TOY_CANDIDATES if args.toy else CANDIDATES).items()
@@ -150,21 +134,21 @@ def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[d
 
 
 def main(argv: list[str]) -> int:
-    """Tune and print; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Tune and print; returns the exit status."""
+    parser = report.parser(__doc__)
     parser.add_argument("--head_sizes", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--tokens", type=int, default=65536, help="padded tokens of a batch")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="where lengths are cut")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048], help="longest sequence of a batch")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, through Triton's interpreter")
     parser.add_argument("--out", type=Path, help="folder for tiles.json")
     args = parser.parse_args(argv)
     if args.toy:
         args.head_sizes, args.dtypes, args.tokens, args.lengths, args.rounds = [16], ["float16"], 64, [32], 1
     elif not torch.cuda.is_available():
-        parser.error("no CUDA device is found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
+        parser.error("no CUDA device found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
     device = "cpu" if args.toy else "cuda"
     about = report.machine(device)
     print(f"# {report.described(about)}")

@@ -1,14 +1,11 @@
-"""MosaicBERT with one of its parts taken away, for time_to_loss.py: replacement modules, no switches in src.
+"""MosaicBERT without one of its parts, for time_to_loss.py: replacement modules, so that src needs no switches.
 
-no_alibi          positions are learned, as BERT's, and added to the word embeddings
-no_glu            a plain feed-forward layer, dense - GELU - dense, as wide as costs the same FLOPs
-no_unpadding      padded tensors (``arms.MosaicBertPadded``)
-no_masked_rows    the last layer computes all T tokens; the head still the masked ones
-no_masked_head    the head computes logits of all T tokens, and so does the last layer, whose rows it needs
-no_kernels        plain torch in the place of our Triton kernels; only on a GPU
+no_alibi          learned positions, as BERT's, added to the word embeddings
+no_glu            a plain feed-forward layer, dense - GELU - dense, whose width gives the same FLOPs
+no_unpadding      padded tensors (``variants.MosaicBertPadded``)
+no_masked_rows    the last layer computes all T tokens; the head only the masked ones
+no_masked_head    the head computes logits of all T tokens, and so does the last layer
 """
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +15,12 @@ from benchmarks.variants import Batch, MosaicBert, MosaicBertPadded, Part
 from src.bert_layers import BertForMaskedLM, LayerNorm
 from src.bert_padding import index_first_axis
 from src.configuration_bert import MosaicBertConfig
-from src.masked_lm_loss import masked_lm_head_loss
+from src.masked_lm_loss import IGNORED, masked_lm_head_loss
 from src.torch_ops import dropout
 
 
 class NoSlopes(nn.Module):
-    """In the place of ``AlibiSlopes``: a slope of 0 for each head, so that attention sees no distances."""
+    """Replaces ``AlibiSlopes``: a slope of 0 for each head, so attention sees no distances."""
 
     slopes: Tensor
 
@@ -36,7 +33,7 @@ class NoSlopes(nn.Module):
 
 
 class LearnedPositions(MosaicBert):
-    """A position's embedding takes the place of its segment's, a table that is there and otherwise says nothing."""
+    """Positions use the table of segment embeddings, which is otherwise constant."""
 
     def config(self, plain: bool) -> MosaicBertConfig:
         config = super().config(plain)
@@ -53,7 +50,7 @@ class LearnedPositions(MosaicBert):
 
 
 class PlainMLP(nn.Module):
-    """In the place of ``BertGatedLinearUnitMLP``: two matrices of 1.5 times the width for its three."""
+    """Replaces ``BertGatedLinearUnitMLP``: two matrices of 1.5 times the width, not three."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -70,7 +67,7 @@ class PlainMLP(nn.Module):
 
 
 class WithPlainMLP(MosaicBert):
-    """Without the gated linear unit."""
+    """No gated linear unit."""
 
     def build(self, plain: bool) -> BertForMaskedLM:
         model = super().build(plain)
@@ -80,24 +77,26 @@ class WithPlainMLP(MosaicBert):
 
 
 class AllRows(MosaicBert):
-    """The last layer like the others."""
+    """The last layer computes all tokens."""
 
     def loss_sum(self, part: Part) -> Tensor:
         states = self.model.bert.encode(part["input_ids"], part["layout"])[-1]  # (T, D)
-        return self.head_loss(index_first_axis(states, part["masked_index"]), part["masked_labels"])
+        return self.head_loss(index_first_axis(states, part["masked_index"]), part["labels"])
 
     def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """() summed over the rows of ``x`` that have a label."""
+        """() summed over the rows of ``x`` (T, D) that have a label."""
         head = self.model.cls.predictions
         return masked_lm_head_loss(head.transform(x), head.decoder.weight, head.decoder.bias, labels)["loss_sum"]
 
 
 class FullHead(AllRows):
-    """Logits of every token."""
+    """The head computes logits of all tokens."""
 
     def loss_sum(self, part: Part) -> Tensor:
         states = self.model.bert.encode(part["input_ids"], part["layout"])[-1]  # (T, D)
-        return self.head_loss(states, part["labels"])
+        labels = torch.full_like(part["input_ids"], IGNORED)
+        labels[part["masked_index"]] = part["labels"]
+        return self.head_loss(states, labels)
 
 
 ABLATIONS = {
@@ -106,5 +105,4 @@ ABLATIONS = {
     "no_unpadding": MosaicBertPadded,
     "no_masked_rows": AllRows,
     "no_masked_head": FullHead,
-    "no_kernels": partial(MosaicBert, attention="torch", kernels="torch"),
 }

@@ -1,8 +1,12 @@
-"""Small pretraining runs of any arm on real text, all from scratch and by the same recipe, for benchmarks of quality.
+"""Small pretraining runs of any variant on real text, from scratch and by one recipe, for the benchmarks of learning.
 
-All arms share what is not theirs: batches of the same documents in the same order for the same seed, AdamW (fused,
-betas 0.9 and 0.98, eps 1e-6, decay 0.02), a warmup of 6% and a linear fall to 2%. Their clock is steps times the time
-of a step, which is measured before, interleaved; so other programs do not count, nor do evaluation, loading, masking.
+All runs share one loop, whose losses are those of main.py's Trainer (tests/benchmarks/test_loop.py): the same batches
+in the same order for the same seed, the product's AdamW (fused, betas 0.9 and 0.98, eps 1e-6, decay 0.02) and learning
+rate schedule (warmup of 6%, linear decay to 2%), the mean loss over all masked tokens of a batch. Composer's Trainer
+itself would need a ComposerModel and a batch format for each baseline; a bare loop treats them all alike.
+
+A run's clock is its steps times the time of a step, which is measured before, interleaved. So other programs do not
+count, nor do evaluation, loading and masking.
 """
 
 import dataclasses
@@ -15,47 +19,58 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from composer.core import Time, Timestamp
+from composer.optim import LinearWithWarmupScheduler
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.learning.ablations import ABLATIONS
-from benchmarks.variants import ARMS, Arm, Batch, Shape, check
+from benchmarks.variants import VARIANTS, Batch, Shape, Variant, check
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
 from src.data.masking import MaskingCollator, Sample, mask_batch
 from src.data.unigram import unigram_loss
 from src.train.models import padded_vocab_size
+from src.train.optim import WarmupStableDecayScheduler, adamw
 
-WARMUP, LAST = 0.06, 0.02
+WARMUP, LAST = "0.06dur", 0.02
 TUNING = 0.25
-"""Share of a run's time that a run of the search for its learning rate has."""
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "nadamw": partial(torch.optim.NAdam, decoupled_weight_decay=True),
-}
-"""torch's; Nesterov's momentum in the second is Dozat's (2016)."""
+"""Length of a run that searches the learning rate, as a share of a whole run."""
+OVERHEAD = 1.2
+"""Hours of a run over those of its steps: evaluation, loading, masking."""
+
+
+def nadamw(model: torch.nn.Module, lr: float, decay_matrices_only: bool) -> torch.optim.Optimizer:
+    """torch's AdamW with Nesterov momentum (Dozat, 2016), with the settings of ``adamw``."""
+    options: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.02}
+    return torch.optim.NAdam(model.parameters(), lr, decoupled_weight_decay=True, **options)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An arm and how it is trained."""
+    """A variant and how it is trained."""
 
-    arm: str = "mosaic_bert"
-    """A name of ARMS or ABLATIONS."""
+    variant: str = "mosaic_bert"
+    """A name of VARIANTS or ABLATIONS."""
     masking: tuple[float, float] = (0.3, 0.3)
     """Share of tokens masked at the first and at the last step, linear between."""
     dropout: float = 0.1
     """Of hidden states; ModernBERT has none."""
-    decay_all: bool = True
-    """Weight decay on biases and norms too."""
-    stable: float = 0.0
-    """Share of the run at the highest learning rate before it falls."""
-    optimizer: str = "adamw"
-    """A name of OPTIMIZERS."""
+    decay_matrices_only: bool = False
+    """No weight decay on biases and norms."""
+    t_decay: str | None = None
+    """Final part of the run in which the learning rate falls, such as 0.3dur; None: it falls from the warmup on."""
+    optimizer: Callable[..., torch.optim.Optimizer] = adamw
+
+    def scheduler(self) -> Any:
+        if self.t_decay is None:
+            return LinearWithWarmupScheduler(WARMUP, alpha_f=LAST)
+        return WarmupStableDecayScheduler(WARMUP, self.t_decay, LAST)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -68,63 +83,54 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs of a benchmark share."""
+    """What all runs of a folder share."""
 
     batch: int
     """Sequences."""
     vocabulary: int
     """Word pieces of the tokenizer."""
     shape: Shape
-    """Its vocabulary is the tokenizer's, its ``length`` that of samples."""
+    """Its vocabulary is replaced by the tokenizer's; its ``length`` is that of samples."""
+    minutes: float
+    """Training time of a run."""
+    seeds: int
+    learning_rates: tuple[float, ...]
     documents: int | None = None
-    """At most so many samples to train on, and to hold out. None: all."""
+    """Most samples to train on, and to validate on. None: all."""
     device: str = "cpu"
-
-
-def keep_settings(folder: Path, settings: Setup) -> None:
-    """Write down what the runs of a folder share.
-
-    Raises:
-        SystemExit: its runs have other settings.
-    """
-    record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
-    if record.exists() and json.loads(record.read_text()) != asked:
-        sys.exit(f"{folder} holds runs with other settings ({record}); give them again, or another --folder")
-    report.write_json(record, asked)
+    evaluations: int = 1
+    """Of a run, evenly spread, the last at its end."""
 
 
 class Text:
     """Documents as tokens, and batches of them.
 
     Args:
-        train, held_out: documents.
-        pack: ``truncate`` takes beginnings, ``chunk`` all of a document (src/convert/unit.py).
+        train, validation: documents.
+        pack: ``truncate`` takes their beginnings, ``chunk`` all of them (src/convert/unit.py).
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
         train: Iterable[str],
-        held_out: Iterable[str],
+        validation: Iterable[str],
         setup: Setup,
         pack: str = "truncate",
     ):
         self.tokenizer, self.setup, self.pack = tokenizer, setup, pack
         self.train = list(itertools.islice(self._samples(train), setup.documents))
-        self.held_out = list(itertools.islice(self._samples(held_out), setup.documents))
-        self.evaluation = list(self._batches(self.held_out, MaskingCollator(tokenizer, 0.15, seed=0)))
+        self.validation = list(itertools.islice(self._samples(validation), setup.documents))
+        masks, size = MaskingCollator(tokenizer, 0.15, seed=0), setup.batch
+        self.evaluation = [masks(self.validation[i : i + size]) for i in range(0, len(self.validation), size)]
 
     def _samples(self, texts: Iterable[str]) -> Iterator[Sample]:
         tokens = Tokens("", self.tokenizer, self.setup.shape.length, self.pack)
         for number, ids in enumerate(tokens.samples(iter(texts), Stats())):
             yield {"input_ids": ids, "sample_id": number, "epoch": 0}
 
-    def _batches(self, samples: list[Sample], masks: MaskingCollator) -> Iterator[Batch]:
-        for first in range(0, len(samples), self.setup.batch):
-            yield masks(samples[first : first + self.setup.batch])
-
     def batches(self, seed: int, steps: int, masking: tuple[float, float]) -> Iterator[Batch]:
-        """``steps`` batches to train on: samples in another order each epoch, masked anew."""
+        """``steps`` training batches: each epoch has another order and other masks."""
         order = np.random.default_rng(seed)
         masks = MaskingCollator(self.tokenizer, None, seed)
         per_epoch = len(self.train) // self.setup.batch
@@ -137,97 +143,89 @@ class Text:
             samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in rows]
             yield mask_batch(masks(samples), rate)
 
-    def frequency_loss(self) -> float:
+    def unigram_loss(self) -> float:
         """``unigram_loss`` on the evaluation's masked tokens."""
         return unigram_loss((sample["input_ids"] for sample in self.train), self.evaluation, self.tokenizer)
 
-    def real_share(self) -> float:
-        """Of a padded training batch, on average."""
+    def fill(self) -> float:
+        """Share of tokens in a padded training batch, the mean of 20."""
         batches = list(self.batches(0, 20, (0.15, 0.15)))
         return sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
 
 
-class Run:
-    """An arm in training.
+class Training:
+    """The loop that all runs share: a variant with its optimizer and schedule.
 
     Args:
         rate: highest learning rate.
-        seed: of weights, order, masks and dropout.
     """
 
-    def __init__(self, text: Text, recipe: Recipe, rate: float, seed: int, steps: int):
-        torch.manual_seed(seed)
-        self.text, self.recipe, self.seed, self.steps = text, recipe, seed, steps
-        self.arm = make_arm(text, recipe)
-        matrices = [p for p in self.arm.model.parameters() if recipe.decay_all or p.dim() > 1]
-        others = [p for p in self.arm.model.parameters() if not recipe.decay_all and p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = OPTIMIZERS[recipe.optimizer](
-            [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.98), eps=1e-6
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
+    def __init__(self, variant: Variant, recipe: Recipe, rate: float, steps: int):
+        self.variant = variant
+        self.optimizer = recipe.optimizer(variant.model, rate, decay_matrices_only=recipe.decay_matrices_only)
+        scheduler, duration = recipe.scheduler(), Time(steps, "ba")
 
-    def factor(self, step: int) -> float:
-        """Of the learning rate."""
-        warmup = max(1, round(WARMUP * self.steps))
-        falls_from = max(warmup, round(self.recipe.stable * self.steps))
-        fallen = max(0.0, (step - falls_from) / max(1, self.steps - falls_from))
-        return min((step + 1) / warmup, 1 - (1 - LAST) * fallen)
+        def factor(step: int) -> float:
+            return scheduler(SimpleNamespace(timestamp=Timestamp(batch=step), max_duration=duration))
 
-    def step(self, batch: Batch) -> None:
-        self.arm.backward(batch)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; returns its mean loss, ()."""
+        loss = self.variant.backward(batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        return loss
 
-    def held_out_loss(self) -> float:
-        """Nats a masked token."""
-        self.arm.model.eval()
+    def validation_loss(self, batches: Iterable[Batch]) -> float:
+        """Nats per masked token."""
+        self.variant.model.eval()
         total = masked = 0.0
         with torch.no_grad():
-            for batch in self.text.evaluation:
-                total += sum(self.arm.run(part).item() for part in self.arm.parts(batch))
+            for batch in batches:
+                total += sum(self.variant.run(part).item() for part in self.variant.parts(batch))
                 masked += int((batch["labels"] >= 0).sum())
-        self.arm.model.train()
+        self.variant.model.train()
         return total / masked
 
-    def curve(self, evaluations: int) -> list[dict[str, float]]:
-        """Train; step, real tokens seen, seconds really spent in steps, and held-out loss, before and so often."""
-        at = {round(self.steps * i / evaluations) for i in range(evaluations + 1)}
-        points, tokens, seconds = [], 0, 0.0
-        batches = self.text.batches(self.seed, self.steps, self.recipe.masking)
-        for step in range(self.steps + 1):
-            if step in at:
-                points.append({"step": step, "tokens": tokens, "seconds": seconds, "loss": self.held_out_loss()})
-            if step < self.steps:
-                batch = next(batches)
-                tokens += int(batch["attention_mask"].sum())
-                seconds += timed(self, batch)
-        return points
 
-
-def make_arm(text: Text, recipe: Recipe) -> Arm:
-    """With fresh weights, of the size that the text's setup asks for."""
+def make_variant(text: Text, recipe: Recipe) -> Variant:
+    """The recipe's variant with fresh weights, of the size that the text's setup asks for."""
     setup = text.setup
     shape = replace(setup.shape, vocabulary=padded_vocab_size(text.tokenizer), dropout=recipe.dropout)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
-    return (ARMS | ABLATIONS)[recipe.arm](shape, setup.device, dtype)
+    return (VARIANTS | ABLATIONS)[recipe.variant](shape, setup.device, dtype)
 
 
-def timed(run: Run, batch: Batch) -> float:
-    """Seconds of a step."""
-    started = time.perf_counter()
-    run.step(batch)
-    if run.arm.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def new_training(text: Text, recipe: Recipe, rate: float, seed: int, steps: int) -> Training:
+    """A training whose weights and dropout are drawn from ``seed``."""
+    torch.manual_seed(seed)
+    return Training(make_variant(text, recipe), recipe, rate, steps)
+
+
+def curve(training: Training, text: Text, recipe: Recipe, seed: int, steps: int, evaluations: int) -> list[dict]:
+    """Train; returns step, tokens, seconds in steps and validation loss, at the start and ``evaluations`` times."""
+    at = {round(steps * i / evaluations) for i in range(evaluations + 1)}
+    clock = timing.wall_clock(text.setup.device)
+    points, tokens, seconds = [], 0, 0.0
+    batches = text.batches(seed, steps, recipe.masking)
+    for step in range(steps + 1):
+        if step in at:
+            loss = training.validation_loss(text.evaluation)
+            points.append({"step": step, "tokens": tokens, "seconds": seconds, "loss": loss})
+        if step < steps:
+            batch = next(batches)
+            tokens += int(batch["attention_mask"].sum())
+            seconds += clock(partial(training.step, batch))
+    return points
 
 
 def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: int) -> dict[str, float]:
-    """Seconds a step of each arm: those of ours times the median ratio to ours, on the same batches, interleaved.
+    """Seconds per step of each recipe: those of ours times the median ratio to ours, on the same batches, interleaved.
 
-    Kept in ``path``; arms that come later are timed beside ours and take its first seconds as their unit. Each is
-    also checked, at its own size.
+    They are kept in ``path``; recipes that come later are timed with ours and scaled to its first seconds. Each
+    variant is also checked, at its own size.
 
     Args:
         recipes: by name; ``ours`` among them.
@@ -236,21 +234,126 @@ def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: in
     new = [name for name in recipes if name not in known]
     if not new:
         return known
-    runs = {name: Run(text, recipes[name], 1e-3, 0, 1000) for name in ["ours", *(n for n in new if n != "ours")]}
-    for name, run in runs.items():
-        arm = run.arm
-        batch = next(text.batches(0, 1, recipes[name].masking))
-        check((ARMS | ABLATIONS)[recipes[name].arm], arm.shape, arm.device, arm.dtype, batch)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    batches = {name: text.batches(0, rounds + 2, recipes[name].masking) for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            spent = timed(run, next(batches[name]))
-            if turn >= 2:  # the first two warm up
-                seconds[name].append(spent)
+    names, runs = ["ours", *(name for name in new if name != "ours")], {}
+    for name in names:
+        recipe = recipes[name]
+        training = new_training(text, recipe, 1e-3, 0, 1000)
+        batches, variant = [*text.batches(0, rounds + 2, recipe.masking)], training.variant  # masking is not timed
+        check((VARIANTS | ABLATIONS)[recipe.variant], variant.shape, variant.device, variant.dtype, batches[0])
+        runs[name] = partial(next, map(training.step, batches))
+    seconds = timing.interleaved(runs, rounds, timing.wall_clock(text.setup.device), warmup=2)
     unit = known.get("ours", statistics.median(seconds["ours"]))
-    for name in new:
-        ratios = [b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)]
-        known[name] = unit * statistics.median(ratios)
+    known |= {name: unit * timing.ratios(seconds["ours"], seconds[name])[0] for name in new}
     report.write_json(path, {"seconds": known, "rounds": rounds, "machine": report.machine(text.setup.device)})
     return known
+
+
+class Deadline:
+    """The end of the hours that a command may take."""
+
+    def __init__(self, hours: float):
+        self.end = time.perf_counter() + 3600 * hours
+
+    def allows(self, minutes: float) -> bool:
+        """Whether work of so many minutes would end in time; says so if not."""
+        if time.perf_counter() + 60 * minutes <= self.end:
+            return True
+        print("the hours are spent; finished work is kept, and the same command goes on", flush=True)
+        return False
+
+
+class Plan:
+    """The runs of a folder. A finished run is kept as a file and is not repeated.
+
+    Args:
+        recipes: by name; ``ours`` among them.
+        searched: names with a learning rate of their own; the others take that of ours.
+
+    Raises:
+        SystemExit: the folder's runs have other settings.
+    """
+
+    def __init__(self, folder: Path, setup: Setup, recipes: Mapping[str, Recipe], searched: Iterable[str]):
+        self.folder, self.setup, self.recipes = folder, setup, recipes
+        self.searched = [name for name in searched if name in recipes]
+        record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(setup)))
+        if record.exists() and json.loads(record.read_text()) != asked:
+            sys.exit(f"{folder} holds runs with other settings ({record}); give the same settings or another --folder")
+        report.write_json(record, asked)
+
+    def path(self, name: str, seed: int, rate: float | None = None) -> Path:
+        """The file of a run; ``rate``: of the search for a learning rate, whose seed is 0."""
+        file = f"{name}-seed{seed}.json" if rate is None else f"tuning-{name}-lr{rate:g}.json"
+        return self.folder / "curves" / file
+
+    def losses(self, name: str) -> dict[float, float]:
+        """Final losses of the finished runs of a search, by learning rate."""
+        paths = {rate: self.path(name, 0, rate) for rate in self.setup.learning_rates}
+        return {rate: final(json.loads(path.read_text())) for rate, path in paths.items() if path.exists()}
+
+    def best_rate(self, name: str) -> float:
+        """The learning rate of the lowest loss in the name's own search, or in that of ours."""
+        losses = self.losses(name if name in self.searched else "ours")
+        return min(losses, key=losses.__getitem__)
+
+    def curves(self, name: str) -> list[dict[str, Any]]:
+        """Finished runs."""
+        paths = [self.path(name, seed) for seed in range(1, self.setup.seeds + 1)]
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    def left(self) -> list[tuple[str, int, float | None]]:
+        """Runs to do: searches first, then seed by seed, so that all variants progress alike."""
+        runs: list[tuple[str, int, float | None]] = [
+            (name, 0, rate) for name in self.searched for rate in self.setup.learning_rates
+        ]
+        runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1) for name in self.recipes]
+        return [run for run in runs if not self.path(*run).exists()]
+
+    def hours_left(self) -> float:
+        """An estimate."""
+        return OVERHEAD * self.setup.minutes * sum(TUNING if run[2] else 1 for run in self.left()) / 60
+
+    def run(
+        self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Training], None] = lambda *_: None
+    ) -> bool:
+        """Do what is left; returns False if the next run would not end before the deadline.
+
+        Args:
+            rounds: steps to time each recipe by.
+            keep: called with name, seed and training at the end of each whole run.
+        """
+        setup = self.setup
+        seconds = time_steps(self.folder / "steps.json", text, self.recipes, rounds)
+        for name, seed, searching in self.left():
+            minutes = setup.minutes * (TUNING if searching else 1)
+            if not deadline.allows(OVERHEAD * minutes):
+                return False
+            rate, recipe = searching or self.best_rate(name), self.recipes[name]
+            steps = max(8, setup.evaluations, round(60 * minutes / seconds[name]))
+            training = new_training(text, recipe, rate, seed, steps)
+            points = curve(training, text, recipe, seed, steps, 1 if searching else setup.evaluations)
+            found = {"arm": name, "rate": rate, "seed": seed, "steps": steps, "step_seconds": seconds[name]}
+            found |= {"samples": len(text.train), "machine": report.machine(setup.device), "points": points}
+            if not searching:
+                keep(name, seed, training)
+            report.write_json(self.path(name, seed, searching), found)
+            what, minutes = f"learning rate {rate:g}" if searching else f"seed {seed}", points[-1]["seconds"] / 60
+            print(
+                f"{name} {what}: {steps} steps, {points[-1]['tokens']:,} tokens, validation loss {final(found):.4f}, "
+                f"{minutes:.1f} min in steps, {steps * seconds[name] / 60:.1f} by its clock; about "
+                f"{self.hours_left():.1f} hours are left",
+                flush=True,
+            )
+        return True
+
+
+def final(found: dict[str, Any]) -> float:
+    """The last validation loss of a run."""
+    return found["points"][-1]["loss"]
+
+
+def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -> tuple[float, float]:
+    """95% interval of what ``draw`` computes from a sample drawn with replacement."""
+    rng = np.random.default_rng(0)
+    values = sorted(draw(rng) for _ in range(draws))
+    return float(values[round(0.025 * (draws - 1))]), float(values[round(0.975 * (draws - 1))])

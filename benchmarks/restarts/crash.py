@@ -1,8 +1,8 @@
-"""main.py in a process that kills itself at a named point: what benchmarks/faults.py launches.
+"""main.py in a process that kills itself at a named point; benchmarks/restarts/faults.py launches it.
 
     CRASH="after rename" composer -n 2 -m benchmarks.restarts.crash yamls/quickstart.yaml ...
 
-Without CRASH it is main.py. The process dies of SIGKILL, the ``TIMES``-th time that it comes to the point.
+Without CRASH it is main.py. SIGKILL comes when the process reaches the point for the ``TIMES``-th time.
 """
 
 import io
@@ -22,8 +22,12 @@ from src.train import checkpoint
 TIMES = 2
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Counter:
-    """Dies at the ``TIMES``-th call."""
+    """Kills the process at the ``TIMES``-th call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -37,32 +41,30 @@ class Counter:
             die()
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def nothing(*args: Any) -> None:
+    pass
 
 
-def around(target: Any, name: str, before: Callable[..., Any] | None, after: Callable[..., Any] | None) -> None:
-    """Put calls before and after a method or function of ``target``."""
+def around(target: Any, name: str, before: Callable[..., Any] = nothing, after: Callable[..., Any] = nothing) -> None:
+    """Call ``before`` and ``after`` around a method or function of ``target``, with its arguments."""
     whole = getattr(target, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before(*args)
+        before(*args)
         result = whole(*args, **kwargs)
-        if after is not None:
-            after(*args)
+        after(*args)
         return result
 
     setattr(target, name, wrapped)
 
 
 def is_checkpoint(held: Any) -> bool:
-    """Composer also saves random states, on their way to other processes."""
+    """Composer also calls torch.save to send random states to other processes."""
     return isinstance(held, dict) and "state" in held
 
 
 def in_write(count: Counter) -> None:
-    """When the first half of a checkpoint has reached the disk."""
+    """When half of a checkpoint is on the disk."""
     whole = torch.save
 
     def save(held: Any, file: Any, **options: Any) -> None:
@@ -80,46 +82,43 @@ def in_write(count: Counter) -> None:
 
 def after_write(count: Counter) -> None:
     """Before it is flushed."""
-    around(torch, "save", None, lambda held, *_: count() if is_checkpoint(held) else None)
+    around(torch, "save", after=lambda held, *_: count() if is_checkpoint(held) else None)
 
 
-def before_rename(count: Counter) -> None:
-    around(Path, "replace", lambda old, new: None if "latest" in old.name else count(), None)
-
-
-def after_rename(count: Counter) -> None:
-    around(Path, "replace", None, lambda old, new: None if "latest" in old.name else count())
+def at_rename(old: Path, count: Counter) -> None:
+    if "latest" not in old.name:
+        count()
 
 
 def in_evaluation(count: Counter) -> None:
-    """Training calls it with the outputs that it has."""
-    around(MosaicBert, "eval_forward", lambda model, batch, outputs=None: count() if outputs is None else None, None)
+    """Only in an evaluation: in training, ``outputs`` are given."""
+    around(MosaicBert, "eval_forward", lambda model, batch, outputs=None: count() if outputs is None else None)
 
 
 def in_backward(count: Counter) -> None:
-    """Where the gradient of a loss begins its way."""
-    around(torch.Tensor, "backward", lambda loss, *_: loss.register_hook(lambda gradient: count()), None)
+    """When the gradient of the loss is computed."""
+    around(torch.Tensor, "backward", lambda loss, *_: loss.register_hook(lambda gradient: count()))
 
 
 def in_all_reduce(count: Counter) -> None:
-    """The last process does not come: the others wait within."""
+    """Only the last process, while the others wait for it."""
     if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        around(torch.distributed, "all_reduce", lambda *_: count(), None)
+        around(torch.distributed, "all_reduce", lambda *_: count())
 
 
 POINTS: dict[str, Callable[[Counter], None]] = {
-    "before write": lambda count: around(checkpoint, "write", lambda *_: count(), None),
+    "before write": lambda count: around(checkpoint, "write", lambda *_: count()),
     "in write": in_write,
     "after write": after_write,
-    "before rename": before_rename,
-    "after rename": after_rename,
-    "before latest": lambda count: around(checkpoint.RunFolder, "point_latest", lambda *_: count(), None),
-    "after latest": lambda count: around(checkpoint.RunFolder, "point_latest", None, lambda *_: count()),
+    "before rename": lambda count: around(Path, "replace", lambda old, new: at_rename(old, count)),
+    "after rename": lambda count: around(Path, "replace", after=lambda old, new: at_rename(old, count)),
+    "before latest": lambda count: around(checkpoint.RunFolder, "point_latest", lambda *_: count()),
+    "after latest": lambda count: around(checkpoint.RunFolder, "point_latest", after=lambda *_: count()),
     "in evaluation": in_evaluation,
     "in backward": in_backward,
     "in all-reduce": in_all_reduce,
 }
-"""What makes a process die at a point, by name."""
+"""Arms a point, by its name."""
 
 
 if __name__ == "__main__":

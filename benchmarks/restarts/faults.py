@@ -1,19 +1,17 @@
-"""Kill a small real run, start it again, and compare it batch by batch with one that nobody disturbed.
+"""Kill a small run, start it again, and compare it batch by batch with an undisturbed one.
 
     python -m benchmarks.restarts.faults [--kills 40] [--seed 0] [--processes 2]
         [--out benchmarks/results/faults-cpu.txt]
 
-First the run is killed once at each named point of crash.py, then ``--kills`` times at random: after a
-random step and a random while, one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the
-same command is started again, until it ends by itself. Wikipedia leads, 2 layers of 24, dropout, accumulation, a
-loader's worker, evaluation between steps; on the CPU. A launch takes 10 to 20 s, nearly all of it imports.
+The run is killed once at each named point of crash.py, then ``--kills`` times at random: after a random step and a
+random delay, one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the same command is
+started again, until it ends by itself. Wikipedia leads, 2 layers of 24, dropout, accumulation, a loader worker,
+evaluation between steps; on the CPU. A launch takes 10 to 20 s, nearly all of it imports.
 
-Printed: a line a kill, then kills, those after which the run went on, steps that are missing from the metrics file at
-the end or in it twice, and losses that differ in a bit. The final weights are compared too.
+Prints a line per kill; then the kills, those after which the run continued, steps that the metrics file lacks or has
+twice, and losses that differ in any bit. The final weights are compared too.
 """
 
-import argparse
-import gzip
 import itertools
 import json
 import os
@@ -29,10 +27,9 @@ from pathlib import Path
 
 import torch
 
-import convert_c4
-import train_tokenizer
 from benchmarks import report
 from benchmarks.restarts.crash import POINTS
+from benchmarks.texts import make_shards
 from scripts import quickstart
 from src.train import checkpoint
 
@@ -41,16 +38,9 @@ KILLS_A_RUN = 8
 
 
 def make_data(folder: Path) -> list[str]:
-    """Tokenizer and shards of 300 documents to train on and 90 held out; the run's options."""
+    """Tokenizer and shards of 300 training and 90 validation documents; returns the run's options."""
     documents = list(itertools.islice(quickstart.default_documents(), 390))
-    for name, part in (("train.00000-of-01024", documents[:300]), ("validation.00000-of-00008", documents[300:])):
-        with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in part)
-    tokenizer = str(folder / "tokenizer")
-    text = str(folder / "c4-train.00000-of-01024.json.gz")
-    train_tokenizer.main([text, "--out", tokenizer, "--vocab_size", "1000"])
-    tokens = ["--tokenizer", tokenizer, "--max_seq_len", "32", "--pack", "truncate"]
-    convert_c4.main(["--out_root", str(folder / "mds"), "--splits", "train", "val", "--source", str(folder), *tokens])
+    tokenizer = make_shards(folder, documents[:300], documents[300:], vocabulary=1000, max_seq_len=32)
     shape = "{hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 3, intermediate_size: 40}"
     return [
         f"data_local={folder}/mds",
@@ -72,7 +62,7 @@ def make_data(folder: Path) -> list[str]:
 
 
 class Run:
-    """A run in a folder of its own, launched as often as it takes."""
+    """A run in a folder of its own, launched until it ends."""
 
     def __init__(self, folder: Path, options: list[str], world_size: int):
         self.folder = folder
@@ -88,7 +78,7 @@ class Run:
             return subprocess.Popen(self.command, stdout=output, stderr=output, env=env, start_new_session=True)
 
     def losses(self) -> list[tuple[int, float]]:
-        """Step and loss of each line of the metrics file that has a loss."""
+        """Step and loss of each metrics line that has a loss."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         read = [json.loads(line) for line in lines if line.endswith("}")]
@@ -98,7 +88,7 @@ class Run:
         return max((step for step, _ in self.losses()), default=0)
 
     def saved(self) -> int:
-        """Step of the checkpoint that the next launch goes on from."""
+        """Step of the checkpoint that the next launch resumes."""
         latest = self.folder / checkpoint.LATEST.format(rank=0)
         match = checkpoint.PATTERN.fullmatch(Path(os.readlink(latest)).name) if latest.is_symlink() else None
         return int(match[1]) if match else 0
@@ -109,12 +99,12 @@ class Run:
 
 
 def processes_of(launcher: subprocess.Popen) -> list[int]:
-    """The ranks that a launcher started, by process id."""
+    """The process ids of the ranks that a launcher started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = path.read_text().rsplit(")")[1].split()[1]
-        except OSError:  # it has just ended
+        except OSError:  # it just ended
             continue
         if parent == str(launcher.pid):
             found.append(int(path.parent.name))
@@ -122,7 +112,7 @@ def processes_of(launcher: subprocess.Popen) -> list[int]:
 
 
 def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
-    """What was sent to whom."""
+    """Send a random signal; returns what was sent to whom."""
     number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     target = draw.choice(["a process", "the launcher", "all"])
     ranks = processes_of(launcher)
@@ -134,7 +124,7 @@ def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
 
 
 def disturb(say: report.Printed, run: Run, kill: Callable[[], tuple[subprocess.Popen, str]]) -> bool:
-    """Launch, kill, wait for the end; whether a run was killed, rather than ended before."""
+    """Launch, kill, wait for the end; returns False if the run ended before the kill."""
     launcher, what = kill()
     code = launcher.wait(timeout=300)
     say(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved")
@@ -156,13 +146,13 @@ def at_random(run: Run, steps: int, draw: random.Random) -> tuple[subprocess.Pop
     return launcher, kill_at_random(launcher, draw) if launcher.poll() is None else "nothing"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run, start it again, and compare it with an undisturbed one.")
-    parser.add_argument("--kills", type=int, default=40, help="at random, beside one at each named point")
+def main(argv: list[str]) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--kills", type=int, default=40, help="random kills, besides one at each named point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="file to write what is printed to")
-    args, say = parser.parse_args(), report.Printed()
+    parser.add_argument("--out", type=Path, help="file for what is printed")
+    args, say = parser.parse_args(argv), report.Printed()
     say(f"# {report.described(report.machine('cpu'))}; --kills {args.kills} --seed {args.seed}")
     checkpoint.load_as_data()
     draw = random.Random(args.seed)
@@ -207,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

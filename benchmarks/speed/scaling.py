@@ -1,210 +1,98 @@
-"""How cost grows with length, ranks and model size: measured on this machine, calculated where that cannot be.
+"""How cost grows with length, GPUs and model size: measured on this machine, or calculated.
 
-    python -m benchmarks.speed.scaling [--parts length ranks gpus sizes] [--lengths 128 512] [--rounds 5] [--out FOLDER]
+    python -m benchmarks.speed.scaling [--parts length gpus sizes] [--lengths 128 512] [--rounds 5] [--out FOLDER]
     python -m benchmarks.speed.scaling --toy      # seconds: only that all of it runs
 
 length    A small model (4 layers of 256) trains on 8,192 tokens in sequences of 128 … 8,192 without padding: time and
-          peak memory a token, of ours, of Hugging Face's BERT, and of ours padded with its bias in memory while that
-          takes 2 GiB at most. Arms, checks (up to 2,048 tokens) and memory as in benchmarks/step.py.
-ranks     The same model by DDP over gloo on this machine, 1, 2 and 4 processes of one thread, each with 1,024 tokens a
-          step: time, and the bytes that each hands to all-reduce, which must be 4 a parameter; the gradient must be
-          that of one process on all of the batches.
-gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128, in microbatches of 128: a ring sends
-          2 (n - 1) / n of the gradients' bytes from each GPU (Patarasuk and Yuan, 2009), beside the backward pass of
-          the last microbatch, two thirds of its time, but for the last of DDP's buckets. Assumed: --gpu_tokens_per_s
-          and the bandwidths of LINKS.
-sizes     The YAMLs' models: parameters, FLOPs a real token, memory of weights, gradients and Adam (16 bytes a
-          parameter, fp32) and of what a microbatch of 128 x 128 tokens keeps for the backward pass (in bf16, measured
-          on one and two sequences and extrapolated).
+          peak memory per token of MosaicBERT, of Hugging Face's BERT, and of MosaicBERT padded, while its bias takes at
+          most 2 GiB. Variants, checks (up to 2,048 tokens) and memory as in benchmarks/speed/step.py.
+gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128, in microbatches of 128. A ring sends
+          2 (n - 1) / n of the gradients' bytes from each GPU (Patarasuk and Yuan, 2009). It overlaps with the backward
+          pass of the last microbatch, two thirds of its time, except for the last of DDP's buckets. Assumed:
+          --gpu_tokens_per_s and the bandwidths of LINKS.
+sizes     The YAMLs' models: parameters; FLOPs per token; memory of weights, gradients and Adam (16 bytes per parameter,
+          fp32) and of what the backward pass of a microbatch of 128 x 128 tokens needs (in bf16, measured on one and
+          two sequences and extrapolated).
 
-Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=… rank_bytes=…
+Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=…
 efficiency_512=… parameters_large=…``; the first four are the value at the longest length over that at the shortest.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks import report
+from benchmarks import report, timing
 from benchmarks.speed import step
-from benchmarks.variants import ARMS, Arm, Batch, Shape, check, make_batch
+from benchmarks.variants import VARIANTS, Batch, Shape, Variant, check, make_batch
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SMALL = Shape(layers=4, hidden=256, heads=8, width=1024, vocabulary=4096, dropout=0.0, length=max(LENGTHS))
 TOKENS = max(LENGTHS)
 CHECKED = 2048
-"""Longest sequence in a check, whose plain attention has the square of it."""
+"""Longest sequence in a check: plain attention needs memory for its square."""
 BIAS_LIMIT = 2**31
 
 BUCKET = 25 * 2**20
-"""Bytes of gradients that DDP sends at once."""
+"""Bytes of a bucket, the gradients that DDP sends at once."""
 NODE = 8
+"""GPUs of a node."""
 LINKS = {
     "NVLink 450 GB/s in a node, 8 x 400 Gb/s between nodes": (450e9, 400e9),
     "NVLink 450 GB/s in a node, 1 x 100 Gb/s between nodes": (450e9, 12.5e9),
 }
-"""Bytes a second that an all-reduce gets from the wires; a real one reaches some 80% of it."""
+"""Bytes per second of the links inside a node and between nodes; a real all-reduce reaches some 80% of it."""
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 GLOBAL_TOKENS, MICROBATCH_TOKENS = 4096 * 128, 128 * 128
 YAMLS = ("quickstart", "mosaic_bert", "mosaic_bert_large")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Length
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def batch_of(S: int, tokens: int) -> Batch:
     return make_batch(torch.full((tokens // S,), S), SMALL.vocabulary, 0.3)
 
 
-def arms_at(S: int, tokens: int) -> list[str]:
-    """Those that fit."""
+def variants_at(S: int, tokens: int) -> list[str]:
+    """The variants that fit at a length."""
     bias = 4 * (tokens // S) * SMALL.heads * S * S
     return ["mosaic_bert", "hf_bert", *(["mosaic_bert_padded"] if bias <= BIAS_LIMIT else [])]
 
 
-def peak_bytes(name: str, S: int, tokens: int) -> int:
-    """Of an arm that trains, in this process."""
-    return step.peak_bytes_here(lambda: step.build([name], SMALL, "cpu", torch.float32)[name], batch_of(S, tokens))
-
-
-def peak_bytes_apart(name: str, S: int, tokens: int) -> int:
-    """Of an arm that trains, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.scaling", "--peak_memory", name, str(S), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the process that measures the memory of {name} ended with {done.returncode}: {done.stderr[-500:]}")
-    return int(done.stdout.splitlines()[-1])
-
-
 def length(lengths: list[int], tokens: int, rounds: int, memory: bool) -> list[dict]:
-    """A row for each length and arm."""
+    """A row for each length and variant."""
     rows = []
     for S in lengths:
-        names, batch = arms_at(S, tokens), batch_of(S, tokens)
+        names, batch = variants_at(S, tokens), batch_of(S, tokens)
+        few = make_batch(torch.tensor([min(S, CHECKED), 7]), SMALL.vocabulary, 0.3)
         for name in names:
-            check(ARMS[name], SMALL, "cpu", torch.float32, make_batch(torch.tensor([min(S, CHECKED), 7]), 4096, 0.3))
+            check(VARIANTS[name], SMALL, "cpu", torch.float32, few)
         trained = step.build(names, SMALL, "cpu", torch.float32)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(rounds + 1):
-            for name in names:
-                started = time.perf_counter()
-                trained[name].step(batch)
-                times[name] += [time.perf_counter() - started] if turn else []  # the first warms up
-        del trained
+        runs = {name: partial(trained[name].step, batch) for name in names}
+        times = timing.interleaved(runs, rounds, timing.wall_clock("cpu"), warmup=1)
+        del trained, runs
         for name in names:
             rows.append({"length": S, "arm": name, "us_per_token": 1e6 * min(times[name]) / tokens})
             if memory:
-                rows[-1]["bytes_per_token"] = peak_bytes_apart(name, S, tokens) / tokens
+                peak = report.own_process("benchmarks.speed.scaling", "--peak_memory", name, S, tokens)
+                rows[-1]["bytes_per_token"] = peak / tokens
             print(f"length {S} {name}: {rows[-1]}", flush=True)
     return rows
 
 
-def growth(rows: list[dict], arm: str, field: str) -> float:
-    """Of a value, from the shortest length to the longest."""
-    values = {row["length"]: row[field] for row in rows if row["arm"] == arm}
+def growth(rows: list[dict], variant: str, field: str) -> float:
+    """A value at the longest length over that at the shortest."""
+    values = {row["length"]: row[field] for row in rows if row["arm"] == variant}
     return values[max(values)] / values[min(values)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class MeanLoss(nn.Module):
-    """An arm as a module whose forward is what DDP wraps: a padded batch to its mean loss."""
-
-    def __init__(self, arm: Arm):
-        super().__init__()
-        self.arm, self.model = arm, arm.model
-
-    def forward(self, batch: Batch) -> Tensor:
-        (part,) = self.arm.parts(batch)
-        return self.arm.run(part) / len(part["masked_labels"])
-
-
-def rank_batch(rank: int, tokens: int) -> Batch:
-    batch = batch_of(128, tokens)
-    return {**batch, "input_ids": batch["input_ids"].roll(rank, dims=0), "labels": batch["labels"].roll(rank, dims=1)}
-
-
-def gradients(module: MeanLoss) -> Tensor:
-    grads = [p.grad for p in module.parameters()]
-    return torch.cat([grad.flatten() for grad in grads if grad is not None])
-
-
-def train_rank(rank: int, ranks: int, folder: str, tokens: int, rounds: int) -> None:
-    """One process of a DDP run; the first writes what came of it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    module = MeanLoss(ARMS["mosaic_bert"](SMALL))
-    alone = torch.zeros(())
-    for other in range(ranks):  # the mean of the ranks' gradients, by this process alone
-        module(rank_batch(other, tokens)).backward()
-        alone = alone + gradients(module) / ranks
-        module.zero_grad()
-    sent = [0]
-
-    def counted(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore
-        sent[0] += bucket.buffer().nbytes
-        work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda future: future.value()[0] / ranks)
-
-    ddp = nn.parallel.DistributedDataParallel(module)
-    ddp.register_comm_hook(None, counted)
-    batch = rank_batch(rank, tokens)
-    ddp(batch).backward()
-    torch.testing.assert_close(gradients(module), alone, rtol=1e-4, atol=1e-7)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    times = []
-    for _ in range(rounds):
-        started, sent[0] = time.perf_counter(), 0
-        optimizer.zero_grad()
-        ddp(batch).backward()
-        optimizer.step()
-        times.append(time.perf_counter() - started)
-    parameters = sum(p.numel() for p in module.parameters())
-    assert sent[0] == 4 * parameters, (sent[0], parameters)
-    if rank == 0:
-        row = {"ranks": ranks, "ms": 1e3 * statistics.median(times), "bytes": sent[0], "parameters": parameters}
-        Path(folder, "row.json").write_text(json.dumps(row))
-    dist.destroy_process_group()
-
-
-def ranks(counts: list[int], tokens: int, rounds: int) -> list[dict]:
-    """A row for each number of processes."""
-    rows = []
-    for count in counts:
-        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            spawn(train_rank, (count, folder, tokens, rounds), nprocs=count)
-            row = json.loads(Path(folder, "row.json").read_text())
-        rows.append(row | {"tokens": count * tokens, "tokens_per_s": 1e3 * count * tokens / row["ms"]})
-        print(f"ranks {count}: {row['ms']:.0f} ms a step, {row['bytes']:,} bytes to all-reduce", flush=True)
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# GPUs
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
-    """A row for each network and number of GPUs: calculated."""
+    """A calculated row for each network and number of GPUs."""
     rows = []
     for link, (inside, between) in LINKS.items():
         for n in GPUS:
@@ -227,18 +115,11 @@ def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model size
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def shape_of(name: str) -> Shape:
-    """Of a YAML's model, with base's vocabulary."""
-    path = Path(__file__).parents[2] / "yamls" / f"{name}.yaml"
-    config = yaml.safe_load(path.read_text())["model"]["model_config"]
-    return Shape(
-        config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    )
+    """The size of a YAML's model, with base's vocabulary."""
+    config = yaml.safe_load((report.ROOT / "yamls" / f"{name}.yaml").read_text())["model"]["model_config"]
+    fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    return Shape(*(config[field] for field in fields))
 
 
 def sizes(names: list[str]) -> list[dict]:
@@ -246,25 +127,24 @@ def sizes(names: list[str]) -> list[dict]:
     from src.mosaic_bert import MosaicBert  # Composer takes seconds to import
     from src.train.validate import extrapolated, saved_bytes
 
-    batch = make_batch(torch.tensor([128]), 30528, 0.3)
     rows = []
     for name in names:
-        arm = ARMS["mosaic_bert"](shape_of(name), "cpu", torch.bfloat16)
+        variant = VARIANTS["mosaic_bert"](shape_of(name), "cpu", torch.bfloat16)
         with torch.device("meta"):
-            composer = MosaicBert(arm.model.config)
+            composer = MosaicBert(variant.model.config)
 
-        def kept(sequences: int, arm: Arm = arm) -> int:
-            (part,) = arm.parts(make_batch(torch.full((sequences,), 128), 30528, 0.3))
-            return saved_bytes(arm.model, lambda: arm.run(part))
+        def kept(sequences: int, variant: Variant = variant) -> int:
+            (part,) = variant.parts(make_batch(torch.full((sequences,), 128), 30528, 0.3))
+            return saved_bytes(variant.model, lambda: variant.run(part))
 
-        parameters = sum(p.numel() for p in arm.model.parameters())
+        parameters = sum(p.numel() for p in variant.model.parameters())
         rows.append(
             {
                 "model": name,
-                "layers": arm.shape.layers,
-                "hidden": arm.shape.hidden,
+                "layers": variant.shape.layers,
+                "hidden": variant.shape.hidden,
                 "parameters": parameters,
-                "flops_per_token": composer.flops_per_batch(batch) / 128,
+                "flops_per_token": composer.flops_per_batch(make_batch(torch.tensor([128]), 30528, 0.3)) / 128,
                 "state_bytes": 16 * parameters,
                 "saved_bytes_128x128": extrapolated(kept, 128),
             }
@@ -273,27 +153,14 @@ def sizes(names: list[str]) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All of it
-# ----------------------------------------------------------------------------------------------------------------------
-
 TABLES: dict[str, tuple[str, dict[str, Callable[[dict], str]]]] = {
     "length": (
         "Length: 8,192 tokens, 4 layers of 256, no padding; measured",
         {
-            "arm": lambda r: r["arm"],
+            "variant": lambda r: r["arm"],
             "length": lambda r: f"{r['length']:,}",
-            "us a token": lambda r: f"{r['us_per_token']:.0f}",
-            "bytes a token": lambda r: f"{r['bytes_per_token']:,.0f}" if "bytes_per_token" in r else "",
-        },
-    ),
-    "ranks": (
-        "Ranks: 1,024 tokens each, one thread each, gloo; measured",
-        {
-            "ranks": lambda r: str(r["ranks"]),
-            "ms a step": lambda r: f"{r['ms']:.0f}",
-            "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
-            "bytes to all-reduce": lambda r: f"{r['bytes']:,}",
+            "µs per token": lambda r: f"{r['us_per_token']:.0f}",
+            "bytes per token": lambda r: f"{r['bytes_per_token']:,.0f}" if "bytes_per_token" in r else "",
         },
     ),
     "gpus": (
@@ -301,22 +168,22 @@ TABLES: dict[str, tuple[str, dict[str, Callable[[dict], str]]]] = {
         {
             "network": lambda r: r["link"],
             "GPUs": lambda r: str(r["gpus"]),
-            "MB sent by each": lambda r: f"{r['bytes_per_gpu'] / 1e6:.0f}",
+            "MB sent by each GPU": lambda r: f"{r['bytes_per_gpu'] / 1e6:.0f}",
             "compute, ms": lambda r: f"{r['compute_ms']:.1f}",
             "all-reduce, ms": lambda r: f"{r['reduce_ms']:.1f}",
-            "of it not hidden, ms": lambda r: f"{r['not_hidden_ms']:.1f}",
+            "not overlapped, ms": lambda r: f"{r['not_hidden_ms']:.1f}",
             "efficiency": lambda r: f"{r['efficiency']:.0%}",
         },
     ),
     "sizes": (
-        "Model size: vocabulary 30,528, sequences of 128; calculated, what a microbatch keeps measured",
+        "Model size: vocabulary 30,528, sequences of 128; calculated, activations measured",
         {
             "model": lambda r: r["model"],
             "layers x hidden": lambda r: f"{r['layers']} x {r['hidden']}",
             "M parameters": lambda r: f"{r['parameters'] / 1e6:.1f}",
-            "GFLOP a token": lambda r: f"{r['flops_per_token'] / 1e9:.2f}",
+            "GFLOP per token": lambda r: f"{r['flops_per_token'] / 1e9:.2f}",
             "weights, gradients, Adam, GiB": lambda r: f"{r['state_bytes'] / 2**30:.2f}",
-            "kept by 128 x 128 tokens, GiB": lambda r: f"{r['saved_bytes_128x128'] / 2**30:.2f}",
+            "activations of 128 x 128 tokens, GiB": lambda r: f"{r['saved_bytes_128x128'] / 2**30:.2f}",
         },
     ),
 }
@@ -330,31 +197,22 @@ def table(part: str, rows: list[dict]) -> str:
 def publish(folder: Path, measured: dict[str, Any]) -> None:
     """Add parts to the folder's results."""
     path = folder / "scaling-cpu.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known |= measured
-    report.write_json(path, known)
-    lines = [
-        "# How cost grows",
-        "",
-        "By `python -m benchmarks.speed.scaling`, whose first lines say what each figure is.",
-        "",
-    ]
+    known = (json.loads(path.read_text()) if path.exists() else {}) | measured
+    lines = []
     for part in (part for part in TABLES if part in known):
         about = f"{report.described(known[part]['machine'])}. `{known[part]['command']}`"
         lines += [f"## {TABLES[part][0]}", "", about, "", table(part, known[part]["rows"]), ""]
-    path.with_suffix(".md").write_text("\n".join(lines))
+    report.write_page(path, "How cost grows", "benchmarks.speed.scaling", lines, known)
 
 
 def summary(rows: dict[str, list[dict]]) -> str:
     """The last line."""
     fields = {}
     if "length" in rows:
-        for prefix, arm in (("", "mosaic_bert"), ("hf_", "hf_bert")):
-            fields[f"{prefix}time_per_token"] = f"{growth(rows['length'], arm, 'us_per_token'):.3f}"
+        for prefix, variant in (("", "mosaic_bert"), ("hf_", "hf_bert")):
+            fields[f"{prefix}time_per_token"] = f"{growth(rows['length'], variant, 'us_per_token'):.3f}"
             if "bytes_per_token" in rows["length"][0]:
-                fields[f"{prefix}memory_per_token"] = f"{growth(rows['length'], arm, 'bytes_per_token'):.3f}"
-    if "ranks" in rows:
-        fields["rank_bytes"] = rows["ranks"][-1]["bytes"]
+                fields[f"{prefix}memory_per_token"] = f"{growth(rows['length'], variant, 'bytes_per_token'):.3f}"
     if "gpus" in rows:
         fields["efficiency_512"] = f"{next(r['efficiency'] for r in rows['gpus'] if r['gpus'] == 512):.3f}"
     if "sizes" in rows:
@@ -364,25 +222,32 @@ def summary(rows: dict[str, list[dict]]) -> str:
 
 def main(argv: list[str]) -> None:
     """Measure, calculate, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=[*TABLES], default=[*TABLES])
-    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=[*LENGTHS], help="of the first part")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", choices=LENGTHS, default=[*LENGTHS], help="of the part length"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gpu_tokens_per_s", type=float, default=400_000, help="of a GPU (default: an H100's goal)")
-    parser.add_argument("--out", type=Path, help="folder for scaling-cpu.json and .md, which are added to")
+    parser.add_argument(
+        "--gpu_tokens_per_s",
+        type=float,
+        default=400_000,
+        help="default: an H100's goal",
+    )
+    parser.add_argument("--out", type=Path, help="folder for scaling-cpu.json and .md; other parts there are kept")
     parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
     parser.add_argument("--peak_memory", nargs=3, help=argparse.SUPPRESS)  # the process that measures it
     args = parser.parse_args(argv)
     if args.peak_memory:
         name, S, tokens = args.peak_memory
-        print(peak_bytes(name, int(S), int(tokens)))
+        batch = batch_of(int(S), int(tokens))
+        print(step.peak_bytes_here(lambda: step.build([name], SMALL, "cpu", torch.float32)[name], batch))
         return
-    lengths, tokens, per_rank, counts, models = args.lengths, TOKENS, 1024, [1, 2, 4], [*YAMLS]
+    lengths, tokens, models = args.lengths, TOKENS, [*YAMLS]
     if args.toy:
-        lengths, tokens, per_rank, counts, models, args.rounds = [128, 256], 256, 128, [2], ["quickstart"], 1
+        lengths, tokens, models, args.rounds = [128, 256], 256, ["quickstart"], 1
     run: dict[str, Callable[[], list[dict]]] = {
         "length": lambda: length(lengths, tokens, args.rounds, memory=not args.toy),
-        "ranks": lambda: ranks(counts, per_rank, 2 * args.rounds),
         "gpus": lambda: gpus(137_000_000, args.gpu_tokens_per_s),
         "sizes": lambda: sizes(models),
     }

@@ -1,17 +1,15 @@
-"""Start-up of a run: seconds from main.py's first line to the end of its first step, and where they go.
+"""Start-up of a run: seconds from main.py's first line to the end of its first step, by part.
 
     python -m benchmarks.speed.startup [--runs 5] [--out FILE] [YAML key=value ...]
 
-Without a YAML it is the quickstart's, whose data `make quickstart` has made. Each run is a process of its own, which
-stops after its first step and saves nothing. The launcher's own start comes before and is not in it. Last line, of the
-fastest run: ``startup seconds=… imports=… build=… first_step=…``.
+The default YAML is the quickstart's, whose data `make quickstart` makes. Each run is a process of its own, which stops
+after its first step and saves nothing. The launcher's own start is not counted. Last line, of the fastest run:
+``startup seconds=… imports=… build=… first_step=…``.
 """
 
-import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ QUIET = ("save_folder=null", "loggers={}", "progress_bar=false", "autoresume=fal
 
 
 def child(argv: list[str]) -> None:
-    """Be main.py until the first step is done; print the seconds of PARTS."""
+    """Run main.py until its first step is done; print the seconds of PARTS."""
     times = [time.perf_counter()]
     import main
     from src.train import builders, run
@@ -39,7 +37,7 @@ def child(argv: list[str]) -> None:
         def fit(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
             self.state.callbacks.append(Clock())
             times.append(time.perf_counter())
-            super().fit(duration="1ba")  # and an evaluation, which does not count
+            super().fit(duration="1ba")  # then it evaluates, which does not count
 
     builders.Trainer = OneStep
     run.print_evaluation = lambda trainer: None
@@ -48,20 +46,11 @@ def child(argv: list[str]) -> None:
     print(json.dumps(dict(zip(PARTS, seconds, strict=True))))
 
 
-def measure(argv: list[str]) -> dict[str, float]:
-    """Seconds of each part, of one run."""
-    command = [sys.executable, "-m", "benchmarks.speed.startup", "--child", *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the run ended with {done.returncode}: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(argv: list[str]) -> None:
     """Print the parts of each run, and the fastest."""
     if argv[:1] == ["--child"]:
         return child(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file for what is printed")
     parser.add_argument("run", nargs="*", default=["yamls/quickstart.yaml"], metavar="YAML key=value")
@@ -71,7 +60,7 @@ def main(argv: list[str]) -> None:
     output(f"# {report.described(report.machine('cpu'))}; {' '.join(args.run)}")
     runs = []
     for number in range(args.runs):
-        runs.append(measure(args.run))
+        runs.append(report.own_process("benchmarks.speed.startup", "--child", *args.run))
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runs[-1].items())
         output(f"run {number + 1}: {sum(runs[-1].values()):.2f} s: {parts}")
     output(f"median {statistics.median(sum(run.values()) for run in runs):.2f} s")

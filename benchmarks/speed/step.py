@@ -1,57 +1,48 @@
-"""A training step, ours beside what a user would run instead: same batches, same optimizer, one process, interleaved.
+"""A training step of MosaicBERT and of its baselines: same batches, same optimizer, one process, interleaved.
 
     python -m benchmarks.speed.step [--lengths 128 512 2048] [--fill c4 1.0] [--arms …] [--rounds 15] [--out FOLDER]
     python -m benchmarks.speed.step --toy      # seconds: only that all of it runs
 
-The arms are those of benchmarks/variants.py. Before an arm is timed, its loss and gradients are compared with those of
-the same weights run plainly (two layers of the same widths, on the same batch); one that is off gets no time, and ours
-being off ends the run with status 1.
+The variants are those of benchmarks/variants.py. Before a variant is timed, its loss and gradients are compared with
+those of the same weights in a plain implementation (two layers of the same widths, on the same batch). A baseline above
+the tolerance is not timed; for MosaicBERT the run ends with exit status 1.
 
-In each round each arm makes a step (forward, loss, backward, fused AdamW) on the same batch, and our step's matrix
-products run once more alone, on inputs of the same shapes and strides. Printed: real tokens a second (from minima), the
-median over rounds of the ratio of times to ours beside the ratio of FLOPs (counted as the arms run, padding included),
-peak memory, and the share of our step that is not matrix products. Lengths: all S long (fill 1.0), or like C4's (c4):
-lognormal, median 250 and mean 430 tokens, cut at S, in even quantiles, padded to the longest of the batch.
+In each round each variant makes a step (forward, loss, backward, fused AdamW) on the same batch, and the matrix
+products of our step run once more alone, on inputs of the same shapes and strides. Reported: tokens per second
+(padding not counted) from the fastest round; the median over rounds of the ratio of times to ours, and the ratio of
+FLOPs (counted as a variant runs, padding included); peak memory; and the share of our step that is not matrix products.
+Lengths: all S long (fill 1.0), or like C4's (c4): lognormal, median 250 and mean 430 tokens, cut at S, in even
+quantiles, padded to the longest of the batch.
 
-Memory is that of weights, gradients, AdamW's moments and a step: on a CPU what a process of its own holds at most above
-what it held before it made the model, on a GPU what torch's allocator gave out at most.
+Peak memory counts weights, gradients, AdamW's moments and a step: on a CPU, what a process of its own holds above what
+it held before it made the model; on a GPU, what torch's allocator gave out.
 
 Last line: ``step overhead_share=… vs_hf_128=… flop_ratio_128=… … vs_strong=… vs_modernbert=… device=… layers=…``.
-Ratios above 1 mean that ours is faster; vs_hf_S is that at C4's lengths (with _full at fill 1.0), vs_strong and
-vs_modernbert (at equal parameters) are the lowest over all lengths and fills of the run. Imports neither Composer nor
+A ratio above 1 means that ours is faster. vs_hf_S is at C4's lengths (vs_hf_S_full at fill 1.0); vs_strong and
+vs_modernbert (at equal parameters) are the lowest over all lengths and fills of the run. Needs neither Composer nor
 streaming.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import report
-from benchmarks.variants import (
-    ARMS,
-    Arm,
-    Batch,
-    Shape,
-    c4_like_lengths,
-    check,
-    family,
-    make_batch,
-    runnable,
-    step_flops,
-)
+from benchmarks import report, timing
+from benchmarks.variants import VARIANTS, Batch, Shape, Variant, c4_like_lengths, check, family, make_batch, step_flops
 
 OURS = "mosaic_bert"
-RIVALS = {"vs_strong": "hf_strong", "vs_modernbert": "modernbert"}
+LOWEST = {"vs_strong": "hf_strong", "vs_modernbert": "modernbert"}
 TOY = Shape(layers=2, hidden=64, heads=4, width=128, vocabulary=512)
+SETTINGS = ("layers", "length", "fill", "tokens", "masked")
+"""Results with the same of these replace each other."""
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -71,62 +62,61 @@ class MatrixProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _like(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the same layout; one tensor serves all calls that want this layout."""
+        """A tensor of the same layout; calls with the same layout share it."""
         key = (x.shape, x.stride(), x.dtype, x.device)
         if key not in self._inputs:
             y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             self._inputs[key] = y.normal_() if 0 not in x.stride() else y.zero_()
         return self._inputs[key]
 
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
 
 class Trained:
-    """An arm with its optimizer, which arms of one family share, as they share their parameters."""
+    """A variant with its optimizer; variants of one family share both parameters and optimizer."""
 
-    def __init__(self, arm: Arm, optimizer: torch.optim.Optimizer):
-        self.arm, self.optimizer = arm, optimizer
+    def __init__(self, variant: Variant, optimizer: torch.optim.Optimizer):
+        self.variant, self.optimizer = variant, optimizer
 
     def step(self, batch: Batch) -> None:
-        self.arm.backward(batch)
+        self.variant.backward(batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state_bytes(self) -> int:
-        """Of weights and the optimizer's moments."""
-        tensors = [*self.arm.model.parameters()]
+        """Bytes of weights and of the optimizer's moments."""
+        tensors = [*self.variant.model.parameters()]
         tensors += [x for state in self.optimizer.state.values() for x in state.values() if x.dim()]
         return sum(x.nbytes for x in tensors)
 
 
 def build(names: list[str], shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Trained]:
-    """The arms, ready to train."""
+    """The named variants, ready to train."""
     torch.manual_seed(0)
     first: dict[str, Trained] = {}
     trained = {}
     for name in names:
-        arm, kind = ARMS[name](shape, device, dtype), family(name)
+        variant, kind = VARIANTS[name](shape, device, dtype), family(name)
         if kind in first:
-            arm.share(first[kind].arm)
-            trained[name] = Trained(arm, first[kind].optimizer)
+            variant.share(first[kind].variant)
+            trained[name] = Trained(variant, first[kind].optimizer)
         else:
-            optimizer = torch.optim.AdamW(arm.model.parameters(), lr=1e-4, fused=True)
-            trained[name] = first[kind] = Trained(arm, optimizer)
+            optimizer = torch.optim.AdamW(variant.model.parameters(), lr=1e-4, fused=True)
+            trained[name] = first[kind] = Trained(variant, optimizer)
     return trained
 
 
 def lengths_of(S: int, fill: str, tokens: int) -> torch.Tensor:
-    """(B,) lengths of a batch of about ``tokens`` tokens if all were S long; at C4's lengths 8 sequences at least."""
+    """(B,) lengths of a batch of about ``tokens`` padded tokens; with C4's lengths at least 8 sequences."""
     if fill == "c4":
         return c4_like_lengths(max(8, tokens // S), S)
     return torch.full((max(1, tokens // S),), S)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def peak_bytes_cuda(trained: Trained, batch: Batch) -> int:
-    """Of weights, optimizer and a step; the other arms' are left out."""
+    """Peak memory of weights, optimizer and a step, without those of other variants."""
     trained.step(batch)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -137,7 +127,7 @@ def peak_bytes_cuda(trained: Trained, batch: Batch) -> int:
 
 
 def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
-    """Of making an arm and two steps, in this process, which must have done nothing large before (Linux)."""
+    """Peak memory of making a variant and of two steps, in a process that has allocated nothing large (Linux)."""
 
     def status(field: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -152,205 +142,155 @@ def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
 
 
 def peak_bytes_apart(name: str, S: int, fill: str, args: argparse.Namespace) -> int:
-    """``peak_bytes_here`` of an arm in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.step", "--peak_memory", name]
-    command += [
-        "--lengths",
-        str(S),
-        "--fill",
-        fill,
-        "--tokens",
-        str(args.tokens),
-        "--layers",
-        str(args.layers),
-        "--masked",
-        str(args.masked),
-    ]
-    done = subprocess.run(command + ["--toy"] * args.toy, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the process that measures the memory of {name} ended with {done.returncode}: {done.stderr[-500:]}")
-    return int(done.stdout.splitlines()[-1])
+    """``peak_bytes_here`` of a variant in a process of its own."""
+    options = {"lengths": S, "fill": fill, "tokens": args.tokens, "layers": args.layers, "masked": args.masked}
+    arguments = [x for option, value in options.items() for x in (f"--{option}", value)]
+    return report.own_process("benchmarks.speed.step", "--peak_memory", name, *arguments, *["--toy"] * args.toy)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Time
-# ----------------------------------------------------------------------------------------------------------------------
+def checked(
+    name: str, trained: Trained, batch: Batch, S: int, fill: str, args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """Errors, parameters, FLOPs and peak memory of a variant; None: it is wrong or does not fit, and is not timed."""
+    where = f"S={S} fill={fill} {name}"
+    try:
+        loss, gradients = check(VARIANTS[name], args.shape, args.device, args.dtype, batch)
+        trained.step(batch)  # warm up
+    except torch.OutOfMemoryError as error:
+        if name == OURS:
+            sys.exit(f"{where}: does not fit; lower --tokens: {str(error).splitlines()[0]}")
+        print(f"{where}: does not fit: {str(error).splitlines()[0]}", flush=True)
+        return None
+    except ValueError as error:
+        if name.startswith(OURS):
+            sys.exit(f"{where}: wrong: {error}")
+        print(f"{where}: not timed: {error}", flush=True)
+        return None
+    row = {
+        "parameters": sum(p.numel() for p in trained.variant.model.parameters()),
+        "loss_error": loss,
+        "gradient_error": gradients,
+        "flops": step_flops(trained.variant, batch),
+    }
+    if args.device == "cuda":
+        row["peak_bytes"] = peak_bytes_cuda(trained, batch)
+    elif args.memory:
+        row["peak_bytes"] = peak_bytes_apart(name, S, fill, args)
+    return row
 
 
-def measure(S: int, fill: str, names: list[str], trained: dict[str, Trained], args: argparse.Namespace) -> dict:
-    """One length and fill, all arms: what goes into the results."""
-    shape, device = args.shape, args.device
-    batch = make_batch(lengths_of(S, fill, args.tokens), shape.vocabulary, args.masked)
-    real, arms = int(batch["attention_mask"].sum()), {}
-    for name in names:
-        arm = trained[name].arm
-        try:
-            loss, gradients = check(ARMS[name], shape, device, args.dtype, batch)
-            trained[name].step(batch)  # warm
-        except torch.OutOfMemoryError as error:
-            if name == OURS:
-                sys.exit(f"S={S} fill={fill}: ours does not fit; lower --tokens: {str(error).splitlines()[0]}")
-            print(f"S={S} fill={fill} {name}: does not fit: {str(error).splitlines()[0]}", flush=True)
-            continue
-        except ValueError as error:
-            if name.startswith(OURS):
-                sys.exit(f"S={S} fill={fill} {name}: wrong: {error}")
-            print(f"S={S} fill={fill} {name}: no time is taken: {error}", flush=True)
-            continue
-        arms[name] = {
-            "parameters": sum(p.numel() for p in arm.model.parameters()),
-            "loss_error": loss,
-            "gradient_error": gradients,
-            "flops": step_flops(arm, batch),
-        }
-        if device == "cuda":
-            arms[name]["peak_bytes"] = peak_bytes_cuda(trained[name], batch)
-        elif args.memory:
-            arms[name]["peak_bytes"] = peak_bytes_apart(name, S, fill, args)
-
-    def timed(run: Callable[..., Any], *inputs: Any) -> float:
-        started = time.perf_counter()
-        run(*inputs)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
+def measure(S: int, fill: str, trained: dict[str, Trained], args: argparse.Namespace) -> dict:
+    """The results of all variants at one length and fill."""
+    batch = make_batch(lengths_of(S, fill, args.tokens), args.shape.vocabulary, args.masked)
+    tokens = int(batch["attention_mask"].sum())
+    found = {name: checked(name, each, batch, S, fill, args) for name, each in trained.items()}
+    rows = {name: row for name, row in found.items() if row is not None}
     with MatrixProducts() as products:
         trained[OURS].step(batch)
-    times: dict[str, list[float]] = {name: [] for name in [*arms, "products"]}
-    for _ in range(args.rounds):
-        for name in arms:
-            times[name].append(timed(trained[name].step, batch))
-        times["products"].append(timed(lambda: [call() for call in products.calls]))
-    for name, arm in arms.items():
-        ratios = [b / a for a, b in zip(times[OURS], times[name], strict=True)]
-        arm |= {
+    runs = {name: partial(trained[name].step, batch) for name in rows}
+    times = timing.interleaved({**runs, "products": products.run}, args.rounds, timing.wall_clock(args.device))
+    for name, row in rows.items():
+        median, low, high = timing.ratios(times[OURS], times[name])
+        row |= {
             "seconds": min(times[name]),
             "seconds_median": statistics.median(times[name]),
-            "tokens_per_s": real / min(times[name]),
-            "flops_per_s": arm["flops"] / min(times[name]),
-            "time_ratio": statistics.median(ratios),
-            "time_ratio_low": min(ratios),
-            "time_ratio_high": max(ratios),
-            "flop_ratio": arm["flops"] / arms[OURS]["flops"],
+            "tokens_per_s": tokens / min(times[name]),
+            "flops_per_s": row["flops"] / min(times[name]),
+            "time_ratio": median,
+            "time_ratio_low": low,
+            "time_ratio_high": high,
+            "flop_ratio": row["flops"] / rows[OURS]["flops"],
         }
     return {
         "length": S,
         "fill": fill,
-        "layers": shape.layers,
-        "tokens": args.tokens,
-        "masked": args.masked,
-        "rounds": args.rounds,
+        **{name: getattr(args, name) for name in ("layers", "tokens", "masked", "rounds")},
         "sequences": len(batch["input_ids"]),
         "longest": batch["input_ids"].shape[1],
-        "real_tokens": real,
-        "real_share": real / batch["input_ids"].numel(),
+        "real_tokens": tokens,
+        "real_share": tokens / batch["input_ids"].numel(),
         "products_seconds": min(times["products"]),
         "overhead_share": 1 - min(times["products"]) / min(times[OURS]),
-        "arms": arms,
-        "machine": report.machine(device),
+        "arms": rows,
+        "machine": report.machine(args.device),
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-# ----------------------------------------------------------------------------------------------------------------------
+HEADER = ["variant", "M parameters", "tokens/s", "time / ours, median (range)", "FLOPs / ours", "TFLOP/s", "peak GiB"]
+HEADER += ["error of loss, gradients"]
 
 
-def rows(cell: dict) -> Iterator[list[str]]:
-    """A line of the table for each arm."""
-    for name, arm in cell["arms"].items():
-        memory = f"{arm['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in arm else ""
-        yield [
+def cells_of(result: dict) -> list[list[str]]:
+    """A row of the table for each variant."""
+    return [
+        [
             name,
-            f"{arm['parameters'] / 1e6:.1f}",
-            f"{arm['tokens_per_s']:,.0f}",
-            f"{arm['time_ratio']:.2f} ({arm['time_ratio_low']:.2f} to {arm['time_ratio_high']:.2f})",
-            f"{arm['flop_ratio']:.2f}",
-            f"{arm['flops_per_s'] / 1e12:.3g}",
-            memory,
-            f"{arm['loss_error']:.0e}, {arm['gradient_error']:.0e}",
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['flops_per_s'] / 1e12:.3g}",
+            f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else "",
+            f"{row['loss_error']:.0e}, {row['gradient_error']:.0e}",
         ]
+        for name, row in result["arms"].items()
+    ]
 
 
-HEADER = ["arm", "M parameters", "real tokens/s", "time / ours, median (range)", "FLOPs / ours", "TFLOP/s", "peak GiB"]
-
-
-def heading(cell: dict) -> str:
+def heading(result: dict) -> str:
     return (
-        f"S={cell['length']} fill={cell['fill']}: {cell['sequences']} sequences, longest {cell['longest']}, "
-        f"{cell['real_tokens']:,} real tokens ({cell['real_share']:.0%}), {cell['layers']} layers, "
-        f"{cell['masked']:.0%} masked, {cell['rounds']} rounds; beside its matrix products "
-        f"{cell['overhead_share']:.0%} of our step"
+        f"S={result['length']} fill={result['fill']}: {result['sequences']} sequences, longest {result['longest']}, "
+        f"{result['real_tokens']:,} tokens ({result['real_share']:.0%} of the padded batch), {result['layers']} "
+        f"layers, {result['masked']:.0%} masked, {result['rounds']} rounds; non-matmul overhead of our step: "
+        f"{result['overhead_share']:.0%}"
     )
 
 
-def publish(folder: Path, device: str, cells: list[dict], command: str) -> None:
-    """Add cells to the folder's results, in the place of those of the same settings."""
+def publish(folder: Path, device: str, result: dict) -> None:
+    """Add a result to the folder's, in place of one with the same SETTINGS."""
     path = folder / f"step-{device}.json"
-    known = json.loads(path.read_text()) if path.exists() else []
-    merged = {tuple(c[k] for k in ("layers", "length", "fill", "tokens", "masked")): c for c in known}
-    for cell in cells:
-        key = tuple(cell[k] for k in ("layers", "length", "fill", "tokens", "masked"))
-        merged[key] = {**cell, "command": command}
-    ordered = [merged[key] for key in sorted(merged)]
-    report.write_json(path, ordered)
-    parts = [
-        "# A training step",
-        "",
-        "Made by `python -m benchmarks.speed.step`, whose first lines say what is measured.",
-        "",
-    ]
-    for cell in ordered:
-        parts += [f"## {heading(cell)}", "", f"{report.described(cell['machine'])}. `{cell['command']}`", ""]
-        parts += [report.table([*HEADER, "error of loss, gradients"], list(rows(cell))), ""]
-    path.with_suffix(".md").write_text("\n".join(parts))
+    known = [*json.loads(path.read_text()), result] if path.exists() else [result]
+    merged = {tuple(each[name] for name in SETTINGS): each for each in known}
+    ordered, lines = [merged[key] for key in sorted(merged)], []
+    for each in ordered:
+        lines += [f"## {heading(each)}", "", f"{report.described(each['machine'])}. `{each['command']}`", ""]
+        lines += [report.table(HEADER, cells_of(each)), ""]
+    report.write_page(path, "A training step", "benchmarks.speed.step", lines, ordered)
 
 
-def summary(cells: list[dict], args: argparse.Namespace) -> str:
+def summary(results: list[dict], args: argparse.Namespace) -> str:
     """The last line."""
-    whole = sum(cell["arms"][OURS]["seconds"] for cell in cells)
-    fields = [f"overhead_share={1 - sum(cell['products_seconds'] for cell in cells) / whole:.3f}"]
-    for cell in cells:
-        if "hf_bert" in cell["arms"]:
-            label, arm = f"{cell['length']}{'' if cell['fill'] == 'c4' else '_full'}", cell["arms"]["hf_bert"]
-            fields += [f"vs_hf_{label}={arm['time_ratio']:.3f}", f"flop_ratio_{label}={arm['flop_ratio']:.3f}"]
-    for field, name in RIVALS.items():
-        ratios = [cell["arms"][name]["time_ratio"] for cell in cells if name in cell["arms"]]
+    whole = sum(result["arms"][OURS]["seconds"] for result in results)
+    fields = [f"overhead_share={1 - sum(result['products_seconds'] for result in results) / whole:.3f}"]
+    for result in results:
+        if "hf_bert" in result["arms"]:
+            label, row = f"{result['length']}{'' if result['fill'] == 'c4' else '_full'}", result["arms"]["hf_bert"]
+            fields += [f"vs_hf_{label}={row['time_ratio']:.3f}", f"flop_ratio_{label}={row['flop_ratio']:.3f}"]
+    for field, name in LOWEST.items():
+        ratios = [result["arms"][name]["time_ratio"] for result in results if name in result["arms"]]
         fields += [f"{field}={min(ratios):.3f}"] if ratios else []
     return f"step {' '.join(fields)} device={args.device} layers={args.layers}"
 
 
 def main(argv: list[str]) -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--fill", nargs="+", choices=("c4", "1.0"), default=["c4", "1.0"])
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=[*ARMS],
-        help="beside ours (default: all that run on the device; mosaic_bert_compiled only on a GPU)",
-    )
+    default = "default: all; mosaic_bert_compiled only on a GPU"
+    parser.add_argument("--arms", nargs="+", choices=[*VARIANTS], help=f"variants to compare with ours ({default})")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--tokens", type=int, help="padded tokens of a batch (default: 4,096 on a CPU, 65,536 on a GPU)"
-    )
+    parser.add_argument("--tokens", type=int, help="padded tokens of a batch (default: CPU 4,096, GPU 65,536)")
     parser.add_argument("--masked", type=float, default=0.3, help="share of tokens masked")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    report.add_device(parser)
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="on a CPU: measure no peak memory")
-    parser.add_argument(
-        "--out", type=Path, help="folder for step-DEVICE.json and .md; what is there is kept and added to"
-    )
+    parser.add_argument("--out", type=Path, help="folder for step-DEVICE.json and .md; other results there are kept")
     parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
-    parser.add_argument("--peak_memory", choices=[*ARMS], help=argparse.SUPPRESS)  # the process that measures it
+    parser.add_argument("--peak_memory", choices=[*VARIANTS], help=argparse.SUPPRESS)  # the process that measures it
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is found; leave --device out to measure on the CPU")
-    missing = [name for name in args.arms or () if name not in runnable(args.device)]
-    if missing:
-        parser.error(f"{', '.join(missing)}: not on this device; choose from {', '.join(runnable(args.device))}")
+        parser.error("no CUDA device found; leave out --device to measure on the CPU")
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     args.tokens = args.tokens or (65536 if args.device == "cuda" else 4096)
     args.shape = Shape(layers=args.layers, length=max([512, *args.lengths]))
@@ -358,24 +298,23 @@ def main(argv: list[str]) -> None:
         args.layers, args.tokens, args.rounds, args.memory = 2, 256, 2, False
         args.lengths, args.shape = [128], TOY
     if args.peak_memory:
-        (S,), (fill,) = args.lengths, args.fill
+        (S,), (fill,), name = args.lengths, args.fill, args.peak_memory
         batch = make_batch(lengths_of(S, fill, args.tokens), args.shape.vocabulary, args.masked)
-        name = args.peak_memory
         print(peak_bytes_here(lambda: build([name], args.shape, args.device, args.dtype)[name], batch))
         return
 
-    default = [name for name in runnable(args.device) if args.device == "cuda" or not name.endswith("_compiled")]
-    names = [OURS, *(name for name in args.arms or default if name != OURS)]
+    chosen = args.arms or [name for name in VARIANTS if args.device == "cuda" or name != "mosaic_bert_compiled"]
     print(f"# {report.described(report.machine(args.device))}, {args.dtype}", flush=True)
-    trained, cells = build(names, args.shape, args.device, args.dtype), []
+    trained = build(list(dict.fromkeys([OURS, *chosen])), args.shape, args.device, args.dtype)
+    results = []
     for S in args.lengths:
         for fill in args.fill:
-            cell = measure(S, fill, names, trained, args)
-            cells.append(cell)
-            print(f"{heading(cell)}\n{report.table(HEADER, [row[:-1] for row in rows(cell)])}", flush=True)
+            result = measure(S, fill, trained, args)
+            results.append({**result, "command": f"python -m benchmarks.speed.step {' '.join(argv)}"})
+            print(f"{heading(result)}\n{report.table(HEADER, cells_of(result))}", flush=True)
             if args.out is not None:
-                publish(args.out, args.device, [cell], f"python -m benchmarks.speed.step {' '.join(argv)}")
-    print(summary(cells, args))
+                publish(args.out, args.device, results[-1])
+    print(summary(results, args))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """From MDS shards to the microbatches that the model takes.
 
-    tokenizer       loading, saving, fingerprints, the first tokens of a text without tokenizing all of it
-    shards          index.json and its files: checks, reading
-    streaming       mosaicml-streaming 0.13 with its faults repaired
-    order           grouping by length, repeated samples
-    masking         samples -> padded, masked batch
-    microbatches    padded batch -> unpadded microbatches with their layout
-    shared_memory   removal of what killed runs left in /dev/shm
+source          a dataset's place and weight             shards         index.json and its files: checks, reading
+streaming       mosaicml-streaming 0.13, repaired        order          grouping by length, repeated samples
+tokenizer       loading, saving, fingerprints            cutting        the first tokens of a text, and crops of it
+masking         samples -> padded, masked batch          microbatches   padded batch -> unpadded microbatches
+unigram         the loss of word frequencies alone       shared_memory  removal of what killed runs left in /dev/shm
 
 data_c4.py, one folder up, puts them together.
 """

@@ -5,5 +5,5 @@ builders      config -> Trainer                              models, optim, data
 callbacks     what acts on a run                             monitors     what is logged
 checkpoint    atomic checkpoints, fallback to the previous   resume       what may change between starts
 weights       pretrained weights into any model              processes    ranks and loader workers
-validate      main.py --validate
+run           train, evaluate: a run from its config          validate     main.py --validate
 """
