@@ -16,7 +16,7 @@ def test_a_folder_names_its_files(folder):
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in folder.glob("*/__init__.py")}
     if folder.name == "benchmarks":
-        files -= {"report", "texts", "variants"}  # helpers of the measurements
+        files -= {"report", "texts", "timing", "variants"}  # helpers of the measurements
     assert files | folders <= words, files | folders - words
 
 
