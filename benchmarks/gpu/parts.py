@@ -106,8 +106,8 @@ class Training:
     """Our model and its optimizer, on microbatches as the product cuts them."""
 
     def __init__(self, dropout: float):
-        self.model = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE).model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.variant = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE)
+        self.optimizer = torch.optim.AdamW(self.variant.model.parameters(), lr=1e-4, fused=True)
 
     def microbatch(self, B: int, S: int, fill: str) -> Batch:
         """A microbatch of B sequences, on the host."""
@@ -119,10 +119,8 @@ class Training:
         masked = sum(part["num_masked"] for part in parts)
         for part in parts:
             part = to_device(part, DEVICE, copy == "pinned") if copy != "before" else part
-            layout = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
-            with torch.autocast(DEVICE, DTYPE, enabled=not TOY):
-                output = self.model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"])
-            (output.loss_sum / masked).backward()
+            part["layout"] = Layout(part["cu_seqlens"], part["max_seqlen"], part["tables"])
+            (self.variant.run(part) / masked).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -49,6 +49,6 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
     assert done.returncode == 1 and "FAILED: tiles: 1" in done.stdout
     assert {name: part["status"] for name, part in parts.items()} == {"environment": "0", "tiles": "1", "compiled": "0"}
     done, _ = run(ONLY="curve enviroment")
-    assert done.returncode == 2 and "there is no part enviroment; parts: environment tests" in done.stderr
+    assert done.returncode == 2 and "unknown part enviroment; parts: environment tests" in done.stderr
     done, parts = run(ONLY="environment curve", BUDGET="14")
     assert done.returncode == 1 and [part["status"] for part in parts.values()] == ["no time"] * 2
