@@ -6,7 +6,7 @@
 #   ONLY="tests curve" bash benchmarks/gpu/run.sh   some of them
 #   TOY=1 bash benchmarks/gpu/run.sh                on a CPU, interpreted, at toy size: only that all parts run
 #
-# PYTHON: interpreter. OUT: folder for gpu.json, log.txt, profile.txt. BUDGET: seconds for all parts. SCALE: factor of
+# PYTHON: interpreter. OUT: folder for gpu.json and log.txt. BUDGET: seconds for all parts. SCALE: factor of
 # the limits. The exit status is 1 if a part failed, or was left out because no time was left.
 set -u
 cd "$(dirname "$0")/../.." || exit
@@ -70,6 +70,5 @@ run rowwise 80 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases hea
 run tiles 120 benchmarks.kernels.tune "${toy[@]}" --head_sizes 64
 run compiled 90 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
 run modernbert 90 "${step[@]}" --arms modernbert --lengths 512
-cp "$WORK"/profile/profile.txt "$OUT" 2>/dev/null
 "$PYTHON" -m benchmarks.gpu.results summary "$OUT" | tee -a "$OUT/log.txt"
 exit "${PIPESTATUS[0]}"

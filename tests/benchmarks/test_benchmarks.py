@@ -180,7 +180,9 @@ def test_ratio_interval_and_worth():
     assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
     low, high = time_to_loss.interval(time_to_loss.worth, ours, baseline)
     assert 3.5 < low < 4.0 < high < 4.5
-    apart, together = (time_to_loss.interval(time_to_loss.worth, baseline, baseline, paired) for paired in (False, True))
+    apart, together = (
+        time_to_loss.interval(time_to_loss.worth, baseline, baseline, paired) for paired in (False, True)
+    )
     assert apart[0] < 1.0 < apart[1] and together == (1.0, 1.0)
 
 
