@@ -241,14 +241,14 @@ class Loader(DataLoader):
                 last = str(error).splitlines()[-1]
                 raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
             except RuntimeError as error:
-                late = 0 < self.timeout <= time.monotonic() - asked
-                if not late and not any(worker.exitcode for worker in self.workers):  # None: alive, 0: it is done
+                died = any(worker.exitcode for worker in self.workers)  # None: alive, 0: it is done
+                if not died and not 0 < self.timeout <= time.monotonic() - asked:
                     raise
                 dataset = self.dataset.dataset if isinstance(self.dataset, ExactEvalDataset) else self.dataset
                 for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():
                     if source.complete:
                         check_shards(source.folder, True)  # raises if a lost shard is the reason
-                hint = "raise the loader's 'timeout' if loading is slow" if late else "a worker died; out of memory?"
+                hint = "a worker died; out of memory?" if died else "raise the loader's 'timeout' if loading is slow"
                 raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
             if batch is None:
                 return

@@ -106,8 +106,8 @@ class Training:
     """Our model and its optimizer, on microbatches as the product cuts them."""
 
     def __init__(self, dropout: float):
-        self.model = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE).model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.variant = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE)
+        self.optimizer = torch.optim.AdamW(self.variant.model.parameters(), lr=1e-4, fused=True)
 
     def microbatch(self, B: int, S: int, fill: str) -> Batch:
         """A microbatch of B sequences, on the host."""
@@ -119,10 +119,8 @@ class Training:
         masked = sum(part["num_masked"] for part in parts)
         for part in parts:
             part = to_device(part, DEVICE, copy == "pinned") if copy != "before" else part
-            layout = Layout.from_batch(part)
-            with torch.autocast(DEVICE, DTYPE, enabled=not TOY):
-                output = self.model.forward_unpadded(part["input_ids"], layout, part["masked_index"], part["labels"])
-            (output.loss_sum / masked).backward()
+            part["layout"] = Layout.from_batch(part)
+            (self.variant.run(part) / masked).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -181,7 +179,7 @@ def curve(out: Path) -> None:
 
 
 def profile(out: Path) -> None:
-    training, data, text = Training(0.1), {}, []
+    training, data = Training(0.1), {}
     kind = DeviceType.CPU if TOY else DeviceType.CUDA
     activities = [ProfilerActivity.CPU, *([] if TOY else [ProfilerActivity.CUDA])]
     settings = [(128, 128, "c4"), (512, 128, "c4"), (128, 512, "c4"), (32, 2048, "1.0")]
@@ -208,11 +206,7 @@ def profile(out: Path) -> None:
             "kernels": [{"name": n[:120], "calls": calls[n], "ms": us / 1e3} for n, us in spent.most_common(30)],
         }
         write(out, "profile", data)
-        text += [f"{name}: {sum(calls.values())} launches in {took / 1e3:.1f} ms, busy for {busy / took:.0%} of it"]
-        text += [f"{us / busy:6.1%} {us / 1e3:9.3f} ms {calls[n]:5d} x {n[:110]}" for n, us in spent.most_common(20)]
-        text += ["The host:", recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)]
-        (out / "profile.txt").write_text("\n".join(text))
-    print("\n".join(text))
+        print(f"{name}: {sum(calls.values())} launches in {took / 1e3:.1f} ms, busy for {busy / took:.0%} of it")
 
 
 def trainer(out: Path) -> None:

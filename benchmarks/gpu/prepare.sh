@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fill .gpu/ for benchmarks/gpu/run.sh, on a machine with a network and without a GPU (make gpu): the commit, and for
-# the part "trainer" shards, a tokenizer, and wheels of what main.py imports beside torch and transformers.
+# Fill .gpu/ for benchmarks/gpu/run.sh (make gpu), on a machine with a network; it needs no GPU. It gets the commit and,
+# for the part "trainer", shards, a tokenizer, and wheels of what main.py imports, except torch and transformers.
 #
-# PYTHON: where this repository is installed, whose versions are taken. VERSION: of Python on the GPU machine.
+# PYTHON: where this repository is installed; its versions are used. VERSION: of Python on the GPU machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python} VERSION=${VERSION:-3.12}
@@ -15,7 +15,7 @@ names+="|prompt.toolkit|psutil|py-cpuinfo|python-dateutil|python-snappy|question
 names+="|torchmetrics|validators|wcwidth|websockets|xxhash|zipp|zstd"
 platforms=()
 for glibc in 2014 1 _2_17 _2_27 _2_28 _2_31 _2_34; do platforms+=(--platform "manylinux${glibc}_x86_64"); done
-# zstd has wheels of some versions only.
+# Only some versions of zstd have wheels.
 "$PYTHON" -m pip freeze --all 2>/dev/null | grep -iE "^($names)==" | sed 's/^zstd==.*/zstd/' >.gpu/requirements.txt
 "$PYTHON" -m pip download -qq --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
     "${platforms[@]}" -d .gpu/whl -r .gpu/requirements.txt
@@ -28,5 +28,5 @@ if [ ! -d .gpu/mds/val ]; then
         --max_seq_len 128 --pack chunk --overwrite
     rm -r .gpu/text
 fi
-echo "prepared: $(du -sh .gpu | cut -f1) in .gpu; copy this folder, .gpu with it, to the GPU machine and run there:"
+echo "prepared: $(du -sh .gpu | cut -f1) in .gpu; copy this repository with .gpu to the GPU machine and run there:"
 echo "    bash benchmarks/gpu/run.sh"

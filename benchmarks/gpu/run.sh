@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# All that only a card can say of this recipe: correctness first, then speed. Each part has its own process and time
-# limit; one that fails leaves the others. On the GPU machine, in a copy of this repository (docs/gpu.md):
+# Everything that needs a card: correctness first, then speed. Each part has its own process and time limit; if one
+# fails, the others still run. On the GPU machine, in a copy of this repository (docs/gpu.md):
 #
 #   bash benchmarks/gpu/run.sh                      all parts, in 15 minutes at most
 #   ONLY="tests curve" bash benchmarks/gpu/run.sh   some of them
-#   TOY=1 bash benchmarks/gpu/run.sh                on a CPU, interpreted, at toy size: only that all of it runs
+#   TOY=1 bash benchmarks/gpu/run.sh                on a CPU, interpreted, at toy size: only that all parts run
 #
-# PYTHON: which one. OUT: folder for gpu.json, log.txt, profile.txt. BUDGET: seconds for all. SCALE: times the limits.
-# The exit status is 1 if a part failed or was left out for want of time.
+# PYTHON: interpreter. OUT: folder for gpu.json and log.txt. BUDGET: seconds for all parts. SCALE: factor of
+# the limits. The exit status is 1 if a part failed, or was left out because no time was left.
 set -u
 cd "$(dirname "$0")/../.." || exit
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu} TOY=${TOY:-0} BUDGET=${BUDGET:-880} SCALE=${SCALE:-1}
 parts="environment tests model curve profile trainer step attention rowwise tiles compiled modernbert"
 for name in ${ONLY:-}; do
-    case " $parts " in *" $name "*) ;; *) echo "ONLY: there is no part $name; parts: $parts" >&2 && exit 2 ;; esac
+    case " $parts " in *" $name "*) ;; *) echo "ONLY: unknown part $name; parts: $parts" >&2 && exit 2 ;; esac
 done
 "$PYTHON" -c "import torch" || { echo "PYTHON=$PYTHON does not run, or has no torch" >&2 && exit 2; }
 mkdir -p "$OUT"
@@ -23,17 +23,17 @@ export TOY PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 : >"$OUT/log.txt"
 rm -f "$OUT/gpu.json"
 
-# part NAME SECONDS COMMAND...: what the command writes to $WORK/NAME/*.json becomes $OUT/gpu.json's entry of that name.
+# part NAME SECONDS COMMAND...: the JSON that the command writes to $WORK/NAME becomes the entry NAME of $OUT/gpu.json.
 part() {
     local name=$1 limit=$(($2 * SCALE)) left=$((BUDGET - SECONDS)) began=$SECONDS status
     shift 2
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
     mkdir "$WORK/$name" && rm -f "$WORK/log"
     if [ "$left" -lt 15 ]; then
-        status="no time" && echo "== $name: no time is left" | tee -a "$OUT/log.txt"
+        status="no time" && echo "== $name: no time left" | tee -a "$OUT/log.txt"
     else
         echo "== $name: $*" | tee -a "$OUT/log.txt"
-        # Interrupted, so that Python says where it was.
+        # SIGINT, so that Python prints where it was.
         timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >"$WORK/log" 2>&1
         status=$?
         cat "$WORK/log" >>"$OUT/log.txt"
@@ -70,6 +70,5 @@ run rowwise 80 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases hea
 run tiles 120 benchmarks.kernels.tune "${toy[@]}" --head_sizes 64
 run compiled 90 "${step[@]}" --arms mosaic_bert_compiled --lengths 128
 run modernbert 90 "${step[@]}" --arms modernbert --lengths 512
-cp "$WORK"/profile/profile.txt "$OUT" 2>/dev/null
 "$PYTHON" -m benchmarks.gpu.results summary "$OUT" | tee -a "$OUT/log.txt"
 exit "${PIPESTATUS[0]}"

@@ -166,7 +166,8 @@ class Training:
         scheduler, duration = recipe.scheduler(), Time(steps, "ba")
 
         def factor(step: int) -> float:
-            return scheduler(SimpleNamespace(timestamp=Timestamp(batch=step), max_duration=duration))
+            # Composer moves a schedule on before it counts the batch, so step t trains at the rate of t - 1.
+            return scheduler(SimpleNamespace(timestamp=Timestamp(batch=max(0, step - 1)), max_duration=duration))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 

@@ -291,8 +291,8 @@ def publish(
             low, high = interval(models["ours"]["right"], models[baseline]["right"])
             results[task]["differences"][baseline] = {"mean": mean, "low": low, "high": high}
             differences.append([f"{task}: ours - {baseline}", f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"])
-            field = f"{task}_vs_{label}"
-            fields += [f"{field}={mean:.4f}", f"{field}_low={low:.4f}", f"{field}_high={high:.4f}"]
+            key = f"{task}_vs_{label}"
+            fields += [f"{key}={mean:.4f}", f"{key}_low={low:.4f}", f"{key}_high={high:.4f}"]
     about = report.machine(settings.device)
     header = ["model", "masked", "learning rate", "ms per step", "steps", "epochs", "validation loss at 15%"]
     lines = [

@@ -118,7 +118,7 @@ POINTS: dict[str, Callable[[Counter], None]] = {
     "in backward": in_backward,
     "in all-reduce": in_all_reduce,
 }
-"""Arms a point, by its name."""
+"""By name, what installs a kill at that point."""
 
 
 if __name__ == "__main__":

@@ -77,15 +77,8 @@ def memory_of(process: psutil.Process) -> int:
 
 def convert(source: Path, out: Path, workers: int, *options: str) -> tuple[dict[str, float], int]:
     """Run convert_c4.py; returns the numbers of its last line, and its peak memory in bytes."""
-    command = [
-        sys.executable,
-        str(report.ROOT / "convert_c4.py"),
-        "--out_root",
-        str(out),
-        "--splits",
-        "train",
-        "--overwrite",
-    ]
+    command = [sys.executable, str(report.ROOT / "convert_c4.py"), "--splits", "train", "--overwrite"]
+    command += ["--out_root", str(out)]
     command += ["--source", str(source), "--num_workers", str(workers), *options]
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=printed, stderr=subprocess.DEVNULL)

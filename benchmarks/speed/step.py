@@ -25,7 +25,6 @@ streaming.
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -193,7 +192,6 @@ def measure(S: int, fill: str, trained: dict[str, Trained], args: argparse.Names
         median, low, high = timing.ratios(times[OURS], times[name])
         row |= {
             "seconds": min(times[name]),
-            "seconds_median": statistics.median(times[name]),
             "tokens_per_s": tokens / min(times[name]),
             "flops_per_s": row["flops"] / min(times[name]),
             "time_ratio": median,

@@ -1,4 +1,4 @@
-"""Benchmarks run, and compare the same with the same; what they print on a busy machine means nothing here."""
+"""Benchmarks run, and compare variants alike; the figures that they print here mean nothing."""
 
 import json
 import re
@@ -134,7 +134,7 @@ def test_a_wrong_variant_is_not_timed(batch, monkeypatch, capsys):
 def test_peak_memory_is_what_making_and_two_steps_took_at_most():
     class Allocates:
         def step(self, batch):
-            self.kept = torch.ones(2**25)  # 128 MiB, the second time beside the first
+            self.kept = torch.ones(2**25)  # 128 MiB; the second comes while the first is held
             assert self.kept.sum() == 2**25
 
     assert step.peak_bytes_here(Allocates, {}) == pytest.approx(2 * 2**27, abs=2**24)  # the kernel counts in batches
@@ -169,18 +169,20 @@ def test_time_to_a_loss_is_interpolated_on_the_smoothed_mean():
 
 def test_ratio_interval_and_worth():
     """Ours falls twice as fast for a step and needs half the time for one."""
-    rival = [curve([10.0, 9.0 + d, 8.0 + d, 7.0 + d, 6.0 + d], 2.0) for d in (-0.2, 0.0, 0.2)]
+    baseline = [curve([10.0, 9.0 + d, 8.0 + d, 7.0 + d, 6.0 + d], 2.0) for d in (-0.2, 0.0, 0.2)]
     ours = [curve([10.0, 8.0, 6.0, 4.0, 2.0])] * 3
-    assert time_to_loss.ratio(ours, rival) == pytest.approx(0.25)
-    low, high = time_to_loss.interval(time_to_loss.ratio, ours, rival)
+    assert time_to_loss.ratio(ours, baseline) == pytest.approx(0.25)
+    low, high = time_to_loss.interval(time_to_loss.ratio, ours, baseline)
     assert 0.22 < low < 0.25 < high < 0.28
-    assert time_to_loss.interval(time_to_loss.ratio, ours, rival[1:2] * 3) == pytest.approx((0.25, 0.25))
-    assert time_to_loss.common_loss(ours, rival) == pytest.approx(6.0)
-    assert time_to_loss.worth(ours, rival) == pytest.approx(4.0)
+    assert time_to_loss.interval(time_to_loss.ratio, ours, baseline[1:2] * 3) == pytest.approx((0.25, 0.25))
+    assert time_to_loss.common_loss(ours, baseline) == pytest.approx(6.0)
+    assert time_to_loss.worth(ours, baseline) == pytest.approx(4.0)
     assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
-    low, high = time_to_loss.interval(time_to_loss.worth, ours, rival)
+    low, high = time_to_loss.interval(time_to_loss.worth, ours, baseline)
     assert 3.5 < low < 4.0 < high < 4.5
-    apart, together = (time_to_loss.interval(time_to_loss.worth, rival, rival, paired) for paired in (False, True))
+    apart, together = (
+        time_to_loss.interval(time_to_loss.worth, baseline, baseline, paired) for paired in (False, True)
+    )
     assert apart[0] < 1.0 < apart[1] and together == (1.0, 1.0)
 
 

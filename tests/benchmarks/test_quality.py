@@ -1,4 +1,4 @@
-"""The benchmarks of quality: what is evaluated is never trained on, the same is compared with the same."""
+"""quality.py and extrapolation.py: no text is both trained on and evaluated, and models are compared alike."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_tasks_are_what_they_are_said_to_be(rows, tmp_path):
 
 
 def test_the_interval_holds_rows_and_seeds():
-    """Of an arm that is right wherever the other one is, and in a tenth of the rest."""
+    """Of a model that is right wherever the other one is, and in a tenth of the rest."""
     rng = np.random.default_rng(1)
     b = rng.random((3, 5, 1000)) < 0.5
     a = b | (rng.random(b.shape) < 0.1)
@@ -69,7 +69,7 @@ def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
 
 
 def test_the_loss_at_a_length_is_that_of_the_model(tokenizer_folder):
-    """And depends on the length, for weights that look at their context."""
+    """It depends on the length, with weights that use their context."""
     text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], quality.TOY)
     torch.manual_seed(0)
     variant = pretraining.make_variant(text, pretraining.RECIPES["ours"])
@@ -93,9 +93,9 @@ def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, mo
     assert "the hours are spent" in capsys.readouterr().out
     quality.main(argv)
     fields = " ".join(
-        f"{task}_vs_{rival}{end}={NUMBER}"
+        f"{task}_vs_{baseline}{end}={NUMBER}"
         for task in quality.TASKS
-        for rival in ("hf", "untrained")
+        for baseline in ("hf", "untrained")
         for end in ("", "_low", "_high")
     )
     assert re.fullmatch(f"quality {fields}", capsys.readouterr().out.splitlines()[-1])
@@ -103,7 +103,7 @@ def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, mo
     assert np.array(report["tasks"]["topics"]["arms"]["ours"]["test"]).shape == (2, 2)
 
     def again(*args, **options):
-        raise AssertionError("what is finished is done again")
+        raise AssertionError("finished work is repeated")
 
     monkeypatch.setattr(quality, "finetune_once", again)
     monkeypatch.setattr(pretraining, "curve", again)
@@ -120,7 +120,7 @@ def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, mo
 
 
 def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
-    """The committed ones; and a figure that was changed by hand is seen."""
+    """The committed pages are; --check finds a figure that was changed by hand."""
     publish.main(["--check"])
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(publish, "ROOT", tmp_path)
@@ -131,8 +131,8 @@ def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     page.write_text(text.replace("<!-- end", "by hand\n<!-- end"))
-    with pytest.raises(SystemExit, match="README.md is not what"):
+    with pytest.raises(SystemExit, match="README.md differs from"):
         publish.main(["--check"])
     page.write_text(text.replace("measured: step", "measured: steps"))
-    with pytest.raises(SystemExit, match="there is no block 'steps'"):
+    with pytest.raises(SystemExit, match="unknown block 'steps'"):
         publish.main([])

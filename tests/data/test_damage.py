@@ -176,7 +176,7 @@ def test_a_loader_that_waits_in_vain_says_so(shards, tokenizer, monkeypatch):
 def test_a_worker_that_is_killed_is_told_from_a_slow_one(shards, tokenizer, monkeypatch):
     monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: os.kill(os.getpid(), signal.SIGKILL))
     loader = build_dataloader(
-        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=60
+        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=5
     )
     with pytest.raises(DataError, match="no batch came: DataLoader worker .*; a worker died"):
         next(iter(loader))
@@ -188,7 +188,7 @@ def test_an_error_of_this_code_in_a_worker_stays_what_it_is(shards, tokenizer, m
 
     monkeypatch.setattr(MaskingCollator, "__call__", fail)
     loader = build_dataloader(
-        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=60
+        open_dataset(shards, tokenizer, batch_size=4), MaskingCollator(tokenizer, 0.15, 1), 4, 1, timeout=5
     )
     with pytest.raises(RuntimeError, match="a fault of this code"):
         next(iter(loader))
