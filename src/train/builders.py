@@ -141,7 +141,8 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     if config.tokenizer_name is not None:
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
-    assert start is not None, "checked by load"
+    if start is None:
+        raise ConfigError(f"tokenizer_name: null, and {config.save_folder} has no checkpoint yet; name a tokenizer")
     return weights.load_tokenizer(weights.read(start))
 
 
