@@ -141,8 +141,7 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     if config.tokenizer_name is not None:
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
-    if start is None:
-        raise ConfigError(f"tokenizer_name: null, and {config.save_folder} has no checkpoint yet; name a tokenizer")
+    assert start is not None, "checked by load"
     return weights.load_tokenizer(weights.read(start))
 
 

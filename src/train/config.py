@@ -275,8 +275,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("load_weights_only: has no effect without load_path")
     if config.load_weights_only and config.pretrained is not None:
         faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
-    if config.tokenizer_name is None and not (config.load_path or config.pretrained or config.autoresume):
-        faults.append("tokenizer_name: null takes the tokenizer of the checkpoint that the run starts from; give one")
+    if config.tokenizer_name is None and config.load_path is None and config.pretrained is None:
+        faults.append("tokenizer_name: null takes the tokenizer of load_path or pretrained; give one of the three")
 
 
 def _loaders(config: RunConfig) -> dict[str, LoaderConfig]:
