@@ -141,7 +141,10 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     if config.tokenizer_name is not None:
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
-    assert start is not None, "checked by load"
+    if start is None:
+        raise ConfigError(
+            "tokenizer_name: null takes the tokenizer of a checkpoint; give load_path, pretrained, or a name"
+        )
     return weights.load_tokenizer(weights.read(start))
 
 

@@ -108,8 +108,8 @@ class RunConfig:
     max_seq_len: int
     """Longest sample in tokens, including [CLS] and [SEP]."""
     tokenizer_name: str | None
-    """Tokenizer: a folder, or a name on the Hugging Face Hub. null: that of the checkpoint in ``load_path`` or
-    ``pretrained``."""
+    """Tokenizer: a folder, or a name on the Hugging Face Hub. null: that of the checkpoint that
+    the run resumes or starts from (``autoresume``, ``load_path``, ``pretrained``)."""
     mlm_probability: float | MaskingSchedule
     """Share of training tokens masked; or ``{initial: …, final: …}``, linear over the run."""
     model: Component
@@ -275,8 +275,6 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("load_weights_only: has no effect without load_path")
     if config.load_weights_only and config.pretrained is not None:
         faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
-    if config.tokenizer_name is None and config.load_path is None and config.pretrained is None:
-        faults.append("tokenizer_name: null takes the tokenizer of load_path or pretrained; give one of the three")
 
 
 def _loaders(config: RunConfig) -> dict[str, LoaderConfig]:

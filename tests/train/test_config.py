@@ -162,7 +162,6 @@ def test_all_faults_in_one_error(write, quickstart):
         ("train_loader.streams={a: {}, b: {split: train}}", "streams.b: same folder as streams.a"),
         ("train_loader={local: x, streams: {a: {}}}", "train_loader: with streams, give local and remote in each"),
         ("time_limit=4hours", "time_limit: expected a number with d, h, min or s, got '4hours'"),
-        ("tokenizer_name=null", "tokenizer_name: null takes the tokenizer of load_path or pretrained"),
         ("load_weights_only=true", "load_weights_only: has no effect without load_path"),
     ],
 )

@@ -42,6 +42,8 @@ def test_a_moved_checkpoint_is_evaluated_and_continued(capsys, moved):
     resumed = [f"save_folder={folder}", "autoresume=true", "save_overwrite=false", "max_duration=6ba"]
     losses, _ = losses_of([*options, NULL, *resumed, "resume.allow=[max_duration]"])
     assert list(losses) == [5, 6]
+    with pytest.raises(ConfigError, match="tokenizer_name: null takes the tokenizer of a checkpoint"):
+        losses_of([*options, NULL, *UNSAVED])
 
 
 def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypatch):
