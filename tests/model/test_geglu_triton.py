@@ -120,7 +120,7 @@ def test_what_is_refused():
         geglu(x, 0.1)
     with pytest.raises(ValueError, match="an even number of columns, got 7"):
         geglu(x[:, :7])
-    with pytest.raises(TypeError, match="not torch.float64"):
+    with pytest.raises(TypeError, match="got torch.float64"):
         geglu(x.double())
 
 
