@@ -257,7 +257,7 @@ class BertPreTrainedModel(PreTrainedModel):
         if isinstance(module, AlibiSlopes):
             module.fill(module.slopes.device)
 
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+    def _returned(self, output: Any, return_dict: bool | None) -> Any:
         """``output`` itself, or as a tuple without its None; the config decides if ``return_dict`` is None."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
