@@ -23,7 +23,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
 
 from .attention import AlibiSlopes, attention, resolve
 from .bert_padding import (
