@@ -167,9 +167,9 @@ def make_runs(golden: Golden) -> None:
     golden.run("finetune.py", "yamls/finetune_own.yaml", *options)
     for result in sorted((out / "own").rglob("result.json")):
         held = json.loads(result.read_text())
-        for name in ("environment", "seconds", "pretrained", "folder"):
-            held.pop(name, None)
-        golden.note("finetuned", {result.parent.name: json.dumps(held, sort_keys=True).replace(str(out), "OUT")})
+        for name in ("environment", "seconds", "key"):  # the key hashes the checkpoint, which holds times
+            del held[name]
+        golden.note("finetuned", {f"seed{held['seed']}": json.dumps(held, sort_keys=True)})
 
     golden.run("export_hf.py", checkpoint, out / "exported")
     logits(golden, out / "exported", "exported")
