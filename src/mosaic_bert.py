@@ -130,7 +130,7 @@ class MosaicBert(MaskedLMModel):
         """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.
 
         Counts matrix products, 2 per multiply-add, the backward as twice the forward; attention by the sum of squared
-        lengths; the last layer (but for keys and values) and the head for the M masked tokens only. Recomputation, by
+        lengths; the last layer (except keys and values) and the head for the M masked tokens only. Recomputation, by
         gradient checkpointing or in attention's backward, is not counted.
         """
         if "cu_seqlens" in batch:

@@ -92,8 +92,6 @@ def build_trainer(config: RunConfig) -> Trainer:
             check.compare(checkpoint.settings_of(found), found)  # names settings; weights only have shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
             checkpoint.check_fits(start, model)
-        if folder is not None:
-            folder.keep_tokenizer(tokenizer)
         try:
             trainer = Trainer(
                 run_name=config.run_name,
@@ -113,7 +111,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 callbacks=[
                     *build_callbacks(config, tokenizer),
                     check,
-                    *build_savers(config, folder, found is not None),
+                    *build_savers(config, folder, found is not None, tokenizer),
                 ],
                 loggers=build_loggers(config),
                 progress_bar=config.progress_bar,
@@ -249,7 +247,9 @@ def local_save_folder(config: RunConfig) -> str | None:
     return config.save_folder.format(run_name=config.run_name)
 
 
-def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool) -> list[Callback]:
+def build_savers(
+    config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool, tokenizer: PreTrainedTokenizerFast
+) -> list[Callback]:
     """The callbacks that save checkpoints in a local ``save_folder``, and after a signal.
 
     For an object store, the Trainer makes its own saver. With ours it would look for checkpoints in a temporary folder.
@@ -259,7 +259,7 @@ def build_savers(config: RunConfig, folder: checkpoint.RunFolder | None, resumed
         return [StopOnSignal()]
     # Checkpoints after the one that the run resumes from are its own, from before it was killed.
     overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-    return [checkpoint.Saver(folder, path, config.save_interval, overwrite, keep), StopOnSignal()]
+    return [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep), StopOnSignal()]
 
 
 FSDP_OPTIONS = {

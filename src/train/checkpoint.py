@@ -219,7 +219,11 @@ class RunFolder:
         if tokenizer_fingerprint(load_tokenizer(str(partial))) == fingerprint:
             replace_folder(partial, folder)
         else:
-            log.warning("%s: the saved tokenizer gives other ids, so none is kept next to the checkpoints", folder)
+            log.warning(
+                "%s: the saved tokenizer gives other ids, so none is kept next to the checkpoints. Name the tokenizer "
+                "wherever they are used",
+                folder,
+            )
             shutil.rmtree(partial)
 
 
@@ -269,11 +273,18 @@ class Saver(CheckpointSaver):
     Args:
         folder: of the run; None on ranks other than 0.
         path: of that folder.
+        tokenizer: of the run, written next to the checkpoints before the first step.
         save_interval, overwrite, num_checkpoints_to_keep: as CheckpointSaver's.
     """
 
     def __init__(
-        self, folder: RunFolder | None, path: str, save_interval: str, overwrite: bool, num_checkpoints_to_keep: int
+        self,
+        folder: RunFolder | None,
+        path: str,
+        tokenizer: PreTrainedTokenizerFast,
+        save_interval: str,
+        overwrite: bool,
+        num_checkpoints_to_keep: int,
     ):
         super().__init__(
             path,
@@ -285,7 +296,12 @@ class Saver(CheckpointSaver):
             overwrite=overwrite,
             num_checkpoints_to_keep=num_checkpoints_to_keep,
         )
-        self.run_folder = folder
+        self.run_folder, self.tokenizer = folder, tokenizer
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        super().fit_start(state, logger)  # refuses a folder with another run's checkpoints, whose tokenizer stays
+        if self.run_folder is not None:
+            self.run_folder.keep_tokenizer(self.tokenizer)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch

@@ -1,4 +1,4 @@
-"""Repairs of mosaicml-streaming, but for damaged shards (test_damage.py)."""
+"""Repairs of mosaicml-streaming; damaged shards are in test_damage.py."""
 
 import gc
 import itertools

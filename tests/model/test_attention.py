@@ -106,7 +106,7 @@ def test_autocast_does_not_lower_the_scores(impl):
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_dropout_keeps_the_mean_and_follows_the_seed(impl):
     N, H, L = 2, 4, 40
-    qkv = torch.zeros(L, 3, N, H, dtype=torch.float64, requires_grad=True)  # equal scores but for ALiBi
+    qkv = torch.zeros(L, 3, N, H, dtype=torch.float64, requires_grad=True)  # equal scores, except for ALiBi
     with torch.no_grad():
         qkv[:, 2] = 1.0
     rest = (unpad_layout(torch.tensor([L])), torch.zeros(N))

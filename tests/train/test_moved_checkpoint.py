@@ -95,3 +95,16 @@ def test_checkpoints_of_earlier_versions_name_their_tokenizer(trained, tokenizer
     shutil.rmtree(tmp_path / "old" / TOKENIZER)
     assert read(tmp_path / "old").tokenizer_name == tokenizer_folder
     assert len(tokenizer_of(read(tmp_path / "old"))) == 1000
+
+
+def test_a_refused_start_leaves_the_tokenizer_of_the_run_in_the_folder(
+    overrides, text_shards, tokenizer_folder, tmp_path
+):
+    losses_of(overrides)
+    folder = tmp_path / "checkpoints" / TOKENIZER
+    before = (folder / "tokenizer.json").read_bytes()
+    other = change_tokenizer(tokenizer_folder, tmp_path / "other")
+    options = [*overrides, f"tokenizer_name={other}", f"data_local={text_shards}", "save_overwrite=false"]
+    with pytest.raises(FileExistsError):
+        losses_of(options)
+    assert (folder / "tokenizer.json").read_bytes() == before
