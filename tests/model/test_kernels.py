@@ -101,7 +101,7 @@ def test_numpy_that_is_too_new_for_the_interpreter(monkeypatch):
 def test_a_gpu_that_is_too_old(monkeypatch):
     """It is refused by name, and auto does without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_common, "_this_gpu", triton_common._asked_once.__wrapped__)  # without its cache
+    monkeypatch.setattr(triton_common, "_this_gpu", triton_common._this_gpu.__wrapped__)  # without its cache
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert triton_common.resolve("triton") == "triton" and attention.resolve("auto", device_type="cuda") == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -113,25 +113,25 @@ def test_a_gpu_that_is_too_old(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "first", "last_without"),
+    ("architecture", "first", "last_without"),
     [
-        ((10, 0), "3.3.0", "3.2.0"),
-        ((10, 3), "3.6.0", "3.5.1"),
-        ((12, 0), "3.3.1", "3.3.0"),
-        ((12, 1), "3.6.0+git1234", "3.5.1.post1"),
-        ((13, 0), "3.10.0", "3.9.0"),  # a card that no Triton was tried with
+        (100, "3.3.0", "3.2.0"),
+        (103, "3.6.0", "3.5.1"),
+        (120, "3.3.1", "3.3.0"),
+        (121, "3.6.0+git1234", "3.5.1.post1"),
+        (130, "3.10.0", "3.9.0"),  # a card that no Triton was tried with
     ],
 )
-def test_a_gpu_newer_than_triton(capability, first, last_without, monkeypatch):
-    """Taken from the first Triton on that compiles for it; Ampere, Ada and Hopper by each."""
+def test_a_gpu_newer_than_triton_is_refused(architecture, first, last_without, monkeypatch):
+    """Until the first Triton that compiles for it. Ampere, Ada and Hopper run with every Triton."""
     monkeypatch.setattr(triton_common.triton, "__version__", last_without)
-    name = ".".join(map(str, capability))
-    verb = "may" if capability == (13, 0) else "does"
+    name = f"{architecture // 10}.{architecture % 10}"
+    verb = "may" if architecture == 130 else "does"
     reason = f"Triton {last_without} does not compile for compute capability {name}; {first.split('+')[0]} {verb}"
-    assert triton_common.refused(capability) == reason
-    assert {triton_common.refused(older) for older in ((8, 0), (8, 6), (8, 9), (9, 0))} == {None}
+    assert triton_common.refused(architecture) == reason
+    assert {triton_common.refused(older) for older in (80, 86, 89, 90)} == {None}
     monkeypatch.setattr(triton_common.triton, "__version__", first)
-    assert triton_common.refused(capability) is None
+    assert triton_common.refused(architecture) is None
 
 
 def test_fp64_and_probabilities_that_are_none_are_refused():
@@ -327,7 +327,7 @@ def test_whole_model_compiles_without_a_break(choice):
 @pytest.mark.filterwarnings("error::UserWarning")  # what Dynamo warns with, and no file that a finished test left open
 def test_what_runs_is_a_constant_of_a_compiled_model(monkeypatch):
     """No guard on what re or functools hold in their caches, and no warning of them."""
-    monkeypatch.setattr(triton_common, "_asked_once", lambda: None if re.findall("[a-z]+", "gpu") else "")
+    monkeypatch.setattr(triton_common, "_this_gpu", lambda: None if re.findall("[a-z]+", "gpu") else "")
 
     def f(x):
         chosen = attention.resolve("auto", 0.0, "cuda") == "triton" and triton_common.unavailable("cpu") is None
