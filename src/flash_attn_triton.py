@@ -494,18 +494,18 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        output = _forward(*inputs[:5])
+        q, k, v, slopes, table, *_ = inputs
+        output = _forward(q, k, v, slopes, table)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        T, N, H = saved[0].shape
+        q, k, v, slopes, dkdv_table, dq_table, out, lse = ctx.saved_tensors
+        T, N, H = q.shape
         # One buffer: bert_padding's unpack_heads returns it as the packed product's gradient without a copy.
-        packed = torch.empty(T, 3, N, H, dtype=saved[0].dtype, device=saved[0].device)
-        dq, dk, dv = packed.unbind(1)
-        _backward(grads[0], *saved, (dq, dk, dv))
+        dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
+        _backward(grads[0], q, k, v, slopes, dkdv_table, dq_table, out, lse, (dq, dk, dv))
         return dq, dk, dv, None, None, None, None
 
 
