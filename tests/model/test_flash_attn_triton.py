@@ -12,7 +12,7 @@ from src import flash_attn_triton as F
 from src import triton_common
 from src.bert_padding import unpack_heads, unpad_layout
 from src.triton_common import launches
-from tests.model.test_kernels import DEVICE, DTYPES, poisoned  # noqa: F401
+from tests.model.test_kernels import DEVICE, DTYPES
 
 pytestmark = pytest.mark.skipif(
     triton_common.unavailable(DEVICE) is not None, reason=str(triton_common.unavailable(DEVICE))
@@ -146,7 +146,7 @@ def test_views_of_any_stride():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_every_row_is_written_and_nothing_else(poisoned):  # noqa: F811
+def test_every_row_is_written_and_nothing_else(poisoned):
     batch = make([33, 1, 0, 20], 2, 24)
     want, got = run("reference", *batch), run("triton", *batch)
     assert len(poisoned) == 4  # out, lse, the packed gradient, delta

@@ -9,9 +9,10 @@ from src.geglu_triton import geglu
 from src.layer_norm_triton import _forward_op as layer_norm_op
 from src.layer_norm_triton import layer_norm
 from tests.model import test_geglu_triton, test_layer_norm_triton
-from tests.model.test_kernels import P, key_of, run
+from tests.model.test_kernels import DEVICE, P, key_of, run
 
 INPUTS = {"layer_norm": test_layer_norm_triton.inputs_of, "geglu": test_geglu_triton.inputs_of}
+MASKS = {"layer_norm": test_layer_norm_triton.mask_of, "geglu": test_geglu_triton.mask_of}
 pytestmark = pytest.mark.parametrize("name", INPUTS)
 
 
@@ -28,10 +29,40 @@ def test_same_bits_again(name):
     assert all(map(torch.equal, first, second))
 
 
+def test_strided_rows_and_more_dimensions(name):
+    wide, (weight, bias) = torch.randn(6, 120, device=DEVICE), torch.randn(2, 40, device=DEVICE)
+    for x in (wide[:, 40:80], wide[:, :40].view(2, 3, 40), wide.t()[:, :4], wide[:, ::3]):
+        x = x.detach().requires_grad_()
+        if name == "geglu":
+            out, want, tolerance = geglu(x), test_geglu_triton.plain(x), {}
+        else:
+            w, b = weight[: x.shape[-1]], bias[: x.shape[-1]]
+            out, want = layer_norm(x, w, b, 1e-5, x), torch.nn.functional.layer_norm(2 * x, w.shape, w, b, 1e-5)
+            tolerance = dict(rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out, want, **tolerance)
+        got = torch.autograd.grad(out.sum(), x)  # the output's gradient has stride 0
+        torch.testing.assert_close(got, torch.autograd.grad(want.sum(), x), **tolerance)
+
+
 def test_no_rows(name):
     tensors, dy = INPUTS[name](0, 24)
     out, dx, *others = run(fused(name), tensors, dy)
     assert out.shape == dy.shape and dx.shape == tensors[0].shape and not any(grad[:24].any() for grad in others)
+
+
+def test_dropout_depends_only_on_key_and_position(name):
+    """Share kept; adjacent elements are independent; another key, another mask."""
+    T, D = 64, 96
+    keep = MASKS[name](T, D, key_of(1))
+    assert abs(keep.float().mean() - (1 - P)) < 5 * (P * (1 - P) / keep.numel()) ** 0.5
+    assert torch.equal(keep, MASKS[name](T, D, key_of(1)))
+    assert torch.equal(keep[:7], MASKS[name](7, D, key_of(1)))  # not on the other rows
+    for other in (2, 1 + 2**32, -1):
+        agree = (keep == MASKS[name](T, D, key_of(other))).float().mean()
+        assert abs(agree - (P * P + (1 - P) ** 2)) < 0.03
+    flat = keep.flatten().float()
+    for lag in (1, 2, 4, 8, D):
+        assert abs(torch.corrcoef(torch.stack([flat[lag:], flat[:-lag]]))[0, 1]) < 0.07
 
 
 def test_dropout_below_one_bit_is_none(name):

@@ -73,14 +73,13 @@ def test_without_labels_loss_and_gradients_are_zero(M):
     assert not any(grad.any() for grad in torch.autograd.grad(out["loss"], tensors))
 
 
-def test_large_logits():
-    tensors, labels = inputs_of(33, scale=20.0)
-    assert F.linear(*tensors).abs().max() > 80
-    assert_errors_within_budget(tensors, labels)
-
-
-def assert_errors_within_budget(tensors, labels, dtype=None):
-    """Loss and gradients, all fp32, are within the error budget; under autocast if ``dtype`` is given."""
+@pytest.mark.parametrize(
+    ("M", "scale", "dtype"), [(33, 20.0, None), (127, 1.0, torch.bfloat16), (127, 1.0, torch.float16)], ids=str
+)
+def test_errors_are_within_budget(M, scale, dtype):
+    """Of loss and gradients, all fp32: with logits beyond +-80, and under autocast."""
+    tensors, labels = inputs_of(M, scale=scale)
+    assert dtype is not None or F.linear(*tensors).abs().max() > 80
     results = []
     for function in (lambda *t: masked_lm_head_loss(*t)["loss_sum"], plain):
         with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
@@ -92,11 +91,6 @@ def assert_errors_within_budget(tensors, labels, dtype=None):
     exact = (loss, *torch.autograd.grad(loss, doubles))
     for name, *values in zip(("loss", "dx", "dweight", "dbias"), *results, exact, strict=True):
         assert_within_budget(*values, name)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    assert_errors_within_budget(*inputs_of(127), dtype)
 
 
 def test_only_the_logits_are_kept_and_their_gradient_overwrites_them():
