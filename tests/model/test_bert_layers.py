@@ -344,7 +344,7 @@ def test_token_classification():
 
 
 def test_impossible_configs_are_refused():
-    with pytest.raises(ValueError, match="unknown attention 'nope'"):
-        model_of(attention="nope")
+    with pytest.raises(ValueError, match="unknown attention 'flash'; expected one of auto, reference, torch"):
+        model_of(attention="flash")
     with pytest.raises(ValueError, match="not a multiple"):
         MosaicBertConfig(hidden_size=10, num_attention_heads=3)
