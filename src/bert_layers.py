@@ -53,7 +53,7 @@ from .triton_common import resolve as resolve_kernels
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
-    """What BertForMaskedLM returns. Loss and hits also as sums, which add up exactly over batches."""
+    """What BertForMaskedLM returns: the loss, and sums for loss and accuracy that add up exactly over batches."""
 
     loss_sum: Tensor | None = None
     """() fp32, cross entropy summed over the masked tokens."""

@@ -15,7 +15,7 @@ of two. As a suffix they give a tensor's shape: q_TNH is (T, N, H).
 A program finds its rows in a table (``tile_table``), so there is no padding, no idle program and no limit on length.
 Nothing has size (S, S). There are no atomics: the same input gives the same bits.
 
-Scores are in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that the softmax is exp2(s - lse) with
+Scores are in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e). Then the softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 """
 

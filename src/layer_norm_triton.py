@@ -143,8 +143,8 @@ if triton is not None:
 MAX_D = 4096
 """A program holds a row in registers; from 8,192 on the backward spills."""
 PROGRAMS = 512
-"""Maximal P: four per multiprocessor of the largest cards. One number for all cards, so that dweight and dbias have the
-same bits on each."""
+"""Maximal P: four per multiprocessor of the largest cards. The same number on each card, for the same bits of dweight
+and dbias."""
 TILES = {
     "forward": {"elements": 1024, "per_warp": 1024, "max_warps": 4},
     "backward": {"elements": 1024, "per_warp": 256, "max_warps": 16},
