@@ -1,1 +1,1 @@
-"""Small programs beside the command lines: python -m scripts.quickstart, python -m scripts.plot_curves."""
+"""Small programs of the quickstart and for runs: python -m scripts.quickstart, python -m scripts.plot_curves."""

@@ -1,12 +1,13 @@
 """The first and the last step of `make quickstart`.
 
-python -m scripts.quickstart text OUT [--text PATH]    write real text as C4 does, with documents held out
+python -m scripts.quickstart text OUT [--text PATH]    write text in C4's format, a training and a validation set
 python -m scripts.quickstart report OUT [--text PATH]  loss curve, unigram baseline, filled-in masks
 """
 
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT = 20
-"""One document in 20 is held out, by the hash of its text, so that copies of a document stay together."""
+"""One document in 20 goes to the validation set, by the hash of its text, so copies of a document stay together."""
 
 PROMPTS = (
     ("paris is the capital of [MASK] .", "france"),
     ("it is one of the largest cities in the united [MASK] .", "states"),
     ("water is a [MASK] compound made of hydrogen and oxygen .", "chemical"),
 )
-"""For the default text, with the expected word."""
+"""Prompts for the default text, with the expected word."""
 
 
 def default_documents() -> Iterator[str]:
@@ -43,8 +44,7 @@ def own_documents(source: str) -> Iterator[str]:
     """Documents of a file or folder that convert_c4.py can read."""
     from src.convert.sources import iter_documents
 
-    for document in iter_documents(source):
-        yield document["text"]
+    return (document["text"] for document in iter_documents(source))
 
 
 def write_text(out: Path, source: str | None) -> None:
@@ -119,14 +119,13 @@ def unigram_baseline(run: Any, tokenizer: Any) -> float:
 
 
 def held_out_prompts(out: Path) -> list[tuple[str, str]]:
-    """The beginnings of three held-out documents with their longest word masked, and that word."""
+    """Starts of three validation documents, each with its longest word masked, and that word."""
     prompts = []
-    for document in own_documents(str(out / "text" / "c4-validation.00000-of-00001.json.gz")):
+    documents = own_documents(str(out / "text" / "c4-validation.00000-of-00001.json.gz"))
+    for document in itertools.islice(documents, 3):
         words = document.split()[:12]
         longest = max(range(len(words)), key=lambda i: len(words[i]))
         prompts.append((" ".join([*words[:longest], "[MASK]", *words[longest + 1 :]]), words[longest]))
-        if len(prompts) == 3:
-            break
     return prompts
 
 

@@ -1,15 +1,22 @@
-"""Attention over unpadded sequences with ALiBi: one function, four implementations.
-
-Letters: T tokens of the batch, N heads, H head size, L length of one sequence; q_TNH is q as (T, N, H).
+"""Attention over unpadded sequences, with ALiBi: one function, four implementations.
 
     attention(q, k, v, layout, alibi_slopes, dropout_p=0.0, impl="auto") -> (T, N, H)
 
-    reference   padded, explicit bias; any device        torch       SDPA per sequence length; any device
-    triton      our kernels; CUDA                        flash_attn  the flash-attn package; CUDA, if installed
+    reference    padded, explicit bias: the definition, with which tests compare the others    any device
+    torch        scaled_dot_product_attention, one call per sequence length                    any device
+    triton       our kernels (flash_attn_triton.py)                                            CUDA
+    flash_attn   the flash-attn package (requirements-gpu.txt)                                 CUDA
 
-``reference`` is the definition, and the other implementations are tested against it. Scores are
-q.k * H^-0.5 - slope * |i - j| (Press et al., 2021, arXiv 2108.12409; symmetric, as in MosaicBERT, arXiv 2312.17482).
-Scores, bias and softmax are at least fp32 under any autocast: a bf16 bias errs by 0.67 at distance 511.
+For tokens i and j of one sequence, and head n:
+
+    score[i, j] = q[i] . k[j] * H^-0.5 - slope[n] * |i - j|
+    out[i]      = sum_j softmax_j(score[i, j]) * v[j]
+
+ALiBi: Press et al., 2021, arXiv 2108.12409; symmetric as in MosaicBERT, arXiv 2312.17482. Scores, bias and softmax are
+at least fp32, under autocast too: in bf16 the bias would err by 0.67 at distance 511.
+
+Letters: B sequences, S padded length, T tokens of the batch, N heads, H head size, L length of one sequence. As a
+suffix they give a tensor's shape: q_TNH is (T, N, H).
 """
 
 import logging
@@ -18,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -48,8 +55,8 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
 class AlibiSlopes(torch.nn.Module):
     """The slopes (N,) as a buffer that moves with the model, stays fp32 and is not saved.
 
-    A library that builds the model on the meta device and loads only what was saved does not restore such a buffer:
-    transformers 5 leaves uninitialised memory in it. Hence ``fill``, and a check before the first use.
+    transformers 5 builds models on the meta device and leaves a buffer that was not saved uninitialised. Hence
+    ``fill``, and a check before the first use.
     """
 
     slopes: Tensor
@@ -73,7 +80,7 @@ class AlibiSlopes(torch.nn.Module):
         """The slopes, (N,) fp32, for a model on ``device``.
 
         Raises:
-            ValueError: wrong values. Checked once per tensor, and a GPU waits for it.
+            ValueError: wrong values. Checked once per tensor; on a GPU the check synchronizes.
         """
         if self.slopes.is_meta and device.type != "meta":  # after load_state_dict(assign=True)
             self.fill(device)
@@ -90,19 +97,14 @@ class AlibiSlopes(torch.nn.Module):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_slopes: Tensor, dropout_p: float = 0.0, impl: str = "auto"
 ) -> Tensor:
     """Softmax attention with ALiBi within each sequence of an unpadded batch.
 
     Args:
-        q, k, v: (T, N, H); views of a packed product are fine.
-        layout: of the T tokens. Only ``triton`` reads its tile tables; without them it makes them, and a GPU waits.
+        q, k, v: (T, N, H); may be views of one packed product.
+        layout: where each sequence starts. Only ``triton`` uses its tile tables; if they are missing, it computes them,
+            which synchronizes a GPU.
         alibi_slopes: (N,) fp32.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: a name that ``resolve`` accepts.
@@ -123,12 +125,16 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
     By default ``device_type`` is cuda on a machine with a GPU, cpu elsewhere.
 
     Raises:
-        ValueError: unknown name; or the implementation does not run on the device, or has no dropout and ``dropout_p``
+        ValueError: unknown name; the implementation does not run on the device; or it has no dropout and ``dropout_p``
             is not 0.
     """
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    name = _fastest(device_type) if impl == "auto" else impl
+    name = impl
+    if impl == "auto":
+        name = "triton" if device_type == "cuda" and triton_common.unavailable("cuda") is None else "torch"
+        if not torch.compiler.is_compiling():
+            _log_once(name, device_type)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {impl!r}; expected one of auto, {', '.join(IMPLEMENTATIONS)}")
     missing = MISSING[name](device_type) if name in MISSING else None
@@ -142,48 +148,40 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
     return name
 
 
-def _fastest(device_type: str) -> str:
-    """The implementation of ``auto``, logged once."""
-    name = "triton" if device_type == "cuda" and triton_common.unavailable(device_type) is None else "torch"
-    if not torch.compiler.is_compiling():
-        _log_once(name, device_type)
-    return name
-
-
 @cache
 def _log_once(name: str, device_type: str) -> None:
     log.info("attention: auto is %s on %s", name, device_type)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# reference
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def reference(
-    q_TNH: Tensor,
-    k_TNH: Tensor,
-    v_TNH: Tensor,
-    layout: Layout,
-    alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
     """The definition: padded, with an explicit (N, S, S) bias. Memory grows as B * N * S^2."""
-    T, _, H = q_TNH.shape
-    lengths_B, max_seqlen = layout.cu_seqlens.diff().long(), layout.max_seqlen
-    B = len(lengths_B)
+    _, N, H = q_TNH.shape
+    lengths_B = layout.cu_seqlens.diff().long()
+    B, S = len(lengths_B), layout.max_seqlen
     dtype = torch.promote_types(q_TNH.dtype, torch.float32)
 
-    position_S = torch.arange(max_seqlen, device=q_TNH.device)
-    real_BS = position_S < lengths_B[:, None]
+    position_S = torch.arange(S, device=q_TNH.device)
+    real_BS = position_S < lengths_B[:, None]  # False at padding
 
     def pad(x_TNH: Tensor) -> Tensor:
-        x_BSNH = x_TNH.new_zeros(B, max_seqlen, *x_TNH.shape[1:])
+        x_BSNH = x_TNH.new_zeros(B, S, N, H)
         x_BSNH[real_BS] = x_TNH
-        return x_BSNH.transpose(1, 2).to(dtype)
+        return x_BSNH.transpose(1, 2).to(dtype)  # (B, N, S, H)
 
     q_BNSH, k_BNSH, v_BNSH = pad(q_TNH), pad(k_TNH), pad(v_TNH)
     distance_SS = (position_S[:, None] - position_S[None, :]).abs()
     bias_NSS = -alibi_slopes.to(dtype)[:, None, None] * distance_SS
-    scores = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5 + bias_NSS
-    scores = scores.masked_fill(~real_BS[:, None, None, :], torch.finfo(dtype).min)
-    probs = F.dropout(scores.softmax(dim=-1), dropout_p)
-    out_TNH = (probs @ v_BNSH).transpose(1, 2)[real_BS]
+    scores_BNSS = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5 + bias_NSS
+    scores_BNSS = scores_BNSS.masked_fill(~real_BS[:, None, None, :], torch.finfo(dtype).min)
+    probs_BNSS = F.dropout(scores_BNSS.softmax(dim=-1), dropout_p)
+    out_TNH = (probs_BNSS @ v_BNSH).transpose(1, 2)[real_BS]
     return out_TNH.to(q_TNH.dtype)
 
 
@@ -192,18 +190,18 @@ def reference(
 # ----------------------------------------------------------------------------------------------------------------------
 
 TILE_ELEMENTS = 2**22
-"""Maximal number of elements of a tile's bias, 16 MiB in fp32, so that memory does not grow with the square of the
-length. Measured: with 2**20, sequences of 512 take a tenth longer; 2**24 gains nothing."""
+"""Maximal size of a tile's bias, 16 MiB in fp32; keeps memory linear in the length. Measured: 2**20 makes sequences of
+512 a tenth slower; 2**24 gains nothing."""
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some query rows and all keys of neighbouring sequences of one length L: slices of (T, N, H) tensors."""
+    """Work of one call: some query rows, and all keys, of adjacent sequences of one length."""
 
-    tokens: slice
+    tokens: slice  # of the T tokens: those of the sequences
     sequences: int
-    length: int
-    queries: slice
+    length: int  # L, of each sequence
+    queries: slice  # of 0..L-1: the query rows of each sequence
 
     def keys_of(self, x_TNH: Tensor) -> Tensor:
         """All tokens of the tile's sequences, a view (sequences, N, L, H)."""
@@ -215,15 +213,15 @@ class _Tile:
 
 
 def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
-    """Cut a ragged batch into tiles whose bias has at most TILE_ELEMENTS, for the longest sequence too.
+    """Cut a ragged batch into tiles whose bias has at most TILE_ELEMENTS elements.
 
-    Neighbours of equal length, common where documents are cut into chunks, share a tile if one holds all their rows.
+    Adjacent sequences of equal length, common where documents are cut into chunks, share a tile if their rows fit.
     """
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-    rows = max(1, TILE_ELEMENTS // (num_heads * max(lengths, default=1) or 1))
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    rows = max(1, TILE_ELEMENTS // (num_heads * max(lengths, default=1) or 1))  # query rows of one sequence per tile
     start = 0
-    for length, run in groupby(length for length in lengths if length):
-        count = sum(1 for _ in run)
+    for length, equal in groupby(length for length in lengths if length):
+        count = sum(1 for _ in equal)
         together = count if rows >= length else 1
         for _ in range(0, count, together):
             tokens = slice(start, start + together * length)
@@ -235,21 +233,21 @@ def _tiles(cu_seqlens: list[int], num_heads: int) -> Iterator[_Tile]:
 def _biased_tiles(cu_seqlens: list[int], slopes: Tensor, dtype: torch.dtype) -> Iterator[tuple[_Tile, Tensor]]:
     """Each tile with its bias, (1, N, rows, L).
 
-    Each bias is a slice of one Toeplitz table -slope * |row - column| of at most twice TILE_ELEMENTS: a tile whose
-    queries start at row r takes the columns from last_row - r on.
+    Each bias is a slice of one Toeplitz table, -slope * |row - column|, of at most twice TILE_ELEMENTS: a tile whose
+    queries start at row r uses the columns from last_row - r on.
     """
     tiles = list(_tiles(cu_seqlens, len(slopes)))
     last_row = max((tile.queries.start for tile in tiles), default=0)
     row = torch.arange(max((tile.queries.stop - tile.queries.start for tile in tiles), default=0), device=slopes.device)
     column = torch.arange(-last_row, max((tile.length for tile in tiles), default=0), device=slopes.device)
-    table = -slopes.to(dtype)[:, None, None] * (row[:, None] - column).abs()
+    table = -slopes.to(dtype)[:, None, None] * (row[:, None] - column).abs()  # (N, rows, columns)
     for tile in tiles:
         rows, first = tile.queries.stop - tile.queries.start, last_row - tile.queries.start
         yield tile, table[None, :, :rows, first : first + tile.length]
 
 
 class _FlashOnCPU(torch.autograd.Function):
-    """torch's flash kernel for CPUs, tile by tile. Saves q, k, v, the output and the log-sum-exp, but no bias."""
+    """torch's flash kernel for CPUs, tile by tile. Saves q, k, v, out and the log-sum-exp; computes the bias again."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], slopes: Tensor) -> Tensor:
@@ -273,19 +271,13 @@ class _FlashOnCPU(torch.autograd.Function):
         dout, wide_q, wide_k, wide_v = (x.to(out.dtype) for x in (dout, q, k, v))
         dq, dk, dv = (torch.empty(q.shape, dtype=out.dtype) for _ in range(3))
         for (tile, bias), log_sum_exp in zip(_biased_tiles(ctx.cu_seqlens, slopes, out.dtype), lse, strict=True):
-            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                tile.queries_of(dout),
-                tile.queries_of(wide_q),
-                tile.keys_of(wide_k),
-                tile.keys_of(wide_v),
-                tile.queries_of(out),
-                log_sum_exp,
-                0.0,
-                False,
-                attn_mask=bias,
+            qkv = tile.queries_of(wide_q), tile.keys_of(wide_k), tile.keys_of(wide_v)
+            results = tile.queries_of(out), log_sum_exp
+            tile_dq, tile_dk, tile_dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                tile.queries_of(dout), *qkv, *results, dropout_p=0.0, is_causal=False, attn_mask=bias
             )
-            tile.queries_of(dq).copy_(grads[0])
-            for whole, grad in ((dk, grads[1]), (dv, grads[2])):
+            tile.queries_of(dq).copy_(tile_dq)
+            for whole, grad in ((dk, tile_dk), (dv, tile_dv)):
                 if tile.queries.start == 0:
                     tile.keys_of(whole).copy_(grad)
                 else:
@@ -295,17 +287,12 @@ class _FlashOnCPU(torch.autograd.Function):
 
 @torch.compiler.disable  # depends on the lengths of a batch, so each new batch would be compiled again
 def torch_ragged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    alibi_slopes: Tensor,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_slopes: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
-    """torch's scaled_dot_product_attention per sequence, neighbours of one length together; no padding.
+    """torch's scaled_dot_product_attention per sequence, without padding; adjacent sequences of one length together.
 
-    On a CPU without dropout, memory is linear in T. With dropout torch keeps (N, L, L) probabilities of each sequence,
-    and on a GPU a bias (N, L, L) for each length of the batch. On a GPU it waits, to read ``cu_seqlens``.
+    On a CPU without dropout, memory is linear in T. With dropout, torch keeps (N, L, L) probabilities per sequence. On
+    a GPU it keeps a bias (N, L, L) per length, and synchronizes to read ``cu_seqlens``.
     """
     if q.device.type == "cpu" and dropout_p == 0:
         return _FlashOnCPU.apply(q, k, v, layout.cu_seqlens.tolist(), alibi_slopes)  # pyright: ignore[reportReturnType]
@@ -313,7 +300,7 @@ def torch_ragged(
     wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
     rows, copies = [], {}
     for tile, bias in _biased_tiles(layout.cu_seqlens.tolist(), alibi_slopes, dtype):
-        if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, and a slice may start unaligned
+        if q.is_cuda:  # torch's memory-efficient kernel loads 16 bytes at once, but a slice may start unaligned
             key = tile.length, tile.queries.start
             if key not in copies:
                 copies[key] = bias.clone(memory_format=torch.contiguous_format)
@@ -325,18 +312,12 @@ def torch_ragged(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The choice
+# flash_attn, and the table of implementations
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def flash_attn_package(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    alibi_slopes: Tensor,
-) -> Tensor:
-    """flash_attn_varlen_func of the flash-attn package (2.4 or later, which take slopes); fp16 and bf16 only.
+def flash_attn_package(q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
+    """flash_attn_varlen_func of the flash-attn package, 2.4 (the first with slopes) or later; fp16 and bf16 only.
 
     The backward adds dq by atomics unless ``torch.use_deterministic_algorithms`` is on.
 
@@ -349,17 +330,9 @@ def flash_attn_package(
         raise ValueError(f"attention 'flash_attn' cannot run here: {error}") from error
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"attention 'flash_attn': expected fp16 or bf16, got {q.dtype}; set precision to amp_bf16")
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        layout.cu_seqlens,
-        layout.cu_seqlens,
-        layout.max_seqlen,
-        layout.max_seqlen,
-        alibi_slopes=alibi_slopes,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    lengths = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)  # of queries, of keys
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_varlen_func(q, k, v, *lengths, alibi_slopes=alibi_slopes, deterministic=deterministic)
 
 
 def _flash_attn_missing(device_type: str) -> str | None:
@@ -368,15 +341,12 @@ def _flash_attn_missing(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"flash-attn needs a CUDA device, and this is {device_type}"
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference,
     "torch": torch_ragged,
     "triton": flash_attn_triton.flash_attn,
     "flash_attn": flash_attn_package,
 }
 WITH_DROPOUT = {"reference", "torch"}
-MISSING: dict[str, Callable[[str], str | None]] = {
-    "triton": triton_common.unavailable,
-    "flash_attn": _flash_attn_missing,
-}
+MISSING = {"triton": triton_common.unavailable, "flash_attn": _flash_attn_missing}
 """Why an implementation cannot run on a type of device, or None. Implementations not listed run on any."""

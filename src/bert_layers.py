@@ -1,11 +1,16 @@
-"""MosaicBERT: a BERT with ALiBi, gated linear units and unpadding, with Hugging Face's names and outputs.
+"""MosaicBERT: BERT with ALiBi, gated linear units and unpadding, under Hugging Face's names.
 
 Architecture: Portes et al., 2023, MosaicBERT, arXiv 2312.17482, section 2. Post-LayerNorm as in BERT (Devlin et al.,
 2019, arXiv 1810.04805); GLU from Shazeer, 2020, arXiv 2002.05202.
 
-Letters, as suffixes of shapes: B sequences, S padded length, T non-padding tokens, M masked tokens, D hidden size, N
-heads, H head size, I GLU width, V vocabulary. The model computes the T tokens only, one sequence after another: it
-unpads its input and pads its output again.
+    users      ids, mask (B, S) -unpad-> ids (T,) -embeddings, L layers-> (T, D) -pad-> (B, S, D), logits (B, S, V)
+    training   ids (T,), labels (M,)              -embeddings, L layers-> (M, D) -head-> loss
+
+The model computes only the T tokens, one sequence after another, without padding. With labels, the last layer and the
+head compute only the M masked ones (``rows``).
+
+Letters: B sequences, S padded length, T tokens of the batch, M masked tokens, D hidden size, N heads, H head size, I
+GLU width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -48,7 +53,7 @@ from .triton_common import resolve as resolve_kernels
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
-    """What BertForMaskedLM returns. Sums, so that batches can be added up exactly."""
+    """What BertForMaskedLM returns: the loss, and sums for loss and accuracy that add up exactly over batches."""
 
     loss_sum: Tensor | None = None
     """() fp32, cross entropy summed over the masked tokens."""
@@ -59,21 +64,18 @@ class UnpaddedMaskedLMOutput(MaskedLMOutput):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fused kernels, or plain torch
+# Encoder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x)), with sum and statistics at least in fp32.
-
-    The result has the autocast dtype under autocast, so that the residual stream keeps it.
-    """
+    """LayerNorm(residual + dropout(x)), with sum and statistics at least in fp32; returns the autocast dtype."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.kernels = resolve_kernels(config.kernels)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:  # (..., D)
         p = dropout_p if self.training else 0.0
         if not use_triton(self.kernels, input):
             return layer_norm_torch(input, self.weight, self.bias, self.eps, residual, p)
@@ -81,21 +83,8 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm_triton(input, self.weight, self.bias, self.eps, residual, p, key)
 
 
-def geglu(gate_and_up: Tensor, dropout_p: float, training: bool, kernels: str = "auto") -> Tensor:
-    """dropout(gelu(gate) * up), (T, I), from the packed product (T, 2I) whose first half is the gate. Exact GELU."""
-    p = dropout_p if training else 0.0
-    if not use_triton(kernels, gate_and_up):
-        return geglu_torch(gate_and_up, p)
-    return geglu_triton(gate_and_up, p, draw_key(gate_and_up) if p else None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoder
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class BertEmbeddings(nn.Module):
-    """Word and segment embeddings; positions come from ALiBi."""
+    """Word and segment embeddings, LayerNorm, dropout. Positions come from ALiBi."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -106,41 +95,39 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (T, D)
-        if token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
-        else:
-            x = x + self.token_type_embeddings(token_type_ids)
+        segments = self.token_type_embeddings  # segment 0 by default
+        x = x + (segments.weight[0] if token_type_ids is None else segments(token_type_ids))
         return dropout(self.LayerNorm(x), self.dropout_p, self.training)
 
 
 class BertSelfAttention(nn.Module):
-    """Queries, keys and values in one product, then attention within each sequence."""
+    """Queries, keys and values by one matrix product, then attention within each sequence."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.impl = config.attention
-        resolve(self.impl, self.dropout_p)  # raises here, not at the first step
+        resolve(self.impl, self.dropout_p)  # a wrong choice raises here, not at the first step
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
-        """(T, D) -> (T, D); with ``rows`` (M,), (M, D): of the queries at these rows only."""
+        """(T, D) -> (T, D). With ``rows`` (M,), (M, D): for the queries of these tokens only."""
         D, heads = x.shape[-1], (self.num_heads, -1)
         if rows is None:
-            q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # each (T, N, H)
+            q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # (T, 3, N, H) -> 3 x (T, N, H)
         else:
             weight, bias = self.Wqkv.weight, self.Wqkv.bias
             q = F.linear(index_first_axis(x, rows), weight[:D], bias[:D])  # (M, D)
-            q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)
-            k, v = unpack_heads(F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)))
+            q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)  # (T, N, H), zero at other tokens
+            k, v = unpack_heads(F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)))  # 2 x (T, N, H)
         dropout_p = self.dropout_p if self.training else 0.0
-        out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(1)
-        return out if rows is None else index_first_axis(out, rows)
+        out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(1)  # (T, N, H) -> (T, D)
+        return out if rows is None else index_first_axis(out, rows)  # (M, D)
 
 
 class BertSelfOutput(nn.Module):
-    """The attention's output projection, dropout, residual and LayerNorm."""
+    """LayerNorm(residual + dropout(dense(x))), the projection after attention."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -153,7 +140,7 @@ class BertSelfOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Self-attention, output projection, residual and LayerNorm."""
+    """Self-attention with its output projection, residual and LayerNorm: (T, D) -> (T, D) or (M, D)."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -166,7 +153,7 @@ class BertAttention(nn.Module):
 
 
 class BertGatedLinearUnitMLP(nn.Module):
-    """wo(dropout(gelu(x Wg) * (x Wu))), residual and LayerNorm. Shazeer's GEGLU; the gate has no bias."""
+    """LayerNorm(x + wo(dropout(gelu(x Wg) * (x Wu)))): Shazeer's GEGLU. Wg and Wu are one matrix without bias."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -176,12 +163,17 @@ class BertGatedLinearUnitMLP(nn.Module):
         self.dropout_p, self.kernels = config.hidden_dropout_prob, resolve_kernels(config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = geglu(self.gated_layers(x), self.dropout_p, self.training, self.kernels)  # (T, I)
-        return self.layernorm(self.wo(hidden), residual=x)
+        gate_and_up = self.gated_layers(x)  # (T, 2I)
+        p = self.dropout_p if self.training else 0.0
+        if use_triton(self.kernels, gate_and_up):
+            hidden = geglu_triton(gate_and_up, p, draw_key(x) if p else None)  # (T, I)
+        else:
+            hidden = geglu_torch(gate_and_up, p)
+        return self.layernorm(self.wo(hidden), residual=x)  # (T, D)
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer; with ``rows``, keys and values of all T tokens, everything else of these rows only."""
+    """One Transformer layer. With ``rows`` it computes keys and values of all T tokens, the rest for these rows."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -203,7 +195,7 @@ class BertEncoder(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The input and every layer's output, (T, D) each; with ``rows`` (M,) the last is (M, D)."""
+        """The input and each layer's output, (T, D); with ``rows`` (M,) the last is (M, D)."""
         states, slopes = (x,), self.alibi(x.device)
         for i, layer in enumerate(self.layer):
             args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None)
@@ -222,20 +214,20 @@ class BertPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first_token: Tensor) -> Tensor:
+    def forward(self, first_token: Tensor) -> Tensor:  # (B, D)
         return torch.tanh(self.dense(first_token))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Models
+# BertModel
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class BertPreTrainedModel(PreTrainedModel):
     """What all MosaicBERTs share: config, initial weights, gradient checkpointing.
 
-    Each class sets ``_auto_class``, so that save_pretrained writes this source beside the weights, and the folder loads
-    with torch and transformers alone.
+    Each class sets ``_auto_class``: save_pretrained then also saves this source, and the folder needs only torch and
+    transformers to load.
     """
 
     config_class = MosaicBertConfig
@@ -245,7 +237,7 @@ class BertPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range) for matrices, 0 for biases, 1 and 0 for LayerNorms, as BERT."""
-        # Only nn.init: transformers 5 replaces its functions by ones that keep loaded weights.
+        # Use nn.init only: transformers 5 patches its functions to keep weights that were loaded.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -257,17 +249,8 @@ class BertPreTrainedModel(PreTrainedModel):
             module.fill(module.slopes.device)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
-        """``output`` itself, or as a tuple without its None; the config decides if ``return_dict`` is None."""
+        """``output``, or a tuple of its fields if ``return_dict`` (by default the config's) is False."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-def _refuse(**arguments: object) -> None:
-    """Raise ValueError for arguments of Hugging Face's BERT that would have no effect here."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ValueError(
-                f"MosaicBERT takes no {name}: it has no position embeddings, and never stores attention weights"
-            )
 
 
 class BertModel(BertPreTrainedModel):
@@ -289,7 +272,7 @@ class BertModel(BertPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     def layout(self, mask_or_lengths: Tensor) -> Layout:
-        """The layout of a padded batch (``unpad_layout``), with tile tables if this model's attention reads any."""
+        """``unpad_layout`` of a padded batch, with tile tables if this model's attention is triton."""
         layout = unpad_layout(mask_or_lengths)
         if resolve(self.config.attention, device_type=mask_or_lengths.device.type) != "triton":
             return layout
@@ -303,12 +286,11 @@ class BertModel(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The unpadded model: (T,) ids or (T, D) embeddings to the L + 1 states, (T, D) each.
+        """The unpadded model: ids (T,) or embeddings (T, D) to the L + 1 states, (T, D) each.
 
-        With ``rows`` (M,) the last state is (M, D): the last layer computes only what these tokens need.
+        With ``rows`` (M,) the last layer computes only what these tokens need; the last state is (M, D).
         """
-        x = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        return self.encoder(x, layout, rows)
+        return self.encoder(self.embeddings(input_ids, token_type_ids, inputs_embeds), layout, rows)
 
     def forward(
         self,
@@ -325,20 +307,25 @@ class BertModel(BertPreTrainedModel):
         """Padded in, padded out.
 
         Args:
-            input_ids: (B, S), or ``inputs_embeds`` (B, S, D) in their place.
-            attention_mask: (B, S), nonzero at tokens, zero at padding; None means no padding. ALiBi's distances count
-                tokens only, so padding may be left or right.
-            token_type_ids: (B, S), or None for segment 0.
+            input_ids: (B, S); or give ``inputs_embeds`` (B, S, D).
+            attention_mask: (B, S), nonzero at tokens, zero at padding; None means no padding. Padding may be left or
+                right: ALiBi's distances count tokens only.
+            token_type_ids: (B, S); None means segment 0.
             output_hidden_states: also return the embeddings' output and every layer's.
 
         Returns:
             ``last_hidden_state`` (B, S, D), zero at padding, and ``pooler_output`` (B, D) or None.
 
         Raises:
-            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given, or both kinds of input, or
-                none.
+            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given; or both or none of
+                ``input_ids`` and ``inputs_embeds``.
         """
-        _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
+        refused = {"position_ids": position_ids, "head_mask": head_mask, "output_attentions": output_attentions or None}
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(
+                    f"MosaicBERT takes no {name}: it has no position embeddings, and never stores attention weights"
+                )
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -356,7 +343,7 @@ class BertModel(BertPreTrainedModel):
         states = self.encode(unpad(input_ids), layout, unpad(token_type_ids), unpad(inputs_embeds))
         last, pooled = pad(states[-1]), None
         if self.pooler is not None:
-            # The first token, whichever side is padded. An empty sequence pools a zero vector.
+            # The first token, also with padding on the left. An empty sequence pools a zero vector.
             first = attention_mask.bool().int().argmax(dim=1)
             pooled = self.pooler(last[torch.arange(B, device=last.device), first])
         if output_hidden_states is None:
@@ -369,8 +356,13 @@ class BertModel(BertPreTrainedModel):
         return self._returned(output, return_dict)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Models with heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class BertPredictionHeadTransform(nn.Module):
-    """LayerNorm(gelu(dense(x)))."""
+    """LayerNorm(gelu(dense(x))), (M, D)."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -382,7 +374,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Logits over the vocabulary; the decoder's weight is tied to the word embeddings."""
+    """Logits over the vocabulary, (M, D) -> (M, V). The decoder's weight is tied to the word embeddings."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -394,7 +386,7 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
-    """The head, under the name that it has in checkpoints."""
+    """The head; this wrapper gives it its name in checkpoints, ``cls.predictions``."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
@@ -407,7 +399,7 @@ class BertOnlyMLMHead(nn.Module):
 class BertForMaskedLM(BertPreTrainedModel):
     """MosaicBERT with its masked-language-model head."""
 
-    # transformers 5 expects a dict, of what is tied to what; transformers 4 reads the keys alone.
+    # transformers 5 expects a dict, parameter to what it is tied to; transformers 4 reads only the keys.
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
     _auto_class = "AutoModelForMaskedLM"
 
@@ -444,10 +436,10 @@ class BertForMaskedLM(BertPreTrainedModel):
 
         Args:
             labels: (B, S), negative at tokens without loss. The loss is the mean cross entropy of the others.
-            return_logits: with labels, also compute the logits of all tokens. By default ``logits`` is None then, and
-                the last layer and the head compute the masked tokens only.
-            layout, masked_index: of an unpadded batch, which goes to ``forward_unpadded``. Training calls it through
-                here, because whatever wraps a module (FSDP, hooks) sees only its ``forward``.
+            return_logits: with labels, also compute the logits of all tokens. By default they are None then, and the
+                last layer and the head compute the masked tokens only.
+            layout, masked_index: of an unpadded batch: runs ``forward_unpadded``. Training calls ``forward`` for it,
+                because FSDP and hooks see nothing else.
 
         The other arguments, and the errors, are those of ``BertModel.forward``.
         """
@@ -456,9 +448,10 @@ class BertForMaskedLM(BertPreTrainedModel):
             return self.forward_unpadded(input_ids, layout, masked_index, labels, token_type_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if labels is not None and not return_logits and not output_hidden_states and inputs_embeds is None:
-            _refuse(position_ids=position_ids, head_mask=head_mask, output_attentions=output_attentions)
-            assert input_ids is not None, "expected input_ids or inputs_embeds"
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        others = (position_ids, head_mask, inputs_embeds)
+        full = return_logits or output_hidden_states or output_attentions or any(x is not None for x in others)
+        if labels is not None and input_ids is not None and not full:
             layout = self.bert.layout(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
             labels_T = unpad_input(labels, layout.indices)
             masked_index = (labels_T >= 0).nonzero().squeeze(1)
@@ -466,7 +459,6 @@ class BertForMaskedLM(BertPreTrainedModel):
             ids_T, labels_M = unpad_input(input_ids, layout.indices), labels_T[masked_index]
             return self._returned(self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments), return_dict)
 
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
         encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
         logits = self.cls(encoded.last_hidden_state)  # (B, S, V)
         losses = {}
@@ -492,7 +484,8 @@ class BertForMaskedLM(BertPreTrainedModel):
             input_ids: (T,).
             layout: where each sequence starts.
             masked_index: (M,) int64, positions of the masked tokens in 0..T-1, ascending.
-            labels: (M,), the ids to predict there.
+            labels: (M,), the original ids of the masked tokens.
+            token_type_ids: (T,); None means segment 0.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
         head = self.cls.predictions
@@ -501,11 +494,10 @@ class BertForMaskedLM(BertPreTrainedModel):
 
 
 class _Classifier(BertPreTrainedModel):
-    """classifier(dropout(encoder's output)), and a loss."""
+    """classifier(dropout(x)) and a loss, where x is the pooler's output (B, D) or the last state (B, S, D)."""
 
     output_class: type[SequenceClassifierOutput] | type[TokenClassifierOutput]
     pooled: bool
-    """Whether the head takes the pooler's output (B, D), or the last state (B, S, D)."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__(config)
@@ -545,10 +537,10 @@ class _Classifier(BertPreTrainedModel):
 
 
 class BertForSequenceClassification(_Classifier):
-    """MosaicBERT with a classification or regression head: classifier(dropout(tanh(dense(first token)))), as BERT's.
+    """MosaicBERT with a classification or regression head on the pooler, as BERT's.
 
-    ``labels`` are (B,) or (B, num_labels), and the loss is that of ``config.problem_type``. Without a problem_type:
-    regression for one label, single-label for integers, multi-label for floats.
+    ``labels`` are (B,) or (B, num_labels); ``config.problem_type`` sets the loss. By default: regression for one label,
+    single-label for integers, multi-label for floats.
     """
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -567,9 +559,9 @@ class BertForSequenceClassification(_Classifier):
 
 
 class BertForTokenClassification(_Classifier):
-    """MosaicBERT with a label for each token: classifier(dropout(last state)), without a pooler.
+    """MosaicBERT with a label for each token, without a pooler.
 
-    ``labels`` are (B, S), and the loss is the mean cross entropy of those that are not -100.
+    ``labels`` are (B, S); the loss is the mean cross entropy of those that are not -100.
     """
 
     _auto_class = "AutoModelForTokenClassification"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class _IndexFirstAxis(torch.autograd.Function):
-    """x[index] for an index without repeats: its gradient is a copy, where ``index_select`` adds."""
+    """x[index] for unique indices: the backward copies rows, where that of ``index_select`` adds them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -70,14 +70,14 @@ def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
 
     ``unbind(1)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
     """
-    if torch.compiler.is_compiling():  # removes such copies itself, and cannot compare addresses
+    if torch.compiler.is_compiling():  # the compiler removes such copies itself, and cannot compare addresses
         return packed.unbind(1)
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of an unpadded batch come from, and where each sequence starts."""
+    """Where each token of an unpadded batch comes from, and where each sequence starts."""
 
     indices: Tensor
     """(T,) int64, position of each token in the flattened (B * S) padded batch."""
@@ -86,11 +86,11 @@ class Layout:
     max_seqlen: int
     """The longest length."""
     tables: dict[int, Tensor] = field(default_factory=dict)
-    """Tile tables of the attention kernels by rows of a tile; without them, each layer makes its own."""
+    """Tile tables of the attention kernels, by rows of a tile; if empty, each layer computes its own."""
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "Layout":
-        """The layout that a microbatch carries under the names of the fields."""
+        """From a microbatch, which carries the fields under their names."""
         return cls(batch["indices"], batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
 
     def to(self, device: torch.device | str) -> "Layout":
@@ -107,14 +107,14 @@ def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout
             padded on the right to the longest.
         longest_first: sort sequences by length, stably, instead of keeping their order.
 
-    On a GPU this waits for the device; training calls it on the CPU, in ``split_unpadded``.
+    Synchronizes a GPU; training calls it on the CPU, in ``split_unpadded``.
     """
     mask = mask_or_lengths
     if mask.dim() == 1:
         mask = torch.arange(int(mask.max()), device=mask.device) < mask[:, None]
-    mask = mask.bool()
+    mask = mask.bool()  # (B, S)
     positions = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-    lengths = mask.sum(dim=1, dtype=torch.int32)
+    lengths = mask.sum(dim=1, dtype=torch.int32)  # (B,)
     if longest_first:
         lengths, order = lengths.sort(descending=True, stable=True)
         mask, positions = mask[order], positions[order]

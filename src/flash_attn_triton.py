@@ -2,22 +2,25 @@
 
 Source: online softmax and recomputation from Dao et al., 2022 (FlashAttention, arXiv 2205.14135); one kernel per
 gradient and parallelism over rows from Dao, 2023 (FlashAttention-2, arXiv 2307.08691); ALiBi from Press et al., 2021
-(arXiv 2108.12409). docs/kernels.md has the derivation.
+(arXiv 2108.12409). docs/kernels.md derives the gradients. attention.py's ``reference`` is the same in plain PyTorch.
 
-Letters: T tokens, N heads, H head size; q_TNH is q as (T, N, H).
+Letters: B sequences, T tokens, N heads, H head size. In kernels: ROWS and COLS of a tile, BLOCK_H = H padded to a power
+of two. As a suffix they give a tensor's shape: q_TNH is (T, N, H).
 
-Each program computes one tile (some rows of one sequence) of one head, from a tile table (``tile_table``). There is no
-padding, no idle program, no (S, S) bias and no limit on length. There are no atomics: the same input gives the same
-bits.
+    forward   a program takes ROWS queries of one sequence and head, loops over the keys         -> out, lse
+    delta     sum over H of do * out, per token and head                                         -> delta
+    dkdv      a program takes ROWS keys, loops over the queries                                  -> dk, dv
+    dq        a program takes ROWS queries, loops over the keys                                  -> dq
 
-Scores are taken in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e), so that a softmax is exp2(s - lse) with
+A program finds its rows in a table (``tile_table``), so there is no padding, no idle program and no limit on length.
+Nothing has size (S, S). There are no atomics: the same input gives the same bits.
+
+Scores are in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e). Then the softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
-
-Eager code runs an autograd.Function; torch.compile sees custom ops, which cost some 60 us per call more.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,26 +50,26 @@ class Tile:
     """Sizes of one kernel."""
 
     rows: int
-    """Rows of one program: queries in the forward and for dq, keys for dk and dv. Tile tables are made for them."""
+    """ROWS of one program: queries in the forward and for dq, keys for dk and dv."""
     cols: int
-    """Rows of the other side per step of the loop."""
+    """COLS per step of the program's loop: keys, or queries for dk and dv."""
     warps: int
     stages: int
-    """Steps of the loop whose loads are in flight."""
+    """Steps of the loop whose loads are in flight (software pipelining)."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels that read a tile table."""
+    """Tiles of the three kernels that use a tile table."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
 
-# By (architecture, largest padded head size, bytes per element); the first match is used. None spills registers or
-# exceeds the card's shared memory with Triton 3.3.0 or 3.8.0 (benchmarks/results/kernels_aot.md); for speed, see
-# benchmarks/kernels/tune.py.
+# By (architecture or 0 for any, largest padded head size, bytes per element); the first match is used. None spills
+# registers or exceeds the card's shared memory with Triton 3.3.0 or 3.8.0 (benchmarks/results/kernels_aot.md). For
+# speed, see benchmarks/kernels/tune.py.
 TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB per program
     (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
@@ -84,7 +87,7 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
-"""All sizes for which a kernel may read a tile table."""
+"""All ``rows`` in TILES."""
 
 
 def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
@@ -100,23 +103,23 @@ def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
 
 
 def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Cut each sequence into tiles of ``rows`` tokens; each program of a kernel takes one.
+    """Cut each sequence into tiles of ``rows`` tokens, one per program and head. Synchronizes a GPU.
 
     Returns:
         (n, 3) int32: first token of the tile's sequence, the sequence's length, the tile's first row in it. Longest
-        sequences first, so that the slowest programs do not start last. On a GPU this waits for the device.
+        sequences first: their programs run longest, so they start first.
     """
-    lengths = cu_seqlens.diff()
-    tiles = (lengths + rows - 1) // rows
+    lengths = cu_seqlens.diff()  # (B,)
+    tiles = (lengths + rows - 1) // rows  # (B,), tiles per sequence
     order = lengths.argsort(descending=True, stable=True)
-    sequence = order.repeat_interleave(tiles[order])
+    sequence = order.repeat_interleave(tiles[order])  # (n,)
     before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
     first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
     return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
 
 
 def tile_tables(layout: Layout, sizes: Iterable[int] = TILE_ROWS) -> dict[int, Tensor]:
-    """The layout's tile tables by rows of a tile; by default, all that any kernel may read."""
+    """The layout's tile tables, by rows of a tile; by default all that any kernel needs."""
     return {rows: tile_table(layout.cu_seqlens, rows) for rows in sizes}
 
 
@@ -140,14 +143,14 @@ if triton is not None:
 
     @triton.jit
     def _dot(a, b, UPCAST: tl.constexpr):
-        """a @ b in fp32. The interpreter's product of bf16 is garbage, hence UPCAST there."""
+        """a @ b in fp32. UPCAST: in the interpreter, whose product of bf16 is wrong."""
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
     def _tile_of(tiles_ptr, num_heads, ROWS: tl.constexpr) -> Any:
-        """This program's (sequence's first token, its length, rows of the tile, head)."""
+        """Of this program: first token and length of the sequence, the tile's rows in it (ROWS,), and the head."""
         head = tl.program_id(0) % num_heads
         entry_ptr = tiles_ptr + 3 * (tl.program_id(0) // num_heads)
         rows = tl.load(entry_ptr + 2) + tl.arange(0, ROWS)
@@ -155,7 +158,7 @@ if triton is not None:
 
     @triton.jit
     def _load(x_ptr, stride_t, start, rows, length, dims, H: tl.constexpr):
-        """Rows of one head of a (T, N, H) tensor as (ROWS, BLOCK_H), zero beyond the sequence and beyond H."""
+        """Rows of one head of a (T, N, H) tensor: (ROWS, BLOCK_H), zero beyond the sequence's end and beyond H."""
         tokens = (start + rows).to(tl.int64)
         mask = (rows < length)[:, None] & (dims < H)[None, :]
         return tl.load(x_ptr + tokens[:, None] * stride_t + dims[None, :], mask=mask, other=0.0)
@@ -169,47 +172,48 @@ if triton is not None:
 
     @triton.jit
     def flash_attn_forward(
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        out_ptr,
-        lse_ptr,
-        slopes_ptr,
-        tiles_ptr,
-        stride_qt,
-        stride_qn,
+        q_ptr,  # (T, N, H)
+        k_ptr,  # (T, N, H)
+        v_ptr,  # (T, N, H)
+        out_ptr,  # (T, N, H)
+        lse_ptr,  # (N, T) fp32, log2 of the softmax's denominator
+        slopes_ptr,  # (N,) fp32
+        tiles_ptr,  # (n, 3) int32, see tile_table
+        stride_qt,  # from token to token; q[t, n] itself is contiguous
+        stride_qn,  # from head to head
         stride_kt,
         stride_kn,
         stride_vt,
         stride_vn,
         stride_ot,
         stride_on,
-        stride_lse,
+        stride_lse,  # T
         num_heads,
-        scale_log2,
+        scale_log2,  # H^-0.5 * log2(e)
         H: tl.constexpr,
         BLOCK_H: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """out and lse for ROWS queries: a pass over the sequence's keys with the online softmax."""
+        """out and lse of ROWS queries: one pass over the sequence's keys, with the online softmax."""
         start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
         dims = tl.arange(0, BLOCK_H)
         slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
-        q = _load(q_ptr + head * stride_qn, stride_qt, start, rows, length, dims, H)
+        q = _load(q_ptr + head * stride_qn, stride_qt, start, rows, length, dims, H)  # (ROWS, BLOCK_H)
 
+        # Of the keys so far: the highest score, and sums of exp2(score - highest) without and with the values.
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_H], tl.float32)
         for first in range(0, length, COLS):
             cols = first + tl.arange(0, COLS)
-            k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)
+            k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)  # (COLS, BLOCK_H)
             v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
             distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
             scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * distance
-            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
-            # Key 0 is real in every sequence, so the first step makes the maximum finite, for rows of padding too.
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))  # (ROWS, COLS)
+            # Key 0 exists in every sequence, so ``highest`` is finite after the first step, in rows beyond the end too.
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             correction = tl.exp2(highest - new_highest)
             probs = tl.exp2(scores - new_highest[:, None])
@@ -223,21 +227,21 @@ if triton is not None:
 
     @triton.jit
     def flash_attn_delta(
-        out_ptr,
-        do_ptr,
-        delta_ptr,
+        out_ptr,  # (T, N, H)
+        do_ptr,  # (T, N, H)
+        delta_ptr,  # (N, T) fp32
         stride_ot,
         stride_on,
         stride_dot,
         stride_don,
-        stride_delta,
+        stride_delta,  # T
         num_heads,
         num_tokens,
         H: tl.constexpr,
         BLOCK_H: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """delta = sum over H of do * out, fp32: what the softmax's gradient subtracts from each row."""
+        """delta = sum over H of do * out, in fp32; the softmax's gradient is probs * (dprobs - delta)."""
         head = (tl.program_id(0) % num_heads).to(tl.int64)
         rows = tl.program_id(0) // num_heads * ROWS + tl.arange(0, ROWS)
         dims = tl.arange(0, BLOCK_H)
@@ -247,18 +251,18 @@ if triton is not None:
 
     @triton.jit
     def flash_attn_dkdv(
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        do_ptr,
-        dk_ptr,
-        dv_ptr,
-        lse_ptr,
-        delta_ptr,
-        slopes_ptr,
-        tiles_ptr,
-        stride_qt,
-        stride_qn,
+        q_ptr,  # (T, N, H)
+        k_ptr,  # (T, N, H)
+        v_ptr,  # (T, N, H)
+        do_ptr,  # (T, N, H)
+        dk_ptr,  # (T, N, H)
+        dv_ptr,  # (T, N, H)
+        lse_ptr,  # (N, T) fp32, log2 of the softmax's denominator
+        delta_ptr,  # (N, T) fp32
+        slopes_ptr,  # (N,) fp32
+        tiles_ptr,  # (n, 3) int32, see tile_table
+        stride_qt,  # from token to token; q[t, n] itself is contiguous
+        stride_qn,  # from head to head
         stride_kt,
         stride_kn,
         stride_vt,
@@ -269,17 +273,17 @@ if triton is not None:
         stride_dkn,
         stride_dvt,
         stride_dvn,
-        stride_lse,
+        stride_lse,  # T
         num_heads,
-        scale,
-        scale_log2,
+        scale,  # H^-0.5
+        scale_log2,  # H^-0.5 * log2(e)
         H: tl.constexpr,
         BLOCK_H: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """dk and dv for ROWS keys: a pass over the sequence's queries. Everything is transposed: (keys, queries)."""
+        """dk and dv of ROWS keys: one pass over the sequence's queries. Tiles are transposed: (keys, queries)."""
         start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
         dims = tl.arange(0, BLOCK_H)
         slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
@@ -292,7 +296,7 @@ if triton is not None:
             cols = first + tl.arange(0, COLS)
             q = _load(q_ptr + head * stride_qn, stride_qt, start, cols, length, dims, H)
             do = _load(do_ptr + head * stride_don, stride_dot, start, cols, length, dims, H)
-            # A query beyond the end: lse = +inf makes its probabilities 0.
+            # lse = +inf makes the probabilities of a query beyond the end 0.
             offset = head * stride_lse + start + cols
             lse = tl.load(lse_ptr + offset, mask=cols < length, other=float("inf"))
             delta = tl.load(delta_ptr + offset, mask=cols < length, other=0.0)
@@ -308,17 +312,17 @@ if triton is not None:
 
     @triton.jit
     def flash_attn_dq(
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        do_ptr,
-        dq_ptr,
-        lse_ptr,
-        delta_ptr,
-        slopes_ptr,
-        tiles_ptr,
-        stride_qt,
-        stride_qn,
+        q_ptr,  # (T, N, H)
+        k_ptr,  # (T, N, H)
+        v_ptr,  # (T, N, H)
+        do_ptr,  # (T, N, H)
+        dq_ptr,  # (T, N, H)
+        lse_ptr,  # (N, T) fp32, log2 of the softmax's denominator
+        delta_ptr,  # (N, T) fp32
+        slopes_ptr,  # (N,) fp32
+        tiles_ptr,  # (n, 3) int32, see tile_table
+        stride_qt,  # from token to token; q[t, n] itself is contiguous
+        stride_qn,  # from head to head
         stride_kt,
         stride_kn,
         stride_vt,
@@ -327,17 +331,17 @@ if triton is not None:
         stride_don,
         stride_dqt,
         stride_dqn,
-        stride_lse,
+        stride_lse,  # T
         num_heads,
-        scale,
-        scale_log2,
+        scale,  # H^-0.5
+        scale_log2,  # H^-0.5 * log2(e)
         H: tl.constexpr,
         BLOCK_H: tl.constexpr,
         ROWS: tl.constexpr,
         COLS: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """dq for ROWS queries: a pass over the sequence's keys."""
+        """dq of ROWS queries: one pass over the sequence's keys."""
         start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
         dims = tl.arange(0, BLOCK_H)
         slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
@@ -350,7 +354,7 @@ if triton is not None:
         dq = tl.zeros([ROWS, BLOCK_H], tl.float32)
         for first in range(0, length, COLS):
             cols = first + tl.arange(0, COLS)
-            # Keys beyond the end are zero: their scores may be anything finite, they add nothing to dq.
+            # Keys beyond the end are loaded as zero, so they add nothing to dq.
             k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)
             v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
             distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
@@ -377,7 +381,7 @@ def delta_rows(head_size: int) -> int:
 
 
 def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
-    """Compile-time constants of a kernel."""
+    """Compile-time arguments of a kernel."""
     H = q.shape[2]
     return {
         "H": H,
@@ -391,9 +395,9 @@ def _options(q: Tensor, tile: Tile) -> dict[str, Any]:
 
 
 def _aligned(x_TNH: Tensor) -> Tensor:
-    """``x_TNH`` itself, or a copy if loads from it would be narrow: heads that start off a multiple of 16 elements.
+    """``x_TNH``, or a copy if its strides or start would make loads narrow (not at multiples of 16 elements).
 
-    Triton would compile another kernel for narrow loads, which spills. An expanded gradient has strides of 0.
+    Triton compiles another kernel for narrow loads, and that one spills. An expanded gradient has strides of 0.
     """
     T, N, H = x_TNH.stride()
     misplaced = x_TNH.shape[2] % 16 == 0 and (T % 16 or N % 16 or x_TNH.storage_offset() % 16)
@@ -409,7 +413,7 @@ def _strides(*tensors_TNH: Tensor) -> tuple[int, ...]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out (T, N, H) and lse (N, T) fp32, base 2; ``tile`` by default that of TILES."""
+    """out (T, N, H) and lse (N, T) fp32; ``tile`` is by default that of TILES."""
     T, N, H = q.shape
     q, k, v = map(_aligned, (q, k, v))
     tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
@@ -431,7 +435,8 @@ def _delta(out: Tensor, do: Tensor) -> Tensor:
     return delta
 
 
-def _launch_dkdv(
+def _launch_gradients(
+    kernel: Any,
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -440,34 +445,14 @@ def _launch_dkdv(
     delta: Tensor,
     slopes: Tensor,
     table: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    grads: list[Tensor],
     tile: Tile,
 ) -> None:
-    """Writes dk and dv (T, N, H)."""
+    """Write ``grads``, each (T, N, H): dk and dv by flash_attn_dkdv, or dq by flash_attn_dq."""
     T, N, H = q.shape
-    sizes = (*_strides(q, k, v, do, dk, dv), T, N, H**-0.5, H**-0.5 * LOG2E)
-    args = (q, k, v, do, dk, dv, lse, delta, slopes, table, *sizes)
-    launch(flash_attn_dkdv, len(table) * N, *args, **_options(q, tile))
-
-
-def _launch_dq(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    slopes: Tensor,
-    table: Tensor,
-    dq: Tensor,
-    tile: Tile,
-) -> None:
-    """Writes dq (T, N, H)."""
-    T, N, H = q.shape
-    sizes = (*_strides(q, k, v, do, dq), T, N, H**-0.5, H**-0.5 * LOG2E)
-    args = (q, k, v, do, dq, lse, delta, slopes, table, *sizes)
-    launch(flash_attn_dq, len(table) * N, *args, **_options(q, tile))
+    sizes = (*_strides(q, k, v, do, *grads), T, N, H**-0.5, H**-0.5 * LOG2E)
+    args = (q, k, v, do, *grads, lse, delta, slopes, table, *sizes)
+    launch(kernel, len(table) * N, *args, **_options(q, tile))
 
 
 def _backward(
@@ -475,44 +460,52 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     slopes: Tensor,
     dkdv_table: Tensor,
     dq_table: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: Sequence[Tensor],
 ) -> None:
-    """Writes dq, dk, dv (T, N, H)."""
+    """Write ``grads``: dq, dk, dv, each (T, N, H)."""
     T, _, H = q.shape
     if not T:
         return
     tiles = tiles_for(H, q.dtype, _architecture(q.device))
     do, q, k, v = map(_aligned, (do, q, k, v))
-    delta = _delta(out, do)
-    _launch_dkdv(do, q, k, v, lse, delta, slopes, dkdv_table, dk, dv, tiles.dkdv)
-    _launch_dq(do, q, k, v, lse, delta, slopes, dq_table, dq, tiles.dq)
+    saved = (do, q, k, v, lse, _delta(out, do), slopes)
+    dq, dk, dv = grads
+    _launch_gradients(flash_attn_dkdv, *saved, dkdv_table, [dk, dv], tiles.dkdv)
+    _launch_gradients(flash_attn_dq, *saved, dq_table, [dq], tiles.dq)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd: a Function in eager mode. torch.compile cannot trace a launch, so it gets custom ops (60 us slower if eager)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, slopes, _, dkdv_table, dq_table = inputs
+    ctx.save_for_backward(q, k, v, slopes, dkdv_table, dq_table, *output)
 
 
 class _FlashAttention(torch.autograd.Function):
     """Saves q, k, v, out and lse; the backward recomputes the probabilities."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, dkdv_table: Tensor, dq_table: Tensor
-    ) -> Tensor:
-        out, lse = _forward(q, k, v, slopes, table)
-        ctx.save_for_backward(q, k, v, out, lse, slopes, dkdv_table, dq_table)
-        return out
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        q, k, v, slopes, table, *_ = inputs
+        output = _forward(q, k, v, slopes, table)
+        _save(ctx, inputs, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, slopes, dkdv_table, dq_table = ctx.saved_tensors
+        q, k, v, slopes, dkdv_table, dq_table, out, lse = ctx.saved_tensors
         T, N, H = q.shape
         # One buffer: bert_padding's unpack_heads returns it as the packed product's gradient without a copy.
         dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
-        _backward(grads[0], q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
+        _backward(grads[0], q, k, v, slopes, dkdv_table, dq_table, out, lse, (dq, dk, dv))
         return dq, dk, dv, None, None, None, None
 
 
@@ -535,41 +528,36 @@ def _flash_attn_backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     slopes: Tensor,
     dkdv_table: Tensor,
     dq_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(do, q, k, v, out, lse, slopes, dkdv_table, dq_table, dq, dk, dv)
+    _backward(do, q, k, v, slopes, dkdv_table, dq_table, out, lse, (dq, dk, dv))
     return dq, dk, dv
 
 
 @_flash_attn_backward_op.register_fake
-def _(do, q, k, v, out, lse, slopes, dkdv_table, dq_table):
+def _(do, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, slopes, _, dkdv_table, dq_table = inputs
-    ctx.save_for_backward(q, k, v, *output, slopes, dkdv_table, dq_table)
 
 
 def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     return *_flash_attn_backward_op(do, *ctx.saved_tensors), None, None, None, None
 
 
-_flash_attn_op.register_autograd(_op_backward, setup_context=_setup_context)
+_flash_attn_op.register_autograd(_op_backward, setup_context=_save)
 
 
 def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
     """Softmax attention with ALiBi within each sequence, no dropout. Stores nothing of size S^2.
 
     Args:
-        q_TNH, k_TNH, v_TNH: fp16, bf16 or fp32, all of one dtype, H at most 128; views are fine. Autocast does not
-            cast them; accumulation, softmax and bias are fp32.
-        layout: of the T tokens; without tile tables they are made here.
+        q_TNH, k_TNH, v_TNH: all fp16, bf16 or fp32, H at most 128; may be views. Autocast does not cast them;
+            accumulation, softmax and bias are fp32.
+        layout: where each sequence starts. If its tile tables are missing, they are computed here.
         alibi_slopes: (N,) fp32.
 
     Returns:

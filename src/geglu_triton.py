@@ -4,9 +4,9 @@ GEGLU: Shazeer, 2020, arXiv 2002.05202; the GELU is exact: gelu(x) = x * Phi(x),
 Letters: T rows, I width.
 
 Saved for the backward: the packed (T, 2I) and dropout's key, 8 bytes. The backward recomputes gelu and the mask, and
-writes the packed gradient (T, 2I) without a concatenation.
+writes both halves of the packed gradient (T, 2I) itself, without a concatenation.
 
-Launch: tiles of ROWS x BLOCK of the output, row by row in a one-dimensional grid; see ``tile``.
+Launch: tiles of ROWS x BLOCK of the output, numbered row by row; one-dimensional grid; see ``tile``.
 """
 
 # pyright: reportOptionalMemberAccess=false
@@ -44,12 +44,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One tile."""
+        """One tile of the output."""
         across = tl.program_id(0) % columns
         row = tl.program_id(0) // columns * ROWS + tl.arange(0, ROWS)
-        row64 = row.to(tl.int64)[:, None]  # T * 2I may pass 2^31
+        row64 = row.to(tl.int64)[:, None]  # T * 2I may exceed 2^31
         column = across * BLOCK + tl.arange(0, BLOCK)[None, :]
-        real = (row[:, None] < T) & (column < I)
+        real = (row[:, None] < T) & (column < I)  # (ROWS, BLOCK)
         gate_ptr = gate_and_up_ptr + row64 * stride + column
         gate = tl.load(gate_ptr, mask=real, other=0.0).to(tl.float32)
         up = tl.load(gate_ptr + I, mask=real, other=0.0).to(tl.float32)
@@ -81,7 +81,7 @@ if triton is not None:
         row = tl.program_id(0) // columns * ROWS + tl.arange(0, ROWS)
         row64 = row.to(tl.int64)[:, None]
         column = across * BLOCK + tl.arange(0, BLOCK)[None, :]
-        real = (row[:, None] < T) & (column < I)
+        real = (row[:, None] < T) & (column < I)  # (ROWS, BLOCK)
         gate_ptr = gate_and_up_ptr + row64 * stride + column
         gate = tl.load(gate_ptr, mask=real, other=0.0).to(tl.float32)
         up = tl.load(gate_ptr + I, mask=real, other=0.0).to(tl.float32)
@@ -98,7 +98,7 @@ if triton is not None:
 
 
 TILE = 2048
-"""Elements of a tile: 16 registers per thread for each value held. Other sizes are not timed."""
+"""Elements of a tile: 16 registers per thread for each value. Other sizes are not timed."""
 BLOCK = 1024
 """Maximal number of columns of a tile: 3,072, the base model's width, is three of them, without masked lanes."""
 
@@ -112,19 +112,9 @@ def tile(I: int) -> dict[str, int]:  # noqa: E741
 def _launch(kernel: Any, gate_and_up: Tensor, dropout_p: float, *tensors: Tensor) -> None:
     (T, width), options, threshold = gate_and_up.shape, tile(gate_and_up.shape[1] // 2), dropout_threshold(dropout_p)
     columns = triton.cdiv(width // 2, options["BLOCK"])
-    launch(
-        kernel,
-        triton.cdiv(T, options["ROWS"]) * columns,
-        *tensors,
-        gate_and_up.stride(0),
-        T,
-        width // 2,
-        columns,
-        threshold,
-        dropout_scale(threshold),
-        DROPOUT=threshold > 0,
-        **options,
-    )
+    programs = triton.cdiv(T, options["ROWS"]) * columns
+    sizes = (gate_and_up.stride(0), T, width // 2, columns, threshold, dropout_scale(threshold))
+    launch(kernel, programs, *tensors, *sizes, DROPOUT=threshold > 0, **options)
 
 
 def _forward(gate_and_up: Tensor, key: Tensor | None, dropout_p: float) -> Tensor:
@@ -149,12 +139,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(gate_and_up, key)
 
 
-def _gradient(ctx: Any, backward: Callable[..., Tensor], dout: Tensor) -> Tensor:
-    return backward(dout, *ctx.saved_tensors, ctx.dropout_p)
+def _gradients(ctx: Any, backward: Callable[..., Tensor], dout: Tensor) -> tuple[Tensor, None, None]:
+    return backward(dout, *ctx.saved_tensors, ctx.dropout_p), None, None
 
 
 class _Geglu(torch.autograd.Function):
-    """For eager mode, where it costs less than a custom op."""
+    """For eager mode, in which a custom op is slower."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -165,7 +155,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _gradient(ctx, _backward, dout), None, None
+        return _gradients(ctx, _backward, dout)
 
 
 # For torch.compile, as in layer_norm_triton.py.
@@ -187,7 +177,7 @@ def _(dout, gate_and_up, key, dropout_p):
     return gate_and_up.new_empty(gate_and_up.shape)
 
 
-_forward_op.register_autograd(lambda ctx, dout: (_gradient(ctx, _backward_op, dout), None, None), setup_context=_save)
+_forward_op.register_autograd(lambda ctx, dout: _gradients(ctx, _backward_op, dout), setup_context=_save)
 
 
 def geglu(gate_and_up: Tensor, dropout_p: float = 0.0, key: Tensor | None = None) -> Tensor:

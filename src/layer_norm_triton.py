@@ -1,13 +1,14 @@
 """LayerNorm(residual + dropout(x)) in one pass over memory, forward and backward, in Triton.
 
-LayerNorm: Ba et al., 2016, arXiv 1607.06450. Sum and statistics are in fp32 for all dtypes of the inputs. Letters: T
-rows, D hidden size, P programs.
+LayerNorm: Ba et al., 2016, arXiv 1607.06450. Sum and statistics are in fp32, whatever the dtypes of the inputs.
 
-Saved for the backward: x (T, D); the residual (T, D), which the product before it saves too; mean and 1/std, (T,) fp32
-each: 8 T bytes; the parameters; dropout's key, 8 bytes. The backward recomputes the mask and the normalised x.
+Letters: T rows, D hidden size, P programs of the backward.
 
-dweight and dbias are sums over rows. A fixed number of programs add up their own rows in registers, in order, and torch
-adds up the (P, D) partial sums. There are no atomics: the same input gives the same bits.
+Saved for the backward: x and the residual, both (T, D), which the products before save too; mean and 1/std, (T,) fp32
+each; the parameters; dropout's key, 8 bytes. The backward recomputes dropout's mask and the normalised x.
+
+dweight and dbias are sums over rows. Each of P programs adds up its own rows in registers, in a fixed order, and torch
+adds up the P partial sums. There are no atomics: the same input gives the same bits.
 
 Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dimensional grid; see ``tile``.
 """
@@ -54,11 +55,11 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """One tile of rows."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        row64 = row.to(tl.int64)[:, None]  # T * D may pass 2^31
+        """y, mean and 1/std of one tile of rows."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+        row64 = row.to(tl.int64)[:, None]  # T * D may exceed 2^31
         column = tl.arange(0, BLOCK_D)[None, :]
-        real = (row[:, None] < T) & (column < D)
+        real = (row[:, None] < T) & (column < D)  # (ROWS, BLOCK_D)
         z = tl.load(x_ptr + row64 * x_stride + column, mask=real, other=0.0).to(tl.float32)
         if DROPOUT:
             keep = keep_mask(tl.load(key_ptr), row, tl.arange(0, BLOCK_D // 8), threshold, BLOCK_D)
@@ -70,7 +71,7 @@ if triton is not None:
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
         weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-        tl.store(mean_ptr + row, mean, mask=row < T)  # before y: after it, a build spills
+        tl.store(mean_ptr + row, mean, mask=row < T)  # stored before y: after it, one build spills
         tl.store(rstd_ptr + row, rstd, mask=row < T)
         y = centred * rstd[:, None] * weight + bias
         tl.store(y_ptr + row64 * D + column, y, mask=real)
@@ -100,7 +101,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """Every P-th tile of rows, ``tiles`` of them at most.
+        """dx, dresidual and the partial sums, of every P-th tile of rows, at most ``tiles`` of them.
 
         With n = (z - mean) * rstd and g = dy * weight: dz = rstd * (g - mean(g) - n * mean(g * n)).
         """
@@ -113,7 +114,7 @@ if triton is not None:
             row = (i * programs + program) * ROWS + tl.arange(0, ROWS)
             row64 = row.to(tl.int64)[:, None]
             real = (row[:, None] < T) & (column < D)
-            # The statistics first and the sums last: in another order some builds spill a register or two.
+            # Statistics first, sums last: in another order some builds spill a register or two.
             mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)[:, None]
             z = tl.load(x_ptr + row64 * x_stride + column, mask=real, other=0.0).to(tl.float32)
@@ -140,21 +141,21 @@ if triton is not None:
 
 
 MAX_D = 4096
-"""One program holds a row in registers; from 8,192 on the backward spills."""
+"""A program holds a row in registers; from 8,192 on the backward spills."""
 PROGRAMS = 512
-"""Maximal number of the backward's programs: four per multiprocessor of the largest cards. The same on every card, so
-that dweight and dbias have the same bits everywhere."""
+"""Maximal P: four per multiprocessor of the largest cards. The same number on each card, for the same bits of dweight
+and dbias."""
 TILES = {
     "forward": {"elements": 1024, "per_warp": 1024, "max_warps": 4},
     "backward": {"elements": 1024, "per_warp": 256, "max_warps": 16},
 }
 """``elements`` of a tile for small D, and ``per_warp``. Forward: up to D = 1,024 one warp computes a row, 32 elements
-per thread, so that its sums need no barrier. Backward: 8 elements per thread, because each takes 10 registers with the
-sums over rows; with 16, D = 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes are not timed."""
+per thread; its sums need no barrier. Backward: 8 elements per thread: each takes 10 registers with the sums over rows,
+and with 16, D = 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes are not timed."""
 
 
 def tile(D: int, kind: str) -> dict[str, int]:
-    """Tile and number of warps; ``kind`` is forward or backward.
+    """Tile and number of warps for ``kind`` forward or backward.
 
     Raises:
         ValueError: D is more than MAX_D.
@@ -182,33 +183,16 @@ def _forward(
     y = torch.empty(T, D, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(2))
     options, threshold = tile(D, "forward"), dropout_threshold(dropout_p)
-    launch(
-        layer_norm_forward,
-        triton.cdiv(T, options["ROWS"]),
-        x,
-        x if residual is None else residual,  # not read
-        weight,
-        bias,
-        x if key is None else key,
-        y,
-        mean,
-        rstd,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        T,
-        D,
-        eps,
-        threshold,
-        dropout_scale(threshold),
-        RESIDUAL=residual is not None,
-        DROPOUT=threshold > 0,
-        **options,
-    )
+    # Absent tensors are not read; x stands in for them.
+    pointers = (x, x if residual is None else residual, weight, bias, x if key is None else key, y, mean, rstd)
+    sizes = (x.stride(0), 0 if residual is None else residual.stride(0), T, D, eps, threshold, dropout_scale(threshold))
+    flags = {"RESIDUAL": residual is not None, "DROPOUT": threshold > 0}
+    launch(layer_norm_forward, triton.cdiv(T, options["ROWS"]), *pointers, *sizes, **flags, **options)
     return y, mean, rstd
 
 
 def _new_dresidual(x: Tensor, residual: Tensor | None, threshold: int) -> Tensor:
-    """Memory for dresidual (T, D); (0,) if there is no residual, or if dx is its gradient too."""
+    """Memory for dresidual (T, D); (0,) if there is no residual, or if dx equals dresidual."""
     if residual is None or (not threshold and residual.dtype == x.dtype):
         return x.new_empty(0)
     return torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
@@ -226,38 +210,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (T, D), dresidual (T, D) or (0,) as ``_new_dresidual`` says, dweight (D,), dbias (D,)."""
     T, D = x.shape
-    dy = dy.contiguous()  # it may be an expanded scalar
+    dy = dy.contiguous()  # may be an expanded scalar
     options, threshold = tile(D, "backward"), dropout_threshold(dropout_p)
     dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
     dresidual = _new_dresidual(x, residual, threshold)
     tiles = triton.cdiv(T, options["ROWS"])
     programs = min(PROGRAMS, tiles)
     partial = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
-    launch(
-        layer_norm_backward,
-        programs,
-        dy,
-        x,
-        x if residual is None else residual,
-        weight,
-        x if key is None else key,
-        mean,
-        rstd,
-        dx,
-        dresidual,
-        partial,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        T,
-        D,
-        triton.cdiv(tiles, max(programs, 1)),
-        threshold,
-        dropout_scale(threshold),
-        RESIDUAL=residual is not None,
-        WRITE_DRESIDUAL=dresidual.ndim == 2,
-        DROPOUT=threshold > 0,
-        **options,
-    )
+    given = (dy, x, x if residual is None else residual, weight, x if key is None else key, mean, rstd)
+    sizes = (x.stride(0), 0 if residual is None else residual.stride(0), T, D, triton.cdiv(tiles, max(programs, 1)))
+    flags = {"RESIDUAL": residual is not None, "WRITE_DRESIDUAL": dresidual.ndim == 2, "DROPOUT": threshold > 0}
+    args = (*given, dx, dresidual, partial, *sizes, threshold, dropout_scale(threshold))
+    launch(layer_norm_backward, programs, *args, **flags, **options)
     dweight, dbias = (part.sum(0).to(weight.dtype) for part in partial)
     return dx, dresidual, dweight, dbias
 
@@ -270,7 +234,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None
 
 def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments of ``_forward``."""
-    saved = ctx.saved_tensors  # read once: checkpointing recomputes the layer here
+    saved = ctx.saved_tensors  # read once: with checkpointing, reading recomputes the layer
     residual = saved[1]
     dx, dresidual, dweight, dbias = backward(dy, *saved, ctx.dropout_p)
     if residual is None:
@@ -281,7 +245,7 @@ def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor
 
 
 class _LayerNorm(torch.autograd.Function):
-    """For eager mode, where a custom op costs more."""
+    """For eager mode, in which a custom op is slower."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -295,7 +259,7 @@ class _LayerNorm(torch.autograd.Function):
         return _gradients(ctx, _backward, dy)
 
 
-# For torch.compile, which cannot trace a launch: the same two functions as custom ops.
+# torch.compile cannot trace a launch, so it gets the same two functions as custom ops.
 _forward_op = torch.library.custom_op(
     f"{ops_of(__name__)}::forward", _forward, mutates_args=(), device_types=("cpu", "cuda")
 )

@@ -1,8 +1,8 @@
-"""The masked-language-model loss: projection of the masked tokens to the vocabulary and cross entropy, as one function.
+"""The masked-language-model loss: projection of the masked tokens to the vocabulary and cross entropy, fused.
 
 The logits (M, V) are the largest tensor of a step: at base size 61 KB per masked token in bf16. They are stored once,
-in the product's dtype, and the backward overwrites them by their gradient. fp32 copies and softmax exist for one block
-of rows at a time. Without gradients (evaluation) so do the logits, and nothing is saved.
+in the product's dtype, and the backward overwrites them with their gradient. fp32 copies and the softmax exist for one
+block of rows at a time. In evaluation (no gradients) so do the logits, and nothing is saved.
 
 Letters: M masked tokens, D hidden size, V vocabulary.
 """
@@ -18,7 +18,7 @@ IGNORED = -100
 """Label of a position without loss: no gradient, not counted. Any negative label means the same."""
 
 BLOCK_ELEMENTS = 2**24
-"""Logits per block, 64 MB in fp32: enough to fill a large card, and little compared with what training stores."""
+"""Logits per block, 64 MB in fp32: enough to fill a large GPU, little compared with what training stores."""
 
 
 def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
         count: () int64, rows with a label.
 
         For an fp64 model, fp64 instead of fp32. The product has the autocast dtype, everything else is fp32. dW
-        accumulates in fp32; before torch 2.8, and on a CPU, it is rounded once to the autocast dtype, as nn.Linear's.
+        accumulates in fp32; before torch 2.8, and on a CPU, it is rounded once to the autocast dtype, as in nn.Linear.
 
     Raises:
         RuntimeError: a label is V or more (on a GPU, a device-side assertion).
@@ -51,7 +51,7 @@ def masked_lm_head_loss(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The same from logits (M, V), in plain torch."""
+    """The same loss from logits (M, V), in plain torch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.where(labels >= 0, IGNORED)
     loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
@@ -66,7 +66,7 @@ def _fields(loss_sum: Tensor, correct: Tensor, labels: Tensor) -> dict[str, Any]
 class _HeadLoss(torch.autograd.Function):
     """Saves x and the weight in the product's dtype, the logits, and each row's maximum and sum of exp.
 
-    Not their log-sum-exp: the difference from a maximum of 1,000 is exact, from a rounded logarithm it is not.
+    Maximum and sum are separate because logit - maximum is exact; for large logits, logit - log-sum-exp is not.
     """
 
     @staticmethod
@@ -78,6 +78,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         logits = torch.addmm(bias, x, weight.t()) if keep else None
+        # Of each row, (M,): maximum, sum of exp(logit - maximum), the label's logit, index of the maximum.
         top, total, picked = (x.new_empty(len(x), dtype=exact) for _ in range(3))
         best = labels.new_empty(len(x))
         for rows in _blocks(len(x), len(weight)):

@@ -1,4 +1,4 @@
-"""Plain torch counterparts of layer_norm_triton.py and geglu_triton.py: for CPUs, and as their reference.
+"""Plain torch counterparts of layer_norm_triton.py and geglu_triton.py, for CPUs and as their reference; and dropout.
 
 Letters: T rows, D hidden size, I width of the gated linear unit.
 """
@@ -14,10 +14,10 @@ from .triton_common import MASK_BITS, dropout_scale, dropout_threshold
 
 
 def dropout(x: Tensor, dropout_p: float, training: bool = True) -> Tensor:
-    """``F.dropout``, 4 times as fast on a CPU: an element needs 16 random bits, and the generator gives 64.
+    """``F.dropout``, 4 times as fast on a CPU: an element uses 16 of the 64 random bits that one draw gives.
 
-    On a CPU the probability is rounded down to a multiple of 2^-16, and kept elements are divided by the share that is
-    kept, so the expectation is exact. Elsewhere, and under torch.compile, it is torch's own.
+    On a CPU the probability is rounded down to a multiple of 2^-16. Kept elements are divided by the share of elements
+    kept, so the expectation is exact. On a GPU, and under torch.compile, it is ``F.dropout`` itself.
 
     Raises:
         ValueError: ``dropout_p`` is not in [0, 1).
@@ -31,14 +31,14 @@ def dropout(x: Tensor, dropout_p: float, training: bool = True) -> Tensor:
 
 
 def keep_mask(x: Tensor, threshold: int) -> Tensor:
-    """A new bool mask of the shape of ``x``, true where dropout keeps: where 16 random bits reach ``threshold``."""
+    """A random bool mask of the shape of ``x``, true where dropout keeps: where 16 bits are at least ``threshold``."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)  # all 64 bits
-    bits = words.view(torch.int16)[: x.numel()]  # signed, hence the shift of the threshold
+    bits = words.view(torch.int16)[: x.numel()]  # signed, so the threshold is shifted
     return (bits >= threshold - 2 ** (MASK_BITS - 1)).view(x.shape)
 
 
 class _Dropout(torch.autograd.Function):
-    """x * keep * scale; saves the mask, a byte per element."""
+    """x * keep * scale; saves the mask, one byte per element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -80,7 +80,7 @@ def geglu(gate_and_up: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 class _Geglu(torch.autograd.Function):
-    """Saves only the packed product and dropout's mask, a byte per element; writes both halves of the packed gradient.
+    """Saves only the packed product and dropout's mask, one byte per element; writes both halves of its gradient.
 
     Autograd would also save gelu(gate), and concatenate the halves.
     """

@@ -1,8 +1,10 @@
-"""What the Triton kernels share: whether they can run, launching and counting, and dropout's mask.
+"""What the Triton kernels share: whether they can run, launches and their count, and dropout's mask.
 
-Without triton this imports, and models run plain torch. TRITON_INTERPRET=1, set before triton is first imported, runs
-the kernels on the CPU, slowly, for tests.
+This file imports without triton too; models then run plain torch. For tests, TRITON_INTERPRET=1, set before triton is
+first imported, runs the kernels on the CPU, slowly.
 """
+
+# pyright: reportOptionalMemberAccess=false
 
 import collections
 import re
@@ -20,26 +22,18 @@ except ImportError:  # not released for every platform
     triton = None
 
 CHOICES = ("auto", "triton", "torch")
-CAPABILITY = (8, 0)
-"""Minimal compute capability: Ampere, the first with bf16. Turing also has too little shared memory for a tile."""
-FIRST_TRITON = {
-    (10, 0): "3.3.0",
-    (10, 3): "3.6.0",
-    (10, 7): "3.9.0",
-    (11, 0): "3.7.0",
-    (12, 0): "3.3.1",
-    (12, 1): "3.6.0",
-}
-"""The first Triton that compiles the kernels, by compute capability from Blackwell on. Older ones may abort the process
-instead of raising."""
+MIN_ARCHITECTURE = 80
+"""Ampere, the first with bf16; 10 * major + minor of the compute capability. Turing also lacks shared memory."""
+FIRST_TRITON = {100: "3.3.0", 103: "3.6.0", 107: "3.9.0", 110: "3.7.0", 120: "3.3.1", 121: "3.6.0"}
+"""The first Triton that compiles the kernels, by architecture from Blackwell on. Older ones may abort the process."""
 NEXT_TRITON = "3.10.0"
-"""The first Triton not yet tested; required for newer capabilities that are not in FIRST_TRITON."""
+"""The first Triton not yet tested; required by newer architectures that are not in FIRST_TRITON."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASK_BITS = 16
 """Random bits per element: dropout probabilities are rounded down to a multiple of 2^-16."""
 
 launches: collections.Counter[str] = collections.Counter()
-"""Launches in this process by kernel name, so that a test can prove which path ran."""
+"""Launches in this process by kernel name: tests prove with it which path ran."""
 
 if triton is not None:
 
@@ -48,13 +42,13 @@ if triton is not None:
         """(ROWS, BLOCK), true where dropout keeps. Depends on key and position only, so the backward recomputes it.
 
         Philox (Salmon et al., 2011, Parallel Random Numbers: As Easy as 1, 2, 3) with the counter (group, row) and 7
-        rounds, the fewest that pass BigCrush there. One call gives 128 bits, 16 for each of 8 neighbours in a row.
+        rounds, the fewest that pass BigCrush there. One call gives 128 bits, 16 for each of 8 adjacent columns.
 
         Args:
             key: int64 scalar.
             row: (ROWS,) int32.
-            group: (BLOCK // 8,) int32, index of eight columns. Forward and backward need int32 counters: Philox on 64
-                bits is another stream, and slower.
+            group: (BLOCK // 8,) int32, index of eight columns. Must be int32 in forward and backward: with 64-bit
+                counters Philox gives another stream, and is slower.
             threshold: an element is dropped if its 16 bits are below.
         """
         zero = (row[:, None] + group[None, :]) * 0
@@ -64,6 +58,7 @@ if triton is not None:
         return tl.reshape(bits, (row.shape[0], BLOCK)).to(tl.int32) >= threshold
 
 
+@torch.compiler.assume_constant_result  # otherwise torch.compile guards on the caches of re and functools
 def unavailable(device_type: str) -> str | None:
     """Why the kernels cannot run on a type of device, or None."""
     if triton is None:
@@ -72,40 +67,31 @@ def unavailable(device_type: str) -> str | None:
         return _this_gpu()
     if not interpreted():
         return f"Triton's kernels need a CUDA device, and this is {device_type}"
-    return _interpreter_refused()
-
-
-@torch.compiler.assume_constant_result  # traced, torch.compile would guard on the caches of re
-def _interpreter_refused() -> str | None:
-    version = getattr(triton, "__version__", "0")
-    if _numbers(np.__version__) >= (2, 5) and _numbers(version) < (3, 7):
+    if _numbers(np.__version__) >= (2, 5) and _numbers(triton.__version__) < (3, 7):
         # It converts a loop's bound by int() of a one-element array: a TypeError since numpy 2.5.
-        return f"Triton {version} interprets no loop with numpy {np.__version__}; it needs numpy < 2.5"
+        return f"Triton {triton.__version__} interprets no loop with numpy {np.__version__}; it needs numpy < 2.5"
     return None
 
 
-@torch.compiler.assume_constant_result  # has no effect on a cached function, hence two functions
-def _this_gpu() -> str | None:
-    return _asked_once()
-
-
 @cache
-def _asked_once() -> str | None:
-    return refused(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None  # None: no GPU here
-
-
-def refused(capability: tuple[int, int]) -> str | None:
-    """Why the kernels cannot run on a GPU of this compute capability, or None."""
-    name = ".".join(map(str, capability))
-    if capability < CAPABILITY:
-        least = ".".join(map(str, CAPABILITY))
-        return f"Triton's kernels need compute capability {least}, and this GPU has {name}"
-    version = getattr(triton, "__version__", "0")
-    first = FIRST_TRITON.get(capability, NEXT_TRITON)
-    if capability < min(FIRST_TRITON) or _numbers(version) >= _numbers(first):
+def _this_gpu() -> str | None:
+    if not torch.cuda.is_available():  # asked for another machine
         return None
-    verb = "does" if capability in FIRST_TRITON else "may"
-    return f"Triton {version} does not compile for compute capability {name}; {first} {verb}"
+    major, minor = torch.cuda.get_device_capability()
+    return refused(10 * major + minor)
+
+
+def refused(architecture: int) -> str | None:
+    """Why the kernels cannot run on a GPU of this architecture (80 for compute capability 8.0), or None."""
+    if architecture < MIN_ARCHITECTURE:
+        need, has = MIN_ARCHITECTURE / 10, architecture / 10
+        return f"Triton's kernels need compute capability {need}, and this GPU has {has}"
+    first = FIRST_TRITON.get(architecture, NEXT_TRITON)
+    if architecture < min(FIRST_TRITON) or _numbers(triton.__version__) >= _numbers(first):
+        return None
+    verb = "does" if architecture in FIRST_TRITON else "may"
+    name = architecture / 10
+    return f"Triton {triton.__version__} does not compile for compute capability {name}; {first} {verb}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -114,7 +100,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def resolve(kernels: str) -> str:
-    """``kernels`` itself, checked when a model is built. ``auto``: triton for tensors on a supported GPU, else torch.
+    """``kernels`` itself, after a check. Called when a model is built.
 
     Raises:
         ValueError: unknown name, or triton where no kernel can run.
@@ -128,25 +114,26 @@ def resolve(kernels: str) -> str:
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
-    """Whether the Triton kernels compute ``x``."""
+    """Whether to use the Triton kernels for ``x``; ``auto``: on a supported GPU."""
     return kernels == "triton" or (kernels == "auto" and x.is_cuda and unavailable("cuda") is None)
 
 
 def interpreted() -> bool:
-    """Whether triton interprets the kernels."""
+    """Whether Triton runs the kernels in its interpreter, on the CPU."""
     return triton is not None and not isinstance(keep_mask, triton.JITFunction)
 
 
 def ops_of(module: str) -> str:
-    """The namespace of a module's custom ops, unique to it.
+    """A namespace for a module's custom ops: the module's name, as an identifier.
 
-    Hugging Face's loader may import copies of the module into one process, and an op replaces an older one of its name.
+    Hugging Face's loader imports copies of the module under other names; with one namespace they would replace each
+    other's ops.
     """
     return re.sub(r"\W", "_", module)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``x`` (..., D) as (T, D) with stride 1 along D; copies only if it has to.
+    """``x`` (..., D) as (T, D) with stride 1 along D; a view where possible.
 
     Raises:
         TypeError: unsupported dtype.
@@ -162,7 +149,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **options: Any) -> None:
-    """Launch ``programs`` programs of a kernel, if any, on the device of ``x``, its first argument."""
+    """Launch ``programs`` programs of a kernel on the device of ``x``, its first argument; none if 0."""
     if programs:
         launches[kernel.__name__] += 1
         with torch.cuda.device_of(x):  # triton launches on the current device
@@ -170,7 +157,7 @@ def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **options: Any) ->
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """``dropout_p`` in units of 2^-16, rounded down: an element is kept if its random bits reach it.
+    """``dropout_p`` in units of 2^-16, rounded down. An element is kept if its random bits are at least this.
 
     Raises:
         ValueError: not in [0, 1).
@@ -181,10 +168,10 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_scale(threshold: int) -> float:
-    """Factor of kept elements: 1 over the share that is kept."""
+    """Factor of kept elements: 1 / (share of elements kept)."""
     return 2**MASK_BITS / (2**MASK_BITS - threshold)
 
 
 def draw_key(x: Tensor) -> Tensor:
-    """A new key for dropout, (1,) int64, from the generator of the device of ``x``, without a copy to the host."""
+    """A new key for dropout, (1,) int64, from the generator of the device of ``x``; never synchronizes."""
     return torch.randint(2**62, (1,), device=x.device)

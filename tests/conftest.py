@@ -1,6 +1,6 @@
-"""A tokenizer and shards made from real text, once a session, by the scripts that users run.
+"""A tokenizer, shards and a checkpoint from real text, made once per session by the scripts that users run.
 
-What needs Composer or streaming is imported by the fixtures, so that tests of the model run where neither is.
+Fixtures import what needs Composer or streaming, because tests of the model run without them.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ else:
 MAX_SEQ_LEN = 32
 
 YAMLS = sorted(path for path in Path("yamls").glob("*.yaml") if not path.stem.startswith("finetune"))
-"""Those of pretraining."""
+"""Of pretraining."""
 
 MISSING = [name for name in ("composer", "streaming", "omegaconf", "datasets") if not importlib.util.find_spec(name)]
 
 TESTS = Path(__file__).parent
 MODEL = {f"model/{path.name}" for path in TESTS.glob("model/test_*.py")} - {"model/test_mosaic_bert.py"}
 MODEL |= {"data/test_microbatches.py"}
-"""Files that test the model and its kernels: all that is collected where a package is missing that training needs."""
+"""Tests of the model and its kernels: only these are collected if a package that training needs is missing."""
 
 if MISSING:
     found = {str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")}
@@ -50,7 +50,7 @@ LONGEST = ("test_resume", "test_main", "test_launch", "test_flash_attn_triton")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With ``-n 2 --dist loadgroup`` a file goes to one process, and the files that take longest come first."""
+    """With ``-n 2 --dist loadgroup``, a file runs in one process, and the longest files first."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -58,12 +58,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 OPENED = []
-"""Shared memory that tests have opened and that is not released yet."""
+"""Shared memory that tests opened and did not release yet."""
 
 
 @pytest.fixture(autouse=True)
 def release_shared_memory(monkeypatch):
-    """Streaming keeps a dataset's shared memory until the process ends, and opens all there is for each new dataset."""
+    """After each test. Streaming would keep it until the process ends, and reopen all of it for each new dataset."""
     if "streaming" not in sys.modules:  # a test of the model alone
         yield
         return
@@ -84,14 +84,14 @@ def release_shared_memory(monkeypatch):
     gc.collect()
     with alone_on_node():  # tests run in two processes
         for memory in OPENED.copy():
-            with contextlib.suppress(BufferError):  # still mapped by a dataset that lives on: after the next test
+            with contextlib.suppress(BufferError):  # still mapped by a living dataset: retried after the next test
                 memory.cleanup()
                 OPENED.remove(memory)
 
 
 @pytest.fixture(scope="session")
 def documents():
-    """391 lead paragraphs of Wikipedia: a number that divides by nothing that the tests use."""
+    """391 lead paragraphs of Wikipedia: no batch size or worker count of the tests divides that."""
     from scripts import quickstart
 
     return list(itertools.islice(quickstart.default_documents(), 391))
@@ -99,13 +99,10 @@ def documents():
 
 @pytest.fixture(scope="session")
 def c4_folder(documents, tmp_path_factory):
-    """The documents in C4's own form: 300 to train on, 91 held out."""
+    """The documents in C4's format: 300 for training, 91 for validation."""
     folder = tmp_path_factory.mktemp("c4")
-    for name, part in (
-        ("c4-train.00000-of-01024.json.gz", documents[:300]),
-        ("c4-validation.00000-of-00008.json.gz", documents[300:]),
-    ):
-        with gzip.open(folder / name, "wt") as file:
+    for name, part in (("train.00000-of-01024", documents[:300]), ("validation.00000-of-00008", documents[300:])):
+        with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in part)
     return folder
 
@@ -122,36 +119,35 @@ def tokenizer_folder(c4_folder, tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(tokenizer_folder):
-    """Each test's own: a call with ``truncation`` leaves it behind in the object."""
+    """A new one for each test: a call with ``truncation`` leaves it set in the object."""
     from src.data.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
 
 
+def converted(c4_folder, out, *options):
+    import convert_c4
+
+    convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *options])
+    return str(out)
+
+
 @pytest.fixture(scope="session")
 def text_shards(c4_folder, tmp_path_factory):
     """Shards of text: splits train and val."""
-    import convert_c4
-
-    out = tmp_path_factory.mktemp("text_shards")
-    convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder)])
-    return str(out)
+    return converted(c4_folder, tmp_path_factory.mktemp("text_shards"))
 
 
 @pytest.fixture(scope="session")
 def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
     """Shards of tokens of the same documents, truncated to MAX_SEQ_LEN."""
-    import convert_c4
-
-    out = tmp_path_factory.mktemp("token_shards")
-    tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
-    convert_c4.main(["--out_root", str(out), "--splits", "train", "val", "--source", str(c4_folder), *tokens])
-    return str(out)
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", str(MAX_SEQ_LEN), "--pack", "truncate"]
+    return converted(c4_folder, tmp_path_factory.mktemp("token_shards"), *options)
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a config, given as text or as values, to a YAML and returns its path."""
+    """Writes a config, as text or as values, to a YAML file and returns its path."""
 
     def write(tree):
         path = tmp_path / "run.yaml"
@@ -178,3 +174,29 @@ def trained(token_shards, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     main.main([QUICKSTART, *tiny_run(token_shards, tokenizer_folder, folder), "optimizer.lr=0.01"])
     return folder / "checkpoints"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """``torch.empty`` gives NaN between guards. At the end: every element was written, and no guard.
+
+    Yields the memory given so far.
+    """
+    empty, made = torch.empty, []
+
+    def poison(*shape, dtype=torch.float32, device="cpu"):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        size = int(torch.Size(shape).numel())
+        memory = torch.full((size + 128,), 7.0, dtype=dtype, device=device)
+        view = memory[64 : 64 + size].view(shape)
+        view.fill_(float("nan"))
+        made.append((memory, size))
+        return view
+
+    monkeypatch.setattr(torch, "empty", poison)
+    yield made
+    monkeypatch.setattr(torch, "empty", empty)
+    assert made
+    for memory, size in made:
+        assert (memory[:64] == 7.0).all() and (memory[64 + size :] == 7.0).all()
+        assert not memory.isnan().any(), "elements that were never written, or NaN"

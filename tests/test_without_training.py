@@ -1,12 +1,9 @@
-"""The model, its kernels, their tests and their benchmarks need none of what training needs."""
+"""The model, its kernels, their tests and benchmarks run without the packages that only training needs."""
 
 import os
 import re
 import subprocess
 import sys
-
-import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from tests.conftest import MODEL
 
@@ -25,7 +22,7 @@ class Without(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
-"""Python imports sitecustomize when it starts, in child processes too: as if those packages were not installed."""
+"""Hides those packages. Python imports sitecustomize when it starts, in child processes too."""
 
 ON_A_GPU_MACHINE = """
 import contextlib
@@ -42,8 +39,8 @@ for name in ("kernels.compare", "speed.step", "kernels.tune", "kernels.saved_byt
 """In one process, as torch takes seconds to import."""
 
 
-def test_a_gpu_machine_has_torch_triton_transformers_and_pytest(tmp_path):
-    """No Composer, no streaming, no git: all that is about kernels is collected and runs, through the interpreter."""
+def test_kernels_need_only_torch_triton_transformers_and_pytest(tmp_path):
+    """Without Composer, streaming and git, tests and benchmarks of the kernels run, through the interpreter."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     (tmp_path / "bin").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": str(tmp_path / "bin"), "TRITON_INTERPRET": "1"}
@@ -54,23 +51,11 @@ def test_a_gpu_machine_has_torch_triton_transformers_and_pytest(tmp_path):
     for module in ("speed.step", "kernels.tune", "kernels.aot", "kernels.saved_bytes"):
         assert f"python -m benchmarks.{module} " in done.stdout
     (last,) = re.findall("^kernels device=.*", done.stdout, re.MULTILINE)
-    # Each case and peer is checked before it is timed.
+    # Each case and peer is checked before it is timed. Newer torch runs FlexAttention on a CPU, 2.7 has no backward.
     left_out = re.findall(
         "^attention .* FlexAttention: does not run: .* does not support backward on CPU", done.stdout, re.M
     )
-    x = torch.randn(1, 1, 16, 16, requires_grad=True)
-    try:
-        flex_attention(x, x, x).sum().backward()
-        flex = ["attention_S64_vs_flex"]
-    except NotImplementedError:  # newer torch
-        flex = []
-    assert len(left_out) == 1 - len(flex)
+    flex = [] if left_out else ["attention_S64_vs_flex"]
     assert last.startswith(f"kernels device=cpu checked={9 + len(flex)} failed=0 left_out={len(left_out)} ")
-    for name in (
-        *flex,
-        "attention_S64_vs_torch",
-        "layer_norm_T200_vs_torch",
-        "geglu_T200_vs_torch",
-        "head_M60_vs_torch",
-    ):
-        assert f" {name}=" in last
+    cases = ("attention_S64", "layer_norm_T200", "geglu_T200", "head_M60")
+    assert all(f" {name}=" in last for name in (*flex, *(f"{case}_vs_torch" for case in cases))), last

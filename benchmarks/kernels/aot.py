@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
     notes: list[str] = []
     built = spilling = over_limit = wgmma = serialised = 0
     for architecture in dict.fromkeys([75, *args.architectures]):
-        reason = triton_common.refused(divmod(architecture, 10))
+        reason = triton_common.refused(architecture)
         if architecture not in args.architectures or reason is not None:
             notes += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
             continue

@@ -64,11 +64,9 @@ class Attention:
         if kernel == "forward":
             return [kernels._forward(self.q, self.k, self.v, self.slopes, table, tile)[0]]
         inputs = (self.do, self.q, self.k, self.v, self.lse, self.delta, self.slopes, table)
-        if kernel == "dkdv":
-            kernels._launch_dkdv(*inputs, self.dk, self.dv, tile)
-            return [self.dk, self.dv]
-        kernels._launch_dq(*inputs, self.dq, tile)
-        return [self.dq]
+        grads = [self.dq] if kernel == "dq" else [self.dk, self.dv]
+        kernels._launch_gradients(getattr(kernels, f"flash_attn_{kernel}"), *inputs, grads, tile)
+        return grads
 
 
 def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:

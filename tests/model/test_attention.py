@@ -1,8 +1,9 @@
-"""Every implementation against the reference: outputs and all gradients, on ragged batches."""
+"""Reference against the formula and torch against the reference, on ragged batches. Kernels: test_flash_attn_triton."""
 
 import pytest
 import torch
 
+from benchmarks.kernels.saved_bytes import kept_bytes
 from src import attention as A
 from src.bert_padding import unpad_layout
 
@@ -54,12 +55,15 @@ def test_torch_equals_reference(lengths, tile_elements, dtype, tolerance, monkey
     torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_torch_gradients_are_derivatives(monkeypatch):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_torch_gradients_are_derivatives(dropout_p, monkeypatch):
+    """Of the forward with the same dropout masks."""
     monkeypatch.setattr(A, "TILE_ELEMENTS", 30)
     qkv, *rest = make([4, 1, 5], N=2, H=3)
 
     def f(x):
-        return A.attention(*x.unbind(1), *rest, impl="torch")
+        torch.manual_seed(3)
+        return A.attention(*x.unbind(1), *rest, dropout_p, "torch")
 
     assert torch.autograd.gradcheck(f, qkv)
 
@@ -71,18 +75,9 @@ def test_extreme_scores_stay_finite(impl):
     assert out.isfinite().all() and grad.isfinite().all()
 
 
-def test_sequences_do_not_see_each_other():
-    qkv, *rest = make([5, 9])
-    out, _ = run("torch", qkv, *rest)
-    changed = qkv.detach().clone()
-    changed[5:] += 1
-    other, _ = run("torch", changed.requires_grad_(), *rest)
-    assert torch.equal(out[:5], other[:5]) and not torch.equal(out[5:], other[5:])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_low_precision_is_only_rounding_of_inputs_and_output(impl, dtype):
+def test_low_precision_only_rounds_inputs_and_output(impl, dtype):
     """Scores, bias and softmax are fp32: the error is that of rounding the result once."""
     qkv, *rest = make([300, 5], dtype=dtype)
     out, _ = run(impl, qkv, *rest)
@@ -95,12 +90,11 @@ def test_low_precision_is_only_rounding_of_inputs_and_output(impl, dtype):
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_autocast_does_not_lower_the_scores(impl):
     qkv, *rest = make([300, 5], dtype=torch.float32)
-    want, want_grad = run(impl, qkv, *rest)
+    grad = torch.randn(305, 3, 16)
+    want, want_grad = run(impl, qkv, *rest, grad)
     with torch.autocast("cpu", torch.bfloat16):
         out = A.attention(*qkv.unbind(1), *rest, impl=impl)
-    grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(out, want)
-    assert torch.equal(torch.autograd.grad(out, qkv, grad)[0], want_grad)
+    assert torch.equal(out, want) and torch.equal(torch.autograd.grad(out, qkv, grad)[0], want_grad)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -119,47 +113,25 @@ def test_dropout_keeps_the_mean_and_follows_the_seed(impl):
     assert abs(outs[0].mean() - 1) < 0.05 and outs[0].std() > 0.03
 
 
-def test_dropout_gradients_use_the_forward_masks(monkeypatch):
-    monkeypatch.setattr(A, "TILE_ELEMENTS", 30)
-    qkv, *rest = make([4, 6], N=2, H=3)
-
-    def f(x):
-        torch.manual_seed(3)
-        return A.attention(*x.unbind(1), *rest, dropout_p=0.3, impl="torch")
-
-    assert torch.autograd.gradcheck(f, qkv)
-
-
-def test_memory_kept_for_the_backward_does_not_grow_with_the_square_of_the_length():
+def test_memory_kept_for_the_backward_is_linear_in_the_length():
     def kept(L):
-        sizes = []
         qkv, *rest = make([L] * 2, N=2, H=4, dtype=torch.float32)
+        return kept_bytes(lambda x: A.attention(*x.unbind(1), *rest, impl="torch"), qkv)[1]
 
-        def pack(x):
-            sizes.append(x.untyped_storage().nbytes())
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            A.attention(*qkv.unbind(1), *rest, impl="torch")
-        return sum(sizes)
-
-    assert kept(256) < 4.5 * kept(64)
+    assert 0 < kept(256) < 4.5 * kept(64)
 
 
-def test_tiles_cover_each_pair_once_and_stay_small():
+def test_tiles_cover_each_row_once_and_stay_small(monkeypatch):
     lengths, heads = [5, 5, 5, 0, 300, 1, 1, 40], 2
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).tolist()
     seen = torch.zeros(cu_seqlens[-1], dtype=torch.int64)
-    limit, A.TILE_ELEMENTS = A.TILE_ELEMENTS, 1000
-    try:
-        for tile, bias in A._biased_tiles(cu_seqlens, A.alibi_slopes(heads), torch.float32):
-            rows = tile.queries.stop - tile.queries.start
-            assert bias.shape == (1, heads, rows, tile.length)
-            assert bias.untyped_storage().nbytes() <= 4 * 2 * 1000
-            assert heads * rows * tile.length <= 1000 and (tile.sequences == 1 or rows == tile.length)
-            seen[tile.tokens].unflatten(0, (tile.sequences, tile.length))[:, tile.queries] += 1
-    finally:
-        A.TILE_ELEMENTS = limit
+    monkeypatch.setattr(A, "TILE_ELEMENTS", 1000)
+    for tile, bias in A._biased_tiles(cu_seqlens, A.alibi_slopes(heads), torch.float32):
+        rows = tile.queries.stop - tile.queries.start
+        assert bias.shape == (1, heads, rows, tile.length)
+        assert bias.untyped_storage().nbytes() <= 4 * 2 * 1000
+        assert heads * rows * tile.length <= 1000 and (tile.sequences == 1 or rows == tile.length)
+        seen[tile.tokens].unflatten(0, (tile.sequences, tile.length))[:, tile.queries] += 1
     assert (seen == 1).all()
 
 
@@ -168,8 +140,3 @@ def test_slopes_of_a_power_of_two_and_of_twelve():
     twelve = [2.0**-e for e in (1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5)]
     torch.testing.assert_close(A.alibi_slopes(12), torch.tensor(twelve), rtol=1e-6, atol=0)
     assert A.alibi_slopes(12).dtype == torch.float32 and len(A.alibi_slopes(3)) == 3
-
-
-def test_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown attention 'flash'; expected one of auto, reference, torch"):
-        A.resolve("flash")

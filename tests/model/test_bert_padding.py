@@ -1,3 +1,5 @@
+"""Unpadding, padding and layouts."""
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ MASKS = {
 
 @pytest.mark.parametrize("longest_first", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_there_and_back(name, longest_first):
+def test_pad_inverts_unpad(name, longest_first):
     mask = torch.tensor(MASKS[name])
     x = torch.randn(*mask.shape, 5)
     layout = unpad_layout(mask, longest_first)
@@ -27,14 +29,14 @@ def test_there_and_back(name, longest_first):
 
 
 @pytest.mark.parametrize("longest_first", [False, True])
-def test_lengths_are_a_mask_padded_on_the_right(longest_first):
+def test_lengths_mean_padding_on_the_right(longest_first):
     from_mask = unpad_layout(torch.tensor(MASKS["right"]), longest_first)
     from_lengths = unpad_layout(torch.tensor([3, 1, 4]), longest_first)
     for a, b in zip(vars(from_mask).values(), vars(from_lengths).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_microbatch_carries_its_layout():
+def test_layout_from_a_microbatch_and_to_a_device():
     layout = Layout(torch.arange(3), torch.tensor([0, 3]), 3, {16: torch.tensor([[0, 3, 0]])})
     assert vars(Layout.from_batch({"input_ids": None, **vars(layout)})) == vars(layout)
     moved = layout.to("meta")
@@ -42,7 +44,7 @@ def test_a_microbatch_carries_its_layout():
     assert all(x.is_meta for x in (moved.indices, moved.cu_seqlens, *moved.tables.values()))
 
 
-def test_gradients_go_where_the_rows_came_from():
+def test_gradients_of_indexing_and_padding():
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 0, 3])
     assert torch.autograd.gradcheck(lambda x: index_first_axis(x, index), x)

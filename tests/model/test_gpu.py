@@ -1,8 +1,8 @@
-"""What only a GPU can show; skipped where there is none. The kernels' own tests run on a GPU as they are.
+"""What only a GPU can show; skipped elsewhere. The kernels' own tests run on a GPU as they are.
 
-Batches come to the device as in training: cut and counted on the CPU, tables of tiles included, then copied without
-waiting. One microbatch has more than 3,072 tokens, from which on the gradient of PyTorch's embedding takes another
-path.
+Batches reach the device as in training: split and counted on the CPU, tile tables included, then copied without
+synchronizing. One microbatch has more than 3,072 tokens: from there on PyTorch's embedding computes its gradient in
+another way.
 """
 
 import os
@@ -31,13 +31,13 @@ LENGTHS = [512, 65, 511, 257, 500, 1, 512, 129, 512, 512, 100, 7, 128, 33]
 """Of a batch; the first ten sequences are a microbatch of 3,511 tokens, the rest one of 268."""
 
 
-def microbatches(lengths=LENGTHS, size=10):
-    """On the CPU, as ``train.data.split_batch`` cuts them."""
-    return split_unpadded(batch_of(lengths, 0.3, V), size, tile_tables)
+def microbatches(size=10):
+    """On the CPU, as training splits them."""
+    return split_unpadded(batch_of(LENGTHS, 0.3, V), size, tile_tables)
 
 
 def moved(x, pinned=False):
-    """A microbatch on the device, as Composer brings it over: by copies that do not wait."""
+    """A microbatch on the device, copied as Composer does: asynchronously."""
     if isinstance(x, dict):
         return {name: moved(y, pinned) for name, y in x.items()}
     if isinstance(x, torch.Tensor):
@@ -47,28 +47,20 @@ def moved(x, pinned=False):
 
 def model_of(attention="triton", kernels="triton", **options):
     torch.manual_seed(0)
-    config = MosaicBertConfig(
-        vocab_size=V,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=256,
-        attention=attention,
-        kernels=kernels,
-        **options,
-    )
+    shape = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256)
+    config = MosaicBertConfig(vocab_size=V, attention=attention, kernels=kernels, **shape, **options)
     return BertForMaskedLM(config).to(DEVICE).train()
 
 
 def loss_of(model, part, dtype=torch.bfloat16):
-    """() mean of a microbatch that is on the device, under autocast; in the parameters' own dtype if it is fp32."""
+    """() mean over a microbatch on the device, under autocast; without autocast for fp32."""
     layout = Layout.from_batch(part)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         return model(part["input_ids"], labels=part["labels"], layout=layout, masked_index=part["masked_index"]).loss
 
 
 def step(model, optimizer, parts, pinned=False, dtype=torch.bfloat16):
-    """A step of training on microbatches that are on the host; the loss of the batch, ()."""
+    """A training step on microbatches on the host; returns the loss of the batch, ()."""
     masked, losses = sum(part["num_masked"] for part in parts), []
     for part in parts:
         loss = loss_of(model, moved(part, pinned), dtype) * (part["num_masked"] / masked)
@@ -85,7 +77,7 @@ def adamw(model):
 
 @pytest.fixture
 def deterministic():
-    """Algorithms of PyTorch's that give the same bits each time, the embedding's gradient above all."""
+    """PyTorch's deterministic algorithms, above all for the embedding's gradient."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -93,8 +85,8 @@ def deterministic():
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("attention", ["triton", "flash_attn"])
-def test_a_step_waits_for_nothing(attention, pinned):
-    """Copies, forward, loss, backward and optimizer start their work and wait for none of it."""
+def test_a_step_never_synchronizes(attention, pinned):
+    """Copies, forward, loss, backward and optimizer are all asynchronous."""
     try:
         resolve(attention, device_type=DEVICE)
     except ValueError as reason:
@@ -102,7 +94,7 @@ def test_a_step_waits_for_nothing(attention, pinned):
     model, parts = model_of(attention), microbatches()
     assert [part["num_tokens"] for part in parts] == [3511, 268]
     optimizer = adamw(model)
-    for mode in ("default", "error"):  # the first compiles
+    for mode in ("default", "error"):  # the first step compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -113,13 +105,13 @@ def test_a_step_waits_for_nothing(attention, pinned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_no_dtype_errs_more_than_twice_as_much_as_plain_torch(dtype):
-    """Loss and the gradient of each parameter, of a whole model; to fp64 for fp32, to fp32 for the others."""
-    sharp = dict(hidden_dropout_prob=0.0, initializer_range=0.13)  # fresh weights attend to all tokens nearly alike
+def test_errors_are_at_most_twice_those_of_plain_torch(dtype):
+    """Of each parameter's gradient, in a whole model; against fp64 for fp32, against fp32 for the others."""
+    sharp = dict(hidden_dropout_prob=0.0, initializer_range=0.13)  # with 0.02, attention is nearly uniform
     plain = dict(attention="reference", kernels="torch", **sharp)
-    (part,) = microbatches(LENGTHS, len(LENGTHS))
+    (part,) = microbatches(len(LENGTHS))
     assert part["num_tokens"] > 3072
-    part, scale = moved(part), 2.0**10  # as a scaler of gradients: without it fp16 loses the small ones
+    part, scale = moved(part), 2.0**10  # as a gradient scaler: small gradients underflow in fp16
 
     def results(model, dtype):
         (scale * loss_of(model, part, dtype)).backward()
@@ -127,17 +119,14 @@ def test_no_dtype_errs_more_than_twice_as_much_as_plain_torch(dtype):
 
     exact = model_of(**plain).double() if dtype == torch.float32 else model_of(**plain)
     want = results(exact, torch.float32)
-    errors = []
-    for model in (model_of(**sharp), model_of(**plain)):
-        got = results(model, dtype)
-        errors.append({name: ((got[name] - x).norm() / x.norm()).item() for name, x in want.items()})
-    ours, theirs = errors
-    for name, error in ours.items():
-        assert error <= 2 * theirs[name] + torch.finfo(dtype).eps, f"{name}: {error:.2e}, plain {theirs[name]:.2e}"
+    ours, theirs = (results(model, dtype) for model in (model_of(**sharp), model_of(**plain)))
+    for name, x in want.items():
+        error, budget = (((got[name] - x).norm() / x.norm()).item() for got in (ours, theirs))
+        assert error <= 2 * budget + torch.finfo(dtype).eps, f"{name}: {error:.2e}, plain torch {budget:.2e}"
 
 
 def test_a_training_step_gives_the_same_bits():
-    """Kernels, dropout and the head: from one seed, one loss and one gradient."""
+    """Kernels, dropout and head: one seed gives one loss and one gradient."""
     results = []
     for _ in range(2):
         model = model_of()
@@ -147,24 +136,20 @@ def test_a_training_step_gives_the_same_bits():
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
-        # The word embeddings' gradient is PyTorch's own, which adds by atomics unless deterministic algorithms are on.
+        # PyTorch adds up the word embeddings' gradient by atomics unless deterministic algorithms are on.
         assert "word_embeddings" in name or torch.equal(grad, results[1][1][name]), name
 
 
 def test_a_resumed_run_has_the_same_bits(deterministic, tmp_path):
-    """Two steps, saved, two more: equal to four, weights and moments, dropout's masks included."""
-
-    def random_states():
-        return {"cpu": torch.get_rng_state(), "device": torch.get_device_module(DEVICE).get_rng_state()}
-
+    """Two steps, a checkpoint and two more equal four: losses, weights and moments, with dropout."""
     parts, file = microbatches(), tmp_path / "checkpoint.pt"
     model = model_of()
     optimizer = adamw(model)
     losses = []
     for i in range(4):
         if i == 2:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_states()}
-            torch.save(saved, file)
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**saved, "random": (torch.get_rng_state(), torch.cuda.get_rng_state())}, file)
         losses.append(step(model, optimizer, parts))
 
     again = model_of()
@@ -173,8 +158,8 @@ def test_a_resumed_run_has_the_same_bits(deterministic, tmp_path):
     saved = torch.load(file, map_location="cpu", weights_only=True)
     again.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"]["cpu"])
-    torch.get_device_module(DEVICE).set_rng_state(saved["random"]["device"])
+    torch.set_rng_state(saved["random"][0])
+    torch.cuda.set_rng_state(saved["random"][1])
     resumed = [step(again, fresh, parts) for _ in range(2)]
     assert torch.equal(torch.stack(resumed), torch.stack(losses[2:])) and not torch.equal(losses[2], losses[3])
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
@@ -184,7 +169,7 @@ def test_a_resumed_run_has_the_same_bits(deterministic, tmp_path):
 
 
 def test_kernels_and_reference_train_alike():
-    """Twenty steps in bf16 on one batch: the losses go down together."""
+    """Twenty steps in bf16 on one batch give close losses, which fall."""
     curves = {}
     for name, options in {"kernels": {}, "plain": {"attention": "reference", "kernels": "torch"}}.items():
         model = model_of(hidden_dropout_prob=0.0, **options)
@@ -195,8 +180,8 @@ def test_kernels_and_reference_train_alike():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_attention_of_torch_takes_sequences_of_many_tiles(dropout_p):
-    """Tiles of 170 rows begin between the 16 bytes that torch's memory-efficient kernel loads at once."""
+def test_attention_torch_runs_sequences_of_many_tiles(dropout_p):
+    """Tiles of 170 rows start unaligned to the 16 bytes that torch's memory-efficient kernel loads at once."""
     L, N, H = 2048, 12, 16
     layout = unpad_layout(torch.tensor([L], device=DEVICE))
     qkv, grad = (torch.randn(L, *shape, device=DEVICE) for shape in ((3, N, H), (N, H)))
@@ -227,8 +212,8 @@ print("the same")
 """
 
 
-def test_a_folder_with_the_source_runs_its_kernels(tmp_path):
-    """In a process without this repo; the logits are those of the CPU."""
+def test_an_exported_folder_runs_its_kernels(tmp_path):
+    """In a process without this repo, and gives the CPU's logits."""
     model = model_of("auto", "auto").eval().cpu()
     model.save_pretrained(tmp_path / "model")
     mask = (torch.arange(33) < torch.tensor([33, 1, 7])[:, None]).long()

@@ -1,34 +1,23 @@
-"""The fused LayerNorm against plain torch and fp64."""
+"""The fused LayerNorm against plain torch and fp64. What it shares with GEGLU: test_fused_kernels.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels.saved_bytes import kept_bytes
 from src import layer_norm_triton, triton_common
 from src.layer_norm_triton import layer_norm
-from tests.model.test_kernels import (
-    DEVICE,
-    DTYPES,
-    assert_within_budget,
-    poisoned,  # noqa: F401
-)
+from tests.model.test_kernels import DEVICE, DTYPES, SCALE, P, assert_within_budget, key_of, run
 
 NAMES = ("y", "dx", "dweight", "dbias", "dresidual")
-P = 0.3
-SCALE = 1 / (1 - int(P * 2**16) / 2**16)
 
 
-def inputs_of(T, D, dtype, residual=True):
+def inputs_of(T, D, dtype=torch.float32, residual=True):
+    """x, weight, bias and residual, and a gradient for the output."""
     g = torch.Generator().manual_seed(T * D)
     x, r = (torch.randn(T, D, generator=g).add(0.5).to(dtype) for _ in range(2))
     weight, bias = torch.randn(D, generator=g), torch.randn(D, generator=g)
     tensors = (x, weight, bias, r) if residual else (x, weight, bias)
     return [t.to(DEVICE).requires_grad_() for t in tensors], torch.randn(T, D, generator=g).to(dtype).to(DEVICE)
-
-
-def key_of(seed=0):
-    return torch.tensor([seed], dtype=torch.int64, device=DEVICE)
 
 
 def mask_of(T, D, key):
@@ -47,11 +36,6 @@ def plain(x, weight, bias, residual=None, keep=None, dtype=torch.float32):
     if residual is not None:
         z = z + residual.to(dtype)
     return F.layer_norm(z, weight.shape, weight.to(dtype), bias.to(dtype), 1e-12)
-
-
-def run(function, tensors, dy):
-    y = function(*tensors)
-    return (y, *torch.autograd.grad(y, tensors, dy.to(y.dtype)))
 
 
 def check(tensors, dy, function, keep=None):
@@ -80,7 +64,7 @@ def check(tensors, dy, function, keep=None):
         (3, 4096, False, 0.0),
     ],
 )
-def test_outputs_and_gradients(T, D, residual, p, dtype, poisoned):  # noqa: F811
+def test_outputs_and_gradients(T, D, residual, p, dtype, poisoned):
     key = key_of(5) if p else None
     keep = mask_of(T, D, key) if p else None
     tensors, dy = inputs_of(T, D, dtype, residual)
@@ -93,8 +77,11 @@ def test_outputs_and_gradients(T, D, residual, p, dtype, poisoned):  # noqa: F81
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_one_column_is_its_bias(dtype):
-    """The gradient is (g - mean(g)) / std with g = dy * weight, and mean(g) = g: 0. A GPU rounds g in the mean, but not
-    in the fused multiply-add that subtracts it: what is left is at most the rounding error of g, times 1/std."""
+    """The gradient is (g - mean(g)) / std with g = dy * weight. Here mean(g) = g, so it is 0.
+
+    A GPU rounds g in the mean, but not in the fused multiply-add that subtracts it: the rest is at most the rounding
+    error of g, times 1/std.
+    """
     tensors, dy = inputs_of(5, 1, dtype)
     y, dx, dweight, dbias, dresidual = run(lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r), tensors, dy)
     assert torch.equal(y, tensors[2].to(dtype).expand(5, 1)) and not dweight.any()
@@ -104,38 +91,11 @@ def test_a_row_of_one_column_is_its_bias(dtype):
     assert torch.equal(dx, dresidual)
 
 
-def test_rows_may_be_strided_and_have_more_dimensions():
-    T, D = 6, 40
-    wide = torch.randn(T, 3 * D, device=DEVICE)
-    weight, bias = torch.randn(D, device=DEVICE), torch.randn(D, device=DEVICE)
-    for x in (wide[:, D : 2 * D], wide[:, :D].view(2, 3, D), wide.t()[:, :3], wide[:, ::3]):
-        w, b = weight[: x.shape[-1]], bias[: x.shape[-1]]
-        x = x.detach().requires_grad_()
-        y = layer_norm(x, w, b, 1e-5, x)
-        torch.testing.assert_close(y, F.layer_norm(2 * x, w.shape, w, b, 1e-5), rtol=1e-4, atol=1e-5)
-        got = torch.autograd.grad(y.sum(), x)  # the gradient comes with stride 0
-        want = torch.autograd.grad(F.layer_norm(2 * x, w.shape, w, b, 1e-5).sum(), x)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_no_rows():
-    x, weight = torch.empty(0, 24, device=DEVICE, requires_grad=True), torch.ones(24, device=DEVICE, requires_grad=True)
-    y = layer_norm(x, weight, weight, 1e-5)
-    grads = torch.autograd.grad(y.sum(), (x, weight))
-    assert y.shape == grads[0].shape == (0, 24) and not grads[1].any()
-
-
 def test_more_tiles_than_programs(monkeypatch):
     """Each program takes several tiles, the last ones fewer."""
     monkeypatch.setattr(layer_norm_triton, "PROGRAMS", 3)
     tensors, dy = inputs_of(70, 600, torch.float32)
     check(tensors, dy, lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r))
-
-
-def test_same_bits_again():
-    tensors, dy = inputs_of(127, 96, torch.float16)
-    first, second = (run(lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r, P, key_of(3)), tensors, dy) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_large_values_far_from_zero():
@@ -153,45 +113,9 @@ def test_residual_of_another_dtype():
     assert got[0].dtype == torch.float32 and got[4].dtype == torch.float16
 
 
-def test_dropout_is_a_function_of_its_key():
-    """Share, independence of neighbours; another key, another mask. (That it is the forward's, test_outputs shows.)"""
-    T, D = 64, 96
-    keep = mask_of(T, D, key_of(1))
-    n = keep.numel()
-    assert abs(keep.float().mean() - (1 - P)) < 5 * (P * (1 - P) / n) ** 0.5
-    assert torch.equal(keep, mask_of(T, D, key_of(1)))
-    assert torch.equal(keep[:7], mask_of(7, D, key_of(1)))  # a row's mask does not depend on the other rows
-    for other in (2, 1 + 2**32, -1):
-        agree = (keep == mask_of(T, D, key_of(other))).float().mean()
-        assert abs(agree - (P * P + (1 - P) ** 2)) < 0.03
-    flat = keep.flatten().float()
-    for lag in (1, 2, 4, 8, D):
-        assert abs(torch.corrcoef(torch.stack([flat[lag:], flat[:-lag]]))[0, 1]) < 0.07
-
-
-def test_dropout_of_less_than_a_bit_is_none():
-    tensors, dy = inputs_of(7, 96, torch.float32)
-    none = run(lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r), tensors, dy)
-    tiny = run(lambda x, w, b, r: layer_norm(x, w, b, 1e-12, r, 1e-6, key_of()), tensors, dy)
-    assert all(torch.equal(a, b) for a, b in zip(none, tiny, strict=True))
-
-
-def test_what_is_refused():
-    x = torch.ones(2, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="needs a key"):
-        layer_norm(x, x[0], x[0], 1e-5, dropout_p=0.1)
-    with pytest.raises(TypeError, match="got torch.float64"):
-        layer_norm(x.double(), x[0], x[0], 1e-5)
+def test_a_hidden_size_above_the_limit_is_refused():
     with pytest.raises(ValueError, match="expected hidden size of at most 4096, got 5000; set kernels to torch"):
         layer_norm(torch.ones(1, 5000, device=DEVICE), torch.ones(5000), torch.ones(5000), 1e-5)
-
-
-@pytest.mark.parametrize("p", [0.0, P])
-def test_kept_for_the_backward(p):
-    """x and the residual are arguments; beside them 8 bytes a row, and the key is the caller's."""
-    (x, weight, bias, residual), _ = inputs_of(33, 96, torch.float16)
-    _, kept = kept_bytes(layer_norm, x, weight, bias, 1e-12, residual, p, key_of() if p else None)
-    assert kept == 8 * 33
 
 
 def test_autocast_and_parameters_in_half():
@@ -204,26 +128,3 @@ def test_autocast_and_parameters_in_half():
     half = weight.detach().half().requires_grad_()
     (grad,) = torch.autograd.grad(layer_norm(x, half, bias, 1e-12).sum(), half)
     assert grad.dtype == torch.float16
-
-
-def test_custom_op():
-    (x, weight, bias, residual), _ = inputs_of(5, 24, torch.float32)
-    forward = layer_norm_triton._forward_op
-    torch.library.opcheck(forward, (x, residual, weight, bias, key_of(), 1e-12, P, torch.float32))
-    for r in (residual, None):
-        args = (x, r, weight, bias, None, 1e-12, 0.0, torch.float16)
-        torch.library.opcheck(forward, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_compiled_with_dropout_equals_eager():
-    key = key_of(9)
-
-    def norm(x, weight, bias, residual):
-        return layer_norm(x, weight, bias, 1e-12, residual, P, key)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(norm, fullgraph=True, dynamic=True, backend="aot_eager")
-    for T in (3, 17, 33):
-        tensors, dy = inputs_of(T, 24, torch.float32)
-        want, got = run(norm, tensors, dy), run(compiled, tensors, dy)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

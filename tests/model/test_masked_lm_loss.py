@@ -1,4 +1,4 @@
-"""The head as one function against its parts in plain torch."""
+"""The fused head and loss against plain torch."""
 
 import pytest
 import torch
@@ -14,17 +14,13 @@ D, V = 24, 97
 
 def inputs_of(M, dtype=torch.float32, scale=1.0):
     g = torch.Generator().manual_seed(M)
-    x, weight, bias = (
-        torch.randn(M, D, generator=g),
-        torch.randn(V, D, generator=g) * scale,
-        torch.randn(V, generator=g),
-    )
+    x, weight, bias = (torch.randn(*shape, generator=g) for shape in ((M, D), (V, D), (V,)))
     labels = torch.randint(0, V, (M,), generator=g)
-    return [t.to(dtype).to(DEVICE).requires_grad_() for t in (x, weight, bias)], labels.to(DEVICE)
+    return [t.to(dtype).to(DEVICE).requires_grad_() for t in (x, weight * scale, bias)], labels.to(DEVICE)
 
 
 def plain(x, weight, bias, labels):
-    """loss_sum, from the parts."""
+    """loss_sum, in plain torch."""
     logits = F.linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction="sum")
@@ -32,7 +28,7 @@ def plain(x, weight, bias, labels):
 
 @pytest.fixture(params=[2**24, 3 * V])
 def block(request, monkeypatch):
-    """All rows in one block, and three rows a block."""
+    """All rows in one block, and three rows per block."""
     monkeypatch.setattr(masked_lm_loss, "BLOCK_ELEMENTS", request.param)
 
 
@@ -53,8 +49,8 @@ def test_loss_and_gradients(M, dtype, block):
         torch.testing.assert_close(again[name], value)
 
 
-def test_rows_without_a_label_count_for_nothing(block):
-    """Loss, gradients and counts are as if they were not there; their own gradient is 0."""
+def test_rows_without_a_label_do_not_count(block):
+    """Loss, gradients and counts are those without these rows; their own gradient is 0."""
     (x, weight, bias), labels = inputs_of(9)
     keep = torch.tensor([0, 2, 3, 8], device=DEVICE)
     ignored = torch.full_like(labels, -100)
@@ -70,21 +66,20 @@ def test_rows_without_a_label_count_for_nothing(block):
 
 
 @pytest.mark.parametrize("M", [0, 5])
-def test_no_label_at_all(M):
+def test_without_labels_loss_and_gradients_are_zero(M):
     tensors, labels = inputs_of(M)
     out = masked_lm_head_loss(*tensors, torch.full_like(labels, -100))
     assert out["loss"] == 0 and out["count"] == 0 and out["correct"] == 0
     assert not any(grad.any() for grad in torch.autograd.grad(out["loss"], tensors))
 
 
-def test_large_logits():
-    tensors, labels = inputs_of(33, scale=20.0)
-    assert F.linear(*tensors).abs().max() > 80
-    assert_as_near_as_its_parts(tensors, labels)
-
-
-def assert_as_near_as_its_parts(tensors, labels, dtype=None):
-    """Loss and gradients within the budget, under autocast to ``dtype`` if one is given; all of them in fp32."""
+@pytest.mark.parametrize(
+    ("M", "scale", "dtype"), [(33, 20.0, None), (127, 1.0, torch.bfloat16), (127, 1.0, torch.float16)], ids=str
+)
+def test_errors_are_within_budget(M, scale, dtype):
+    """Of loss and gradients, all fp32: with logits beyond +-80, and under autocast."""
+    tensors, labels = inputs_of(M, scale=scale)
+    assert dtype is not None or F.linear(*tensors).abs().max() > 80
     results = []
     for function in (lambda *t: masked_lm_head_loss(*t)["loss_sum"], plain):
         with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
@@ -98,12 +93,7 @@ def assert_as_near_as_its_parts(tensors, labels, dtype=None):
         assert_within_budget(*values, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    assert_as_near_as_its_parts(*inputs_of(127), dtype)
-
-
-def test_the_logits_are_all_that_is_kept_and_their_gradient_overwrites_them():
+def test_only_the_logits_are_kept_and_their_gradient_overwrites_them():
     M = 33
     tensors, labels = inputs_of(M)
     out, kept = kept_bytes(lambda *args: masked_lm_head_loss(*args)["loss_sum"], *tensors, labels)
@@ -133,7 +123,7 @@ def test_only_some_inputs_need_gradients():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="an assertion on the device, which ends the process")
-def test_a_label_that_is_no_word():
+def test_a_label_beyond_the_vocabulary_raises():
     tensors, labels = inputs_of(3)
     labels[1] = V
     with pytest.raises(RuntimeError, match="out of bounds"):

@@ -25,7 +25,7 @@ def test_several_runs_over_steps_tokens_and_time(tmp_path, capsys):
     assert "b.jsonl: 3 steps, 300 tokens, last evaluation none" in printed
 
 
-def test_runs_that_are_not_there(tmp_path):
+def test_missing_and_empty_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         plot_curves.main([str(tmp_path)])
     (tmp_path / "metrics.jsonl").write_text("")

@@ -11,13 +11,15 @@ from src.data.masking import MaskingCollator
 from src.train.config import load
 
 
-def texts_of(path):
-    return [json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")]
+def texts_of(out):
+    """Documents of the training and of the validation set."""
+    paths = (out / f"text/c4-{split}.00000-of-00001.json.gz" for split in ("train", "validation"))
+    return ([json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in paths)
 
 
 def test_default_text_is_split_by_document(tmp_path, capsys):
     quickstart.main(["text", str(tmp_path)])
-    train, held_out = (texts_of(tmp_path / f"text/c4-{s}.00000-of-00001.json.gz") for s in ("train", "validation"))
+    train, held_out = texts_of(tmp_path)
     assert len(train) + len(held_out) == 10_033 and 400 < len(held_out) < 600
     assert not set(train) & set(held_out)
     assert f"validation={len(held_out)}" in capsys.readouterr().out
@@ -26,15 +28,21 @@ def test_default_text_is_split_by_document(tmp_path, capsys):
     assert (tmp_path / "text/c4-train.00000-of-00001.json.gz").read_bytes() == before
 
 
-def test_own_text(tmp_path, documents):
-    (tmp_path / "a.txt").write_text("\n".join(documents[:200]))
-    quickstart.main(["text", str(tmp_path / "out"), "--text", str(tmp_path / "a.txt")])
-    train = texts_of(tmp_path / "out/text/c4-train.00000-of-00001.json.gz")
-    lines = {line for text in documents[:200] for line in text.splitlines()}
-    assert 180 < len(train) < 200 and set(train) < lines
+def test_own_text_and_its_prompts(tmp_path, documents):
+    """Prompts come from the validation set, with the masked word as the answer."""
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    quickstart.main(["text", str(tmp_path), "--text", str(tmp_path / "a.txt")])
+    train, held_out = texts_of(tmp_path)
+    lines = [line for text in documents for line in text.splitlines() if line]
+    assert sorted(train + held_out) == sorted(lines) and 0 < len(held_out) < len(lines) / 10
+    prompts = quickstart.held_out_prompts(tmp_path)
+    assert len(prompts) == 3
+    for (prompt, word), text in zip(prompts, held_out, strict=False):
+        assert prompt.count("[MASK]") == 1
+        assert " ".join(text.split()).startswith(prompt.replace("[MASK]", word))
 
 
-def test_text_that_is_too_little_or_not_there(tmp_path):
+def test_too_little_or_missing_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     with pytest.raises(ValueError, match="1 documents are too few"):
         quickstart.main(["text", str(tmp_path / "out"), "--text", str(tmp_path / "a.txt")])
@@ -43,7 +51,7 @@ def test_text_that_is_too_little_or_not_there(tmp_path):
 
 
 def test_report(tmp_path, token_shards, tokenizer_folder, capsys):
-    """A short run of the quickstart's YAML, then its report: picture, entropy, masks, last line."""
+    """After a short run of the quickstart's YAML: picture, baseline, filled-in masks, last line."""
     options = [
         f"data_local={token_shards}",
         f"tokenizer_name={tokenizer_folder}",
@@ -71,24 +79,10 @@ def test_report(tmp_path, token_shards, tokenizer_folder, capsys):
     assert 4 < float(fields["unigram_entropy"]) < 7
 
 
-def test_prompts_of_own_text(tmp_path, documents):
-    """From held-out documents, with the masked word as the answer."""
-    (tmp_path / "a.txt").write_text("\n".join(documents))
-    quickstart.main(["text", str(tmp_path), "--text", str(tmp_path / "a.txt")])
-    held_out = texts_of(tmp_path / "text/c4-validation.00000-of-00001.json.gz")
-    prompts = quickstart.held_out_prompts(tmp_path)
-    assert len(prompts) == 3
-    for (prompt, word), text in zip(prompts, held_out, strict=False):
-        assert prompt.count("[MASK]") == 1
-        assert " ".join(text.split()).startswith(prompt.replace("[MASK]", word))
-
-
-def test_unigram_entropy_is_that_of_the_evaluations_targets(token_shards, tokenizer_folder, tokenizer):
+def test_unigram_baseline_is_that_of_the_evaluations_targets(token_shards, tokenizer_folder, tokenizer):
     """From its definition, one target after another."""
-    run = load(
-        "yamls/quickstart.yaml",
-        [f"data_local={token_shards}", f"tokenizer_name={tokenizer_folder}", "max_seq_len=32"],
-    )
+    options = [f"data_local={token_shards}", f"tokenizer_name={tokenizer_folder}", "max_seq_len=32"]
+    run = load("yamls/quickstart.yaml", options)
     datasets = {s: data_c4.StreamingC4(tokenizer, 32, local=token_shards, split=s) for s in ("train", "val")}
     special = set(tokenizer.all_special_ids)
     seen = [i for n in range(300) for i in datasets["train"][n]["input_ids"].tolist() if i not in special]
