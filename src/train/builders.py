@@ -12,31 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer
-from composer.algorithms import EMA, SWA, GradientClipping, LowPrecisionLayerNorm
-from composer.callbacks import (
-    EarlyStopper,
-    LRMonitor,
-    MemoryMonitor,
-    MemorySnapshot,
-    NaNMonitor,
-    OOMObserver,
-    OptimizerMonitor,
-    RuntimeEstimator,
-    SpeedMonitor,
-    SystemMetricsMonitor,
-    ThresholdStopper,
-)
+from composer import Trainer, algorithms, callbacks, loggers
 from composer.core import Algorithm, Callback
-from composer.loggers import (
-    CometMLLogger,
-    FileLogger,
-    LoggerDestination,
-    MLFlowLogger,
-    NeptuneLogger,
-    TensorboardLogger,
-    WandBLogger,
-)
+from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +25,7 @@ from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
 from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
 from src.data_c4 import StreamingC4
-from src.train import checkpoint, models, optim, weights
+from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
     MemoryProbe,
@@ -60,6 +38,7 @@ from src.train.callbacks import (
 from src.train.config import MaskingSchedule, RunConfig, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
+from src.train.optim import OPTIMIZERS, SCHEDULERS
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
 from src.train.schema import Named, build, nearest
@@ -69,7 +48,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """The Trainer of a run; nothing is trained yet.
 
     Raises:
-        ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong, or do not fit each other.
+        ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong or do not fit together.
     """
     checkpoint.load_as_data()
     check_device(config)
@@ -89,7 +68,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         train_data = build_train_data(config, tokenizer)
         check = build_resume_check(config, tokenizer, train_data.dataloader.dataset)  # pyright: ignore
         if found is not None:
-            check.compare(checkpoint.settings_of(found), found)  # names settings; weights only have shapes
+            check.compare(checkpoint.settings_of(found), found)  # first: it names settings, check_fits only shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
             checkpoint.check_fits(start, model)
         try:
@@ -97,8 +76,8 @@ def build_trainer(config: RunConfig) -> Trainer:
                 run_name=config.run_name,
                 seed=config.seed,
                 model=model,
-                optimizers=optim.build_optimizer(config, model),
-                schedulers=optim.build_scheduler(config),
+                optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
+                schedulers=build("scheduler", SCHEDULERS, config.scheduler),
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
@@ -113,7 +92,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                     check,
                     *build_savers(config, folder, found is not None, tokenizer),
                 ],
-                loggers=build_loggers(config),
+                loggers=build_all("loggers", LOGGERS, config.loggers),
                 progress_bar=config.progress_bar,
                 save_folder=config.save_folder,
                 save_interval=config.save_interval,
@@ -127,9 +106,8 @@ def build_trainer(config: RunConfig) -> Trainer:
                 dist_timeout=config.dist_timeout,
             )
         except pickle.UnpicklingError as error:  # of a checkpoint in an object store
-            raise CheckpointError(
-                f"{start or config.save_folder}: it holds more than data: {str(error)[:300]}"
-            ) from None
+            where = start or config.save_folder
+            raise CheckpointError(f"{where}: it holds more than data: {str(error)[:300]}") from None
         on_error.pop_all()
     return trainer
 
@@ -140,9 +118,7 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
     if start is None:
-        raise ConfigError(
-            "tokenizer_name: null takes the tokenizer of a checkpoint; give load_path, pretrained, or a name"
-        )
+        raise ConfigError("tokenizer_name: null takes a checkpoint's tokenizer; give load_path, pretrained, or a name")
     return weights.load_tokenizer(weights.read(start))
 
 
@@ -161,10 +137,10 @@ def build_resume_check(config: RunConfig, tokenizer: PreTrainedTokenizerFast, da
 # ----------------------------------------------------------------------------------------------------------------------
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "ema": EMA,
-    "gradient_clipping": GradientClipping,
-    "low_precision_layernorm": LowPrecisionLayerNorm,
-    "swa": SWA,
+    "ema": algorithms.EMA,
+    "gradient_clipping": algorithms.GradientClipping,
+    "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
+    "swa": algorithms.SWA,
 }
 
 SHORTER_SAMPLES = "Composer's supports only its own HuggingFaceModel; convert shorter samples"
@@ -183,33 +159,34 @@ REFUSED = {
 """Algorithms of Composer that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
-    "early_stopper": EarlyStopper,
-    "lr_monitor": LRMonitor,
-    "memory_monitor": MemoryMonitor,
-    "memory_snapshot": MemorySnapshot,
-    "nan_monitor": NaNMonitor,
-    "oom_observer": OOMObserver,
-    "optimizer_monitor": OptimizerMonitor,
-    "runtime_estimator": RuntimeEstimator,
-    "speed_monitor": SpeedMonitor,
+    "early_stopper": callbacks.EarlyStopper,
+    "lr_monitor": callbacks.LRMonitor,
+    "memory_monitor": callbacks.MemoryMonitor,
+    "memory_snapshot": callbacks.MemorySnapshot,
+    "nan_monitor": callbacks.NaNMonitor,
+    "oom_observer": callbacks.OOMObserver,
+    "optimizer_monitor": callbacks.OptimizerMonitor,
+    "runtime_estimator": callbacks.RuntimeEstimator,
+    "speed_monitor": callbacks.SpeedMonitor,
     "step_monitor": StepMonitor,
-    "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "system_metrics_monitor": callbacks.SystemMetricsMonitor,
+    "threshold_stopper": callbacks.ThresholdStopper,
 }
 
 LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
-    "cometml": CometMLLogger,
+    "cometml": loggers.CometMLLogger,
     "console_line": ConsoleLine,
-    "file_logger": FileLogger,
+    "file_logger": loggers.FileLogger,
     "metrics_file": MetricsFile,
-    "mlflow": MLFlowLogger,
-    "neptune": NeptuneLogger,
-    "tensorboard": TensorboardLogger,
-    "wandb": WandBLogger,
+    "mlflow": loggers.MLFlowLogger,
+    "neptune": loggers.NeptuneLogger,
+    "tensorboard": loggers.TensorboardLogger,
+    "wandb": loggers.WandBLogger,
 }
 
 
-def _build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
+def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
+    """The components of a section; raises what ``build`` does."""
     return [build(path, table, component) for component in components.values()]
 
 
@@ -219,25 +196,25 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
         reason = REFUSED.get((name, config.model.name))
         if reason:
             raise ConfigError(f"algorithms.{name}: {reason}")
-    return _build_all("algorithms", ALGORITHMS, config.algorithms)
+    return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
     """The config's callbacks, those of every run, and those that other settings need."""
-    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
-    if config.device_train_microbatch_size != "auto":  # auto finds what fits by itself
+    built = [*build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+    if config.device_train_microbatch_size != "auto":  # auto looks for a size that fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
-        callbacks.append(MemoryProbe(split_batch(config)(largest, size)[0]))
+        built.append(MemoryProbe(split_batch(config)(largest, size)[0]))
     if config.parallelism_config is not None:
-        callbacks.append(AverageGradients())
+        built.append(AverageGradients())
     if config.time_limit is not None:
-        callbacks.append(StopAtTimeLimit(seconds(config.time_limit)))
+        built.append(StopAtTimeLimit(seconds(config.time_limit)))
     if config.train_loader.streams:
-        callbacks.append(StreamShares())
+        built.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
-        callbacks.append(ScheduledMasking(config.mlm_probability))
-    return callbacks
+        built.append(ScheduledMasking(config.mlm_probability))
+    return built
 
 
 def local_save_folder(config: RunConfig) -> str | None:
@@ -252,7 +229,7 @@ def build_savers(
 ) -> list[Callback]:
     """The callbacks that save checkpoints in a local ``save_folder``, and after a signal.
 
-    For an object store, the Trainer makes its own saver. With ours it would look for checkpoints in a temporary folder.
+    For an object store the Trainer makes its own saver; with ours it would look for checkpoints in a temporary folder.
     """
     path = local_save_folder(config)
     if path is None:
@@ -267,16 +244,16 @@ FSDP_OPTIONS = {
     "activation_checkpointing": "set model.gradient_checkpointing: true",
     "mixed_precision": "weights are gathered in fp32 and autocast casts them; FSDP would also cast ALiBi's slopes",
     "sharding_strategy": "reshard_after_forward: true is FSDP1's FULL_SHARD, false its SHARD_GRAD_OP",
-    "state_dict_type": "checkpoints hold full weights, so that any number of processes can resume from them",
+    "state_dict_type": "checkpoints hold full weights, from which any number of processes can resume",
 }
-"""Composer's options for FSDP that cannot be set, and what to do."""
+"""Options of Composer's FSDP that cannot be set, and what to do instead."""
 
 WITHOUT_FSDP = {
     "algorithms.ema": "Composer's cannot average sharded weights",
     "algorithms.swa": "Composer's cannot average sharded weights",
     "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; use step_monitor's grad_norm",
 }
-"""What computes wrong results with FSDP in Composer."""
+"""What gives wrong results with Composer's FSDP."""
 
 
 def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
@@ -293,18 +270,14 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     given = config.parallelism_config.get("fsdp")
     if list(config.parallelism_config) != ["fsdp"] or not isinstance(given, dict):
         raise ConfigError(f"parallelism_config: expected {{fsdp: {{...}}}}, got {config.parallelism_config!r}")
-    faults, takes = [], ["reshard_after_forward"]
-    for name in map(str, given):
-        if name not in takes:
-            reason = FSDP_OPTIONS.get(name, f"unknown key; {nearest(name, takes)}")
-            faults.append(f"parallelism_config.fsdp.{name}: {reason}")
+    takes, path = ["reshard_after_forward"], "parallelism_config.fsdp"
+    unknown = [str(name) for name in given if name not in takes]
+    faults = [f"{path}.{name}: {FSDP_OPTIONS.get(name, f'unknown key; {nearest(name, takes)}')}" for name in unknown]
     reshard = given.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
-        faults.append(f"parallelism_config.fsdp.reshard_after_forward: expected true or false, got {reshard!r}")
-    for path, reason in WITHOUT_FSDP.items():
-        section, name = path.split(".")
-        if name in getattr(config, section):
-            faults.append(f"{path}: {reason}")
+        faults.append(f"{path}.reshard_after_forward: expected true or false, got {reshard!r}")
+    named = {f"{kind}.{name}" for kind in ("algorithms", "callbacks") for name in getattr(config, kind)}
+    faults += [f"{name}: {reason}" for name, reason in WITHOUT_FSDP.items() if name in named]
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
         faults.append(
@@ -332,8 +305,3 @@ def check_device(config: RunConfig) -> None:
         faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
-
-
-def build_loggers(config: RunConfig) -> list[LoggerDestination]:
-    """The config's loggers; the Trainer makes the progress bar."""
-    return _build_all("loggers", LOGGERS, config.loggers)

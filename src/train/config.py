@@ -237,7 +237,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         if not ok:
             faults.append(f"{path}: expected {what}, got {value!r}")
 
-    _check_rates(config, expect)
+    rate = config.mlm_probability
+    if isinstance(rate, MaskingSchedule):
+        expect(0 < rate.initial < 1, "mlm_probability.initial", "a share between 0 and 1", rate.initial)
+        expect(0 < rate.final < 1, "mlm_probability.final", "a share between 0 and 1", rate.final)
+    else:
+        expect(0 < rate < 1, "mlm_probability", "a share between 0 and 1", rate)
     for name in ("global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
         expect(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
     expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
@@ -248,19 +253,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
 
     for name in config.eval_loaders:
         expect(name not in ("train", "eval"), "eval_loaders", "a name other than train and eval", name)
-    expect(
-        bool(DURATION.fullmatch(config.max_duration)),
-        "max_duration",
-        "a number with ba, sp, tok or ep",
-        config.max_duration,
-    )
-    intervals = {"save_interval": config.save_interval, "eval_interval": str(config.eval_interval)}
-    if config.eval_interval == 0:
-        del intervals["eval_interval"]
-    for path, interval in intervals.items():
-        expect(bool(INTERVAL.fullmatch(interval)), path, "a number with ba, sp, tok, ep, sec or dur", interval)
-    time = config.time_limit
+    duration, time = config.max_duration, config.time_limit
+    expect(bool(DURATION.fullmatch(duration)), "max_duration", "a number with ba, sp, tok or ep", duration)
     expect(time is None or bool(TIME.fullmatch(time)), "time_limit", "a number with d, h, min or s", time)
+    interval, every = "a number with ba, sp, tok, ep, sec or dur", config.eval_interval
+    expect(bool(INTERVAL.fullmatch(config.save_interval)), "save_interval", interval, config.save_interval)
+    expect(every == 0 or bool(INTERVAL.fullmatch(str(every))), "eval_interval", interval, every)
     if config.autoresume and config.save_folder is None:
         faults.append("autoresume: nothing to resume from without a save_folder")
     keep = config.save_num_checkpoints_to_keep
@@ -277,25 +275,13 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
 
 
-def _loaders(config: RunConfig) -> dict[str, LoaderConfig]:
-    """All loaders, by path."""
-    more = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
-    return {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **more}
-
-
-def _check_rates(config: RunConfig, expect: Callable[[bool, str, str, Any], None]) -> None:
-    rate = config.mlm_probability
-    rates = {f"mlm_probability.{k}": v for k, v in vars(rate).items()} if isinstance(rate, MaskingSchedule) else {}
-    rates = rates or {"mlm_probability": rate}
-    for path, loader in _loaders(config).items():
-        if isinstance(loader, EvalLoaderConfig):
-            rates[f"{path}.mlm_probability"] = loader.mlm_probability
-    for path, rate in rates.items():
-        expect(0 < rate < 1, path, "a share between 0 and 1", rate)
-
-
 def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool, str, str, Any], None]) -> None:
-    for path, loader in _loaders(config).items():
+    more = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
+    loaders: dict[str, LoaderConfig] = {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **more}
+    for path, loader in loaders.items():
+        if isinstance(loader, EvalLoaderConfig):
+            rate = loader.mlm_probability
+            expect(0 < rate < 1, f"{path}.mlm_probability", "a share between 0 and 1", rate)
         expect(loader.num_workers >= 0, f"{path}.num_workers", "0 or more", loader.num_workers)
         for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
             value = getattr(loader, name, None)

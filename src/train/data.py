@@ -33,31 +33,22 @@ def device_train_batch_size(config: RunConfig) -> int:
 
 def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
     """The training data, in batches of one device's share."""
-    loader = config.train_loader
-    batch_size = device_train_batch_size(config)
-    dataset = _streaming_c4(
-        config,
-        tokenizer,
-        loader,
-        batch_size=batch_size,
-        shuffle=loader.shuffle,
-        shuffle_seed=loader.shuffle_seed,
-        num_canonical_nodes=loader.num_canonical_nodes,
-        length_window=loader.length_window,
-        moving_crop=loader.moving_crop,
-        predownload=loader.predownload,
-    )
+    loader, batch_size = config.train_loader, device_train_batch_size(config)
+    order = ("shuffle", "shuffle_seed", "num_canonical_nodes", "length_window", "moving_crop", "predownload")
+    options = {name: getattr(loader, name) for name in order}
+    dataset = _streaming_c4(config, tokenizer, loader, batch_size, **options)
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = MaskingCollator(tokenizer, rate, config.seed)
     return _data_spec(config, dataset, collator, loader, batch_size)
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
-    """The validation sets, each sample once; their labels are in the names of metrics: metrics/eval/…."""
+    """The validation sets, each sample once; a set's label is in the names of its metrics: metrics/eval/…."""
     # streaming allows one dataset per folder. Evaluation only indexes it, so sets on the same folder share one.
     streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
-    alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
-    datasets: dict[Any, Any] = alone
+    datasets: dict[Any, Any] = {}
+    if not streams:
+        datasets[_folder(config.train_loader)] = train.dataloader.dataset  # pyright: ignore
     evaluators = []
     for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
         batch_size, folder = config.device_eval_batch_size, _folder(loader)
@@ -66,7 +57,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
                 f"{label}: this is the training data of train_loader.streams.{streams[folder]}; use another split"
             )
         if folder not in datasets:
-            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
+            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size)
         once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
         collator = MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
         spec = _data_spec(config, once, collator, loader, batch_size)
@@ -93,19 +84,22 @@ def _folder(source: LoaderConfig | Source) -> tuple[str | None, str | None]:
 
 
 def _streaming_c4(
-    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, batch_size: int, **options: Any
 ) -> data_c4.StreamingC4:
-    sources = config.train_loader.streams if loader is config.train_loader else {}
-    one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
-    downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
+    if loader is config.train_loader and config.train_loader.streams:
+        options["sources"] = config.train_loader.streams
+    else:
+        options |= {"local": loader.local, "remote": loader.remote, "split": loader.split}
+    for name in ("download_retry", "download_timeout"):
+        if getattr(loader, name) is not None:  # None: streaming's default
+            options[name] = getattr(loader, name)
     dataset = data_c4.StreamingC4(
         tokenizer,
         config.max_seq_len,
-        **({"sources": sources} if sources else one),
         verify=config.data_verify,
         cache_limit=loader.cache_limit,
-        **{name: value for name, value in downloads.items() if value is not None},  # None: streaming's default
-        **order,
+        batch_size=batch_size,
+        **options,
     )
     if dist.get_local_rank() == 0:
         dataset.own_shared_memory()

@@ -66,7 +66,7 @@ def test_each_model_option_misspelt_is_refused(path, tokenizer):
 def test_components_without_options_take_none_and_those_of_services_any():
     with pytest.raises(ConfigError, match="callbacks.lr_monitor: unexpected 'window'.*it takes nothing"):
         build("callbacks", builders.CALLBACKS, Component("lr_monitor", {"window": 3}))
-    check_options("loggers.neptune", builders.NeptuneLogger, {"anything": 1}, [])
+    check_options("loggers.neptune", builders.LOGGERS["neptune"], {"anything": 1}, [])
 
 
 def test_a_logger_whose_package_is_not_installed():
@@ -123,7 +123,7 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
     assert names == [*from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
-    loggers = builders.build_loggers(run)
+    loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)
     assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
 

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,9 +171,7 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     def gib(*options):
         run = load(QUICKSTART, [*overrides, *options])
         model = models.build_model(run, tokenizer)
-        dataset = SimpleNamespace(tokenizer=tokenizer)
-        text = memory(run, model, 0, dataset)  # pyright: ignore[reportArgumentType]
-        return float(text.split("about ")[1].split()[0])
+        return float(memory(run, model, 0, tokenizer).split("about ")[1].split()[0])
 
     many = ("global_train_batch_size=100000", "device_train_microbatch_size=100000")
     assert gib(*many) == pytest.approx(2 * gib(many[0], "device_train_microbatch_size=50000"), abs=0.02)
@@ -190,7 +187,7 @@ def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenize
     option = "null" if fsdp is None else f"{{fsdp: {{reshard_after_forward: {fsdp}}}}}"
     run = load(QUICKSTART, [*overrides, f"parallelism_config={option}"])
     model = models.build_model(run, tokenizer)
-    text = memory(run, model, 2**30, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
+    text = memory(run, model, 2**30, tokenizer)
     assert f": {bytes_each:.2f} for weights, gradients and Adam" in text
 
 
