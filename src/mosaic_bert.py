@@ -82,10 +82,10 @@ class MaskedLMModel(ComposerModel):
         super().__init__()
         self.model = model
         self.config: Any = model.config
-        self.train_metrics = {m.__name__: m() for m in (LanguageCrossEntropy, MaskedAccuracy)}
-        self.val_metrics = {
-            m.__name__: m() for m in (LanguageCrossEntropy, LanguagePerplexity, MaskedAccuracy, MaskedTokens)
-        }
+        train: list[type[Metric]] = [LanguageCrossEntropy, MaskedAccuracy]
+        evaluation = [LanguageCrossEntropy, LanguagePerplexity, MaskedAccuracy, MaskedTokens]
+        self.train_metrics = {kind.__name__: kind() for kind in train}
+        self.val_metrics: dict[str, Metric] = {kind.__name__: kind() for kind in evaluation}
         model.fsdp_wrap_fn = lambda module: isinstance(module, layer)  # pyright: ignore
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -24,7 +24,6 @@ from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
 from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
-from src.data_c4 import StreamingC4
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
@@ -66,7 +65,13 @@ def build_trainer(config: RunConfig) -> Trainer:
         if start is None:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
-        check = build_resume_check(config, tokenizer, train_data.dataloader.dataset)  # pyright: ignore
+        dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+        held = {
+            **settings(config),
+            "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier_fingerprint(tokenizer)})
         if found is not None:
             check.compare(checkpoint.settings_of(found), found)  # first: it names settings, check_fits only shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
@@ -84,7 +89,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 eval_interval=config.eval_interval,
                 precision=config.precision,
                 device_train_microbatch_size=config.device_train_microbatch_size,
-                # Every masked token of the global batch has the same weight, whatever the microbatches and ranks.
+                # Every masked token of the global batch has the same weight, for any microbatch size and rank.
                 accumulate_train_batch_on_tokens=True,
                 algorithms=build_algorithms(config),
                 callbacks=[
@@ -122,28 +127,12 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     return weights.load_tokenizer(weights.read(start))
 
 
-def build_resume_check(config: RunConfig, tokenizer: PreTrainedTokenizerFast, dataset: StreamingC4) -> ResumeCheck:
-    """The check that a resumed run has the settings, data and tokenizer of its checkpoint."""
-    fingerprints = {
-        "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
-    return ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Algorithms, callbacks, loggers
-# ----------------------------------------------------------------------------------------------------------------------
-
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "ema": algorithms.EMA,
     "gradient_clipping": algorithms.GradientClipping,
     "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
     "swa": algorithms.SWA,
 }
-
-SHORTER_SAMPLES = "Composer's supports only its own HuggingFaceModel; convert shorter samples"
 
 REFUSED = {
     ("alibi", "mosaic_bert"): "MosaicBERT has ALiBi already",
@@ -153,10 +142,10 @@ REFUSED = {
     ("gated_linear_units", "mosaic_bert"): "MosaicBERT has gated linear units already",
     ("gated_linear_units", "hf_bert"): "Composer's supports only its own HuggingFaceModel; use model mosaic_bert",
     ("low_precision_layernorm", "mosaic_bert"): "MosaicBERT's LayerNorm keeps its statistics in fp32",
-    ("seq_length_warmup", "mosaic_bert"): SHORTER_SAMPLES,
-    ("seq_length_warmup", "hf_bert"): SHORTER_SAMPLES,
+    ("seq_length_warmup", "mosaic_bert"): "Composer's supports only its own HuggingFaceModel; convert shorter samples",
+    ("seq_length_warmup", "hf_bert"): "Composer's supports only its own HuggingFaceModel; convert shorter samples",
 }
-"""Algorithms of Composer that have no effect on a model or fail on it, with the reason."""
+"""Composer's algorithms that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
     "early_stopper": callbacks.EarlyStopper,
@@ -193,8 +182,7 @@ def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Na
 def build_algorithms(config: RunConfig) -> list[Algorithm]:
     """Composer's algorithms; raises ConfigError for those of REFUSED."""
     for name in config.algorithms:
-        reason = REFUSED.get((name, config.model.name))
-        if reason:
+        if reason := REFUSED.get((name, config.model.name)):
             raise ConfigError(f"algorithms.{name}: {reason}")
     return build_all("algorithms", ALGORITHMS, config.algorithms)
 
@@ -202,7 +190,7 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
     """The config's callbacks, those of every run, and those that other settings need."""
     built = [*build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
-    if config.device_train_microbatch_size != "auto":  # auto looks for a size that fits
+    if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
         built.append(MemoryProbe(split_batch(config)(largest, size)[0]))
@@ -231,12 +219,12 @@ def build_savers(
 
     For an object store the Trainer makes its own saver; with ours it would look for checkpoints in a temporary folder.
     """
-    path = local_save_folder(config)
-    if path is None:
-        return [StopOnSignal()]
-    # Checkpoints after the one that the run resumes from are its own, from before it was killed.
-    overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-    return [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep), StopOnSignal()]
+    path, savers = local_save_folder(config), []
+    if path is not None:
+        # Checkpoints after the one that the run resumes from are its own, from before it was killed.
+        overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
+        savers = [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep)]
+    return [*savers, StopOnSignal()]
 
 
 FSDP_OPTIONS = {
@@ -251,7 +239,9 @@ FSDP_OPTIONS = {
 WITHOUT_FSDP = {
     "algorithms.ema": "Composer's cannot average sharded weights",
     "algorithms.swa": "Composer's cannot average sharded weights",
+    "algorithms.gradient_clipping.clipping_type": "adaptive compares norms of shards; use norm or value",
     "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; use step_monitor's grad_norm",
+    "device_train_microbatch_size": "give a number. Composer supports auto for FSDP1 only, and not on torch >= 2.7.1",
 }
 """What gives wrong results with Composer's FSDP."""
 
@@ -259,11 +249,8 @@ WITHOUT_FSDP = {
 def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     """Composer's ``parallelism_config``: FSDP2 (``fully_shard``), one unit per BertLayer and one for the rest.
 
-    ``{fsdp: {reshard_after_forward: true}}`` frees gathered weights after the forward pass and gathers them again for
-    the backward; false keeps them.
-
-    Raises:
-        ConfigError: options cannot be set, or parts of the run do not work with FSDP. One message names all of them.
+    ``{fsdp: {reshard_after_forward: true}}`` frees weights after the forward pass and gathers them again for the
+    backward; false keeps them. Raises one ConfigError that names every option and part of the run that is refused.
     """
     if config.parallelism_config is None:
         return None
@@ -276,18 +263,13 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     reshard = given.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
         faults.append(f"{path}.reshard_after_forward: expected true or false, got {reshard!r}")
-    named = {f"{kind}.{name}" for kind in ("algorithms", "callbacks") for name in getattr(config, kind)}
-    faults += [f"{name}: {reason}" for name, reason in WITHOUT_FSDP.items() if name in named]
+    used = {f"{section}.{name}" for section in ("algorithms", "callbacks") for name in getattr(config, section)}
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
-        faults.append(
-            "algorithms.gradient_clipping.clipping_type: adaptive compares norms of shards; use norm or value"
-        )
+        used.add("algorithms.gradient_clipping.clipping_type")
     if config.device_train_microbatch_size == "auto":
-        faults.append(
-            "device_train_microbatch_size: give a number. Composer supports auto for FSDP1 only, and not on torch "
-            "2.7.1 and later"
-        )
+        used.add("device_train_microbatch_size")
+    faults += [f"{name}: {reason}" for name, reason in WITHOUT_FSDP.items() if name in used]
     if faults:
         raise ConfigError("\n  ".join(["this run cannot use FSDP", *faults]))
     # An instance: from a dict Composer makes FSDP1.

@@ -45,11 +45,10 @@ class LoaderConfig:
     persistent_workers: bool = False
     """Keep the workers alive between epochs. Refused without workers."""
     timeout: float = 1800
-    """Seconds to wait for a batch; then the run stops with an error, so a dead stream cannot hang it. No effect without
-    workers."""
+    """Seconds to wait for a batch; then the run stops with an error. No effect without workers."""
     cache_limit: str | None = None
-    """Size of the cache, for example ``100gb``; the least recently used shards are deleted above it. At least 4 shards.
-    None keeps all. Refused without a remote."""
+    """Size of the cache, for example ``100gb``, of at least 4 shards. Above it the least recently used shards are
+    deleted. None keeps all. Refused without a remote."""
     download_retry: int | None = None
     """Attempts of a download. None: 2. Refused without a remote."""
     download_timeout: float | None = None
@@ -72,8 +71,8 @@ class TrainLoaderConfig(LoaderConfig):
     A batch then has samples of similar lengths, and all ranks get nearly equal numbers of tokens. 0: no grouping. Needs
     ``shuffle``, tokenized shards with lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
     moving_crop: bool = False
-    """Take a different crop of a text longer than ``max_seq_len`` tokens each epoch, not always its beginning. Needs
-    shards of text."""
+    """Random crop: each epoch takes another part of a text longer than ``max_seq_len`` tokens, not always its start.
+    Needs shards of text."""
     predownload: int | None = None
     """Samples that each worker downloads ahead. None: 8 batches. Refused without a remote."""
     streams: dict[str, Source] = field(default_factory=dict)
@@ -85,7 +84,7 @@ class EvalLoaderConfig(LoaderConfig):
     """Validation data. Every sample counts once, and its masks are always the same."""
 
     mlm_probability: float = 0.15
-    """Share of tokens masked; 15% whatever the rate of training, so that losses can be compared."""
+    """Share of tokens masked. 15% at any rate of training: losses stay comparable."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class RunConfig:
     max_seq_len: int
     """Longest sample in tokens, including [CLS] and [SEP]."""
     tokenizer_name: str | None
-    """Tokenizer: a folder, or a name on the Hugging Face Hub. null: that of the checkpoint that
-    the run resumes or starts from (``autoresume``, ``load_path``, ``pretrained``)."""
+    """A folder, or a name on the Hugging Face Hub. null: the tokenizer of the checkpoint that the run resumes or starts
+    from (``autoresume``, ``load_path``, ``pretrained``)."""
     mlm_probability: float | MaskingSchedule
     """Share of training tokens masked; or ``{initial: …, final: …}``, linear over the run."""
     model: Component
@@ -155,13 +154,11 @@ class RunConfig:
     progress_bar: bool = True
     """Draw a progress bar."""
     save_folder: str | None = None
-    """Folder for checkpoints, tokenizer and resolved config; or an object-store URI, for checkpoints only. None: saves
-    nothing."""
+    """Folder for checkpoints, tokenizer and config; or an object-store URI, for checkpoints only. None: no saving."""
     save_interval: str = "1ep"
     """How often to save, and once at the end. No effect without ``save_folder``."""
     save_num_checkpoints_to_keep: int = -1
-    """Newest checkpoints to keep: at least 2, because one may be damaged; -1 keeps all. No effect without
-    ``save_folder``."""
+    """Newest checkpoints to keep: at least 2 (one may be damaged), -1 for all. No effect without ``save_folder``."""
     save_overwrite: bool = False
     """Overwrite checkpoints of an earlier run in the same folder."""
     load_path: str | None = None
@@ -195,9 +192,7 @@ RESUME_SAFE = (
 """Settings and sections that may change on resume: they affect the result at most by rounding."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
-
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
-
 INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
@@ -308,19 +303,15 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
     expect(window >= 0, "train_loader.length_window", "0 or more", window)
     if window and not loader.shuffle:
         faults.append("train_loader.length_window: has no effect without shuffle")
-    if window and nodes > 0 and batch % nodes:
-        faults.append(
-            "train_loader.length_window: needs a global_train_batch_size that is a multiple of num_canonical_nodes; "
-            f"{batch} is not a multiple of {nodes}"
-        )
+    if window and nodes > 0:
+        multiple = f"a multiple of num_canonical_nodes ({nodes}) with length_window"
+        expect(batch % nodes == 0, "global_train_batch_size", multiple, batch)
     if loader.streams and (loader.local or loader.remote):
         faults.append("train_loader: with streams, give local and remote in each of them")
     seen: dict[Any, str] = {}
-    kinds = set()
     for name, stream in loader.streams.items():
         path = f"train_loader.streams.{name}"
         weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
-        kinds.add("proportion" if weights == ["proportion"] else "repeat or choose")
         for kind in weights:
             expect(getattr(stream, kind) > 0, f"{path}.{kind}", "a positive number", getattr(stream, kind))
         if len(weights) > 1:
@@ -329,7 +320,7 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
         if folder in seen:
             faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")
         seen[folder] = name
-    if len(kinds) > 1:
+    if len({stream.proportion is None for stream in loader.streams.values()}) > 1:
         faults.append("train_loader.streams: give a proportion to each of them, or to none")
 
 

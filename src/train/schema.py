@@ -29,17 +29,14 @@ class Component:
 
 Named = dict[str, Component]
 
-UNKNOWN = ": unknown key; "
-"""In the message of an unknown key, before the hint."""
+UNKNOWN = ": unknown key; "  # in the message, before the hint
 
 
 def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
     """A frozen dataclass ``kind`` from a YAML and ``key=value`` overrides.
 
-    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable.
-
-    Args:
-        check: appends to a list what is wrong with values of the right type.
+    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable. ``check``
+    appends to a list what is wrong with values of the right type.
 
     Raises:
         ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. One
@@ -74,19 +71,15 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Any:
     """A resolved config as plain values, as in a YAML; ``read`` of them returns the same config."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Component):
-            return {"name": value.name, **value.options}
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {k: v.options if isinstance(v, Component) else plain(v) for k, v in value.items()}
-        return value
-
-    return plain(config)
+    if isinstance(config, Component):
+        return {"name": config.name, **config.options}
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {k: v.options if isinstance(v, Component) else to_dict(v) for k, v in config.items()}
+    return config
 
 
 def is_within(path: str, section: str) -> bool:

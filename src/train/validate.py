@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from src.data.masking import MaskingCollator
 from src.data.microbatches import fullest_batch, num_tokens
 from src.data_c4 import StreamingC4
-from src.hf_bert import HFBert
-from src.mosaic_bert import MosaicBert
+from src.mosaic_bert import MaskedLMModel
 from src.train import builders, models, weights
 from src.train.config import MaskingSchedule, RunConfig
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
@@ -51,9 +50,10 @@ def validate(config: RunConfig) -> str:
     batch = collator([dataset[i] for i in picked])
     tokens = num_tokens(batch)["total"]
     per_sample = tokens / len(picked)
-    steps = total_steps(config, dataset.epoch_size, per_sample)
+    epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch may repeat samples to be full
+    steps = total_steps(config, epoch, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
-    warmup, decay = schedule_shares(scheduler, config, steps, dataset.epoch_size, per_sample)
+    warmup, decay = schedule_shares(scheduler, config, steps, epoch, per_sample)
     lines = {
         "parameters": f"{parameters:,}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
@@ -86,31 +86,25 @@ def mixture(dataset: StreamingC4) -> str:
     return f"{', '.join(parts)}; an epoch is {dataset.epoch_size:,} samples"
 
 
-def total_steps(config: RunConfig, samples: int, tokens_per_sample: float) -> int:
+def total_steps(config: RunConfig, steps_per_epoch: int, tokens_per_sample: float) -> int:
     """Steps of the whole run; an estimate if max_duration is in tokens."""
     duration, sequences = Time.from_timestring(config.max_duration), config.global_train_batch_size
     in_steps = {
         "ba": duration.value,
         "sp": duration.value / sequences,
         "tok": duration.value / (sequences * tokens_per_sample),
-        "ep": duration.value * steps_per_epoch(config, samples),
+        "ep": duration.value * steps_per_epoch,
     }
     return math.ceil(in_steps[duration.unit.value])
 
 
-def steps_per_epoch(config: RunConfig, samples: int) -> int:
-    """Steps per epoch; the last batch may repeat samples to be full."""
-    return math.ceil(samples / config.global_train_batch_size)
-
-
 def schedule_shares(
-    scheduler: ComposerScheduler, config: RunConfig, steps: int, samples: int, tokens_per_sample: float
+    scheduler: ComposerScheduler, config: RunConfig, steps: int, steps_per_epoch: int, tokens_per_sample: float
 ) -> tuple[float, float]:
     """Shares of the run with warmup, before the highest learning rate, and with decay, after it."""
     points, sequences = min(steps, 2000), config.global_train_batch_size
-    state: Any = SimpleNamespace(
-        max_duration=Time.from_timestring(config.max_duration), dataloader_len=steps_per_epoch(config, samples)
-    )
+    end = Time.from_timestring(config.max_duration)
+    state: Any = SimpleNamespace(max_duration=end, dataloader_len=steps_per_epoch)
     factors = []
     for point in range(points + 1):
         batch = round(steps * point / points)
@@ -121,7 +115,7 @@ def schedule_shares(
     return highest[0] / points, 1 - highest[-1] / points
 
 
-def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, tokenizer: PreTrainedTokenizerFast) -> str:
+def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast) -> str:
     """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S).
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
@@ -171,5 +165,5 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
     total = sum(saved.values())
-    del output  # kept until here, so that no address is used twice
+    del output  # kept until here: no address may be used twice
     return total
