@@ -123,7 +123,8 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
     if start is None:
-        raise ConfigError("tokenizer_name: null takes the tokenizer of a checkpoint; give load_path or pretrained")
+        hint = "give load_path, pretrained or a name"
+        raise ConfigError(f"tokenizer_name: null takes the tokenizer of a checkpoint; {hint}")
     return weights.load_tokenizer(weights.read(start))
 
 
