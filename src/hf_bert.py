@@ -9,20 +9,10 @@ from src.mosaic_bert import Batch, MaskedLMModel
 
 
 class HFBert(MaskedLMModel):
-    """transformers' BertForMaskedLM, unchanged, for pretraining.
-
-    Args:
-        config: its shape.
-        gradient_checkpointing: less memory, about a third more time.
-    """
+    """transformers' BertForMaskedLM, unchanged, for pretraining."""
 
     def __init__(self, config: BertConfig, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.model = BertForMaskedLM(config)
-        self.config = config
-        self.model.fsdp_wrap_fn = lambda module: isinstance(module, BertLayer)  # pyright: ignore
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        super().__init__(BertForMaskedLM(config), BertLayer, gradient_checkpointing)
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
         """A microbatch of ``split_padded``. The model computes logits of every position."""
@@ -31,7 +21,7 @@ class HFBert(MaskedLMModel):
         return UnpaddedMaskedLMOutput(**masked_lm_loss(logits[masked], batch["labels"][masked]))
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Floating-point operations of a training step on a batch, padding counted, as this model computes it.
+        """Floating-point operations of a training step on a batch, with padding, as this model computes it.
 
         Counts matrix products, 2 per multiply-add, the backward as twice the forward; the head on every position.
         """

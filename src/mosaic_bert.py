@@ -16,10 +16,11 @@ Batch = dict[str, Any]
 
 
 class MaskedTokenMetric(Metric):
-    """Sums over masked tokens, in fp64 and int64, so that values do not depend on batches or ranks.
+    """Sums over masked tokens in fp64 and int64: values depend on neither batches nor ranks.
 
-    Not torchmetrics' MeanMetric, which multiplies a mean by its weight and so rounds, nor SumMetric, which counts in
-    floats; both look for NaN in each value, and a GPU waits for it.
+    Values are () fp64, except the int64 of MaskedTokens. Means are NaN if nothing was masked.
+    torchmetrics' MeanMetric rounds (it multiplies a mean by its weight), its SumMetric counts in floats, and both make
+    a GPU wait, because they look for NaN in each value.
     """
 
     full_state_update = False
@@ -29,9 +30,8 @@ class MaskedTokenMetric(Metric):
 
     def __init__(self):
         super().__init__()
-        self.add_state("loss_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("correct", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name, dtype in (("loss_sum", torch.float64), ("correct", torch.int64), ("count", torch.int64)):
+            self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, correct: Tensor, count: Tensor) -> None:
         """Add a microbatch: the fields of ``UnpaddedMaskedLMOutput``, all ()."""
@@ -44,7 +44,6 @@ class LanguageCrossEntropy(MaskedTokenMetric):
     """Mean cross entropy in nats per masked token. Named and logged as Composer's, which takes (B, S, V) logits."""
 
     def compute(self) -> Tensor:
-        """() fp64; NaN if nothing was masked."""
         return self.loss_sum / self.count
 
 
@@ -52,15 +51,13 @@ class LanguagePerplexity(LanguageCrossEntropy):
     """exp of the mean cross entropy per masked token."""
 
     def compute(self) -> Tensor:
-        """() fp64; NaN if nothing was masked."""
         return super().compute().exp()
 
 
 class MaskedAccuracy(MaskedTokenMetric):
-    """Share of masked tokens predicted right. Named and logged as Composer's, which takes (B, S, V) logits."""
+    """Share of masked tokens predicted correctly. Named and logged as Composer's, which takes (B, S, V) logits."""
 
     def compute(self) -> Tensor:
-        """() fp64 in [0, 1]; NaN if nothing was masked."""
         return self.correct.double() / self.count
 
 
@@ -68,19 +65,30 @@ class MaskedTokens(MaskedTokenMetric):
     """Number of masked tokens that the other metrics are computed from."""
 
     def compute(self) -> Tensor:
-        """() int64."""
         return self.count
 
 
 class MaskedLMModel(ComposerModel):
-    """What both models share: the loss, and the metrics over masked tokens."""
+    """What both models share: the loss, and the metrics over masked tokens.
 
-    model: PreTrainedModel
+    Args:
+        model: with a head for masked tokens.
+        layer: class of its layers, the units of FSDP.
+        gradient_checkpointing: save only each layer's input, and recompute the layer in the backward pass: less memory,
+            about a third more time.
+    """
 
-    def __init__(self):
+    def __init__(self, model: PreTrainedModel, layer: type, gradient_checkpointing: bool):
         super().__init__()
-        self.train_metrics = _by_name(LanguageCrossEntropy(), MaskedAccuracy())
-        self.val_metrics = _by_name(LanguageCrossEntropy(), LanguagePerplexity(), MaskedAccuracy(), MaskedTokens())
+        self.model = model
+        self.config: Any = model.config
+        train: list[type[Metric]] = [LanguageCrossEntropy, MaskedAccuracy]
+        evaluation = [LanguageCrossEntropy, LanguagePerplexity, MaskedAccuracy, MaskedTokens]
+        self.train_metrics = {kind.__name__: kind() for kind in train}
+        self.val_metrics: dict[str, Metric] = {kind.__name__: kind() for kind in evaluation}
+        model.fsdp_wrap_fn = lambda module: isinstance(module, layer)  # pyright: ignore
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def loss(self, outputs: UnpaddedMaskedLMOutput, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """() mean cross entropy of the microbatch's masked tokens; Composer weights it by their number."""
@@ -100,26 +108,11 @@ class MaskedLMModel(ComposerModel):
         metric.update(outputs.loss_sum, outputs.correct, outputs.count)
 
 
-def _by_name(*metrics: Metric) -> dict[str, Metric]:
-    return {type(metric).__name__: metric for metric in metrics}
-
-
 class MosaicBert(MaskedLMModel):
-    """MosaicBERT for pretraining.
-
-    Args:
-        config: its shape.
-        gradient_checkpointing: save only each layer's input, and recompute the layer in the backward pass: less memory,
-            about a third more time.
-    """
+    """MosaicBERT for pretraining."""
 
     def __init__(self, config: MosaicBertConfig, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.model: BertForMaskedLM = BertForMaskedLM(config)
-        self.config = config
-        self.model.fsdp_wrap_fn = lambda module: isinstance(module, BertLayer)  # pyright: ignore
-        if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        super().__init__(BertForMaskedLM(config), BertLayer, gradient_checkpointing)
 
     def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
         """A microbatch of ``split_unpadded``."""
@@ -127,11 +120,11 @@ class MosaicBert(MaskedLMModel):
         return self.model(ids, labels=labels, layout=Layout.from_batch(batch), masked_index=masked_index)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Floating-point operations of a training step (forward and backward) on a batch, padding not counted.
+        """Floating-point operations of a training step (forward and backward) on a batch, without padding.
 
-        Counts matrix products, 2 per multiply-add, the backward as twice the forward; attention by the sum of squared
-        lengths; the last layer (except keys and values) and the head for the M masked tokens only. Recomputation, by
-        gradient checkpointing or in attention's backward, is not counted.
+        Counts matrix products, 2 per multiply-add, the backward as twice the forward. Attention counts the sum of
+        squared lengths; the last layer (except keys and values) and the head count the M masked tokens. Does not count
+        recomputation by gradient checkpointing or in attention's backward.
         """
         if "cu_seqlens" in batch:
             lengths, M = batch["cu_seqlens"].diff(), len(batch["labels"])

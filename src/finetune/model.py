@@ -172,7 +172,8 @@ def build_model(
                 setattr(config, name, value)
             model = model_class(config)
         else:
-            model = weights.load_pretrained(source, model_class, new_classifier=True, **options.for_config(), **head)
+            given = {**(options.model_config or {}), **head}
+            model = weights.load_pretrained(source, model_class, new_classifier=True, **given)
     except (ConfigError, CheckpointError):
         raise
     except ValueError as error:  # for example attention dropout, where no kernel has it

@@ -12,31 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer
-from composer.algorithms import EMA, SWA, GradientClipping, LowPrecisionLayerNorm
-from composer.callbacks import (
-    EarlyStopper,
-    LRMonitor,
-    MemoryMonitor,
-    MemorySnapshot,
-    NaNMonitor,
-    OOMObserver,
-    OptimizerMonitor,
-    RuntimeEstimator,
-    SpeedMonitor,
-    SystemMetricsMonitor,
-    ThresholdStopper,
-)
+from composer import Trainer, algorithms, callbacks, loggers
 from composer.core import Algorithm, Callback
-from composer.loggers import (
-    CometMLLogger,
-    FileLogger,
-    LoggerDestination,
-    MLFlowLogger,
-    NeptuneLogger,
-    TensorboardLogger,
-    WandBLogger,
-)
+from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
@@ -46,8 +24,7 @@ from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
 from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
-from src.data_c4 import StreamingC4
-from src.train import checkpoint, models, optim, weights
+from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
     MemoryProbe,
@@ -60,6 +37,7 @@ from src.train.callbacks import (
 from src.train.config import MaskingSchedule, RunConfig, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
+from src.train.optim import OPTIMIZERS, SCHEDULERS
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
 from src.train.schema import Named, build, nearest
@@ -69,7 +47,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """The Trainer of a run; nothing is trained yet.
 
     Raises:
-        ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong, or do not fit each other.
+        ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong or do not fit together.
     """
     checkpoint.load_as_data()
     check_device(config)
@@ -87,9 +65,15 @@ def build_trainer(config: RunConfig) -> Trainer:
         if start is None:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
-        check = build_resume_check(config, tokenizer, train_data.dataloader.dataset)  # pyright: ignore
+        dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+        held = {
+            **settings(config),
+            "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier_fingerprint(tokenizer)})
         if found is not None:
-            check.compare(checkpoint.settings_of(found), found)  # names settings; weights only have shapes
+            check.compare(checkpoint.settings_of(found), found)  # first: it names settings, check_fits only shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
             checkpoint.check_fits(start, model)
         try:
@@ -97,15 +81,15 @@ def build_trainer(config: RunConfig) -> Trainer:
                 run_name=config.run_name,
                 seed=config.seed,
                 model=model,
-                optimizers=optim.build_optimizer(config, model),
-                schedulers=optim.build_scheduler(config),
+                optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
+                schedulers=build("scheduler", SCHEDULERS, config.scheduler),
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
                 eval_interval=config.eval_interval,
                 precision=config.precision,
                 device_train_microbatch_size=config.device_train_microbatch_size,
-                # Every masked token of the global batch has the same weight, whatever the microbatches and ranks.
+                # Every masked token of the global batch has the same weight, for any microbatch size and rank.
                 accumulate_train_batch_on_tokens=True,
                 algorithms=build_algorithms(config),
                 callbacks=[
@@ -113,7 +97,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                     check,
                     *build_savers(config, folder, found is not None, tokenizer),
                 ],
-                loggers=build_loggers(config),
+                loggers=build_all("loggers", LOGGERS, config.loggers),
                 progress_bar=config.progress_bar,
                 save_folder=config.save_folder,
                 save_interval=config.save_interval,
@@ -127,9 +111,8 @@ def build_trainer(config: RunConfig) -> Trainer:
                 dist_timeout=config.dist_timeout,
             )
         except pickle.UnpicklingError as error:  # of a checkpoint in an object store
-            raise CheckpointError(
-                f"{start or config.save_folder}: it holds more than data: {str(error)[:300]}"
-            ) from None
+            where = start or config.save_folder
+            raise CheckpointError(f"{where}: it holds more than data: {str(error)[:300]}") from None
         on_error.pop_all()
     return trainer
 
@@ -140,34 +123,17 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
         return load_tokenizer(config.tokenizer_name)
     start = found or config.load_path or config.pretrained
     if start is None:
-        raise ConfigError(
-            "tokenizer_name: null takes the tokenizer of a checkpoint; give load_path, pretrained, or a name"
-        )
+        hint = "give load_path, pretrained or a name"
+        raise ConfigError(f"tokenizer_name: null takes the tokenizer of a checkpoint; {hint}")
     return weights.load_tokenizer(weights.read(start))
 
 
-def build_resume_check(config: RunConfig, tokenizer: PreTrainedTokenizerFast, dataset: StreamingC4) -> ResumeCheck:
-    """The check that a resumed run has the settings, data and tokenizer of its checkpoint."""
-    fingerprints = {
-        "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
-    return ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Algorithms, callbacks, loggers
-# ----------------------------------------------------------------------------------------------------------------------
-
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "ema": EMA,
-    "gradient_clipping": GradientClipping,
-    "low_precision_layernorm": LowPrecisionLayerNorm,
-    "swa": SWA,
+    "ema": algorithms.EMA,
+    "gradient_clipping": algorithms.GradientClipping,
+    "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
+    "swa": algorithms.SWA,
 }
-
-SHORTER_SAMPLES = "Composer's supports only its own HuggingFaceModel; convert shorter samples"
 
 REFUSED = {
     ("alibi", "mosaic_bert"): "MosaicBERT has ALiBi already",
@@ -177,67 +143,67 @@ REFUSED = {
     ("gated_linear_units", "mosaic_bert"): "MosaicBERT has gated linear units already",
     ("gated_linear_units", "hf_bert"): "Composer's supports only its own HuggingFaceModel; use model mosaic_bert",
     ("low_precision_layernorm", "mosaic_bert"): "MosaicBERT's LayerNorm keeps its statistics in fp32",
-    ("seq_length_warmup", "mosaic_bert"): SHORTER_SAMPLES,
-    ("seq_length_warmup", "hf_bert"): SHORTER_SAMPLES,
+    ("seq_length_warmup", "mosaic_bert"): "Composer's supports only its own HuggingFaceModel; convert shorter samples",
+    ("seq_length_warmup", "hf_bert"): "Composer's supports only its own HuggingFaceModel; convert shorter samples",
 }
-"""Algorithms of Composer that have no effect on a model or fail on it, with the reason."""
+"""Composer's algorithms that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
-    "early_stopper": EarlyStopper,
-    "lr_monitor": LRMonitor,
-    "memory_monitor": MemoryMonitor,
-    "memory_snapshot": MemorySnapshot,
-    "nan_monitor": NaNMonitor,
-    "oom_observer": OOMObserver,
-    "optimizer_monitor": OptimizerMonitor,
-    "runtime_estimator": RuntimeEstimator,
-    "speed_monitor": SpeedMonitor,
+    "early_stopper": callbacks.EarlyStopper,
+    "lr_monitor": callbacks.LRMonitor,
+    "memory_monitor": callbacks.MemoryMonitor,
+    "memory_snapshot": callbacks.MemorySnapshot,
+    "nan_monitor": callbacks.NaNMonitor,
+    "oom_observer": callbacks.OOMObserver,
+    "optimizer_monitor": callbacks.OptimizerMonitor,
+    "runtime_estimator": callbacks.RuntimeEstimator,
+    "speed_monitor": callbacks.SpeedMonitor,
     "step_monitor": StepMonitor,
-    "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "system_metrics_monitor": callbacks.SystemMetricsMonitor,
+    "threshold_stopper": callbacks.ThresholdStopper,
 }
 
 LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
-    "cometml": CometMLLogger,
+    "cometml": loggers.CometMLLogger,
     "console_line": ConsoleLine,
-    "file_logger": FileLogger,
+    "file_logger": loggers.FileLogger,
     "metrics_file": MetricsFile,
-    "mlflow": MLFlowLogger,
-    "neptune": NeptuneLogger,
-    "tensorboard": TensorboardLogger,
-    "wandb": WandBLogger,
+    "mlflow": loggers.MLFlowLogger,
+    "neptune": loggers.NeptuneLogger,
+    "tensorboard": loggers.TensorboardLogger,
+    "wandb": loggers.WandBLogger,
 }
 
 
-def _build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
+def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
+    """The components of a section; raises what ``build`` does."""
     return [build(path, table, component) for component in components.values()]
 
 
 def build_algorithms(config: RunConfig) -> list[Algorithm]:
     """Composer's algorithms; raises ConfigError for those of REFUSED."""
     for name in config.algorithms:
-        reason = REFUSED.get((name, config.model.name))
-        if reason:
+        if reason := REFUSED.get((name, config.model.name)):
             raise ConfigError(f"algorithms.{name}: {reason}")
-    return _build_all("algorithms", ALGORITHMS, config.algorithms)
+    return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
 def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
     """The config's callbacks, those of every run, and those that other settings need."""
-    callbacks = [*_build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
-    if config.device_train_microbatch_size != "auto":  # auto finds what fits by itself
+    built = [*build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+    if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
-        callbacks.append(MemoryProbe(split_batch(config)(largest, size)[0]))
+        built.append(MemoryProbe(split_batch(config)(largest, size)[0]))
     if config.parallelism_config is not None:
-        callbacks.append(AverageGradients())
+        built.append(AverageGradients())
     if config.time_limit is not None:
-        callbacks.append(StopAtTimeLimit(seconds(config.time_limit)))
+        built.append(StopAtTimeLimit(seconds(config.time_limit)))
     if config.train_loader.streams:
-        callbacks.append(StreamShares())
+        built.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
-        callbacks.append(ScheduledMasking(config.mlm_probability))
-    return callbacks
+        built.append(ScheduledMasking(config.mlm_probability))
+    return built
 
 
 def local_save_folder(config: RunConfig) -> str | None:
@@ -252,14 +218,14 @@ def build_savers(
 ) -> list[Callback]:
     """The callbacks that save checkpoints in a local ``save_folder``, and after a signal.
 
-    For an object store, the Trainer makes its own saver. With ours it would look for checkpoints in a temporary folder.
+    For an object store the Trainer makes its own saver; with ours it would look for checkpoints in a temporary folder.
     """
-    path = local_save_folder(config)
-    if path is None:
-        return [StopOnSignal()]
-    # Checkpoints after the one that the run resumes from are its own, from before it was killed.
-    overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-    return [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep), StopOnSignal()]
+    path, savers = local_save_folder(config), []
+    if path is not None:
+        # Checkpoints after the one that the run resumes from are its own, from before it was killed.
+        overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
+        savers = [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep)]
+    return [*savers, StopOnSignal()]
 
 
 FSDP_OPTIONS = {
@@ -267,54 +233,44 @@ FSDP_OPTIONS = {
     "activation_checkpointing": "set model.gradient_checkpointing: true",
     "mixed_precision": "weights are gathered in fp32 and autocast casts them; FSDP would also cast ALiBi's slopes",
     "sharding_strategy": "reshard_after_forward: true is FSDP1's FULL_SHARD, false its SHARD_GRAD_OP",
-    "state_dict_type": "checkpoints hold full weights, so that any number of processes can resume from them",
+    "state_dict_type": "checkpoints hold full weights, from which any number of processes can resume",
 }
-"""Composer's options for FSDP that cannot be set, and what to do."""
+"""Options of Composer's FSDP that cannot be set, and what to do instead."""
 
 WITHOUT_FSDP = {
     "algorithms.ema": "Composer's cannot average sharded weights",
     "algorithms.swa": "Composer's cannot average sharded weights",
+    "algorithms.gradient_clipping.clipping_type": "adaptive compares norms of shards; use norm or value",
     "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; use step_monitor's grad_norm",
+    "device_train_microbatch_size": "give a number. Composer supports auto for FSDP1 only, and not on torch >= 2.7.1",
 }
-"""What computes wrong results with FSDP in Composer."""
+"""What gives wrong results with Composer's FSDP."""
 
 
 def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     """Composer's ``parallelism_config``: FSDP2 (``fully_shard``), one unit per BertLayer and one for the rest.
 
-    ``{fsdp: {reshard_after_forward: true}}`` frees gathered weights after the forward pass and gathers them again for
-    the backward; false keeps them.
-
-    Raises:
-        ConfigError: options cannot be set, or parts of the run do not work with FSDP. One message names all of them.
+    ``{fsdp: {reshard_after_forward: true}}`` frees weights after the forward pass and gathers them again for the
+    backward; false keeps them. Raises one ConfigError that names every option and part of the run that is refused.
     """
     if config.parallelism_config is None:
         return None
     given = config.parallelism_config.get("fsdp")
     if list(config.parallelism_config) != ["fsdp"] or not isinstance(given, dict):
         raise ConfigError(f"parallelism_config: expected {{fsdp: {{...}}}}, got {config.parallelism_config!r}")
-    faults, takes = [], ["reshard_after_forward"]
-    for name in map(str, given):
-        if name not in takes:
-            reason = FSDP_OPTIONS.get(name, f"unknown key; {nearest(name, takes)}")
-            faults.append(f"parallelism_config.fsdp.{name}: {reason}")
+    takes, path = ["reshard_after_forward"], "parallelism_config.fsdp"
+    unknown = [str(name) for name in given if name not in takes]
+    faults = [f"{path}.{name}: {FSDP_OPTIONS.get(name, f'unknown key; {nearest(name, takes)}')}" for name in unknown]
     reshard = given.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
-        faults.append(f"parallelism_config.fsdp.reshard_after_forward: expected true or false, got {reshard!r}")
-    for path, reason in WITHOUT_FSDP.items():
-        section, name = path.split(".")
-        if name in getattr(config, section):
-            faults.append(f"{path}: {reason}")
+        faults.append(f"{path}.reshard_after_forward: expected true or false, got {reshard!r}")
+    used = {f"{section}.{name}" for section in ("algorithms", "callbacks") for name in getattr(config, section)}
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
-        faults.append(
-            "algorithms.gradient_clipping.clipping_type: adaptive compares norms of shards; use norm or value"
-        )
+        used.add("algorithms.gradient_clipping.clipping_type")
     if config.device_train_microbatch_size == "auto":
-        faults.append(
-            "device_train_microbatch_size: give a number. Composer supports auto for FSDP1 only, and not on torch "
-            "2.7.1 and later"
-        )
+        used.add("device_train_microbatch_size")
+    faults += [f"{name}: {reason}" for name, reason in WITHOUT_FSDP.items() if name in used]
     if faults:
         raise ConfigError("\n  ".join(["this run cannot use FSDP", *faults]))
     # An instance: from a dict Composer makes FSDP1.
@@ -332,8 +288,3 @@ def check_device(config: RunConfig) -> None:
         faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
-
-
-def build_loggers(config: RunConfig) -> list[LoggerDestination]:
-    """The config's loggers; the Trainer makes the progress bar."""
-    return _build_all("loggers", LOGGERS, config.loggers)

@@ -45,11 +45,10 @@ class LoaderConfig:
     persistent_workers: bool = False
     """Keep the workers alive between epochs. Refused without workers."""
     timeout: float = 1800
-    """Seconds to wait for a batch; then the run stops with an error, so a dead stream cannot hang it. No effect without
-    workers."""
+    """Seconds to wait for a batch; then the run stops with an error. No effect without workers."""
     cache_limit: str | None = None
-    """Size of the cache, for example ``100gb``; the least recently used shards are deleted above it. At least 4 shards.
-    None keeps all. Refused without a remote."""
+    """Size of the cache, for example ``100gb``, of at least 4 shards. Above it the least recently used shards are
+    deleted. None keeps all. Refused without a remote."""
     download_retry: int | None = None
     """Attempts of a download. None: 2. Refused without a remote."""
     download_timeout: float | None = None
@@ -72,8 +71,8 @@ class TrainLoaderConfig(LoaderConfig):
     A batch then has samples of similar lengths, and all ranks get nearly equal numbers of tokens. 0: no grouping. Needs
     ``shuffle``, tokenized shards with lengths.bin, and a global batch that is a multiple of ``num_canonical_nodes``."""
     moving_crop: bool = False
-    """Take a different crop of a text longer than ``max_seq_len`` tokens each epoch, not always its beginning. Needs
-    shards of text."""
+    """Random crop: each epoch takes another part of a text longer than ``max_seq_len`` tokens, not always its start.
+    Needs shards of text."""
     predownload: int | None = None
     """Samples that each worker downloads ahead. None: 8 batches. Refused without a remote."""
     streams: dict[str, Source] = field(default_factory=dict)
@@ -85,7 +84,7 @@ class EvalLoaderConfig(LoaderConfig):
     """Validation data. Every sample counts once, and its masks are always the same."""
 
     mlm_probability: float = 0.15
-    """Share of tokens masked; 15% whatever the rate of training, so that losses can be compared."""
+    """Share of tokens masked. 15% at any rate of training: losses stay comparable."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class RunConfig:
     max_seq_len: int
     """Longest sample in tokens, including [CLS] and [SEP]."""
     tokenizer_name: str | None
-    """Tokenizer: a folder, or a name on the Hugging Face Hub. null: that of the checkpoint that
-    the run resumes or starts from (``autoresume``, ``load_path``, ``pretrained``)."""
+    """A folder, or a name on the Hugging Face Hub. null: the tokenizer of the checkpoint that the run resumes or starts
+    from (``autoresume``, ``load_path``, ``pretrained``)."""
     mlm_probability: float | MaskingSchedule
     """Share of training tokens masked; or ``{initial: …, final: …}``, linear over the run."""
     model: Component
@@ -155,13 +154,11 @@ class RunConfig:
     progress_bar: bool = True
     """Draw a progress bar."""
     save_folder: str | None = None
-    """Folder for checkpoints, tokenizer and resolved config; or an object-store URI, for checkpoints only. None: saves
-    nothing."""
+    """Folder for checkpoints, tokenizer and config; or an object-store URI, for checkpoints only. None: no saving."""
     save_interval: str = "1ep"
     """How often to save, and once at the end. No effect without ``save_folder``."""
     save_num_checkpoints_to_keep: int = -1
-    """Newest checkpoints to keep: at least 2, because one may be damaged; -1 keeps all. No effect without
-    ``save_folder``."""
+    """Newest checkpoints to keep: at least 2 (one may be damaged), -1 for all. No effect without ``save_folder``."""
     save_overwrite: bool = False
     """Overwrite checkpoints of an earlier run in the same folder."""
     load_path: str | None = None
@@ -195,9 +192,7 @@ RESUME_SAFE = (
 """Settings and sections that may change on resume: they affect the result at most by rounding."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
-
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
-
 INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
@@ -237,7 +232,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         if not ok:
             faults.append(f"{path}: expected {what}, got {value!r}")
 
-    _check_rates(config, expect)
+    rate = config.mlm_probability
+    if isinstance(rate, MaskingSchedule):
+        expect(0 < rate.initial < 1, "mlm_probability.initial", "a share between 0 and 1", rate.initial)
+        expect(0 < rate.final < 1, "mlm_probability.final", "a share between 0 and 1", rate.final)
+    else:
+        expect(0 < rate < 1, "mlm_probability", "a share between 0 and 1", rate)
     for name in ("global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
         expect(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
     expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
@@ -248,19 +248,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
 
     for name in config.eval_loaders:
         expect(name not in ("train", "eval"), "eval_loaders", "a name other than train and eval", name)
-    expect(
-        bool(DURATION.fullmatch(config.max_duration)),
-        "max_duration",
-        "a number with ba, sp, tok or ep",
-        config.max_duration,
-    )
-    intervals = {"save_interval": config.save_interval, "eval_interval": str(config.eval_interval)}
-    if config.eval_interval == 0:
-        del intervals["eval_interval"]
-    for path, interval in intervals.items():
-        expect(bool(INTERVAL.fullmatch(interval)), path, "a number with ba, sp, tok, ep, sec or dur", interval)
-    time = config.time_limit
+    duration, time = config.max_duration, config.time_limit
+    expect(bool(DURATION.fullmatch(duration)), "max_duration", "a number with ba, sp, tok or ep", duration)
     expect(time is None or bool(TIME.fullmatch(time)), "time_limit", "a number with d, h, min or s", time)
+    interval, every = "a number with ba, sp, tok, ep, sec or dur", config.eval_interval
+    expect(bool(INTERVAL.fullmatch(config.save_interval)), "save_interval", interval, config.save_interval)
+    expect(every == 0 or bool(INTERVAL.fullmatch(str(every))), "eval_interval", interval, every)
     if config.autoresume and config.save_folder is None:
         faults.append("autoresume: nothing to resume from without a save_folder")
     keep = config.save_num_checkpoints_to_keep
@@ -277,25 +270,13 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
 
 
-def _loaders(config: RunConfig) -> dict[str, LoaderConfig]:
-    """All loaders, by path."""
-    more = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
-    return {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **more}
-
-
-def _check_rates(config: RunConfig, expect: Callable[[bool, str, str, Any], None]) -> None:
-    rate = config.mlm_probability
-    rates = {f"mlm_probability.{k}": v for k, v in vars(rate).items()} if isinstance(rate, MaskingSchedule) else {}
-    rates = rates or {"mlm_probability": rate}
-    for path, loader in _loaders(config).items():
-        if isinstance(loader, EvalLoaderConfig):
-            rates[f"{path}.mlm_probability"] = loader.mlm_probability
-    for path, rate in rates.items():
-        expect(0 < rate < 1, path, "a share between 0 and 1", rate)
-
-
 def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool, str, str, Any], None]) -> None:
-    for path, loader in _loaders(config).items():
+    more = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
+    loaders: dict[str, LoaderConfig] = {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **more}
+    for path, loader in loaders.items():
+        if isinstance(loader, EvalLoaderConfig):
+            rate = loader.mlm_probability
+            expect(0 < rate < 1, f"{path}.mlm_probability", "a share between 0 and 1", rate)
         expect(loader.num_workers >= 0, f"{path}.num_workers", "0 or more", loader.num_workers)
         for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
             value = getattr(loader, name, None)
@@ -322,19 +303,15 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
     expect(window >= 0, "train_loader.length_window", "0 or more", window)
     if window and not loader.shuffle:
         faults.append("train_loader.length_window: has no effect without shuffle")
-    if window and nodes > 0 and batch % nodes:
-        faults.append(
-            "train_loader.length_window: needs a global_train_batch_size that is a multiple of num_canonical_nodes; "
-            f"{batch} is not a multiple of {nodes}"
-        )
+    if window and nodes > 0:
+        multiple = f"a multiple of num_canonical_nodes ({nodes}) with length_window"
+        expect(batch % nodes == 0, "global_train_batch_size", multiple, batch)
     if loader.streams and (loader.local or loader.remote):
         faults.append("train_loader: with streams, give local and remote in each of them")
     seen: dict[Any, str] = {}
-    kinds = set()
     for name, stream in loader.streams.items():
         path = f"train_loader.streams.{name}"
         weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
-        kinds.add("proportion" if weights == ["proportion"] else "repeat or choose")
         for kind in weights:
             expect(getattr(stream, kind) > 0, f"{path}.{kind}", "a positive number", getattr(stream, kind))
         if len(weights) > 1:
@@ -343,7 +320,7 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
         if folder in seen:
             faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")
         seen[folder] = name
-    if len(kinds) > 1:
+    if len({stream.proportion is None for stream in loader.streams.values()}) > 1:
         faults.append("train_loader.streams: give a proportion to each of them, or to none")
 
 

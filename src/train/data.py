@@ -14,7 +14,6 @@ from src.attention import resolve
 from src.common.errors import ConfigError
 from src.data.masking import MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
-from src.data.source import Source
 from src.flash_attn_triton import tile_tables
 from src.train import processes
 from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
@@ -22,51 +21,38 @@ from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
 
 def device_train_batch_size(config: RunConfig) -> int:
     """Sequences per step and device."""
-    world_size = dist.get_world_size()
-    if config.global_train_batch_size % world_size:
-        raise ConfigError(
-            f"global_train_batch_size: expected a multiple of the {world_size} devices, "
-            f"got {config.global_train_batch_size}"
-        )
-    return config.global_train_batch_size // world_size
+    sequences, devices = config.global_train_batch_size, dist.get_world_size()
+    if sequences % devices:
+        raise ConfigError(f"global_train_batch_size: expected a multiple of the {devices} devices, got {sequences}")
+    return sequences // devices
 
 
 def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
     """The training data, in batches of one device's share."""
-    loader = config.train_loader
-    batch_size = device_train_batch_size(config)
-    dataset = _streaming_c4(
-        config,
-        tokenizer,
-        loader,
-        batch_size=batch_size,
-        shuffle=loader.shuffle,
-        shuffle_seed=loader.shuffle_seed,
-        num_canonical_nodes=loader.num_canonical_nodes,
-        length_window=loader.length_window,
-        moving_crop=loader.moving_crop,
-        predownload=loader.predownload,
-    )
+    loader, batch_size = config.train_loader, device_train_batch_size(config)
+    order = ("shuffle", "shuffle_seed", "num_canonical_nodes", "length_window", "moving_crop", "predownload")
+    options = {name: getattr(loader, name) for name in order}
+    dataset = _streaming_c4(config, tokenizer, loader, batch_size, **options)
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = MaskingCollator(tokenizer, rate, config.seed)
     return _data_spec(config, dataset, collator, loader, batch_size)
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
-    """The validation sets, each sample once; their labels are in the names of metrics: metrics/eval/…."""
+    """The validation sets, each sample once; a set's label is in the names of its metrics: metrics/eval/…."""
     # streaming allows one dataset per folder. Evaluation only indexes it, so sets on the same folder share one.
-    streams = {_folder(stream): name for name, stream in config.train_loader.streams.items()}
-    alone = {} if streams else {_folder(config.train_loader): train.dataloader.dataset}  # pyright: ignore
-    datasets: dict[Any, Any] = alone
+    streams = {(stream.local, stream.split): name for name, stream in config.train_loader.streams.items()}
+    datasets: dict[Any, Any] = {}
+    if not streams:
+        datasets[config.train_loader.local, config.train_loader.split] = train.dataloader.dataset  # pyright: ignore
     evaluators = []
     for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
-        batch_size, folder = config.device_eval_batch_size, _folder(loader)
+        batch_size, folder = config.device_eval_batch_size, (loader.local, loader.split)
         if folder in streams:
-            raise ConfigError(
-                f"{label}: this is the training data of train_loader.streams.{streams[folder]}; use another split"
-            )
+            name = f"train_loader.streams.{streams[folder]}"
+            raise ConfigError(f"{label}: this is the training data of {name}; use another split")
         if folder not in datasets:
-            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size=batch_size)
+            datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size)
         once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
         collator = MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
         spec = _data_spec(config, once, collator, loader, batch_size)
@@ -88,25 +74,18 @@ def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
     return partial(split_unpadded, tables_of=tile_tables if triton else None)
 
 
-def _folder(source: LoaderConfig | Source) -> tuple[str | None, str | None]:
-    return source.local, source.split
-
-
 def _streaming_c4(
-    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, **order: Any
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, loader: LoaderConfig, batch_size: int, **options: Any
 ) -> data_c4.StreamingC4:
-    sources = config.train_loader.streams if loader is config.train_loader else {}
-    one = {"local": loader.local, "remote": loader.remote, "split": loader.split}
-    downloads = {"download_retry": loader.download_retry, "download_timeout": loader.download_timeout}
-    dataset = data_c4.StreamingC4(
-        tokenizer,
-        config.max_seq_len,
-        **({"sources": sources} if sources else one),
-        verify=config.data_verify,
-        cache_limit=loader.cache_limit,
-        **{name: value for name, value in downloads.items() if value is not None},  # None: streaming's default
-        **order,
-    )
+    if loader is config.train_loader and config.train_loader.streams:
+        options["sources"] = config.train_loader.streams
+    else:
+        options |= {"local": loader.local, "remote": loader.remote, "split": loader.split}
+    for name in ("download_retry", "download_timeout"):
+        if getattr(loader, name) is not None:  # None: streaming's default
+            options[name] = getattr(loader, name)
+    options |= {"verify": config.data_verify, "cache_limit": loader.cache_limit, "batch_size": batch_size}
+    dataset = data_c4.StreamingC4(tokenizer, config.max_seq_len, **options)
     if dist.get_local_rank() == 0:
         dataset.own_shared_memory()
     return dataset
@@ -120,15 +99,13 @@ def _data_spec(
     batch_size: int,
 ) -> DataSpec:
     """With our own ``split_batch``: Composer's default silently corrupts the layout of a microbatch."""
+    workers = ("num_workers", "prefetch_factor", "persistent_workers", "timeout")
     return DataSpec(
         data_c4.build_dataloader(
             dataset,
             collator,
             batch_size,
-            num_workers=loader.num_workers,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            timeout=loader.timeout,
+            **{name: getattr(loader, name) for name in workers},
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=processes.settle_worker,
         ),

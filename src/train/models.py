@@ -18,47 +18,41 @@ from src.train.schema import Component, build, check_options
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options of ``model`` in a YAML, without its name; Hugging Face's BERT takes these."""
+    """Options of ``model`` in a YAML; Hugging Face's BERT takes these."""
 
     model_config: dict[str, Any] | None = None
     """Arguments of the Hugging Face config."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
 
-    def for_config(self) -> dict[str, Any]:
-        """All arguments of the Hugging Face config that the YAML gives."""
-        return dict(self.model_config or {})
 
-
-@dataclass(frozen=True)
-class MosaicBertOptions(ModelOptions):
-    """MosaicBERT also takes the implementations of attention and of the other kernels."""
-
-    attention: str = "auto"
-    kernels: str = "auto"
-
-    def for_config(self) -> dict[str, Any]:
-        """Adds the implementations, which the config holds, too."""
-        for name in ("attention", "kernels"):
-            if name in (self.model_config or {}):
-                raise ConfigError(f"model.model_config.{name}: it is model.{name}, next to model_config")
-        return {**super().for_config(), "attention": self.attention, "kernels": self.kernels}
+def mosaic_bert(
+    model_config: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    attention: str = "auto",
+    kernels: str = "auto",
+) -> ModelOptions:
+    """The options of MosaicBERT: also the implementations, which its config holds."""
+    for name in ("attention", "kernels"):
+        if name in (model_config or {}):
+            raise ConfigError(f"model.model_config.{name}: it is model.{name}, next to model_config")
+    return ModelOptions({**(model_config or {}), "attention": attention, "kernels": kernels}, gradient_checkpointing)
 
 
 @dataclass(frozen=True)
 class ModelKind:
     """One kind of model."""
 
-    options: type[ModelOptions]
-    """What the YAML may set."""
+    options: Callable[..., ModelOptions]
+    """Takes what the YAML may set."""
     config_class: type[MosaicBertConfig] | type[transformers.BertConfig]
     """Its Hugging Face config."""
     pretraining: Callable[[Any, bool], MosaicBert | HFBert]
-    """The ComposerModel for pretraining, from a config and whether gradients are checkpointed."""
+    """The ComposerModel for pretraining, from a config and ``gradient_checkpointing``."""
 
 
 KINDS = {
-    "mosaic_bert": ModelKind(MosaicBertOptions, MosaicBertConfig, MosaicBert),
+    "mosaic_bert": ModelKind(mosaic_bert, MosaicBertConfig, MosaicBert),
     "hf_bert": ModelKind(ModelOptions, transformers.BertConfig, HFBert),
 }
 """By name in the YAML."""
@@ -76,7 +70,7 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def build_config(kind: ModelKind, options: ModelOptions, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The Hugging Face config of a model with new weights; its vocabulary is the tokenizer's."""
-    path, given = "model.model_config", options.for_config()
+    path, given = "model.model_config", options.model_config or {}
     check_options(path, kind.config_class.__init__, given, ["self"])
     given = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **given}
     if given["vocab_size"] < len(tokenizer):

@@ -12,18 +12,6 @@ from composer.optim import (
 )
 
 from src.common.errors import ConfigError
-from src.train.config import RunConfig
-from src.train.schema import build
-
-
-def _groups(model: torch.nn.Module, weight_decay: float, decay_matrices_only: bool) -> list[dict[str, Any]]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not decay_matrices_only:
-        return [{"params": parameters, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def decoupled_adamw(
@@ -53,12 +41,16 @@ def adamw(
     decay_matrices_only: bool = False,
 ) -> torch.optim.AdamW:
     """torch's fused AdamW: a step shrinks weights by weight_decay * lr. A decay d of decoupled_adamw is d / lr here."""
-    groups = _groups(model, weight_decay, decay_matrices_only)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[Any] = [{"params": parameters, "weight_decay": weight_decay}]
+    if decay_matrices_only:
+        matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)  # pyright: ignore
 
 
 def _resolved(text: str, state: State, ssr: float) -> Time[int]:
-    """A time as Composer's schedulers take it: ``dur`` in the unit of max_duration, and epochs in batches."""
+    """A time as Composer's schedulers resolve it: ``dur`` in the unit of max_duration, and epochs in batches."""
     time, end = Time.from_timestring(text), state.max_duration
     assert end is not None
     if time.unit == TimeUnit.DURATION and end.unit != TimeUnit.EPOCH:
@@ -105,13 +97,3 @@ SCHEDULERS = {
     "constant_with_warmup": ConstantWithWarmupScheduler,
     "warmup_stable_decay": WarmupStableDecayScheduler,
 }
-
-
-def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, over all parameters of the model."""
-    return build("optimizer", OPTIMIZERS, config.optimizer, model=model)
-
-
-def build_scheduler(config: RunConfig) -> ComposerScheduler:
-    """The learning rate schedule, stepped every batch."""
-    return build("scheduler", SCHEDULERS, config.scheduler)

