@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -58,7 +59,7 @@ class File(NamedTuple):
     @property
     def text_bytes(self) -> int:
         """About how many bytes of text the file holds."""
-        return self.size * TEXT_BYTES.get(Path(self.path).suffix, 1)
+        return self.size * TEXT_BYTES.get(os.path.splitext(self.path)[1], 1)
 
 
 class Span(NamedTuple):
