@@ -10,6 +10,7 @@ If it is stopped, run the same command again to continue. The shards do not depe
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -151,25 +152,14 @@ def main(argv: list[str] | None = None) -> None:
             merge(args.out_root, split, args.overwrite)
             report(args.out_root / split, speed={})
         return
-    tokens = None
+    args.tokens = args.grams = None
     if args.tokenizer is not None:
         pack = args.pack or ("truncate" if args.c4 else "chunk")
-        tokens = Tokens(args.tokenizer, load_tokenizer(args.tokenizer), args.max_seq_len, pack)
-        print(f"samples of at most {tokens.max_seq_len} tokens, --pack {tokens.pack}")
-    settings = Settings(
-        out_root=args.out_root,
-        source=args.source,
-        tokens=tokens,
-        grams=gram_set(args.decontaminate) if args.decontaminate else None,
-        dedup=args.dedup,
-        limit=args.limit,
-        skip_bad=args.skip_bad,
-        compression=args.compression,
-        size_limit=args.size_limit,
-        num_workers=args.num_workers,
-        part=args.part,
-        overwrite=args.overwrite,
-    )
+        args.tokens = Tokens(args.tokenizer, load_tokenizer(args.tokenizer), args.max_seq_len, pack)
+        print(f"samples of at most {args.max_seq_len} tokens, --pack {pack}")
+    if args.decontaminate:
+        args.grams = gram_set(args.decontaminate)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     for split in args.splits:
         started = time.perf_counter()
         documents, units = convert(settings, split)

@@ -41,9 +41,6 @@ MAX_CHARACTERS = 100
 MAX_OCCURRENCES = 200_000_000
 """Words given to the trainer, repetitions included. If there are more, counts are divided and rounded down."""
 
-SHOWN = 20
-"""Words that --compare prints."""
-
 COMPARED = 5_000_000
 """Words that --compare reads, from the beginning of the text."""
 
@@ -69,15 +66,6 @@ def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Cou
         if len(counts) > 2 * MAX_WORDS:
             counts = Counter(dict(counts.most_common()[:MAX_WORDS]))
     return Counter(dict(counts.most_common()[:MAX_WORDS]))
-
-
-def alphabet_of(words: Counter[str]) -> list[str]:
-    """The ``ALPHABET`` most frequent characters of the words, sorted."""
-    counts: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            counts[character] += count
-    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
 
 
 def repeated(words: Counter[str]) -> Iterator[str]:
@@ -110,7 +98,11 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
         ValueError: ``vocab_size`` is too small for the characters.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    alphabet = alphabet_of(words)
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
     first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if continues_words(c))]
     if vocab_size < len(first):
         raise ValueError(f"--vocab_size {vocab_size} is too small for the text's characters; use at least {len(first)}")
@@ -132,8 +124,7 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    cls, sep = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
 
 
@@ -167,7 +158,7 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: PreTrainedT
         here, there = splits[0][word], splits[1][word]
         if len(here) < len(there):
             gains[" ".join(here), " ".join(there)] += count
-    best = sorted(gains, key=lambda ab: (gains[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:SHOWN]
+    best = sorted(gains, key=lambda ab: (gains[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:20]
     if best:
         print(f"{'times':>9}  {'this tokenizer':28}  {Path(name).name}")
     for here, there in best:

@@ -37,7 +37,7 @@ byte, although one process already tokenizes on all cores."""
 
 @dataclass(frozen=True)
 class Settings:
-    """How to convert. The shards do not depend on ``num_workers``, ``part`` or ``overwrite``."""
+    """How to convert, named as the arguments of convert_c4.py. The last three do not change the shards."""
 
     out_root: Path
     """Parent of the splits' folders."""
@@ -57,7 +57,7 @@ class Settings:
     size_limit: str | None = None
     """Size of a shard before compression, 64mb by default."""
     num_workers: int | None = None
-    """Worker processes at most; None for ``default_workers``."""
+    """Worker processes at most; None for all usable cores if the source has ``WORKERS_PAY`` bytes, otherwise 1."""
     part: tuple[int, int] | None = None
     """(3, 16) converts the third of 16 parts, into a folder of its own."""
     overwrite: bool = False
@@ -77,7 +77,9 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
     folder = settings.out_root / split
     work = part_folder(folder, *settings.part) if settings.part else folder.with_name(f"{split}.partial")
     plan, text_bytes = plan_of(settings, split)
-    num_workers = settings.num_workers or default_workers(text_bytes, settings.tokens is not None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers_pay = text_bytes >= WORKERS_PAY["tokens" if settings.tokens else "text"]
+    num_workers = settings.num_workers or (cores if workers_pay else 1)
     job = Job(work, plan, settings.tokens, settings.skip_bad)
 
     def run(task: Callable[[Job, Unit, workers.Count], None], path_of: Callable[[Path, int], Path], title: str) -> int:
@@ -105,15 +107,8 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
     return documents, plan["units"]
 
 
-def default_workers(text_bytes: int, tokenize: bool) -> int:
-    """All usable cores if the source has at least ``WORKERS_PAY`` bytes of text, otherwise 1."""
-    if text_bytes < WORKERS_PAY["tokens" if tokenize else "text"]:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
-    """The plan, which holds all that decides what is written (a flat dict), and the source's bytes of text."""
+    """All that decides what is written (a flat dict), and the source's bytes of text (approximate)."""
     c4_split, first = FIRST_DOCUMENTS.get(split, (split, None))
     limit = min((n for n in (first, settings.limit) if n is not None), default=None)
     names, times, number, size, text = hashlib.sha256(), hashlib.sha256(), 0, 0, 0
@@ -172,10 +167,9 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
         ValueError: the split exists and ``overwrite`` is off, or a part is being written.
     """
     folder = out_root / split
-    found = sorted(out_root.glob(f"{split}.part-*-of-*"))
-    if not found:
+    totals = sorted({int(path.name.rsplit("-", 1)[1]) for path in out_root.glob(f"{split}.part-*-of-*")})
+    if not totals:
         raise DataError(f"{out_root} has no part of {split} (no folder {split}.part-001-of-...)")
-    totals = sorted({int(path.name.rsplit("-", 1)[1]) for path in found})
     if len(totals) > 1:
         raise DataError(f"{out_root} has parts of several divisions of {split} (of {totals}); remove all but one")
     parts = [part_folder(folder, part, totals[0]) for part in range(1, totals[0] + 1)]

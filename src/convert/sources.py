@@ -73,10 +73,6 @@ class Span(NamedTuple):
     stop: int | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files and their parts
-# ----------------------------------------------------------------------------------------------------------------------
-
 HUB = "hub:"
 """Prefix of a path on the hub: ``hub:split@revision#number``."""
 
@@ -171,10 +167,6 @@ def _spans(file: File, size: int) -> Iterator[tuple[Span, int]]:
             yield Span(path, start, stop), stop - start
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents
-# ----------------------------------------------------------------------------------------------------------------------
-
 Rows = Iterator[tuple[str, Any]]
 """Places (file and line), each with its unparsed row, or with the error why it cannot be read."""
 
@@ -232,7 +224,7 @@ def read(span: Span, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Docume
             continue
         if not skip_bad:
             raise BadText(f"{place}: {fault}")
-        stats.add_bad(f"{place}: {fault}")
+        stats.add(Stats(bad=1, first_bad=[f"{place}: {fault}"]))
 
 
 def _parse_text(line: bytes) -> Document:
@@ -335,17 +327,17 @@ def _parquet_rows(span: Span) -> Rows:
 
 
 def _mds_files(folder: Path) -> list[Path]:
-    """The shards of a split, in the order of its index; the uncompressed file where there are both."""
+    """The shards of a split, in the order of its index; the uncompressed file if it exists."""
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
-        names = [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
-        raw = [shard["raw_data"]["basename"] for shard in shards]
+        raw = [folder / shard["raw_data"]["basename"] for shard in shards]
+        stored = [folder / (shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
         columns = {name for shard in shards for name in shard["column_names"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
     if "text" not in columns:
         raise DataError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
-    return [folder / (a if (folder / a).exists() else b) for a, b in zip(raw, names, strict=True)]
+    return [a if a.exists() else b for a, b in zip(raw, stored, strict=True)]
 
 
 def _mds_rows(path: str) -> Rows:

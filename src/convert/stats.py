@@ -51,15 +51,10 @@ class Stats:
     """Number of samples by number of tokens, [CLS] and [SEP] included."""
 
     def add(self, other: "Stats") -> None:
+        """Add the counts of ``other`` to these; keeps only the first ``QUOTED`` unreadable lines."""
         for f in dataclasses.fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.first_bad[QUOTED:]
-
-    def add_bad(self, message: str) -> None:
-        """Count something that cannot be read."""
-        self.bad += 1
-        if len(self.first_bad) < QUOTED:
-            self.first_bad.append(message)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Stats":

@@ -29,9 +29,6 @@ UNIT, DROPPED = "unit.json", "dropped.jsonl"
 """Files of a unit besides its shards: their part of index.json with the unit's ``Stats``, and the documents that the
 filters dropped. Shards of tokens also have LENGTHS."""
 
-SHOWN = 80
-"""Characters of a dropped document that DROPPED shows."""
-
 DUPLICATES, GRAMS = "duplicates", "grams.npy"
 """Files in the working folder: output of ``filters.find_duplicates`` and of ``filters.gram_set``."""
 
@@ -139,7 +136,7 @@ def _kept(
             stats.document_characters[rounded(len(text))] += 1
             yield document
             continue
-        dropped.write(json.dumps({**reason, "place": place, "text": text[:SHOWN]}) + "\n")
+        dropped.write(json.dumps({**reason, "place": place, "text": text[:80]}) + "\n")
 
 
 def hash_unit(job: Job, unit: Unit, count: Count) -> None:

@@ -35,15 +35,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Make the working folder, or keep it if it was begun with the same plan.
-
-    Args:
-        work: the folder.
-        plan: a flat dict of JSON values.
-        overwrite: delete work of another plan.
+    """Make the working folder ``work``, or keep it if it was begun with the same plan (a flat dict of JSON values).
 
     Raises:
-        ValueError: the folder was begun with another plan; the message has both values of each difference.
+        ValueError: it was begun with another plan, and ``overwrite`` is off.
     """
     found = [path for path in (work / PLAN, work / "split" / CONVERSION) if path.exists()]
     if found:
@@ -74,12 +69,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrite: bool) -> None:
-    """Assemble the split from its complete units, rename it to ``folder``, and delete the working folder.
-
-    Args:
-        work: the working folder.
-        folder: the split's folder, replaced if ``overwrite`` is on.
-        folder_of: folder of a unit, by its number.
+    """Assemble the split from its units (``folder_of(number)``), rename it to ``folder``, and delete ``work``.
 
     Raises:
         DataError: no document gave a sample.
