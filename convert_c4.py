@@ -10,9 +10,11 @@ If it is stopped, run the same command again to continue. The shards do not depe
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from streaming.base.compression import is_compression
 
 from src.common.errors import DataError
 from src.convert import filters
-from src.convert.conversion import FIRST_DOCUMENTS, Converted, Settings, convert, merge
+from src.convert.conversion import FIRST_DOCUMENTS, Settings, convert, merge
 from src.convert.samples import Tokens
 from src.convert.sources import is_c4_folder, iter_documents
 from src.convert.work_folder import CONVERSION, check_free
@@ -39,48 +41,35 @@ def part_of(text: str) -> tuple[int, int]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_root", type=Path, required=True, help="folder of the dataset; each split is a subfolder")
-    parser.add_argument(
-        "--splits",
-        nargs="+",
-        required=True,
-        help="for C4: train, val, train_small, val_small; otherwise one name of yours",
-    )
-    parser.add_argument("--source", help="folder of C4's files, or your file or folder (default: C4 from the hub)")
-    parser.add_argument("--compression", help="compression of the shards, for example zstd or zstd:7 (default: none)")
-    parser.add_argument("--size_limit", help="size of a shard before compression (default: 64mb)")
-    parser.add_argument("--limit", type=int, help="convert only the first LIMIT documents of each split; one process")
-    parser.add_argument("--tokenizer", help="write tokens of this tokenizer (folder or hub name) instead of text")
-    parser.add_argument("--max_seq_len", type=int, help="with --tokenizer: longest sample in tokens")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out_root", type=Path, required=True, help="folder of the dataset; each split is a subfolder")
+    splits = "for C4: train, val, train_small, val_small; otherwise one name of your choice"
+    add("--splits", nargs="+", required=True, help=splits)
+    add("--source", help="folder of C4's files, or your file or folder (default: C4 from the hub)")
+    add("--compression", help="compression of the shards, for example zstd or zstd:7 (default: none)")
+    add("--size_limit", help="size of a shard before compression (default: 64mb)")
+    add("--limit", type=int, help="convert only the first LIMIT documents of each split; one process")
+    add("--tokenizer", help="write tokens of this tokenizer (folder or hub name) instead of text")
+    add("--max_seq_len", type=int, help="with --tokenizer: longest sample in tokens")
+    add(
         "--pack",
         choices=["truncate", "chunk"],
         help="with --tokenizer: keep the beginning of a document, or cut all of it into samples (default: truncate for "
         "C4, chunk for your text)",
     )
-    parser.add_argument(
+    add(
         "--dedup",
         action="store_true",
-        help="drop documents whose words an earlier one has; reads the source twice; takes 17 bytes of disk per "
+        help="drop documents with the same words as an earlier one; reads the source twice; takes 17 bytes of disk per "
         "document (6 GB for C4) and 0.7 GB of memory",
     )
-    parser.add_argument(
-        "--decontaminate",
-        nargs="+",
-        metavar="FILE",
-        help=f"drop documents that share {filters.GRAM} consecutive words with these texts",
-    )
-    parser.add_argument("--skip_bad", action="store_true", help="count and skip lines that cannot be read")
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        help="worker processes (default: all cores if the source is large enough to gain by them, otherwise 1)",
-    )
-    parser.add_argument("--part", type=part_of, help="convert one part of the split, for example 3/16")
-    parser.add_argument(
-        "--merge", action="store_true", help="put the parts in --out_root together; takes no other settings"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing split or unfinished work")
+    decontaminate = f"drop documents that share {filters.GRAM} consecutive words with these texts"
+    add("--decontaminate", nargs="+", metavar="FILE", help=decontaminate)
+    add("--skip_bad", action="store_true", help="count and skip lines that cannot be read")
+    add("--num_workers", type=int, help="worker processes (default: all cores for a large source, otherwise 1)")
+    add("--part", type=part_of, help="convert one part of the split, for example 3/16")
+    add("--merge", action="store_true", help="put the parts in --out_root together; takes no other settings")
+    add("--overwrite", action="store_true", help="replace an existing split or unfinished work")
     args = parser.parse_args(argv)
 
     if len(set(args.splits)) < len(args.splits):
@@ -107,10 +96,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(
             f"--compression: expected zstd, gz, br, bz2 or snappy, with or without a :level, got {args.compression!r}"
         )
-    if args.limit is not None and args.limit < 1:
-        raise ValueError("--limit must be at least 1")
-    if args.num_workers is not None and args.num_workers < 1:
-        raise ValueError("--num_workers must be at least 1")
+    for name in ("limit", "num_workers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1")
     if args.part and (args.limit is not None or any(split in FIRST_DOCUMENTS for split in args.splits)):
         raise ValueError("--part cannot be combined with a limit, which takes one machine")
     if args.part and args.dedup:
@@ -127,8 +115,8 @@ def gram_set(files: list[str]) -> filters.Hashes:
     return grams
 
 
-def report(folder: Path, converted: Converted | None) -> None:
-    """Print what stats.json holds, for people and, in the last line, for scripts."""
+def report(folder: Path, speed: dict[str, Any]) -> None:
+    """Print what stats.json holds, for people and, in the last line, for scripts (with the fields ``speed``)."""
     stats = json.loads((folder / "stats.json").read_text())
     tokens = json.loads((folder / CONVERSION).read_text())["tokens"]
     dropped = stats["dropped"]
@@ -143,12 +131,8 @@ def report(folder: Path, converted: Converted | None) -> None:
             f"fill {stats['fill']:.1%}, {stats['cut_share']:.1%} of the text cut off, "
             f"{stats['bytes_per_token']:.2f} bytes and {stats['characters_per_token']:.2f} characters per token"
         )
-    fields = {"split": folder.name, "documents": stats["documents"], "samples": stats["samples"]}
-    fields |= {"tokens": stats.get("tokens", 0), "bytes": stats["bytes"]}
-    if converted is not None:
-        fields["seconds"] = round(converted.seconds, 1)
-        fields["documents_per_s"] = round(converted.documents / converted.seconds)
-    fields |= {"empty": stats["empty"], "bad": stats["bad"], **dropped}
+    counts = {name: stats.get(name, 0) for name in ("documents", "samples", "tokens", "bytes")}
+    fields = {"split": folder.name, **counts, **speed, "empty": stats["empty"], "bad": stats["bad"], **dropped}
     if stats["first_bad"]:
         print(f"{folder.name}: bad, skipped: {'; '.join(stats['first_bad'])}", file=sys.stderr)
     print("convert " + " ".join(f"{name}={value}" for name, value in fields.items()))
@@ -166,35 +150,26 @@ def main(argv: list[str] | None = None) -> None:
     if args.merge:
         for split in args.splits:
             merge(args.out_root, split, args.overwrite)
-            report(args.out_root / split, None)
+            report(args.out_root / split, speed={})
         return
-    tokens = None
+    args.tokens = args.grams = None
     if args.tokenizer is not None:
         pack = args.pack or ("truncate" if args.c4 else "chunk")
-        tokens = Tokens(args.tokenizer, load_tokenizer(args.tokenizer), args.max_seq_len, pack)
-        print(f"samples of at most {tokens.max_seq_len} tokens, --pack {tokens.pack}")
-    settings = Settings(
-        out_root=args.out_root,
-        source=args.source,
-        tokens=tokens,
-        grams=gram_set(args.decontaminate) if args.decontaminate else None,
-        dedup=args.dedup,
-        limit=args.limit,
-        skip_bad=args.skip_bad,
-        compression=args.compression,
-        size_limit=args.size_limit,
-        num_workers=args.num_workers,
-        part=args.part,
-        overwrite=args.overwrite,
-    )
+        args.tokens = Tokens(args.tokenizer, load_tokenizer(args.tokenizer), args.max_seq_len, pack)
+        print(f"samples of at most {args.max_seq_len} tokens, --pack {pack}")
+    if args.decontaminate:
+        args.grams = gram_set(args.decontaminate)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     for split in args.splits:
-        converted = convert(settings, split)
+        started = time.perf_counter()
+        documents, units = convert(settings, split)
+        seconds = time.perf_counter() - started
         if args.part:
             part, parts = args.part
-            units = len(range(part - 1, converted.units, parts))
-            print(f"part split={split} part={part}/{parts} units={units} of={converted.units}")
+            print(f"part split={split} part={part}/{parts} units={len(range(part - 1, units, parts))} of={units}")
         else:
-            report(args.out_root / split, converted)
+            speed = {"seconds": round(seconds, 1), "documents_per_s": round(documents / seconds)}
+            report(args.out_root / split, speed)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,6 @@ MAX_CHARACTERS = 100
 MAX_OCCURRENCES = 200_000_000
 """Words given to the trainer, repetitions included. If there are more, counts are divided and rounded down."""
 
-SHOWN = 20
-"""Words that --compare prints."""
-
 COMPARED = 5_000_000
 """Words that --compare reads, from the beginning of the text."""
 
@@ -69,15 +66,6 @@ def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Cou
         if len(counts) > 2 * MAX_WORDS:
             counts = Counter(dict(counts.most_common()[:MAX_WORDS]))
     return Counter(dict(counts.most_common()[:MAX_WORDS]))
-
-
-def alphabet_of(words: Counter[str]) -> list[str]:
-    """The ``ALPHABET`` most frequent characters of the words, sorted."""
-    counts: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            counts[character] += count
-    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
 
 
 def repeated(words: Counter[str]) -> Iterator[str]:
@@ -110,7 +98,11 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
         ValueError: ``vocab_size`` is too small for the characters.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    alphabet = alphabet_of(words)
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
     first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if continues_words(c))]
     if vocab_size < len(first):
         raise ValueError(f"--vocab_size {vocab_size} is too small for the text's characters; use at least {len(first)}")
@@ -132,13 +124,12 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    cls, sep = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
 
 
-def split_words(texts: Iterable[str]) -> Counter[str]:
-    """Count the words, as BERT splits text, of the first texts until there are ``COMPARED`` of them."""
+def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: PreTrainedTokenizerFast) -> None:
+    """Print how two tokenizers split the first words, and which words gain most (count * pieces saved)."""
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     total = 0
@@ -149,39 +140,35 @@ def split_words(texts: Iterable[str]) -> Counter[str]:
             total += len(words)
         if total >= COMPARED:
             break
-    return counts
 
-
-def compare(counts: Counter[str], ours: Tokenizer, name: str, other: PreTrainedTokenizerFast) -> None:
-    """Print how two tokenizers split the counted words, and the words that gain most (count * pieces saved)."""
-    words, total = list(counts), max(counts.total(), 1)
-    columns, arms = [], {"this tokenizer": (ours, "[UNK]"), name: (other.backend_tokenizer, other.unk_token)}
-    for label, (backend, unknown) in arms.items():
+    splits = []
+    for label, backend, unknown in (
+        ("this tokenizer", ours, "[UNK]"),
+        (name, other.backend_tokenizer, other.unk_token),
+    ):
         # Byte-level tokenizers need the space to see the beginning of a word; BERT's ignore it.
-        split = [e.tokens for e in backend.encode_batch([f" {word}" for word in words], add_special_tokens=False)]
-        tokens = sum(counts[word] * len(parts) for word, parts in zip(words, split, strict=True))
-        lost = sum(counts[word] for word, parts in zip(words, split, strict=True) if unknown in parts)
+        encodings = backend.encode_batch([f" {word}" for word in counts], add_special_tokens=False)
+        split = {word: encoding.tokens for word, encoding in zip(counts, encodings, strict=True)}
+        tokens = sum(count * len(split[word]) for word, count in counts.items())
+        lost = sum(count for word, count in counts.items() if unknown in split[word])
         print(f"{label}: {tokens / total:.3f} tokens per word, {lost / total:.3%} of {total:,} words unknown")
-        columns.append(split)
-    times: Counter[tuple[str, str]] = Counter()  # by pieces: words of different case are one where both ignore case
-    for word, a, b in zip(words, *columns, strict=True):
-        if len(a) < len(b):
-            times[" ".join(a), " ".join(b)] += counts[word]
-    best = sorted(times, key=lambda ab: (times[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:SHOWN]
+        splits.append(split)
+    gains: Counter[tuple[str, str]] = Counter()  # by pieces: one entry for words that differ in case, if both ignore it
+    for word, count in counts.items():
+        here, there = splits[0][word], splits[1][word]
+        if len(here) < len(there):
+            gains[" ".join(here), " ".join(there)] += count
+    best = sorted(gains, key=lambda ab: (gains[ab] * (ab[0].count(" ") - ab[1].count(" ")), ab))[:20]
     if best:
         print(f"{'times':>9}  {'this tokenizer':28}  {Path(name).name}")
-    for ab in best:
-        print(f"{times[ab]:9,}  {ab[0]:28}  {ab[1]}")
+    for here, there in best:
+        print(f"{gains[here, there]:9,}  {here:28}  {there}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "source",
-        nargs="?",
-        help="what convert_c4.py reads: text files, C4's files (train), or a split of MDS shards of text "
-        "(default: C4's train split from the hub)",
-    )
+    source = "text files, C4's files (train), or a split of MDS shards of text (default: C4's train split from the hub)"
+    parser.add_argument("source", nargs="?", help=source)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, required=True, help="most entries, the 5 special tokens included")
     parser.add_argument("--no-lowercase", action="store_false", dest="lowercase", help="keep case and accents")
@@ -223,8 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     replace_folder(partial, args.out)
     if other is not None:
         with contextlib.closing(texts(Stats())) as again:  # ends the progress bar's line
-            words = split_words(again)
-        compare(words, tokenizer, str(args.compare), other)
+            compare(again, tokenizer, args.compare, other)
     print(f"tokenizer vocab_size={size} documents={stats.documents} seconds={time.perf_counter() - started:.1f}")
 
 

@@ -1,29 +1,27 @@
 """Conversion of a split: plan, units of work, duplicates, merging of parts."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from src.common.errors import DataError
-from src.common.files import locked, settle_folder, sync
+from src.common.files import atomic, locked, settle_folder
 from src.convert import filters, workers
 from src.convert.samples import Tokens
-from src.convert.sources import COLUMNS, Span, files_of, iter_documents, text_bytes, units_of
+from src.convert.sources import COLUMNS, Span, files_of, iter_documents, units_of
 from src.convert.stats import Stats
-from src.convert.unit import Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
-from src.convert.work_folder import PLAN, begin, check_free, publish
+from src.convert.unit import DUPLICATES, GRAMS, Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
+from src.convert.work_folder import PLAN, begin, check_free, differences, publish
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
 """Splits that are the first documents of a split of C4: which, and how many."""
@@ -33,13 +31,13 @@ UNIT_BYTES = (8 << 20, 256 << 20)
 machine, because shards do not cross units."""
 
 WORKERS_PAY = {"text": 512 << 20, "tokens": 64 << 20}
-"""Bytes of text above which worker processes gain more than their start costs (about 4 s). Shards of tokens gain less
-from a second worker, because one process already tokenizes on all cores, but each byte takes longer."""
+"""Bytes of text above which worker processes save more time than their start takes (about 4 s). Tokens take longer per
+byte, although one process already tokenizes on all cores."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to convert. The shards do not depend on ``num_workers``, ``part`` or ``overwrite``."""
+    """How to convert, named as the arguments of convert_c4.py. The last three do not change the shards."""
 
     out_root: Path
     """Parent of the splits' folders."""
@@ -48,7 +46,7 @@ class Settings:
     tokens: Tokens | None = None
     """How to tokenize, or None to write text."""
     grams: filters.Hashes | None = None
-    """Drop documents that contain one of these word sequences (``filters.gram_set``)."""
+    """Drop documents that contain one of these word sequences (from ``filters.gram_set``)."""
     dedup: bool = False
     """Drop documents whose words an earlier one has."""
     limit: int | None = None
@@ -57,78 +55,60 @@ class Settings:
     """Count and skip what cannot be read, instead of raising."""
     compression: str | None = None
     size_limit: str | None = None
-    """Size of a shard before compression, for example 64mb, which is the default."""
+    """Size of a shard before compression, 64mb by default."""
     num_workers: int | None = None
-    """Worker processes at most; None for ``default_workers``."""
+    """Worker processes at most; None for all usable cores if the source has ``WORKERS_PAY`` bytes, otherwise 1."""
     part: tuple[int, int] | None = None
     """(3, 16) converts the third of 16 parts, into a folder of its own."""
     overwrite: bool = False
     """Replace the split, or unfinished work of other settings."""
 
 
-class Converted(NamedTuple):
-    """What a call of ``convert`` did."""
+def convert(settings: Settings, split: str) -> tuple[int, int]:
+    """Write a split, or this machine's part of it. After a stop, a call with the same settings continues.
 
-    documents: int
-    """Documents read by this call; earlier calls may have read others."""
-    seconds: float
-    units: int
-    """Units of the split; with a part, those of the other parts too."""
-
-
-def convert(settings: Settings, split: str) -> Converted:
-    """Write a split, or this machine's part of it.
-
-    Stopped at any moment, the next call with the same settings continues.
+    Returns:
+        Documents read by this call, without those of earlier calls; units of the split, including those of other parts.
 
     Raises:
         DataError: the source cannot be read or has no document.
         ValueError: the split exists, is being written, or was begun with other settings.
     """
-    started = time.perf_counter()
     folder = settings.out_root / split
     work = part_folder(folder, *settings.part) if settings.part else folder.with_name(f"{split}.partial")
-    plan = plan_of(settings, split)
-    num_workers = settings.num_workers or default_workers(settings, plan["split"])
+    plan, text_bytes = plan_of(settings, split)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers_pay = text_bytes >= WORKERS_PAY["tokens" if settings.tokens else "text"]
+    num_workers = settings.num_workers or (cores if workers_pay else 1)
+    job = Job(work, plan, settings.tokens, settings.skip_bad)
+
+    def run(task: Callable[[Job, Unit, workers.Count], None], path_of: Callable[[Path, int], Path], title: str) -> int:
+        """Do the task for each unit of this machine whose output is missing; returns the number of documents."""
+        todo = units_without(partial(path_of, work), settings, plan)
+        with tqdm(desc=title, unit="doc", unit_scale=True, mininterval=1) as progress:
+            workers.run(partial(task, job), todo, num_workers, progress.update)
+            return progress.n
+
+    documents = 0
     with locked(work if settings.part else folder):
         settle_folder(folder)
         check_free(folder, settings.overwrite)
         begin(work, plan, settings.overwrite)
-        job = Job(
-            folder=work / "units",
-            columns=tuple(plan["columns"]),
-            tokens=settings.tokens,
-            shards={"compression": plan["compression"], "size_limit": plan["size_limit"]},
-            skip_bad=settings.skip_bad,
-            limit=plan["limit"],
-            duplicates=work / "duplicates" if settings.dedup else None,
-            grams=None if settings.grams is None else work / "grams.npy",
-        )
-        documents = 0
         if (work / PLAN).exists():  # else the split is complete and lacks only its name
-            if job.grams is not None and settings.grams is not None:
-                np.save(job.grams, settings.grams)
-            if job.duplicates is not None:
-                mark_duplicates(settings, plan, job, num_workers)
-            with tqdm(desc=work.name, unit="doc", unit_scale=True, mininterval=1) as progress:
-                todo = units_to_convert(settings, plan, job)
-                workers.run(partial(convert_unit, job), todo, num_workers, progress.update)
-                documents = progress.n
+            if settings.grams is not None:
+                np.save(work / GRAMS, settings.grams)
+            if settings.dedup and not (work / DUPLICATES).exists():
+                run(hash_unit, hash_file, "looking for duplicates")
+                with atomic(work / DUPLICATES) as out:
+                    filters.find_duplicates([hash_file(work, number) for number in range(plan["units"])], out)
+            documents = run(convert_unit, unit_folder, work.name)
         if not settings.part:
-            publish(work, folder, partial(unit_folder, job.folder), settings.overwrite)
-        return Converted(documents, time.perf_counter() - started, plan["units"])
+            publish(work, folder, partial(unit_folder, work), settings.overwrite)
+    return documents, plan["units"]
 
 
-def default_workers(settings: Settings, c4_split: str) -> int:
-    """All usable cores if the source has at least ``WORKERS_PAY`` bytes of text, otherwise 1."""
-    text = sum(map(text_bytes, files_of(settings.source, c4_split)))
-    if text < WORKERS_PAY["text" if settings.tokens is None else "tokens"]:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def plan_of(settings: Settings, split: str) -> dict[str, Any]:
-    """All that decides what is written (a flat dict), and the number of units."""
+def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
+    """All that decides what is written (a flat dict), and the source's bytes of text (approximate)."""
     c4_split, first = FIRST_DOCUMENTS.get(split, (split, None))
     limit = min((n for n in (first, settings.limit) if n is not None), default=None)
     names, times, number, size, text = hashlib.sha256(), hashlib.sha256(), 0, 0, 0
@@ -136,14 +116,14 @@ def plan_of(settings: Settings, split: str) -> dict[str, Any]:
         name = os.path.relpath(file.path, settings.source) if settings.source else file.path
         names.update(f"{name}\t{file.size}\n".encode())
         times.update(f"{file.changed}\n".encode())
-        number, size, text = number + 1, size + file.size, text + text_bytes(file)
+        number, size, text = number + 1, size + file.size, text + file.text_bytes
     stats = Stats()
     document = next(iter_documents(settings.source, c4_split, settings.skip_bad, stats), None)
     if document is None:
         raise DataError(f"{split}: the source has no document ({stats.empty} empty, {stats.bad} bad)")
     unit_bytes = min(max(text // 64, UNIT_BYTES[0]), UNIT_BYTES[1])
     tokens, grams = settings.tokens, settings.grams
-    return {
+    plan = {
         "split": c4_split,
         "files": number,
         "bytes": size,
@@ -160,42 +140,18 @@ def plan_of(settings: Settings, split: str) -> dict[str, Any]:
         "unit_bytes": unit_bytes,
         "units": 1 if limit else sum(1 for _ in units_of(files_of(settings.source, c4_split), unit_bytes)),
     }
+    return plan, text
 
 
-def units_of_part(settings: Settings, plan: dict[str, Any]) -> Iterator[Unit]:
-    """The units of this machine, in order. With a limit there is one unit, because documents are counted in order."""
+def units_without(path_of: Callable[[int], Path], settings: Settings, plan: dict[str, Any]) -> Iterator[Unit]:
+    """This machine's units whose ``path_of(number)`` does not exist, in order."""
     files = files_of(settings.source, plan["split"])
-    if plan["limit"]:
-        yield Unit(0, (Span(file.path) for file in files))
-        return
+    # Documents are counted in order, so a limit makes one unit of all files.
+    units = [(Span(file.path) for file in files)] if plan["limit"] else units_of(files, plan["unit_bytes"])
     part, parts = settings.part or (1, 1)
-    for number, spans in enumerate(units_of(files, plan["unit_bytes"])):
-        if number % parts == part - 1:
+    for number, spans in enumerate(units):
+        if number % parts == part - 1 and not path_of(number).exists():
             yield Unit(number, spans)
-
-
-def units_to_convert(settings: Settings, plan: dict[str, Any], job: Job) -> Iterator[Unit]:
-    """The units of this machine that are not complete."""
-    first = 0
-    for unit in units_of_part(settings, plan):
-        if not unit_folder(job.folder, unit.number).exists():
-            yield dataclasses.replace(unit, first_document=first)
-        if job.duplicates is not None:
-            first += hash_file(job.folder, unit.number).stat().st_size // filters.HASH_BYTES
-
-
-def mark_duplicates(settings: Settings, plan: dict[str, Any], job: Job, num_workers: int) -> None:
-    """First pass of --dedup: hash all documents, then find those that repeat an earlier one."""
-    assert job.duplicates is not None
-    if job.duplicates.exists():
-        return
-    todo = (unit for unit in units_of_part(settings, plan) if not hash_file(job.folder, unit.number).exists())
-    with tqdm(desc="looking for duplicates", unit="doc", unit_scale=True, mininterval=1) as progress:
-        workers.run(partial(hash_unit, job), todo, num_workers, progress.update)
-    unfinished = job.duplicates.with_suffix(".partial")
-    filters.find_duplicates([hash_file(job.folder, number) for number in range(plan["units"])], unfinished)
-    sync(unfinished)
-    unfinished.rename(job.duplicates)
 
 
 def part_folder(folder: Path, part: int, parts: int) -> Path:
@@ -211,16 +167,15 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
         ValueError: the split exists and ``overwrite`` is off, or a part is being written.
     """
     folder = out_root / split
-    found = sorted(out_root.glob(f"{split}.part-*-of-*"))
-    if not found:
+    totals = sorted({int(path.name.rsplit("-", 1)[1]) for path in out_root.glob(f"{split}.part-*-of-*")})
+    if not totals:
         raise DataError(f"{out_root} has no part of {split} (no folder {split}.part-001-of-...)")
-    totals = sorted({int(path.name.rsplit("-", 1)[1]) for path in found})
     if len(totals) > 1:
         raise DataError(f"{out_root} has parts of several divisions of {split} (of {totals}); remove all but one")
     parts = [part_folder(folder, part, totals[0]) for part in range(1, totals[0] + 1)]
 
     def folder_of(number: int) -> Path:
-        return unit_folder(parts[number % len(parts)] / "units", number)
+        return unit_folder(parts[number % len(parts)], number)
 
     with contextlib.ExitStack() as locks:
         for path in (folder, *parts):
@@ -230,17 +185,17 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
             if not (path / PLAN).exists():
                 raise DataError(f"{path} is missing or was not begun; run that part")
             plans.append(json.loads((path / PLAN).read_text()))
-            differ = [f"{k}: {plans[0][k]} there, {plans[-1][k]} here" for k in plans[0] if plans[-1][k] != plans[0][k]]
-            if differ:
-                raise DataError(f"{path} does not match {parts[0].name} ({'; '.join(differ)})")
-        units = plans[0]["units"]
-        if incomplete := [number for number in range(units) if not folder_of(number).exists()]:
+            if differ := differences(plans[0], plans[-1]):
+                raise DataError(f"{path} does not match {parts[0].name} ({differ})")
+        plan = plans[0]
+        incomplete = [number for number in range(plan["units"]) if not folder_of(number).exists()]
+        if incomplete:
             part = parts[incomplete[0] % len(parts)]
-            raise DataError(f"{len(incomplete)} of {units} units are incomplete; run {part.name} again")
+            raise DataError(f"{len(incomplete)} of {plan['units']} units are incomplete; run {part.name} again")
         settle_folder(folder)
         check_free(folder, overwrite)
         work = folder.with_name(f"{split}.partial")
-        begin(work, plans[0], overwrite)
+        begin(work, plan, overwrite)
         publish(work, folder, folder_of, overwrite)
         for path in parts:
             shutil.rmtree(path)

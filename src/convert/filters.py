@@ -20,10 +20,6 @@ BUCKET = 1 << 24
 GRAM = 13
 """Length in words of the sequences that are compared."""
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Duplicates
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def text_hash(text: str) -> bytes:
     """Hash of the text's words; ignores case, white space and Unicode form (NFKC)."""
@@ -31,8 +27,8 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(words.encode(), digest_size=HASH_BYTES).digest()
 
 
-def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> int:
-    """Mark every document that has the hash of an earlier one, and return how many there are.
+def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> None:
+    """Mark every document that has the hash of an earlier one.
 
     Sorts the hashes in parts, by their first bits, so memory stays at about 40 * ``bucket`` bytes. Reads the files once
     for each part.
@@ -45,7 +41,6 @@ def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> i
     total = sum(file.stat().st_size for file in files) // HASH_BYTES
     bits = max(0, (total - 1) // bucket).bit_length()
     duplicate = np.memmap(out, dtype=bool, mode="w+", shape=(total,))
-    found = 0
     for part in range(1 << bits):
         hashes, ordinals, start = [], [], 0
         for file in files:
@@ -58,14 +53,7 @@ def find_duplicates(files: Sequence[Path], out: Path, bucket: int = BUCKET) -> i
         order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: the earliest of equal hashes comes first
         again = np.flatnonzero((pairs[order[1:]] == pairs[order[:-1]]).all(axis=1)) + 1
         duplicate[positions[order[again]]] = True
-        found += len(again)
     duplicate.flush()
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Contamination
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def words_of(text: str) -> list[str]:

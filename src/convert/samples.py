@@ -47,50 +47,38 @@ class Tokens:
         """Samples of shape (length,), [CLS] and [SEP] included. Adds to ``stats.cut_characters``."""
         return self._truncated(texts, stats) if self.pack == "truncate" else self._chunks(texts)
 
-    def _framed(self, ids: Any) -> NDArray[Any]:
-        sample = np.empty(len(ids) + 2, self.dtype)
-        sample[0], sample[1:-1], sample[-1] = self.cls, ids, self.sep
-        return sample
+    def _framed(self, ids: list[int]) -> NDArray[Any]:
+        return np.array([self.cls, *ids, self.sep], self.dtype)
 
     def _chunks(self, texts: Iterator[str]) -> Iterator[NDArray[Any]]:
         room = self.max_seq_len - 2
-        parts = ((piece, last) for text in texts for piece, last in pieces(text))
-        left = np.empty(0, self.dtype)
+        parts = (part for text in texts for part in pieces(text))
+        left: list[int] = []
         while batch := list(itertools.islice(parts, BATCH)):
             encodings = self.backend.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
             for encoding, (_, last) in zip(encodings, batch, strict=True):
-                ids = np.concatenate([left, np.array(encoding.ids, self.dtype)])
+                ids = left + encoding.ids
                 end = len(ids) if last else len(ids) // room * room
                 for start in range(0, end, room):
                     yield self._framed(ids[start : min(start + room, end)])
                 left = ids[end:]
 
     def _truncated(self, texts: Iterator[str], stats: Stats) -> Iterator[NDArray[Any]]:
-        while batch := list(itertools.islice(texts, BATCH)):
-            for ids, cut in self._beginnings(batch):
-                stats.cut_characters += cut
-                if ids:
-                    yield self._framed(ids)
-
-    def _beginnings(self, texts: list[str]) -> list[tuple[list[int], int]]:
-        """For each text: its first ids, and the number of characters after them.
-
-        Tokenizes a prefix only. If that gives too few ids, tries a prefix of twice the length.
-        """
+        """Tokenizes only a prefix of each text. If it gives too few ids, tries a prefix of twice the length."""
         room = self.max_seq_len - 2
-        found: list[tuple[list[int], int]] = [([], 0)] * len(texts)
-        todo, characters = list(range(len(texts))), 6 * room  # English has 4 to 5 characters per word piece
-        while todo:
-            ends = [word_boundary(texts[i], characters, 1, max(characters, PIECE)) for i in todo]
-            prefixes = [texts[i][:end] for i, end in zip(todo, ends, strict=True)]
-            short = []
-            encodings = self.backend.encode_batch(prefixes, add_special_tokens=False)
-            for i, end, encoding in zip(todo, ends, encodings, strict=True):
-                if len(encoding) >= room:
-                    found[i] = encoding.ids[:room], len(texts[i]) - encoding.offsets[room - 1][1]
-                elif end == len(texts[i]):
-                    found[i] = encoding.ids, 0
-                else:
-                    short.append(i)
-            todo, characters = short, 2 * characters
-        return found
+        while batch := list(itertools.islice(texts, BATCH)):
+            found: list[list[int]] = [[]] * len(batch)
+            todo, characters = list(range(len(batch))), 6 * room  # English has 4 to 5 characters per word piece
+            while todo:
+                ends = [word_boundary(batch[i], characters, 1, max(characters, PIECE)) for i in todo]
+                prefixes = [batch[i][:end] for i, end in zip(todo, ends, strict=True)]
+                encodings = self.backend.encode_batch(prefixes, add_special_tokens=False)
+                short = []
+                for i, end, encoding in zip(todo, ends, encodings, strict=True):
+                    found[i] = encoding.ids[:room]
+                    if len(encoding) >= room:
+                        stats.cut_characters += len(batch[i]) - encoding.offsets[room - 1][1]
+                    elif end < len(batch[i]):
+                        short.append(i)
+                todo, characters = short, 2 * characters
+            yield from (self._framed(ids) for ids in found if ids)

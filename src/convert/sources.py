@@ -9,13 +9,19 @@ A source is a sequence of files. A ``Span`` is a part of a file, a unit of work 
 """
 
 import gzip
+import itertools
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from src.common.errors import DataError, first_line
 from src.convert.stats import Stats
@@ -31,10 +37,10 @@ C4_SPLITS = {"train": "train", "val": "validation"}
 """Our names of C4's splits, and C4's names."""
 
 MAX_LINE = 1 << 31
-"""Longest line in bytes. A longer one is bad: memory would hold it several times."""
+"""Longest line in bytes. A longer one is an error, because memory would hold it several times."""
 
 TEXT_BYTES = {".gz": 3, ".parquet": 2}
-"""Bytes of text per byte of such a file, roughly. Used only to divide the work."""
+"""Approximate bytes of text per byte of such a file, used only to divide the work."""
 
 
 class BadText(DataError):
@@ -46,25 +52,26 @@ class File(NamedTuple):
 
     path: str
     size: int
-    """Bytes on disk; 1 GiB for a file of the hub, which is not asked."""
+    """Bytes on disk; for a file of the hub always 1 GiB."""
     changed: int
     """Time of the last change in nanoseconds; 0 for the hub."""
+
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes of text the file holds."""
+        return self.size * TEXT_BYTES.get(os.path.splitext(self.path)[1], 1)
 
 
 class Span(NamedTuple):
     """A part of a file.
 
-    Lines: those that begin in bytes [start, stop). Parquet: row groups [start, stop). Other files: always the whole.
+    Files of lines: the lines that begin in bytes [start, stop). Parquet: row groups [start, stop). Others: the whole.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files and their parts
-# ----------------------------------------------------------------------------------------------------------------------
 
 HUB = "hub:"
 """Prefix of a path on the hub: ``hub:split@revision#number``."""
@@ -104,7 +111,7 @@ def files_of(source: str | None, split: str = "train") -> Iterator[File]:
     elif (Path(source) / "index.json").is_file():
         paths = _mds_files(Path(source))
     else:
-        paths = [Path(source)] if Path(source).is_file() else _walk(source)
+        paths = [Path(source)] if Path(source).is_file() else _walk(Path(source))
         paths = (path for path in paths if path.name.endswith(SUFFIXES))
     path = None
     for path in paths:
@@ -114,14 +121,12 @@ def files_of(source: str | None, split: str = "train") -> Iterator[File]:
         raise DataError(f"{source}: no file of a known format ({', '.join(SUFFIXES)}, or a folder of MDS shards)")
 
 
-def _walk(folder: str) -> Iterator[Path]:
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        elif entry.is_file():
-            yield Path(entry.path)
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
 
 
 def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
@@ -132,50 +137,38 @@ def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
     unit: list[Span] = []
     weight = 0
     for file in files:
-        for span, bytes_of_text in _spans(file, size):
-            if unit and weight + bytes_of_text > size:
+        for span, text_bytes in _spans(file, size):
+            if unit and weight + text_bytes > size:
                 yield unit
                 unit, weight = [], 0
             unit.append(span)
-            weight += max(bytes_of_text, 4096)  # bounds the number of tiny files per unit
+            weight += max(text_bytes, 4096)  # bounds the number of tiny files per unit
     if unit:
         yield unit
 
 
-def text_bytes(file: File) -> int:
-    """About how many bytes of text the file holds."""
-    return file.size * TEXT_BYTES.get(os.path.splitext(file.path)[1], 1)
-
-
 def _spans(file: File, size: int) -> Iterator[tuple[Span, int]]:
-    weight = text_bytes(file)
-    if weight <= size or file.path.endswith(".gz") or not file.path.endswith(SUFFIXES):  # the last: of the hub, or MDS
-        yield Span(file.path), weight
-    elif file.path.endswith(".parquet"):
-        groups = _row_groups(file.path)
+    """Parts of a file, each with its bytes of text."""
+    path, weight = file.path, file.text_bytes
+    if weight <= size or path.endswith(".gz") or not path.endswith(SUFFIXES):  # the last: on the hub, or MDS
+        yield Span(path), weight
+    elif path.endswith(".parquet"):
+        try:
+            groups = pyarrow.parquet.read_metadata(path).num_row_groups
+        except (pyarrow.ArrowInvalid, OSError):
+            groups = 0
         for group in range(groups):
-            yield Span(file.path, group, group + 1), weight // groups
+            yield Span(path, group, group + 1), weight // groups
         if not groups:  # damaged; reading it raises
-            yield Span(file.path), weight
+            yield Span(path), weight
     else:
         for start in range(0, file.size, size):
             stop = min(start + size, file.size)
-            yield Span(file.path, start, stop), stop - start
+            yield Span(path, start, stop), stop - start
 
 
-def _row_groups(path: str) -> int:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(path).num_row_groups
-    except (pyarrow.ArrowInvalid, OSError):
-        return 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents
-# ----------------------------------------------------------------------------------------------------------------------
+Rows = Iterator[tuple[str, Any]]
+"""Places (file and line), each with its unparsed row, or with the error why it cannot be read."""
 
 
 def iter_documents(
@@ -200,132 +193,121 @@ def iter_documents(
 
 def read(span: Span, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Document]]:
     """The non-empty documents of a span, each with its place (file and line); raises as ``iter_documents``."""
+    parse = _parse_row
     if span.path.startswith(HUB):
-        items = _hub_documents(span.path)
+        rows = _hub_rows(span.path)
     elif span.path.endswith(".parquet"):
-        items = _parquet(span)
+        rows = _parquet_rows(span)
     elif span.path.endswith(SUFFIXES):
-        items = _lines(span)
+        rows, parse = _lines(span), _parse_text if span.path.endswith((".txt", ".txt.gz")) else _parse_json
     else:
-        items = _mds_documents(span.path)
-    for place, item in items:
-        if isinstance(item, BadText):
-            if not skip_bad:
-                raise BadText(f"{place}: {item}")
-            stats.add_bad(f"{place}: {item}")
-        elif not item["text"].strip():
-            stats.empty += 1
+        rows = _mds_rows(span.path)
+    for place, row in rows:
+        try:
+            if isinstance(row, Exception):
+                raise row
+            document = parse(row)
+        except UnicodeDecodeError as error:
+            fault = f"invalid UTF-8 ({error.reason} at byte {error.start})"
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; files and tokenizers refuse it
+            fault = f"invalid Unicode ({error.reason})"
+        except (json.JSONDecodeError, RecursionError) as error:
+            fault = f"invalid JSON ({error})"
+        except BadText as error:
+            fault = str(error)
         else:
-            stats.documents += 1
-            yield place, item
+            if document["text"].strip():
+                stats.documents += 1
+                yield place, document
+            else:
+                stats.empty += 1
+            continue
+        if not skip_bad:
+            raise BadText(f"{place}: {fault}")
+        stats.add(Stats(bad=1, first_bad=[f"{place}: {fault}"]))
 
 
-Item = tuple[str, Document | BadText]
-"""A place, and the document or what is wrong there."""
+def _parse_text(line: bytes) -> Document:
+    return {"text": line.decode("utf-8-sig").rstrip("\r\n")}  # Windows begins files with a byte order mark
+
+
+def _parse_json(line: bytes) -> Document:
+    document = _parse_text(line)
+    return _parse_row(json.loads(document["text"])) if document["text"].strip() else document
+
+
+def _parse_row(row: Any) -> Document:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise BadText("expected a field 'text' that holds a string")
+    document = {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
+    "".join(document.values()).encode()
+    return document
 
 
 @cache
 def _hub_revision() -> str:
     import huggingface_hub
 
-    try:
-        return str(huggingface_hub.dataset_info("allenai/c4").sha)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _no_hub(error) from None
+    return str(_ask_hub(huggingface_hub.dataset_info, "allenai/c4").sha)
 
 
 @cache
 def _hub_dataset(split: str, revision: str) -> Any:
     from datasets import load_dataset  # takes seconds to import
 
+    return _ask_hub(load_dataset, "allenai/c4", "en", split=C4_SPLITS[split], streaming=True, revision=revision)
+
+
+def _ask_hub(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
-        return load_dataset("allenai/c4", "en", split=C4_SPLITS[split], streaming=True, revision=revision)
-    except (OSError, RuntimeError) as error:
-        raise _no_hub(error) from None
+        return function(*args, **kwargs)
+    except (OSError, RuntimeError, ValueError) as error:
+        message = f"the Hugging Face Hub is unreachable ({first_line(error)}); offline, give a --source of files"
+        raise DataError(f"allenai/c4: {message}") from None
 
 
-def _no_hub(error: Exception) -> DataError:
-    return DataError(
-        f"allenai/c4: the Hugging Face Hub is unreachable ({first_line(error)}); offline, give a --source of files"
-    )
-
-
-def _hub_documents(path: str) -> Iterator[Item]:
+def _hub_rows(path: str) -> Rows:
     name, number = path.removeprefix(HUB).split("#")
     dataset = _hub_dataset(*name.split("@"))
     for row_number, row in enumerate(dataset.shard(num_shards=dataset.num_shards, index=int(number)), start=1):
-        yield f"{path}:{row_number}", _columns(row)
+        yield f"{path}:{row_number}", row
 
 
-def _lines(span: Span) -> Iterator[Item]:
+def _lines(span: Span) -> Rows:
     """The lines of a file that begin within the span."""
-    path = span.path
-    parse = _parse_text if path.endswith((".txt", ".txt.gz")) else _parse_json
-    stop = float("inf") if span.stop is None else span.stop
-    offset = number = 0
+    path, offset, number = span.path, span.start, 0
+    stop = math.inf if span.stop is None else span.stop
 
-    def place() -> str:  # lines before the span are not counted: that would read them all
+    def place() -> str:  # lines before the span are not counted, because that would read all of them
         return f"{path}:{number}" if span.start == 0 else f"{path}:byte {offset}"
 
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
             if span.start:  # the line that crosses the start belongs to the span before
-                offset = lines.seek(span.start - 1)
-                while offset < stop and (piece := lines.readline(1 << 20)):
-                    offset += len(piece)
-                    if piece.endswith(b"\n"):
-                        break
+                lines.seek(span.start - 1)
+                offset += _skip_line(lines) - 1
             while offset < stop and (line := lines.readline(MAX_LINE)):
                 number += 1
-                too_long = len(line) == MAX_LINE and not line.endswith(b"\n")
-                if too_long:
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     yield place(), BadText(f"line longer than {MAX_LINE:,} bytes; divide it into several documents")
+                    offset += _skip_line(lines)
                 else:
-                    yield place(), parse(line)
+                    yield place(), line
                 offset += len(line)
-                while too_long and not line.endswith(b"\n") and (line := lines.readline(MAX_LINE)):
-                    offset += len(line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         number += 1
         yield place(), BadText(f"the rest of the file cannot be decompressed ({error})")
 
 
-def _parse_text(line: bytes) -> Document | BadText:
-    try:
-        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}  # Windows begins files with a byte order mark
-    except UnicodeDecodeError as error:
-        return BadText(f"invalid UTF-8 ({error.reason} at byte {error.start})")
+def _skip_line(lines: IO[bytes]) -> int:
+    """Read to the end of the line, at most 1 MB at a time; returns the number of bytes."""
+    skipped, piece = 0, b""
+    while not piece.endswith(b"\n") and (piece := lines.readline(1 << 20)):
+        skipped += len(piece)
+    return skipped
 
 
-def _parse_json(line: bytes) -> Document | BadText:
-    document = _parse_text(line)
-    if isinstance(document, BadText) or not document["text"].strip():
-        return document
-    try:
-        return _parse_row(json.loads(document["text"]))
-    except (json.JSONDecodeError, RecursionError) as error:
-        return BadText(f"invalid JSON ({error})")
-
-
-def _parse_row(row: Any) -> Document | BadText:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        return BadText("expected a field 'text' that holds a string")
-    document = _columns(row)
-    try:
-        "".join(document.values()).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; files and tokenizers refuse it
-        return BadText(f"invalid Unicode ({error.reason})")
-    return document
-
-
-def _columns(row: dict[str, Any]) -> Document:
-    return {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
-
-
-def _parquet(span: Span) -> Iterator[Item]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _parquet_rows(span: Span) -> Rows:
     number = 0
     try:
         reader = pyarrow.parquet.ParquetFile(span.path)
@@ -338,34 +320,32 @@ def _parquet(span: Span) -> Iterator[Item]:
                 try:
                     row = {name: batch[name][i].as_py() for name in columns}
                 except UnicodeDecodeError as error:
-                    yield f"{span.path}:{number}", BadText(f"invalid UTF-8 ({error.reason} at byte {error.start})")
-                else:
-                    yield f"{span.path}:{number}", _parse_row(row)
+                    row = error
+                yield f"{span.path}:{number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         yield f"{span.path}:{number + 1}", BadText(f"the rest of the file cannot be read as parquet ({error})")
 
 
 def _mds_files(folder: Path) -> list[Path]:
-    """The shards of a split, in the order of its index; the uncompressed file where there are both."""
+    """The shards of a split, in the order of its index; the uncompressed file if it exists."""
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
-        names = [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
-        raw = [shard["raw_data"]["basename"] for shard in shards]
+        raw = [folder / shard["raw_data"]["basename"] for shard in shards]
+        stored = [folder / (shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
         columns = {name for shard in shards for name in shard["column_names"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
     if "text" not in columns:
         raise DataError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
-    return [folder / (a if (folder / a).exists() else b) for a, b in zip(raw, names, strict=True)]
+    return [a if a.exists() else b for a, b in zip(raw, stored, strict=True)]
 
 
-def _mds_documents(path: str) -> Iterator[Item]:
+def _mds_rows(path: str) -> Rows:
     """An MDS shard: number of samples, offsets of all samples and of the end (uint32), columns as JSON, samples.
 
-    Not by streaming's LocalDataset: it reads no compressed shard, decodes pickled columns too, and notices no damage.
+    Replaces streaming's LocalDataset, which reads no compressed shard, decodes pickles, and does not notice damage.
     """
-    import numpy as np
-    from streaming.base.compression import decompress
+    from streaming.base.compression import decompress  # takes seconds to import
     from streaming.base.format.mds.encodings import mds_decode
 
     number = 0
@@ -376,19 +356,19 @@ def _mds_documents(path: str) -> Iterator[Item]:
         (samples,) = np.frombuffer(data, "<u4", 1).tolist()
         offsets = np.frombuffer(data, "<u4", samples + 1, 4).tolist()
         config = json.loads(data[4 * (samples + 2) : offsets[0]])
-        variable = [i for i, size in enumerate(config["column_sizes"]) if size is None]
-        for begin, end in zip(offsets, offsets[1:], strict=False):
-            sizes = list(config["column_sizes"])
-            for i, size in zip(variable, np.frombuffer(data, "<u4", len(variable), begin).tolist(), strict=True):
-                sizes[i] = size
-            at, row = begin + 4 * len(variable), {}
-            for name, encoding, size in zip(config["column_names"], config["column_encodings"], sizes, strict=True):
+        columns = [config[key] for key in ("column_names", "column_encodings", "column_sizes")]
+        variable = config["column_sizes"].count(None)  # a sample begins with the sizes of these columns
+        for begin, end in itertools.pairwise(offsets):
+            sizes = iter(np.frombuffer(data, "<u4", variable, begin).tolist())
+            at, row = begin + 4 * variable, {}
+            for name, encoding, fixed in zip(*columns, strict=True):
+                size = next(sizes) if fixed is None else fixed
                 if name in COLUMNS and encoding != "pkl":  # a pickle could run any code
                     row[name] = mds_decode(encoding, data[at : at + size])
                 at += size
             if at != end or end > len(data):
                 raise DataError(f"the sample does not end at byte {end:,} as the shard says")
             number += 1
-            yield f"{path}:{number}", _parse_row(row)
-    except Exception as error:  # each compression has an error type of its own
+            yield f"{path}:{number}", row
+    except Exception as error:  # each compression has its own error type
         yield f"{path}:{number + 1}", BadText(f"the rest of the shard cannot be read ({first_line(error)})")

@@ -39,7 +39,7 @@ class Stats:
     characters: int = 0
     """Characters of the documents kept."""
     cut_characters: int = 0
-    """Those of them after the last token of a truncated document."""
+    """Characters of them after the last token of a truncated document."""
     samples: int = 0
     tokens: int = 0
     """Tokens, [CLS] and [SEP] included; 0 for shards of text."""
@@ -51,20 +51,10 @@ class Stats:
     """Number of samples by number of tokens, [CLS] and [SEP] included."""
 
     def add(self, other: "Stats") -> None:
+        """Add the counts of ``other`` to these; keeps only the first ``QUOTED`` unreadable lines."""
         for f in dataclasses.fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         del self.first_bad[QUOTED:]
-
-    def add_bad(self, message: str) -> None:
-        """Count something that cannot be read."""
-        self.bad += 1
-        if len(self.first_bad) < QUOTED:
-            self.first_bad.append(message)
-
-    def add_lengths(self, lengths: np.ndarray[Any, Any]) -> None:
-        """Count samples of these numbers of tokens."""
-        self.tokens += int(lengths.sum(dtype=np.int64))
-        self.sample_tokens.update(lengths.tolist())
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Stats":
@@ -99,10 +89,9 @@ class Stats:
 
 def distribution(counts: Mapping[int, int]) -> dict[str, Any]:
     """Mean, percentiles and histogram of values, given as the number of times that each occurs."""
-    values = np.array(sorted(counts), dtype=np.int64)
-    numbers = np.array([counts[v] for v in values.tolist()], dtype=np.int64)
-    if not len(values):
+    if not counts:
         return {"mean": 0.0, "percentiles": {}, "histogram": {}}
+    values, numbers = np.array(sorted(counts.items()), dtype=np.int64).T
     ranks = np.ceil(np.array(PERCENTILES) / 100 * numbers.sum())
     at = values[np.searchsorted(np.cumsum(numbers), ranks)].tolist()
     return {

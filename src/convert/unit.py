@@ -8,9 +8,8 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
@@ -23,61 +22,52 @@ from src.convert.stats import Stats, rounded
 from src.convert.workers import Count
 from src.data.shards import LENGTHS
 
-HASHES = ["sha1"]
-"""Hashes of each shard in index.json; they show damage."""
-
 COUNTED = 256
 """Documents between two calls of ``count``."""
 
 UNIT, DROPPED = "unit.json", "dropped.jsonl"
-"""Files beside a unit's shards: their part of index.json with the unit's ``Stats``; the documents that filters dropped.
-Shards of tokens have LENGTHS too."""
+"""Files of a unit besides its shards: their part of index.json with the unit's ``Stats``, and the documents that the
+filters dropped. Shards of tokens also have LENGTHS."""
 
-SHOWN = 80
-"""Characters of a dropped document that DROPPED shows."""
+DUPLICATES, GRAMS = "duplicates", "grams.npy"
+"""Files in the working folder: output of ``filters.find_duplicates`` and of ``filters.gram_set``."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What all units of a split have in common. Can be sent to another process."""
 
-    folder: Path
-    """Parent of the units' folders."""
-    columns: tuple[str, ...]
-    """Columns of shards of text."""
+    work: Path
+    """The working folder of the split or part."""
+    plan: dict[str, Any]
+    """All that decides what is written (``conversion.plan_of``)."""
     tokens: Tokens | None
     """How to tokenize, or None to write text."""
-    shards: dict[str, Any]
-    """MDSWriter's ``compression`` and ``size_limit`` (bytes of a shard before compression)."""
     skip_bad: bool
-    limit: int | None
-    """Read only the first ``limit`` documents of the unit."""
-    duplicates: Path | None
-    """Output of ``filters.find_duplicates`` over the documents of all units."""
-    grams: Path | None
-    """Sorted hashes of the evaluation sets' word sequences, as .npy."""
+    """Count and skip what cannot be read, instead of raising."""
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """One unit of a split's work."""
 
     number: int
     spans: Iterable[Span]
-    first_document: int = 0
-    """Index in the split of the unit's first document; used with ``Job.duplicates`` only."""
 
 
-def unit_folder(folder: Path, number: int) -> Path:
+def unit_folder(work: Path, number: int) -> Path:
     """Folder of a complete unit."""
-    return folder / f"{number:06}"
+    return work / "units" / f"{number:06}"
+
+
+def hash_file(work: Path, number: int) -> Path:
+    """File of the hashes of a unit's documents, written by the first pass of --dedup."""
+    return work / "units" / f"{number:06}.hashes"
 
 
 def documents_of(job: Job, unit: Unit, stats: Stats, count: Count) -> Iterator[tuple[str, Document]]:
     """Places and documents of a unit. Calls ``count`` after every ``COUNTED`` documents and at the end."""
     documents = (item for span in unit.spans for item in read(span, job.skip_bad, stats))
     number = 0
-    for number, item in enumerate(itertools.islice(documents, job.limit), start=1):
+    for number, item in enumerate(itertools.islice(documents, job.plan["limit"]), start=1):
         if number % COUNTED == 0:
             count(COUNTED)
         yield item
@@ -86,14 +76,15 @@ def documents_of(job: Job, unit: Unit, stats: Stats, count: Count) -> Iterator[t
 
 def convert_unit(job: Job, unit: Unit, count: Count) -> None:
     """Write a unit's folder, which gets its name once it is complete and on the disk."""
-    folder = unit_folder(job.folder, unit.number)
+    folder = unit_folder(job.work, unit.number)
     # The process id: the worker of a killed conversion may still write while the next conversion begins.
     partial = folder.with_suffix(f".{os.getpid()}.partial")
     partial.mkdir()
     stats, lengths = Stats(), array("H")
-    columns = {"tokens": "bytes"} if job.tokens else dict.fromkeys(job.columns, "str")
+    columns = dict.fromkeys(job.plan["columns"], "bytes" if job.tokens else "str")
+    shards = {name: job.plan[name] for name in ("compression", "size_limit")}
     with (
-        MDSWriter(out=str(partial), columns=columns, hashes=HASHES, **job.shards) as writer,
+        MDSWriter(out=str(partial), columns=columns, hashes=["sha1"], **shards) as writer,
         (partial / DROPPED).open("w") as dropped,
     ):
         documents = _kept(job, unit, documents_of(job, unit, stats, count), stats, dropped)
@@ -105,8 +96,8 @@ def convert_unit(job: Job, unit: Unit, count: Count) -> None:
             for sample in job.tokens.samples((document["text"] for document in documents), stats):
                 writer.write({"tokens": sample.tobytes()})
                 lengths.append(len(sample))
-            stats.samples = len(lengths)
-            stats.add_lengths(np.array(lengths, "<u2"))
+            stats.samples, stats.tokens = len(lengths), sum(lengths)
+            stats.sample_tokens.update(lengths)
             (partial / LENGTHS).write_bytes(np.array(lengths, "<u2").tobytes())
     # MDSWriter writes an empty shard before a first sample that is larger than a shard may be.
     shards = [shard for shard in json.loads((partial / "index.json").read_text())["shards"] if shard["samples"]]
@@ -118,40 +109,39 @@ def convert_unit(job: Job, unit: Unit, count: Count) -> None:
     sync(partial)
     if not folder.exists():
         partial.rename(folder)
-    sync(job.folder)
+    sync(folder.parent)
 
 
 def _kept(
-    job: Job, unit: Unit, documents: Iterator[tuple[str, Document]], stats: Stats, dropped: Any
+    job: Job, unit: Unit, documents: Iterator[tuple[str, Document]], stats: Stats, dropped: IO[str]
 ) -> Iterator[Document]:
     """The documents that no filter drops. The others are counted, and listed in the file ``dropped``."""
-    duplicate = None if job.duplicates is None else np.memmap(job.duplicates, dtype=bool, mode="r")
-    grams = None if job.grams is None else np.load(job.grams, mmap_mode="r")
-    for i, (place, document) in enumerate(documents, start=unit.first_document):
+    first, duplicate, grams = 0, None, None  # first: index in the split of the unit's first document
+    if job.plan["dedup"]:
+        earlier = (hash_file(job.work, number).stat().st_size for number in range(unit.number))
+        first = sum(earlier) // filters.HASH_BYTES
+        duplicate = np.memmap(job.work / DUPLICATES, dtype=bool, mode="r")
+    if job.plan["decontaminate"]:
+        grams = np.load(job.work / GRAMS, mmap_mode="r")
+    for i, (place, document) in enumerate(documents, start=first):
         text = document["text"]
-        drop = None
         if duplicate is not None and duplicate[i]:
             stats.duplicate += 1
-            drop = {"reason": "duplicate"}
-        elif grams is not None and (words := filters.overlap(text, grams)) is not None:
+            reason = {"reason": "duplicate"}
+        elif grams is not None and (words := filters.overlap(text, grams)):
             stats.contaminated += 1
-            drop = {"reason": "contaminated", "words": words}
-        if drop is not None:
-            dropped.write(json.dumps({**drop, "place": place, "text": text[:SHOWN]}) + "\n")
+            reason = {"reason": "contaminated", "words": words}
+        else:
+            stats.characters += len(text)
+            stats.document_characters[rounded(len(text))] += 1
+            yield document
             continue
-        stats.characters += len(text)
-        stats.document_characters[rounded(len(text))] += 1
-        yield document
-
-
-def hash_file(folder: Path, number: int) -> Path:
-    """File of the hashes of a unit's documents."""
-    return folder / f"{number:06}.hashes"
+        dropped.write(json.dumps({**reason, "place": place, "text": text[:80]}) + "\n")
 
 
 def hash_unit(job: Job, unit: Unit, count: Count) -> None:
     """First pass of --dedup: write the 16-byte hashes of a unit's documents, in order."""
-    file = hash_file(job.folder, unit.number)
+    file = hash_file(job.work, unit.number)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as out:
         for _, document in documents_of(job, unit, Stats(), count):

@@ -35,27 +35,21 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Make the working folder, or keep it if it was begun with the same plan.
-
-    Args:
-        work: the folder.
-        plan: a flat dict of JSON values.
-        overwrite: delete work of another plan.
+    """Make the working folder ``work``, or keep it if it was begun with the same plan (a flat dict of JSON values).
 
     Raises:
-        ValueError: the folder was begun with another plan; the message has both values of each difference.
+        ValueError: it was begun with another plan, and ``overwrite`` is off.
     """
     found = [path for path in (work / PLAN, work / "split" / CONVERSION) if path.exists()]
     if found:
         other = json.loads(found[0].read_text())
-        differ = [name for name in {**other, **plan} if other.get(name) != plan.get(name)]
-        if differ and not overwrite:
-            values = "; ".join(f"{name}: {other.get(name)} there, {plan.get(name)} here" for name in differ)
+        changed = differences(other, plan)
+        if changed and not overwrite:
             raise ValueError(
-                f"{work} was begun with other settings or another source ({values}). Give the same again, or "
+                f"{work} was begun with other settings or another source ({changed}). Give the same again, or "
                 "--overwrite to start again"
             )
-        if not differ:
+        if not changed:
             for path in (work / "units").glob("*.partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             complete = sum(path.suffix == "" for path in (work / "units").iterdir())
@@ -68,13 +62,14 @@ def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
     write_text(work / PLAN, json.dumps(plan, indent=1))
 
 
-def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrite: bool) -> None:
-    """Assemble the split from its complete units, rename it to ``folder``, and delete the working folder.
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The entries that differ between two plans, with both values; empty if there are none."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
 
-    Args:
-        work: the working folder.
-        folder: the split's folder, replaced if ``overwrite`` is on.
-        folder_of: folder of a unit, by its number.
+
+def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrite: bool) -> None:
+    """Assemble the split from its units (``folder_of(number)``), rename it to ``folder``, and delete ``work``.
 
     Raises:
         DataError: no document gave a sample.
@@ -96,14 +91,14 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
     tokens = plan["tokens"]
     split, stats = work / "split", Stats()
     split.mkdir(exist_ok=True)
-    shards: list[dict[str, Any]] = []
+    index: dict[str, Any] = {"version": 2, "shards": []}
     with (split / LENGTHS).open("wb") as lengths, (split / DROPPED).open("wb") as dropped:
         for folder in map(folder_of, range(plan["units"])):
             record = json.loads((folder / UNIT).read_text())
             stats.add(Stats.from_json(record["stats"]))
             for shard in record["shards"]:
-                _move(shard, folder, split, len(shards))
-                shards.append(shard)
+                _move(shard, folder, split, len(index["shards"]))
+                index["shards"].append(shard)
             for name, out in ((LENGTHS, lengths), (DROPPED, dropped)):
                 if (folder / name).exists():
                     with (folder / name).open("rb") as part:
@@ -114,7 +109,6 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
         raise DataError(f"{work.stem}: {left} document")
     for path in (split / LENGTHS, split / DROPPED):
         sync(path) if path.stat().st_size else path.unlink()
-    index: dict[str, Any] = {"version": 2, "shards": shards}
     if tokens is not None:
         index[TOKENS_KEY] = tokens
     write_text(split / "index.json", json.dumps(index, sort_keys=True))
@@ -126,13 +120,11 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
 
 def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None:
     """Give a unit's shard its number in the split, in the index and on disk."""
-    stored = "zip_data" if shard["zip_data"] else "raw_data"
-    for kind in ("raw_data", "zip_data"):
-        if shard[kind] is None:
-            continue
-        old = shard[kind]["basename"]
-        new = shard[kind]["basename"] = f"shard.{number:05}.{old.split('.', 2)[2]}"
-        if kind == stored and (folder / old).exists():
-            os.rename(folder / old, split / new)
-        elif kind == stored and not (split / new).exists():
-            raise OSError(f"{folder / old} is missing; give --overwrite to convert again")
+    old = new = ""
+    for entry in filter(None, (shard["raw_data"], shard["zip_data"])):  # the last one names the file on disk
+        old = entry["basename"]
+        new = entry["basename"] = f"shard.{number:05}.{old.split('.', 2)[2]}"
+    if (folder / old).exists():
+        os.rename(folder / old, split / new)
+    elif not (split / new).exists():
+        raise OSError(f"{folder / old} is missing; give --overwrite to convert again")

@@ -30,69 +30,103 @@ from src.data.streaming import alone_on_node
 from src.data.tokenizer import tokenizer_fingerprint
 
 LONG = "the cat sat on the mat and looked at the moon . " * 40
+TEXTS = ["a short one", LONG, "the album"]
 
 
 @pytest.fixture
 def source(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    (folder / "a.txt").write_text("\n".join(["a short one", LONG, "the album", ""]))
+    (folder / "a.txt").write_text("\n".join([*TEXTS, ""]))
     return str(folder)
 
 
 def convert(out, source, *options, split="mine"):
-    convert_c4.main(["--out_root", str(out), "--splits", split, "--source", source, *options])
+    convert_c4.main(["--out_root", str(out), "--splits", split, "--source", str(source), *options])
     return Path(out) / split
 
 
-def opened(**kwargs):
+def rows_of(folder, **options):
     with alone_on_node():  # tests run in two processes
-        return StreamingDataset(**kwargs)
+        dataset = StreamingDataset(**{"local": str(folder), "batch_size": 1, **options})
+    return list(dataset)
+
+
+def texts_of(folder):
+    return [row["text"] for row in rows_of(folder)]
+
+
+def json_of(path):
+    return json.loads(path.read_text())
 
 
 def tokens_of(folder):
-    dtype = json.loads((folder / "index.json").read_text())[TOKENS_KEY]["dtype"]
-    return [np.frombuffer(s["tokens"], dtype).tolist() for s in opened(local=str(folder), batch_size=1)]
+    dtype = json_of(folder / "index.json")[TOKENS_KEY]["dtype"]
+    return [np.frombuffer(row["tokens"], dtype).tolist() for row in rows_of(folder)]
+
+
+def bytes_of(folder):
+    """Every file's bytes, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def stopped_at(number, name="convert_unit"):
+    """The task ``name`` fails at this unit. Yields the list of the units that it has done."""
+    original, done = getattr(units, name), []
+
+    def task(job, unit, count):
+        if unit.number == number:
+            raise OSError(28, "No space left on device")
+        original(job, unit, count)
+        done.append(unit.number)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(conversion, name, task)
+        yield done
 
 
 def test_text(tmp_path, source, capsys):
     folder = convert(tmp_path, source)
-    dataset = opened(local=str(folder), batch_size=1)
-    assert [s["text"] for s in dataset] == ["a short one", LONG, "the album"]
-    index = json.loads((folder / "index.json").read_text())
+    assert texts_of(folder) == TEXTS
+    index = json_of(folder / "index.json")
     assert TOKENS_KEY not in index and all("sha1" in shard["raw_data"]["hashes"] for shard in index["shards"])
+    assert names_in(folder) == ["conversion.json", "index.json", "shard.00000.mds", "stats.json"]
+    stats = json_of(folder / "stats.json")
+    assert "tokens" not in stats and stats["document_characters"]["histogram"] == {"9": 1, "11": 1, "1920": 1}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("convert split=mine documents=3 samples=3 tokens=0 bytes=")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
+    assert names_in(tmp_path) == [".mine.lock", "mine", "texts"]
 
 
-def test_c4_splits_and_columns(tmp_path, c4_folder, documents):
-    """C4's own files, with what columns they have; small splits are their beginnings."""
+def test_c4_splits(tmp_path, c4_folder, documents):
     names = ["train", "val", "val_small"]
     convert_c4.main(["--out_root", str(tmp_path), "--splits", *names, "--source", str(c4_folder), "--limit", "95"])
     for name, want in zip(names, (documents[:95], documents[300:], documents[300:]), strict=True):
-        assert [s["text"] for s in opened(local=str(tmp_path / name), batch_size=1)] == want
+        assert texts_of(tmp_path / name) == want
 
 
-def test_small_splits_have_their_size(monkeypatch, tmp_path, c4_folder):
+def test_small_splits_are_the_first_documents(monkeypatch, tmp_path, c4_folder, documents):
     assert conversion.FIRST_DOCUMENTS == {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
     monkeypatch.setitem(conversion.FIRST_DOCUMENTS, "train_small", ("train", 7))
-    convert(tmp_path, str(c4_folder), split="train_small")
-    assert opened(local=str(tmp_path / "train_small"), batch_size=1).size == 7
+    assert texts_of(convert(tmp_path, c4_folder, split="train_small")) == documents[:7]
 
 
-def test_columns_where_present(tmp_path):
+def test_known_columns_are_kept(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "u", "other": 1}\n{"text": "y"}\n')
-    samples = list(opened(local=str(convert(tmp_path, str(tmp_path / "a.jsonl"))), batch_size=1))
-    assert samples == [{"text": "x", "url": "u"}, {"text": "y", "url": ""}]
+    rows = rows_of(convert(tmp_path, tmp_path / "a.jsonl"))
+    assert rows == [{"text": "x", "url": "u"}, {"text": "y", "url": ""}]
 
 
-def test_truncate_keeps_what_the_tokenizer_would(tmp_path, source, tokenizer_folder, tokenizer):
+def test_truncate_gives_the_ids_of_the_tokenizer(tmp_path, source, tokenizer_folder, tokenizer):
     options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "20", "--pack", "truncate"]
     folder = convert(tmp_path, source, *options)
-    want = [tokenizer(t, truncation=True, max_length=20)["input_ids"] for t in ("a short one", LONG, "the album")]
-    assert tokens_of(folder) == want
-    assert json.loads((folder / "index.json").read_text())[TOKENS_KEY] == {
+    assert tokens_of(folder) == [tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in TEXTS]
+    assert json_of(folder / "index.json")[TOKENS_KEY] == {
         "tokenizer": tokenizer_folder,
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": len(tokenizer),
@@ -103,16 +137,15 @@ def test_truncate_keeps_what_the_tokenizer_would(tmp_path, source, tokenizer_fol
 
 
 def test_chunk_loses_nothing(tmp_path, source, tokenizer_folder, tokenizer, capsys):
-    """Own text is cut into chunks unless told otherwise; put together again they are the document."""
+    """The default for own text. The chunks of a document, joined, are its ids."""
     folder = convert(tmp_path, source, "--tokenizer", tokenizer_folder, "--max_seq_len", "20")
     assert "--pack chunk" in capsys.readouterr().out
     samples = tokens_of(folder)
     assert all(s[0] == tokenizer.cls_token_id and s[-1] == tokenizer.sep_token_id and len(s) <= 20 for s in samples)
-    together = [i for s in samples for i in s[1:-1]]
-    want = [i for t in ("a short one", LONG, "the album") for i in tokenizer(t, add_special_tokens=False)["input_ids"]]
-    assert together == want
+    want = [i for text in TEXTS for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert [i for s in samples for i in s[1:-1]] == want
     assert [len(s) for s in samples[1:-2]] == [20] * len(samples[1:-2])
-    assert json.loads((folder / "index.json").read_text())[TOKENS_KEY]["pack"] == "chunk"
+    assert json_of(folder / "index.json")[TOKENS_KEY]["pack"] == "chunk"
 
 
 def test_large_vocabularies_take_32_bits(tokenizer):
@@ -130,41 +163,22 @@ def test_large_vocabularies_take_32_bits(tokenizer):
 
 def test_compression(tmp_path, source):
     folder = convert(tmp_path, source, "--compression", "zstd:7")
-    assert [p.name for p in folder.glob("shard*")] == ["shard.00000.mds.zstd"]
-    cache = tmp_path / "cache"
-    samples = list(opened(local=str(cache), remote=str(folder), batch_size=1))
-    assert samples[1]["text"] == LONG
+    assert [path.name for path in folder.glob("shard*")] == ["shard.00000.mds.zstd"]
+    assert [row["text"] for row in rows_of(tmp_path / "cache", remote=str(folder))] == TEXTS
 
 
-def test_existing_output_is_not_overwritten_unless_asked(tmp_path, source):
+def test_existing_split_is_replaced_only_with_overwrite(tmp_path, source):
     folder = convert(tmp_path, source)
-    before = (folder / "shard.00000.mds").read_bytes()
+    before = bytes_of(folder)
     with pytest.raises(ValueError, match="mine exists; give --overwrite"):
         convert(tmp_path, source, "--limit", "1")
-    assert (folder / "shard.00000.mds").read_bytes() == before
+    assert bytes_of(folder) == before
     convert(tmp_path, source, "--limit", "1", "--overwrite")
-    assert opened(local=str(folder), batch_size=1).size == 1
+    assert texts_of(folder) == TEXTS[:1]
 
 
-def test_a_failure_leaves_the_old_split_and_goes_on_later(tmp_path, source, monkeypatch):
-    folder = convert(tmp_path, source)
-
-    def full_disk(self, sample):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MDSWriter, "write", full_disk)
-        for options in (["--overwrite"], []):
-            with pytest.raises(OSError, match="No space left"):
-                convert(tmp_path, source, *options, split="mine" if options else "other")
-    assert opened(local=str(folder), batch_size=1).size == 3
-    assert not (tmp_path / "other").exists()
-    convert(tmp_path, source, split="other")
-    assert not (tmp_path / "other.partial").exists()
-
-
-def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, monkeypatch):
-    """Old and new change places by two renames; whatever stops them, a split is there afterwards."""
+def test_interrupted_replacement_leaves_one_whole_split(tmp_path, source, monkeypatch):
+    """Old and new change places by two renames. A split remains, wherever this stops."""
     folder = convert(tmp_path, source)
     rename = Path.rename
 
@@ -173,50 +187,50 @@ def test_an_interrupted_replacement_leaves_one_whole_split(tmp_path, source, mon
             raise KeyboardInterrupt
         return rename(self, target)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(tmp_path, source, "--limit", "1", "--overwrite")
-    assert opened(local=str(folder), batch_size=1).size == 3
+        convert(tmp_path, source, "--limit", "1", "--overwrite")
+    assert texts_of(folder) == TEXTS
 
     folder.rename(tmp_path / ".mine.replaced")  # as kill -9 between the renames leaves it
     with pytest.raises(ValueError, match="mine exists; give --overwrite"):
         convert(tmp_path, source)
-    assert opened(local=str(folder), batch_size=1).size == 3
+    assert texts_of(folder) == TEXTS
     convert(tmp_path, source, "--limit", "1", "--overwrite")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts"]
+    assert names_in(tmp_path) == [".mine.lock", "mine", "texts"]
 
 
 def test_overwrite_replaces_datasets_only(tmp_path, source):
-    """A split named as the folder of the text would replace the text."""
+    """A split with the name of the text's folder would replace the text."""
     with pytest.raises(ValueError, match=r"texts is not a dataset \(no index.json\)"):
         convert(tmp_path, source, "--overwrite", split="texts")
-    assert [p.name for p in Path(source).iterdir()] == ["a.txt"]
+    assert names_in(Path(source)) == ["a.txt"]
 
 
-def test_bad_lines(tmp_path, capsys):
+def test_bad_lines_raise_or_are_skipped(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "x"}\nbroken\n')
     with pytest.raises(ValueError, match="a.jsonl:2: invalid JSON"):
-        convert(tmp_path, str(source))
+        convert(tmp_path, source)
     assert not (tmp_path / "mine").exists()
-    convert(tmp_path, str(source), "--skip_bad")
+    convert(tmp_path, source, "--skip_bad")
     printed = capsys.readouterr()
     assert "bad=1" in printed.out and "a.jsonl:2" in printed.err
 
 
-def test_no_documents_is_an_error_that_leaves_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match=r"no document \(2 empty, 0 bad\)"):
-        convert(tmp_path, str(tmp_path / "a.txt"))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_no_tokens_is_an_error_too(tmp_path, tokenizer_folder):
-    (tmp_path / "a.txt").write_text("\u200b\n")  # no white space, yet BERT's normalizer drops it
-    with pytest.raises(ValueError, match="no token for any document"):
-        convert(tmp_path, str(tmp_path / "a.txt"), "--tokenizer", tokenizer_folder, "--max_seq_len", "8")
-    assert not list(tmp_path.glob("mine*"))
+@pytest.mark.parametrize(
+    ("text", "tokenize", "message"),
+    [
+        ("\n \n", False, r"no document \(2 empty, 0 bad\)"),
+        ("\u200b\n", True, "no token for any document"),  # no white space, yet BERT's normalizer drops it
+    ],
+)
+def test_a_split_without_samples_is_an_error_that_leaves_nothing(text, tokenize, message, tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text(text)
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "8"] if tokenize else []
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path, tmp_path / "a.txt", *options)
+    assert [name for name in names_in(tmp_path) if name != ".mine.lock"] == ["a.txt"]
 
 
 def test_lock_is_free_after_a_crash(tmp_path, source):
@@ -238,8 +252,8 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
         (["--splits", "a", "--max_seq_len", "8"], "have no effect without --tokenizer"),
         (["--splits", "a", "--tokenizer", "x"], "needs a --max_seq_len"),
         (["--splits", "a", "--compression", "rar"], "expected zstd, gz, .*, got 'rar'"),
-        (["--splits", "a", "--limit", "0"], "at least 1"),
-        (["--splits", "a", "--num_workers", "0"], "at least 1"),
+        (["--splits", "a", "--limit", "0"], "--limit must be at least 1"),
+        (["--splits", "a", "--num_workers", "0"], "--num_workers must be at least 1"),
         (["--splits", "a", "--tokenizer", "x", "--max_seq_len", "65536"], "from 3 to 65,535"),
         (["--splits", "a", "--part", "1/2", "--limit", "5"], "--part cannot be combined with a limit"),
         (["--splits", "a", "--part", "1/2", "--dedup"], "--part cannot be combined with --dedup"),
@@ -247,15 +261,22 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
         (["--splits", "a", "--tokenizer", "/none", "--max_seq_len", "8"], "no such folder"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments, message, tmp_path, source):
+def test_wrong_arguments_are_refused(arguments, message, tmp_path, source):
     with pytest.raises(ValueError, match=message):
         convert_c4.main(["--out_root", str(tmp_path / "out"), "--source", source, *arguments])
     assert not (tmp_path / "out").exists()
 
 
-def test_c4_has_these_splits_only(tmp_path, c4_folder):
+def test_unknown_splits_of_c4_are_refused(tmp_path, c4_folder):
     with pytest.raises(ValueError, match="C4 has no split test; it has train, val"):
-        convert(tmp_path, str(c4_folder), split="test")
+        convert(tmp_path, c4_folder, split="test")
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "x", "1/1000"])
+def test_wrong_parts_are_refused(part, tmp_path, source, capsys):
+    with pytest.raises(SystemExit):
+        convert(tmp_path, source, "--part", part)
+    assert "expected a part such as 3/16, got" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_an_exit_code(tmp_path, monkeypatch):
@@ -274,7 +295,7 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, monkeypatch):
 
 @pytest.fixture
 def many(tmp_path, documents, monkeypatch):
-    """241 documents that make 13 units: a file that is read in parts, a gzip, small files."""
+    """241 documents in 13 units: a file that is read in parts, a gzip, small files."""
     monkeypatch.setattr(conversion, "UNIT_BYTES", (16384, 16384))
     documents = [" ".join(document.split()) for document in documents]
     folder = tmp_path / "texts"
@@ -284,40 +305,38 @@ def many(tmp_path, documents, monkeypatch):
     for i, document in enumerate(documents[220:240]):
         (folder / f"d{i:02}.jsonl").write_text(json.dumps({"text": document}) + "\n")
     (folder / "a.txt").write_text(" ".join(documents[240:300]))
-    return str(folder)
+    return folder
 
 
-def bytes_of(folder):
-    """Every file's bytes, by name."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_shards_do_not_depend_on_workers(tokenize, tmp_path, many, tokenizer_folder):
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "16"] if tokenize else []
+    one = convert(tmp_path / "1", many, *options)
+    three = convert(tmp_path / "3", many, *options, "--num_workers", "3")
+    assert len(list(one.glob("shard*"))) == 12 and bytes_of(one) == bytes_of(three)
+    assert json_of(one / "conversion.json")["units"] == 13  # one part lies within a line that begins before it
 
 
-def test_shards_do_not_depend_on_workers(tmp_path, many, tokenizer_folder):
-    for options in ([], ["--tokenizer", tokenizer_folder, "--max_seq_len", "16"]):
-        name = "tokens" if options else "text"
-        one = convert(tmp_path / "1" / name, many, *options, "--num_workers", "1")
-        three = convert(tmp_path / "3" / name, many, *options, "--num_workers", "3")
-        assert len(list(one.glob("shard*"))) == 12 and bytes_of(one) == bytes_of(three)
-        assert (
-            json.loads((one / "conversion.json").read_text())["units"] == 13
-        )  # one part lies within a line that begins before it
-
-
-def test_worker_processes_start_where_they_pay(tmp_path, source, tokenizer, monkeypatch):
-    """On all cores, for a source with enough text; less is enough for tokens, which take longer."""
+@pytest.mark.parametrize(("least_text", "least_tokens"), [(0, 0), (1, 0), (1, 1)])
+def test_worker_processes_start_only_for_large_sources(
+    least_text, least_tokens, tmp_path, source, tokenizer, monkeypatch
+):
+    """All cores are used if the source has enough text; tokens need less text than text does."""
     size = (Path(source) / "a.txt").stat().st_size
+    least = {"text": size + least_text, "tokens": size + least_tokens}
+    monkeypatch.setattr(conversion, "WORKERS_PAY", least)
+    started = []
+    monkeypatch.setattr(conversion.workers, "run", lambda task, units, number, count: started.append(number))
+    for name, tokens in (("text", None), ("tokens", Tokens("x", tokenizer, 16, "chunk"))):
+        with pytest.raises(FileNotFoundError):  # no unit is written
+            conversion.convert(conversion.Settings(tmp_path / name, source, tokens=tokens), "mine")
     cores = len(os.sched_getaffinity(0))
-    text = conversion.Settings(tmp_path, source)
-    tokens = conversion.Settings(tmp_path, source, tokens=Tokens("x", tokenizer, 16, "chunk"))
-    for least_text, least_tokens in ((size, size), (size + 1, size), (size + 1, size + 1)):
-        monkeypatch.setattr(conversion, "WORKERS_PAY", {"text": least_text, "tokens": least_tokens})
-        assert conversion.default_workers(text, "train") == (cores if least_text == size else 1)
-        assert conversion.default_workers(tokens, "train") == (cores if least_tokens == size else 1)
+    assert started == [1 if least_text else cores, 1 if least_tokens else cores]
 
 
 @pytest.mark.parametrize("kind", ["one gzip", "many files"])
 def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
-    """Of Python and numpy, eight times the text in: a gzip is one share of work however long it is."""
+    """Memory of Python and numpy, compared with eight times the text. A gzip is one unit, however long it is."""
     monkeypatch.setattr(conversion, "UNIT_BYTES", (1 << 20, 1 << 20))
     line = json.dumps({"text": "the cat sat on the mat . " * 40}) + "\n"
     peaks = []
@@ -333,50 +352,41 @@ def test_memory_does_not_grow_with_the_text(kind, tmp_path, monkeypatch):
                 (folder / f"{i // 100}" / f"{i}.jsonl").write_text(line)
         tracemalloc.start()
         try:
-            convert(tmp_path, str(folder), "--num_workers", "1", "--size_limit", "1mb", split=f"out{number}")
+            convert(tmp_path, folder, "--size_limit", "1mb", split=f"out{number}")
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
     assert peaks[1] < peaks[0] + (1 << 20)  # the text grew by 7 MB
 
 
-def test_what_is_in_shards_does_not_depend_on_units(tmp_path, many, tokenizer_folder, monkeypatch):
-    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "64", "--num_workers", "1"]
+def test_samples_do_not_depend_on_units(tmp_path, many, tokenizer_folder, monkeypatch):
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "64"]
     first = tokens_of(convert(tmp_path / "1", many, *options))
     monkeypatch.setattr(conversion, "UNIT_BYTES", (1 << 30, 1 << 30))
     assert tokens_of(convert(tmp_path / "2", many, *options)) == first
 
 
-def test_a_stopped_conversion_goes_on(tmp_path, many, monkeypatch, capsys):
-    """What is complete is not done again; the result is that of a conversion that was not stopped."""
-    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
-    done, stops = [], [4, 9]
-    convert_unit = units.convert_unit
-
-    def some(job, unit, beat):
-        if len(done) in stops:
-            stops.remove(len(done))
-            raise OSError(28, "No space left on device")
-        convert_unit(job, unit, beat)
-        done.append(unit.number)
-
-    monkeypatch.setattr(conversion, "convert_unit", some)
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left"):
-            convert(tmp_path, many, "--num_workers", "1")
+def test_stopped_conversion_continues(tmp_path, many, capsys):
+    """Complete units are not done again. The result is that of a conversion without a stop."""
+    whole = convert(tmp_path / "whole", many)
+    with stopped_at(4) as first:
+        convert(tmp_path, many)
+    with stopped_at(9) as second:
+        convert(tmp_path, many)
+    assert (first, second) == ([0, 1, 2, 3], [4, 5, 6, 7, 8])
     assert "4 of 13 units" in capsys.readouterr().err
     (tmp_path / "mine.partial" / "units" / "000009.partial").mkdir()  # as a killed worker leaves it
-    folder = convert(tmp_path, many, "--num_workers", "1", "--skip_bad")
-    assert sorted(done) == list(range(13)) and bytes_of(folder) == bytes_of(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.lock", "mine", "texts", "whole"]
+    folder = convert(tmp_path, many, "--skip_bad")
+    assert "9 of 13 units" in capsys.readouterr().err and bytes_of(folder) == bytes_of(whole)
+    assert names_in(tmp_path) == [".mine.lock", "mine", "texts", "whole"]
 
 
-def test_a_conversion_can_be_stopped_at_any_rename(tmp_path, documents, monkeypatch):
-    """And between the last rename and cleaning up. Each state on disk begins with one."""
+def test_conversion_can_be_stopped_at_any_rename(tmp_path, documents, monkeypatch):
+    """And between the last rename and the clean-up. Each state on disk begins with one of these calls."""
     monkeypatch.setattr(conversion, "UNIT_BYTES", (8192, 8192))
     source = tmp_path / "a.txt"
     source.write_text("\n".join(documents[:60]))
-    whole = bytes_of(convert(tmp_path / "whole", str(source), "--num_workers", "1"))
+    whole = bytes_of(convert(tmp_path / "whole", source))
     for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
         original = getattr(module, name)
         stop, stopped = 0, True
@@ -393,39 +403,26 @@ def test_a_conversion_can_be_stopped_at_any_rename(tmp_path, documents, monkeypa
 
             with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
                 patched.setattr(module, name, stopping)
-                convert(out, str(source), "--num_workers", "1")
-            published = (out / "mine").exists()  # what is left then is in nobody's way
-            convert(out, str(source), "--num_workers", "1", *(["--overwrite"] if published else []))
+                convert(out, source)
+            published = (out / "mine").exists()  # what is left then does no harm
+            convert(out, source, *(["--overwrite"] if published else []))
             assert bytes_of(out / "mine") == whole and not (out / "mine.partial").exists(), f"{name} {stop}"
         assert stop > {"rename": 8, "replace": 3, "rmtree": 1}[name]
 
 
-def test_other_settings_or_sources_do_not_go_on(tmp_path, many, monkeypatch):
-    def fail(job, unit, beat):
-        raise OSError("stop")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
-        patched.setattr(conversion, "convert_unit", fail)
-        convert(tmp_path, many, "--num_workers", "1")
-    with pytest.raises(
-        ValueError, match=r"other settings or another source \(size_limit: 64mb there, 1mb here\).*--overwrite"
-    ):
+def test_other_settings_or_sources_do_not_continue(tmp_path, many):
+    with stopped_at(0):
+        convert(tmp_path, many)
+    changed = r"other settings or another source \(size_limit: 64mb there, 1mb here\).*--overwrite"
+    with pytest.raises(ValueError, match=changed):
         convert(tmp_path, many, "--size_limit", "1mb")
-    os.utime(Path(many) / "a.txt", ns=(1, 1))
+    os.utime(many / "a.txt", ns=(1, 1))
     with pytest.raises(ValueError, match=r"another source \(times: "):
         convert(tmp_path, many)
-    (Path(many) / "e.txt").write_text("more")
+    (many / "e.txt").write_text("more")
     with pytest.raises(ValueError, match="files: 23 there, 24 here"):
         convert(tmp_path, many)
-    convert(tmp_path, many, "--overwrite", "--num_workers", "1")
-
-
-STOPPED = """
-import runpy, sys
-from src.convert import conversion
-conversion.UNIT_BYTES = (16384, 16384)
-runpy.run_path("convert_c4.py", run_name="__main__")
-"""
+    convert(tmp_path, many, "--overwrite")
 
 
 def convert_and_die(moment, *args):
@@ -444,15 +441,13 @@ def convert_and_die(moment, *args):
     convert(*args)
 
 
-def test_kill_9_at_many_moments(tmp_path, many):
-    """One process, killed and begun again until it comes to an end."""
-    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+def test_conversion_survives_kill_9_at_many_moments(tmp_path, many):
+    """A process is killed and started again until the split is complete."""
+    whole = convert(tmp_path / "whole", many)
     random, complete, kills = np.random.default_rng(0), set(), 0
     while not (tmp_path / "mine").exists():
         moment = int(random.integers(1, 120))
-        process = multiprocessing.get_context("fork").Process(
-            target=convert_and_die, args=(moment, tmp_path, many, "--num_workers", "1")
-        )
+        process = multiprocessing.get_context("fork").Process(target=convert_and_die, args=(moment, tmp_path, many))
         process.start()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
@@ -463,13 +458,21 @@ def test_kill_9_at_many_moments(tmp_path, many):
     assert kills > 3 and bytes_of(tmp_path / "mine") == bytes_of(whole)
 
 
+SMALL_UNITS = """
+import runpy, sys
+from src.convert import conversion
+conversion.UNIT_BYTES = (16384, 16384)
+runpy.run_path("convert_c4.py", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_signal_ends_all_workers(name, tmp_path, many):
     """A rerun continues. A second live conversion is refused."""
-    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    whole = convert(tmp_path / "whole", many)
     units_folder = tmp_path / "mine.partial" / "units"
-    command = [sys.executable, "-c", STOPPED, "--out_root", tmp_path, "--splits", "mine", "--source", many]
+    command = [sys.executable, "-c", SMALL_UNITS, "--out_root", tmp_path, "--splits", "mine", "--source", many]
     process = subprocess.Popen(
         [*command, "--num_workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -492,75 +495,44 @@ def test_a_signal_ends_all_workers(name, tmp_path, many):
     assert complete and bytes_of(folder) == bytes_of(whole)
 
 
-def killed_at_unit_5(job, unit, beat):
-    if unit.number == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    units.convert_unit(job, unit, beat)
+def test_merged_parts_are_the_same_split(tmp_path, many):
+    def merge():
+        convert_c4.main(["--out_root", str(tmp_path), "--splits", "mine", "--merge"])
 
-
-def fails_at_unit_5(job, unit, beat):
-    if unit.number == 5:
-        raise ValueError("no good")
-    units.convert_unit(job, unit, beat)
-
-
-def test_a_worker_that_dies_ends_the_conversion(tmp_path, many, monkeypatch):
-    with monkeypatch.context() as patched:
-        for function, error, message in (
-            (killed_at_unit_5, OSError, "a worker process was killed; out of memory?"),
-            (fails_at_unit_5, ValueError, "no good"),
-        ):
-            patched.setattr(conversion, "convert_unit", function)
-            with pytest.raises(error, match=message):
-                convert(tmp_path, many, "--num_workers", "2")
-    assert any((tmp_path / "mine.partial" / "units").glob("??????"))
-    assert opened(local=str(convert(tmp_path, many)), batch_size=1).size == 241
-
-
-def test_parts_are_put_together_to_the_same_split(tmp_path, many, capsys):
-    whole = convert(tmp_path / "whole", many, "--num_workers", "1")
+    whole = convert(tmp_path / "whole", many)
     for part in ("2/3", "1/3"):
-        convert(tmp_path, many, "--num_workers", "1", "--part", part)
-    merge = ["--out_root", str(tmp_path), "--splits", "mine", "--merge"]
+        convert(tmp_path, many, "--part", part)
     with pytest.raises(ValueError, match="mine.part-003-of-003 is missing"):
-        convert_c4.main(merge)
-    convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--size_limit", "1mb")
-    with pytest.raises(
-        ValueError, match=r"003-of-003 does not match mine.part-001-of-003 \(size_limit: 64mb there, 1mb here"
-    ):
-        convert_c4.main(merge)
-    convert(tmp_path, many, "--num_workers", "1", "--part", "3/3", "--overwrite")
+        merge()
+    convert(tmp_path, many, "--part", "3/3", "--size_limit", "1mb")
+    changed = r"003-of-003 does not match mine.part-001-of-003 \(size_limit: 64mb there, 1mb here"
+    with pytest.raises(ValueError, match=changed):
+        merge()
+    convert(tmp_path, many, "--part", "3/3", "--overwrite")
     lost = tmp_path / "mine.part-002-of-003" / "units" / "000004"
     lost.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="1 of 13 units are incomplete; run mine.part-002-of-003 again"):
-        convert_c4.main(merge)
+        merge()
     (tmp_path / "elsewhere").rename(lost)
-    convert_c4.main(merge)
+    merge()
     ours, theirs = bytes_of(tmp_path / "mine"), bytes_of(whole)
     assert json.loads(ours.pop("conversion.json")) == {**json.loads(theirs.pop("conversion.json")), "times": None}
     assert ours == theirs and not list(tmp_path.glob("mine.part*"))
     with pytest.raises(ValueError, match="mine exists"):
-        convert_c4.main(merge)
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "x", "1/1000"])
-def test_parts_that_are_none(part, tmp_path, source, capsys):
-    with pytest.raises(SystemExit):
-        convert(tmp_path, source, "--part", part)
-    assert "expected a part such as 3/16, got" in capsys.readouterr().err
+        merge()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What was counted, what was left out
+# Statistics and filters
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):
-    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "16", "--pack", "truncate", "--num_workers", "1"]
+    options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "16", "--pack", "truncate"]
     folder = convert(tmp_path, many, *options)
     lengths = [len(ids) for ids in tokens_of(folder)]
     assert np.fromfile(folder / "lengths.bin", "<u2").tolist() == lengths
-    stats = json.loads((folder / "stats.json").read_text())
+    stats = json_of(folder / "stats.json")
     assert (stats["documents"], stats["samples"], stats["tokens"]) == (241, 241, sum(lengths))
     assert stats["fill"] == sum(lengths) / (241 * 16)
     assert stats["bytes"] == sum(path.stat().st_size for path in folder.glob("shard*"))
@@ -569,7 +541,7 @@ def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):
     assert stats["sample_tokens"]["percentiles"]["50"] == sorted(lengths)[120]
 
     cut = total = 0
-    for document in iter_documents(many):
+    for document in iter_documents(str(many)):
         text = document["text"]
         encoding = tokenizer(text, truncation=True, max_length=16, return_offsets_mapping=True)
         total += len(text)
@@ -580,64 +552,42 @@ def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):
     assert f"{cut / total:.1%} of the text cut off" in printed and "fill 100.0%" in printed
 
 
-def test_text_has_stats_and_no_lengths(tmp_path, source):
-    folder = convert(tmp_path, source)
-    assert not (folder / "lengths.bin").exists() and not (folder / "dropped.jsonl").exists()
-    stats = json.loads((folder / "stats.json").read_text())
-    assert "tokens" not in stats and stats["document_characters"]["histogram"] == {"9": 1, "11": 1, "1920": 1}
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_dedup(workers, tmp_path, many):
-    """The first in the source's order stays, in whatever unit the others are."""
-    first, last = Path(many) / "a.txt", Path(many) / "z.txt"
-    line = (Path(many) / "b.txt").read_text().splitlines()[100]
+def test_dedup_keeps_the_first_of_equal_documents(workers, tmp_path, many):
+    """In the order of the source, across units."""
+    first, last = many / "a.txt", many / "z.txt"
+    line = (many / "b.txt").read_text().splitlines()[100]
     first.write_text("Two  Words\n" + first.read_text() + "\nUnique here")
     last.write_text(f"two words \n{line}\nﬁne\nfine\nunlike\n")
     folder = convert(tmp_path, many, "--dedup", "--num_workers", workers)
-    texts = [sample["text"] for sample in opened(local=str(folder), batch_size=1)]
+    texts = texts_of(folder)
     assert len(texts) == 2 + 241 + 2 and texts[0] == "Two  Words" and texts[-2:] == ["ﬁne", "unlike"]
     assert [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()] == [
         {"reason": "duplicate", "place": f"{last}:1", "text": "two words "},
         {"reason": "duplicate", "place": f"{last}:2", "text": line[:80]},
         {"reason": "duplicate", "place": f"{last}:4", "text": "fine"},
     ]
-    stats = json.loads((folder / "stats.json").read_text())
+    stats = json_of(folder / "stats.json")
     assert stats["dropped"] == {"duplicate": 3, "contaminated": 0} and stats["documents"] == 248
 
 
-def test_dedup_goes_on_in_both_passes(tmp_path, many, monkeypatch):
-    (Path(many) / "z.txt").write_text((Path(many) / "a.txt").read_text())
-    whole = convert(tmp_path / "whole", many, "--dedup", "--num_workers", "1")
+def test_dedup_continues_in_both_passes(tmp_path, many):
+    (many / "z.txt").write_text((many / "a.txt").read_text())
+    whole = convert(tmp_path / "whole", many, "--dedup")
     for name in ("hash_unit", "convert_unit"):
-        with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
-            original = getattr(units, name)
-
-            def stopping(job, unit, beat, original=original):
-                if unit.number == 7:
-                    raise OSError("stop")
-                original(job, unit, beat)
-
-            patched.setattr(conversion, name, stopping)
-            convert(tmp_path, many, "--dedup", "--num_workers", "1")
-    assert bytes_of(convert(tmp_path, many, "--dedup", "--num_workers", "1")) == bytes_of(whole)
+        with stopped_at(7, name):
+            convert(tmp_path, many, "--dedup")
+    assert bytes_of(convert(tmp_path, many, "--dedup")) == bytes_of(whole)
 
 
-def test_decontaminate(tmp_path, many):
-    text = next(iter(iter_documents(str(Path(many) / "b.txt"))))["text"]
+def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
+    text = next(iter_documents(str(many / "b.txt")))["text"]
     words = filters.words_of(text)[2:15]
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"text": "Before: " + " -- ".join(words).upper() + "!"}) + '\n{"text": "short"}\n')
     folder = convert(tmp_path, many, "--decontaminate", str(evaluation), "--num_workers", "2")
-    (line,) = (folder / "dropped.jsonl").read_text().splitlines()
-    place = f"{Path(many) / 'b.txt'}:1"
-    assert json.loads(line) == {
-        "reason": "contaminated",
-        "words": " ".join(words),
-        "place": place,
-        "text": text[:80],
-    }
-    assert opened(local=str(folder), batch_size=1).size == 240
+    dropped = {"reason": "contaminated", "words": " ".join(words), "place": f"{many / 'b.txt'}:1", "text": text[:80]}
+    assert json_of(folder / "dropped.jsonl") == dropped and len(texts_of(folder)) == 240
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match="no text has 13 words"):
         convert(tmp_path, many, "--decontaminate", str(tmp_path / "short.txt"), split="other")
@@ -660,15 +610,13 @@ ODD = [
 
 
 @pytest.mark.parametrize("max_seq_len", [3, 16, 3000])
-def test_truncated_samples_are_those_of_text_shards(max_seq_len, tokenizer):
-    """Only a prefix is tokenized, with the same result."""
-    texts = [text for text in ODD if tokenizer.tokenize(text)]
+def test_truncated_samples_are_the_first_ids_of_the_text(max_seq_len, tokenizer):
+    """Although only a prefix is tokenized, here and for shards of text."""
+    texts, room = [text for text in ODD if tokenizer.tokenize(text)], max_seq_len - 2
     samples = Tokens("x", tokenizer, max_seq_len, "truncate").samples(iter(ODD), Stats())
     for text, sample in zip(texts, samples, strict=True):
-        want = encode_prefix(tokenizer, text, max_seq_len - 2)
-        assert (
-            sample[1:-1].tolist() == want == tokenizer(text, add_special_tokens=False)["input_ids"][: max_seq_len - 2]
-        )
+        want = tokenizer(text, add_special_tokens=False)["input_ids"][:room]
+        assert sample[1:-1].tolist() == want == encode_prefix(tokenizer, text, room)
 
 
 def test_long_documents_are_tokenized_in_pieces(tokenizer):

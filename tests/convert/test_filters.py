@@ -13,7 +13,7 @@ def test_equal_texts_have_equal_hashes():
 
 @pytest.mark.parametrize("bucket", [1, 7, 64, 1000])
 def test_duplicates_in_buckets_of_any_size(bucket, tmp_path):
-    """Against a set, in order, over several files, one of them empty."""
+    """Compared with a Python set, over several files, one of them empty."""
     numbers = np.random.default_rng(0).integers(0, 60, size=100).tolist()
     files, seen, want = [], set(), []
     for i, part in enumerate((numbers[:33], [], numbers[33:34], numbers[34:])):
@@ -22,14 +22,14 @@ def test_duplicates_in_buckets_of_any_size(bucket, tmp_path):
     for n in numbers:
         want.append(n in seen)
         seen.add(n)
-    assert filters.find_duplicates(files, tmp_path / "out", bucket) == sum(want)
+    filters.find_duplicates(files, tmp_path / "out", bucket)
     assert np.fromfile(tmp_path / "out", bool).tolist() == want
 
 
 def test_hashes_that_share_one_half_are_different(tmp_path):
     pairs = np.array([[1, 2], [1, 3], [4, 2], [1, 2]], "<u8")
     (tmp_path / "a").write_bytes(pairs.tobytes())
-    assert filters.find_duplicates([tmp_path / "a"], tmp_path / "out") == 1
+    filters.find_duplicates([tmp_path / "a"], tmp_path / "out")
     assert np.fromfile(tmp_path / "out", bool).tolist() == [False, False, False, True]
 
 

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 from types import SimpleNamespace
 
@@ -23,24 +24,40 @@ def texts_of(source, **options):
     return [document["text"] for document in iter_documents(str(source), **options)]
 
 
-WRITERS = {
-    "a.jsonl": lambda path: path.write_bytes(json_lines()),
-    "a.json": lambda path: path.write_bytes(json_lines()),
-    "a.json.gz": lambda path: path.write_bytes(gzip.compress(json_lines())),
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(json_lines())),
-    "a.txt": lambda path: path.write_bytes("\r\n".join(TEXTS).encode()),
-    "a.txt.gz": lambda path: path.write_bytes(gzip.compress("\n".join(TEXTS).encode())),
-    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), path),
+def parquet_of(table, **options):
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table), out, **options)
+    return out.getvalue()
+
+
+def write_mds(folder, columns, rows, **options):
+    with MDSWriter(out=str(folder), columns=columns, **options) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+BOM = b"\xef\xbb\xbf"
+FORMS = {
+    "a.jsonl": json_lines(),
+    "a.json": json_lines(),
+    "a.json.gz": gzip.compress(json_lines()),
+    "a.jsonl.gz": gzip.compress(json_lines()),
+    "a.txt": "\r\n".join(TEXTS).encode(),
+    "a.txt.gz": gzip.compress("\n".join(TEXTS).encode()),
+    "a.parquet": parquet_of({"text": TEXTS, "n": [1, 2, 3]}),
+    "not.txt.jsonl": json_lines(),
+    "bom.txt": BOM + "\n".join(TEXTS).encode(),
+    "bom.jsonl": BOM + json_lines(),
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_each_form(name, tmp_path):
-    WRITERS[name](tmp_path / name)
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_of_file_gives_its_texts(name, tmp_path):
+    (tmp_path / name).write_bytes(FORMS[name])
     assert texts_of(tmp_path / name) == TEXTS
 
 
-def test_a_folder_is_read_in_sorted_order_with_its_subfolders(tmp_path):
+def test_folder_is_read_in_sorted_order_with_its_subfolders(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "1.txt").write_text("three\n")
     (tmp_path / "a.txt").write_text("one\n\ntwo\n  \n")
@@ -61,8 +78,8 @@ def test_c4_folder_has_splits_and_columns(tmp_path):
     assert next(iter_documents(str(folder))) == {"text": "a", "timestamp": "2019-04-25T12:57:54Z", "url": "u"}
 
 
-def test_hub(monkeypatch):
-    """The real calls, on a dataset of two files that stands for the hub's; its revision is the hub's at the time."""
+def test_c4_is_read_from_the_hub(monkeypatch):
+    """At the revision that the hub has then. A dataset of two files replaces the hub's."""
     import datasets
     import huggingface_hub
 
@@ -111,7 +128,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_is_named_with_file_and_line_or_counted(name, tmp_path):
+def test_bad_lines_are_named_with_file_and_line_or_counted(name, tmp_path):
     data, message, good = BAD[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(BadText) as error:
@@ -133,13 +150,11 @@ def test_a_truncated_gzip_gives_its_beginning_and_the_next_file(tmp_path):
 
 
 def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
-    """Arrow looks at neither while it reads the footer; both are named, and the next file is read."""
+    """Arrow does not see them in the footer. Both are named, and the next file is read."""
     data = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).buffers()
     bad_utf8 = pyarrow.StringArray.from_buffers(2, data[1], data[2])
-    pyarrow.parquet.write_table(pyarrow.table({"text": bad_utf8}), tmp_path / "a.parquet")
-    table = pyarrow.table({"text": [f"page {i}" for i in range(2000)]})
-    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", compression="zstd")
-    page = bytearray((tmp_path / "b.parquet").read_bytes())
+    (tmp_path / "a.parquet").write_bytes(parquet_of({"text": bad_utf8}))
+    page = bytearray(parquet_of({"text": [f"page {i}" for i in range(2000)]}, compression="zstd"))
     page[1000:1500] = bytes(500)
     (tmp_path / "b.parquet").write_bytes(page)
     (tmp_path / "c.txt").write_text("next\n")
@@ -150,35 +165,26 @@ def test_parquet_with_bad_rows_and_bad_pages(tmp_path):
     assert stats.bad == 2 and "b.parquet:1: the rest of the file" in stats.first_bad[1]
 
 
-def test_the_suffix_decides_not_the_rest_of_the_name(tmp_path):
-    (tmp_path / "my.txt.jsonl").write_bytes(json_lines())
-    assert texts_of(tmp_path / "my.txt.jsonl") == TEXTS
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_byte_order_mark_is_no_text(name, tmp_path):
-    data = "\n".join(TEXTS).encode() if name == "a.txt" else json_lines()
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
-    assert texts_of(tmp_path / name) == TEXTS
-
-
-def test_a_c4_folder_without_the_split(tmp_path):
-    (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(GOOD))
-    with pytest.raises(DataError, match=r"c4-validation\.\*\) are missing"):
-        texts_of(tmp_path, split="val")
-
-
 @pytest.mark.parametrize(
-    ("name", "message"), [("none", "no such file"), ("a.md", "no file of a known format"), (".", "known format")]
+    ("name", "message"),
+    [
+        ("none", "no such file"),
+        ("a.md", "no file of a known format"),
+        ("other", "known format"),
+        (".", r"c4-validation\.\*\) are missing"),
+    ],
 )
-def test_sources_that_cannot_be_read(name, message, tmp_path):
-    (tmp_path / "a.md").write_text("x")
+def test_sources_without_files_are_refused(name, message, tmp_path):
+    (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(GZ)
+    (tmp_path / "other").mkdir()
+    for folder in (tmp_path, tmp_path / "other"):
+        (folder / "a.md").write_text("x")
     with pytest.raises(DataError, match=message):
-        texts_of(tmp_path / name)
+        texts_of(tmp_path / name, split="val")
 
 
 def of_units(source, size):
-    """Texts of the source by units, each read on its own."""
+    """Texts of the source, one list per unit."""
     stats = Stats()
     spans = units_of(files_of(str(source)), size)
     return [[d["text"] for span in unit for _, d in read(span, False, stats)] for unit in spans]
@@ -186,7 +192,7 @@ def of_units(source, size):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10, 1000])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_a_large_file_is_read_in_parts_that_lose_and_repeat_nothing(size, ending, tmp_path):
+def test_parts_of_a_large_file_lose_and_repeat_nothing(size, ending, tmp_path):
     """Parts begin anywhere: within a line, at its beginning, at its end."""
     texts = ["one", "x" * 25, "zwölf", "y", "last"]
     (tmp_path / "a.txt").write_bytes(ending.join(texts).encode())
@@ -216,14 +222,14 @@ def test_units_group_small_files_and_leave_gzip_whole(tmp_path):
 
 
 def test_parquet_is_read_by_row_groups(tmp_path):
-    table = pyarrow.table({"text": [f"row {i}" for i in range(10)]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    table = {"text": [f"row {i}" for i in range(10)]}
+    (tmp_path / "a.parquet").write_bytes(parquet_of(table, row_group_size=4))
     assert [len(unit) for unit in of_units(tmp_path, 1)] == [4, 4, 2]
     places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), False, Stats())]
     assert places == [f"{tmp_path / 'a.parquet'}:{i}" for i in (5, 6, 7, 8)]
 
 
-def test_lines_have_a_longest_size(tmp_path, monkeypatch):
+def test_too_long_lines_are_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_LINE", 10)
     (tmp_path / "a.txt").write_text("short\n" + "x" * 35 + "\nnine byte\nlast")
     with pytest.raises(BadText, match="a.txt:2: line longer than 10 bytes"):
@@ -236,16 +242,13 @@ def test_lines_have_a_longest_size(tmp_path, monkeypatch):
 def test_mds_shards_are_a_source(compression, tmp_path):
     rows = [{"text": f"{text} {i}", "url": "u" * i, "n": i} for i, text in enumerate(TEXTS * 20)]
     columns = {"text": "str", "url": "str", "n": "int"}
-    with MDSWriter(out=str(tmp_path / "s"), columns=columns, compression=compression, size_limit=500) as writer:
-        for row in rows:
-            writer.write(row)
+    write_mds(tmp_path / "s", columns, rows, compression=compression, size_limit=500)
     assert list(iter_documents(str(tmp_path / "s"))) == [{"text": r["text"], "url": r["url"]} for r in rows]
     assert len(of_units(tmp_path / "s", 1)) == len(list((tmp_path / "s").glob("shard*"))) > 3
 
 
-def test_mds_shards_of_tokens_are_none(tmp_path):
-    with MDSWriter(out=str(tmp_path / "s"), columns={"tokens": "bytes"}) as writer:
-        writer.write({"tokens": b"1234"})
+def test_mds_shards_without_text_are_refused(tmp_path):
+    write_mds(tmp_path / "s", {"tokens": "bytes"}, [{"tokens": b"1234"}])
     with pytest.raises(DataError, match=r"no column 'text' \(tokens\)"):
         texts_of(tmp_path / "s")
     (tmp_path / "s" / "index.json").write_text("{}")
@@ -254,15 +257,12 @@ def test_mds_shards_of_tokens_are_none(tmp_path):
 
 
 def test_damaged_mds_shards_are_named_and_pickles_are_not_loaded(tmp_path):
-    with MDSWriter(out=str(tmp_path / "a"), columns={"text": "str"}) as writer:
-        for text in TEXTS:
-            writer.write({"text": text})
+    write_mds(tmp_path / "a", {"text": "str"}, [{"text": text} for text in TEXTS])
     shard = tmp_path / "a" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-3])
     with pytest.raises(BadText, match=f"{shard}:3: the rest of the shard cannot be read"):
         texts_of(tmp_path / "a")
     assert texts_of(tmp_path / "a", skip_bad=True) == TEXTS[:2]
-    with MDSWriter(out=str(tmp_path / "b"), columns={"text": "pkl"}) as writer:
-        writer.write({"text": "harmless"})
+    write_mds(tmp_path / "b", {"text": "pkl"}, [{"text": "harmless"}])
     with pytest.raises(BadText, match="shard.00000.mds:1: expected a field 'text'"):
         texts_of(tmp_path / "b")

@@ -1,18 +1,19 @@
 import json
+from collections import Counter
 
 import numpy as np
 
 from src.convert.stats import PERCENTILES, Stats, distribution, rounded
 
 
-def test_lengths_are_rounded_down_by_an_eighth_at_most_to_few_values():
+def test_rounded_lengths_are_few_and_at_most_an_eighth_less():
     lengths = range(100_000)
     assert all(length * 7 / 8 <= rounded(length) <= length for length in lengths)
     assert [rounded(length) for length in (0, 1, 15, 16, 17, 1000)] == [0, 1, 15, 16, 16, 960]
     assert len({rounded(length) for length in lengths}) < 130
 
 
-def test_a_distribution_is_that_of_its_values():
+def test_distribution_matches_numpy():
     values = np.random.default_rng(0).integers(0, 500, 333)
     counts = dict(zip(*(x.tolist() for x in np.unique(values, return_counts=True)), strict=True))
     found = distribution(counts)
@@ -23,15 +24,19 @@ def test_a_distribution_is_that_of_its_values():
 
 
 def test_parts_add_up_to_the_whole():
-    """Each written as JSON and read again, as units are."""
+    """After they were written as JSON and read again, as for units."""
     lengths = np.random.default_rng(0).integers(2, 128, 100).astype("<u2")
-    whole, total = Stats(documents=90, samples=100, characters=9000, cut_characters=90, bytes=12_000), Stats()
-    whole.add_lengths(lengths)
+
+    def of(lengths, **counts):
+        tokens = int(lengths.sum(dtype=np.int64))
+        return Stats(samples=len(lengths), tokens=tokens, sample_tokens=Counter(lengths.tolist()), **counts)
+
+    counts = {"documents": 90, "characters": 9000, "cut_characters": 90, "bytes": 12_000}
+    whole, total = of(lengths, **counts), Stats()
     for part in (lengths[:30], lengths[30:31], lengths[31:]):
-        stats = Stats(samples=len(part), first_bad=[f"line {i}" for i in range(3)])
-        stats.add_lengths(part)
+        stats = of(part, first_bad=[f"line {i}" for i in range(3)])
         total.add(Stats.from_json(json.loads(json.dumps(vars(stats)))))
-    total.add(Stats(documents=90, characters=9000, cut_characters=90, bytes=12_000))
+    total.add(Stats(**counts))
     assert total.first_bad == ["line 0", "line 1", "line 2", "line 0", "line 1"]
     total.first_bad = []
     assert total.report(128) == whole.report(128)

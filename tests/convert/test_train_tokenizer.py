@@ -1,7 +1,6 @@
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from streaming import MDSWriter
@@ -25,7 +24,7 @@ def train(source, out, *options, size="700"):
     return AutoTokenizer.from_pretrained(out)
 
 
-def test_a_bert_tokenizer(source, tmp_path, capsys):
+def test_result_is_a_bert_tokenizer(source, tmp_path, capsys):
     tokenizer = train(source, tmp_path / "tokenizer")
     assert tokenizer.is_fast and type(tokenizer).__name__.removesuffix("Fast") == "BertTokenizer"
     assert tokenizer.convert_tokens_to_ids(train_tokenizer.SPECIAL) == [0, 1, 2, 3, 4]
@@ -41,14 +40,15 @@ def test_a_bert_tokenizer(source, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("tokenizer vocab_size=700 documents=62 seconds=")
 
 
-def test_case_is_kept_when_asked(source, tmp_path):
-    tokenizer = train(source, tmp_path / "cased", "--no-lowercase")
+def test_no_lowercase_keeps_case(source, tmp_path, capsys):
+    tokenizer = train(source, tmp_path / "cased", "--no-lowercase", "--limit", "61")
+    assert "documents=61" in capsys.readouterr().out
     assert tokenizer.tokenize("Naloxone") == ["Naloxone"] and not tokenizer.do_lower_case
     assert train(source, tmp_path / "uncased").do_lower_case
 
 
 def test_the_same_text_gives_the_same_bytes(source, tmp_path):
-    """Here and in a process of its own: hash tables are seeded anew."""
+    """Also in another process, whose hash tables have another seed."""
     for name in ("a", "b"):
         train(source, tmp_path / name, size="900")
     command = [sys.executable, "train_tokenizer.py", source, "--out", tmp_path / "c", "--vocab_size", "900"]
@@ -63,14 +63,9 @@ def test_a_small_text_gives_a_smaller_vocabulary(tmp_path, capsys):
     assert len(tokenizer) < 100 and "gives only" in capsys.readouterr().err
 
 
-def test_continuations_are_what_may_stand_inside_a_word():
+def test_continuing_characters_do_not_split_words():
     inside = [c for c in "aé1,.日'-" if train_tokenizer.continues_words(c)]
     assert inside == ["a", "é", "1"]
-
-
-def test_limit(source, tmp_path, capsys):
-    train(source, tmp_path / "t", "--limit", "10")
-    assert "documents=10" in capsys.readouterr().out
 
 
 def test_a_split_of_shards_is_a_source(source, tmp_path):
@@ -83,7 +78,6 @@ def test_a_split_of_shards_is_a_source(source, tmp_path):
 
 
 def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
-    """As for convert_c4.py; the hub is played by a function."""
     asked = []
 
     def documents(source, stats):
@@ -97,7 +91,7 @@ def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
 
 
 def test_words_are_counted_in_bounded_memory(monkeypatch):
-    """Rare words go, frequent ones stay with their counts; what WordPiece cannot know is not kept at all."""
+    """Rare words are dropped, frequent ones keep their counts, too long ones are never counted."""
     monkeypatch.setattr(train_tokenizer, "MAX_WORDS", 10)
     normalizer = BertNormalizer()
     texts = [f"The the cat, rare{i} sat " + "x" * 101 for i in range(100)]
@@ -107,7 +101,7 @@ def test_words_are_counted_in_bounded_memory(monkeypatch):
     assert train_tokenizer.count_words(["b a", "a b b"], normalizer) == {"a": 2, "b": 3}
 
 
-def test_the_trainer_sees_the_counts(monkeypatch):
+def test_repeated_words_have_their_counts(monkeypatch):
     words = Counter({"often": 2500, "twice": 2, "once": 1})
     text = " ".join(train_tokenizer.repeated(words)).split()
     assert Counter(text) == words
@@ -115,8 +109,8 @@ def test_the_trainer_sees_the_counts(monkeypatch):
     assert Counter(" ".join(train_tokenizer.repeated(words)).split()) == {"often": 1250, "twice": 1}
 
 
-def test_compare(source, tmp_path, capsys):
-    """The domain's word first, whole here and in pieces there."""
+def test_compare_prints_tokens_per_word_and_gains(source, tmp_path, capsys):
+    """The word of this domain comes first: one piece here, several there."""
     (tmp_path / "other.txt").write_text("nana lolo xonxon ee the cat " * 9)
     train(str(tmp_path / "other.txt"), tmp_path / "other", size="60")
     capsys.readouterr()
@@ -133,16 +127,10 @@ def test_compare(source, tmp_path, capsys):
     table = {line.split()[1]: line.split() for line in lines[3:-1]}
     other = AutoTokenizer.from_pretrained(tmp_path / "other")
     assert table["naloxone"] == ["30", "naloxone", *other.tokenize("naloxone")] and len(table["naloxone"]) > 5
-    with pytest.raises(ValueError, match="there is no such folder"):
-        train(source, tmp_path / "u", "--compare", str(tmp_path / "none"))
-    assert not (tmp_path / "u").exists()
 
 
-def test_refusals(source, tmp_path):
+def test_existing_folders_are_replaced_only_with_overwrite(source, tmp_path):
     out = tmp_path / "t"
-    with pytest.raises(ValueError, match="is too small for the text's characters; use at least "):
-        train(source, out, size="20")
-    assert not out.exists()
     train(source, out)
     with pytest.raises(ValueError, match="exists; give --overwrite"):
         train(source, out)
@@ -151,11 +139,21 @@ def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match=r"holds more than a tokenizer \(model.safetensors\)"):
         train(source, out, "--overwrite")
     assert (out / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="--limit must be at least 1"):
-        train(source, tmp_path / "u", "--limit", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "message"),
+    [
+        ("texts.txt", [], "20", "is too small for the text's characters; use at least "),
+        ("texts.txt", [], "5", "--vocab_size must be more than the 5 special tokens"),
+        ("texts.txt", ["--limit", "0"], "700", "--limit must be at least 1"),
+        ("texts.txt", ["--compare", "/none"], "700", "there is no such folder"),
+        ("empty.txt", [], "700", "no document"),
+        ("none", [], "700", "no such file"),
+    ],
+)
+def test_wrong_arguments_and_sources_leave_nothing(name, options, size, message, source, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no document"):
-        train(str(tmp_path / "empty.txt"), tmp_path / "u")
-    with pytest.raises(ValueError, match="no such file"):
-        train(str(tmp_path / "none"), tmp_path / "u")
-    assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["empty.txt", "t", "texts.txt"]
+    with pytest.raises(ValueError, match=message):
+        train(str(tmp_path / name), tmp_path / "t", *options, size=size)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "texts.txt"]

@@ -18,6 +18,10 @@ def touch(folder, task, counted):
 
 
 def fail(task, counted):
+    raise ValueError("no good")
+
+
+def fail_strangely(task, counted):
     class Local(Exception):
         """Cannot be sent to another process."""
 
@@ -40,7 +44,7 @@ def interrupt_itself(task, counted):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_each_task_runs_once_and_is_taken_when_a_worker_is_free(num_workers, tmp_path):
+def test_each_task_runs_once_when_a_worker_is_free(num_workers, tmp_path):
     counts, most = [], 0
 
     def tasks():
@@ -55,17 +59,20 @@ def test_each_task_runs_once_and_is_taken_when_a_worker_is_free(num_workers, tmp
     assert most < 2 * num_workers  # tasks ahead of the work, however many tasks there are
 
 
-def test_an_error_ends_it_and_is_raised_even_if_it_cannot_be_pickled():
-    with pytest.raises(RuntimeError, match="Local: no good"):
-        workers.run(fail, count(), 2, print)
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        (fail, ValueError, "^no good"),
+        (fail_strangely, RuntimeError, "Local: no good"),
+        (kill, OSError, r"was killed; out of memory\? Try fewer --num_workers\. Completed work is kept"),
+    ],
+)
+def test_the_first_error_of_a_worker_is_raised(task, error, message):
+    with pytest.raises(error, match=message):
+        workers.run(task, count(), 2, print)
 
 
-def test_a_killed_worker_is_one_clear_error():
-    with pytest.raises(OSError, match=r"was killed; out of memory\? Try fewer --num_workers\. Completed work is kept"):
-        workers.run(kill, count(), 2, print)
-
-
-def test_an_interrupt_ends_all_workers_and_there_are_no_more_of_them_than_tasks(tmp_path):
+def test_an_interrupt_ends_all_workers(tmp_path):
     def interrupt(documents):
         if documents:
             processes.extend(multiprocessing.active_children())
@@ -74,11 +81,12 @@ def test_an_interrupt_ends_all_workers_and_there_are_no_more_of_them_than_tasks(
     processes, started = [], time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         workers.run(partial(wait, tmp_path), range(2), 5, interrupt)
-    assert len(processes) == 2 and not multiprocessing.active_children()
+    assert len(processes) == 2  # no more than tasks
+    assert not multiprocessing.active_children()
     assert time.monotonic() - started < 40
 
 
-def test_ctrl_c_reaches_workers_too_and_they_leave_it_to_the_main_process():
+def test_workers_ignore_ctrl_c():
     counts = []
     workers.run(interrupt_itself, range(4), 2, counts.append)
     assert sum(counts) == 4
