@@ -29,7 +29,9 @@ class Component:
 
 Named = dict[str, Component]
 
-UNKNOWN = ": unknown key; "  # in the message, before the hint
+
+class UnknownKey(str):
+    """A fault: the key does not exist."""
 
 
 def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
@@ -57,7 +59,7 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
             tree = OmegaConf.to_container(merged, resolve=True)
         except InterpolationResolutionError as error:
             _dataclass(kind, tree, "", faults)  # a misspelt key is often why another cannot refer to it
-            unknown = [fault for fault in faults if UNKNOWN in fault]
+            unknown = [fault for fault in faults if isinstance(fault, UnknownKey)]
             raise ConfigError("\n  ".join([f"{path}: {error}", *unknown])) from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
         # OmegaConf raises the last two when an override does not fit the YAML's shape.
@@ -110,7 +112,9 @@ def _dataclass(kind: type, tree: Any, path: str, faults: list[str]) -> Any:
     prefix = f"{path}." if path else ""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
-    faults += [f"{prefix}{name}{UNKNOWN}{nearest(str(name), list(fields))}" for name in tree if name not in fields]
+    for name in tree:
+        if name not in fields:
+            faults.append(UnknownKey(f"{prefix}{name}: unknown key; {nearest(str(name), list(fields))}"))
     values, before = {}, len(faults)  # unknown keys alone: the other values are still checked
     for name, f in fields.items():
         if tree.get(name, "???") != "???":  # OmegaConf's mark of a required value
