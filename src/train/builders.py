@@ -89,7 +89,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         train_data = build_train_data(config, tokenizer)
         check = build_resume_check(config, tokenizer, train_data.dataloader.dataset)  # pyright: ignore
         if found is not None:
-            check.compare(checkpoint.settings_of(found), found)  # names settings; weights only have shapes
+            check.compare(checkpoint.read(found)["callbacks"].get("ResumeCheck"), found)  # names settings, not shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
             checkpoint.check_fits(start, model)
         try:
@@ -259,7 +259,10 @@ def build_savers(
         return [StopOnSignal()]
     # Checkpoints after the one that the run resumes from are its own, from before it was killed.
     overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-    return [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep), StopOnSignal()]
+    saver = checkpoint.Saver(
+        folder, path, tokenizer, save_interval=config.save_interval, overwrite=overwrite, num_checkpoints_to_keep=keep
+    )
+    return [saver, StopOnSignal()]
 
 
 FSDP_OPTIONS = {

@@ -432,7 +432,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_an_echo():
     stop = StopOnSignal()
     stop._note(signal.SIGTERM, None)
     stop._note(signal.SIGTERM, None)  # the launcher's, at once
-    stop.received = "SIGTERM", time.monotonic() - stop.ECHO - 1
+    stop.received = time.monotonic() - stop.ECHO - 1
     with pytest.raises(SystemExit) as exit:
         stop._note(signal.SIGINT, None)
     assert exit.value.code == 130

@@ -170,7 +170,7 @@ def test_hugging_faces_bert_goes_into_its_own_classes(tmp_path):
 
 def test_plain_bert_is_no_mosaic_bert_nor_the_reverse(tmp_path, folder):
     plain = _saved(transformers.BertForMaskedLM(transformers.BertConfig(**PLAIN)), tmp_path / "bert")
-    with pytest.raises(CheckpointError, match="weights of Hugging Face's BERT .learned positions.*Use model hf_bert"):
+    with pytest.raises(CheckpointError, match="weights of Hugging Face's BERT .learned positions.*use model hf_bert"):
         load_pretrained(plain, BertForMaskedLM)
     with pytest.raises(CheckpointError, match="are weights of a MosaicBERT; use model mosaic_bert"):
         load_pretrained(folder, transformers.BertForMaskedLM)
