@@ -86,9 +86,8 @@ def read(path: str | Path) -> Pretrained:
     Raises:
         CheckpointError: there is neither at ``path``; or it is damaged, holds more than data, or is of another kind.
     """
-    path = Path(path)
+    path, settings = Path(path), None
     latest = path / checkpoint.LATEST.format(rank=0)
-    settings = None
     if (path / "config.json").exists():
         config_class, options, weights = _read_folder(path)
     elif path.is_file() or latest.exists():
@@ -202,6 +201,7 @@ def initialise(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrai
     """Load the weights of ``config.pretrained``, if it is set, into a model for pretraining."""
     if config.pretrained is not None:
         source = read(config.pretrained)
+        check_kind(source, type(model.model))  # before the tokenizer, because its message helps more
         check_tokenizer(source, tokenizer)
         load_weights(model.model, source)
 
