@@ -27,9 +27,8 @@ def test_nan_loss_stops_the_run(overrides, tmp_path):
 
 
 def test_nan_loss_without_a_checkpoint(overrides):
-    options = [*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"]
     with pytest.raises(TrainingError, match="No checkpoint was saved before it"):
-        fit(options)
+        fit([*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"])
 
 
 def test_epoch_that_ends_early_is_an_error(overrides, monkeypatch):

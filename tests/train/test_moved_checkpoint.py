@@ -11,9 +11,8 @@ import main
 from src.common.errors import ConfigError
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from src.train.checkpoint import TOKENIZER
-from src.train.weights import load_tokenizer as tokenizer_of
 from src.train.weights import read
-from tests.runs import QUICKSTART, UNSAVED, change_tokenizer, losses_of
+from tests.runs import QUICKSTART, UNSAVED, losses_of
 
 NULL = "tokenizer_name=null"
 
@@ -73,22 +72,3 @@ def test_tokenizer_is_written_before_the_first_step(overrides, tokenizer, tmp_pa
     losses_of(options)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
     assert {path.name for path in folder.parent.iterdir() if TOKENIZER in path.name} == {TOKENIZER}
-
-
-def test_checkpoint_of_an_earlier_version_names_its_tokenizer(trained, tokenizer_folder, tmp_path):
-    """In config.yaml, which is read if there is no tokenizer next to the checkpoint."""
-    shutil.copytree(trained, tmp_path / "old")
-    shutil.rmtree(tmp_path / "old" / TOKENIZER)
-    assert read(tmp_path / "old").tokenizer_name == tokenizer_folder
-    assert len(tokenizer_of(read(tmp_path / "old"))) == 1000
-
-
-def test_refused_start_keeps_the_tokenizer(overrides, text_shards, tokenizer_folder, tmp_path):
-    losses_of(overrides)
-    folder = tmp_path / "checkpoints" / TOKENIZER
-    before = (folder / "tokenizer.json").read_bytes()
-    other = change_tokenizer(tokenizer_folder, tmp_path / "other")
-    options = [*overrides, f"tokenizer_name={other}", f"data_local={text_shards}", "save_overwrite=false"]
-    with pytest.raises(FileExistsError):
-        losses_of(options)
-    assert (folder / "tokenizer.json").read_bytes() == before

@@ -62,17 +62,12 @@ def published(source, tmp_path):
     config = {
         "alibi_starting_size": 512,
         "architectures": ["BertForMaskedLM"],
-        "attention_probs_dropout_prob": 0.0,
         "auto_map": {"AutoConfig": "configuration_bert.BertConfig"},
-        "classifier_dropout": None,
-        "gradient_checkpointing": False,
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
         "max_position_embeddings": 512,
         "model_type": "bert",
         "position_embedding_type": "absolute",
         "torch_dtype": "float32",
-        "use_cache": True,
         **SMALL,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -103,9 +98,8 @@ def test_checkpoint_loads_into_each_class(model_class, trained):
     same = {name for name, weight in state.items() if torch.equal(weight, held.get(f"model.{name}", weight + 1))}
     assert set(state) - same == {name for name in state if "pooler" in name or "classifier" in name}
     torch.manual_seed(0)
-    again = load_pretrained(read(trained / "ep0-ba4-rank0.pt"), model_class)
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name])
+    again = load_pretrained(read(trained / "ep0-ba4-rank0.pt"), model_class).state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
@@ -185,19 +179,16 @@ def test_plain_bert_is_refused_for_mosaic_bert_and_the_reverse(tmp_path, folder)
     assert "unexpected: bert.embeddings.position_embeddings.weight" in str(error.value)
 
 
-DENSE = "cls.predictions.transform.dense"
+BIAS = "cls.predictions.transform.dense.bias"
 
 
 @pytest.mark.parametrize(
     ("act", "fault"),
     [
         (lambda w: w.pop("bert.encoder.layer.1.mlp.wo.bias"), "missing: bert.encoder.layer.1.mlp.wo.bias"),
-        (lambda w: w.pop(f"{DENSE}.bias"), f"missing: {DENSE}.bias"),
+        (lambda w: w.pop(BIAS), f"missing: {BIAS}"),
         (lambda w: w.update(surplus=torch.zeros(1)), "unexpected: surplus"),
-        (
-            lambda w: w.update({f"{DENSE}.bias": torch.zeros(23)}),
-            rf"of another shape: {DENSE}.bias .expected .24,., got",
-        ),
+        (lambda w: w.update({BIAS: torch.zeros(23)}), f"of another shape: {BIAS} .expected .24,., got"),
         (
             lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(97, 24)}),
             "tied, but not equal: bert.embeddings.word_embeddings.weight, cls.predictions.decoder.weight",
@@ -238,15 +229,13 @@ class Attack:
 def test_unreadable_checkpoints(tmp_path, trained, capsys):
     """Absent, empty, damaged, programs, of no run. No code in them runs."""
     (tmp_path / "empty").mkdir()
-    shutil.copy(trained / "latest-rank0.pt", tmp_path / "cut.pt")
-    with (tmp_path / "cut.pt").open("r+b") as file:
-        file.truncate(20000)
-    changed = bytearray((trained / "latest-rank0.pt").read_bytes())
-    changed[len(changed) // 2] ^= 1  # in a tensor: torch reads it without noticing
-    (tmp_path / "changed.pt").write_bytes(changed)
-    torch.save({"state": Attack()}, tmp_path / "attack.pt")
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    torch.save({"state": {"callbacks": {}}}, tmp_path / "unnamed.pt")
+    content = bytearray((trained / "latest-rank0.pt").read_bytes())
+    (tmp_path / "cut.pt").write_bytes(content[:20000])
+    content[len(content) // 2] ^= 1  # in a tensor, so that torch reads it without an error
+    (tmp_path / "changed.pt").write_bytes(content)
+    others = {"attack": {"state": Attack()}, "other": {"weights": 1}, "unnamed": {"state": {"callbacks": {}}}}
+    for name, held in others.items():
+        torch.save(held, tmp_path / f"{name}.pt")
     for name, message in (
         ("none", "no such file"),
         ("empty", "has neither latest-rank0.pt nor"),
@@ -292,6 +281,8 @@ def test_tokenizer_must_be_the_one_of_the_weights(trained, tokenizer_folder, tmp
     alone = read(shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt"))
     refused("no tokenizer in tokenizer/ next to the checkpoint; name the tokenizer", load_tokenizer, alone)
     assert len(load_tokenizer(alone, tokenizer_folder)) == 1000
+    shutil.copy(trained / "config.yaml", tmp_path)  # earlier versions only wrote the tokenizer's name, here
+    assert alone.tokenizer_name == tokenizer_folder and len(load_tokenizer(alone)) == 1000
 
     refused("no tokenizer in this folder; name the tokenizer", load_tokenizer, read(folder))
     refused("has 1000 entries, but the model only 97 embeddings", load_tokenizer, read(folder), tokenizer_folder)
