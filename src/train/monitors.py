@@ -115,7 +115,7 @@ class StepMonitor(Callback):
         tokens, samples = now.token.value - before.token.value, now.sample.value - before.sample.value
         self.steps.append((seconds, self.waited, tokens, samples, model.flops_per_batch(state.batch)))
         time_s, waited, tokens, samples, flops = (sum(column) for column in zip(*self.steps, strict=True))
-        rates = {"tokens_per_s": tokens, "samples_per_s": samples, "data_wait_share": waited}
+        rates: dict[str, float] = {"tokens_per_s": tokens, "samples_per_s": samples, "data_wait_share": waited}
         if self.gpu_flops_available:
             rates["mfu"] = flops / self.gpu_flops_available
         logger.log_metrics({f"step/{name}": value / time_s for name, value in rates.items()})
