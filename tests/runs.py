@@ -1,5 +1,6 @@
-"""Small runs of main.py's Trainer for tests, in this process or launched, and callbacks that watch or kill them."""
+"""Small runs of main.py for tests, in this process or launched."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,13 +17,6 @@ from src.train.config import load
 from tests.conftest import MAX_SEQ_LEN
 
 QUICKSTART = "yamls/quickstart.yaml"
-TINY = [
-    "model.model_config.hidden_size=24",
-    "model.model_config.num_hidden_layers=2",
-    "model.model_config.num_attention_heads=3",
-    "model.model_config.intermediate_size=40",
-    "model.model_config.hidden_dropout_prob=0.0",
-]
 DROPOUT = "model.model_config.hidden_dropout_prob=0.1"
 UNSAVED = ["save_folder=null", "autoresume=false"]
 BIN = Path(sys.executable).parent
@@ -31,7 +25,11 @@ BIN = Path(sys.executable).parent
 def tiny_run(token_shards, tokenizer_folder, folder):
     """Overrides for a run of 4 steps of 16 samples on the CPU, which writes to ``folder``."""
     return [
-        *TINY,
+        "model.model_config.hidden_size=24",
+        "model.model_config.num_hidden_layers=2",
+        "model.model_config.num_attention_heads=3",
+        "model.model_config.intermediate_size=40",
+        "model.model_config.hidden_dropout_prob=0.0",
         f"data_local={token_shards}",
         f"tokenizer_name={tokenizer_folder}",
         f"max_seq_len={MAX_SEQ_LEN}",
@@ -52,9 +50,7 @@ def tiny_run(token_shards, tokenizer_folder, folder):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # In this process
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -62,7 +58,7 @@ class Killed(Exception):
 
 
 class Watch(Callback):
-    """Keeps losses by step and the last gradient; calls ``act`` at the end of step ``kill_at``, by default to kill."""
+    """Keeps losses by step and the last gradient; calls ``act``, by default a kill, at the end of step ``kill_at``."""
 
     def __init__(self, kill_at=None, act=None):
         self.by_step, self.gradient, self.kill_at, self.act = {}, None, kill_at, act
@@ -99,12 +95,8 @@ def fit(options, kill_at=None, act=None, yaml=QUICKSTART):
     """The trainer after the run, its Watch, and the weights at the end."""
     trainer, watch = trainer_of(options, yaml), Watch(kill_at, act)
     trainer.state.callbacks.append(watch)
-    try:
+    with contextlib.suppress(Killed), contextlib.closing(trainer):
         trainer.fit()
-    except Killed:
-        pass
-    finally:
-        trainer.close()
     return trainer, watch, weights_of(trainer)
 
 
@@ -135,14 +127,17 @@ def change_tokenizer(folder, copy):
     return copy
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Launched
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def environment(**variables):
     """Environment variables for a launcher."""
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **{k: str(v) for k, v in variables.items()}}
+
+
+def run_command(command, **options):
+    """The ended process, with its output as text."""
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def free_port():
@@ -156,7 +151,7 @@ def options_in(overrides, folder):
 
 
 def start(place, options, folder, by_environment=True):
-    """Launchers in a session of their own, one per node; ``place`` is a number of processes, or ``nodes`` for two."""
+    """Launchers, each in a new session. ``place``: a number of processes on one node, or ``nodes`` for two nodes."""
     folder.mkdir(exist_ok=True, parents=True)
     arguments = ["main.py", QUICKSTART, *options_in(options, folder)]
     commands = [(["composer", "-n", str(place), *arguments], environment())]

@@ -73,7 +73,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         }
         check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier_fingerprint(tokenizer)})
         if found is not None:
-            check.compare(checkpoint.settings_of(found), found)  # first: it names settings, check_fits only shapes
+            there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
+            check.compare(there, found)  # first: it names settings, check_fits only shapes
         if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
             checkpoint.check_fits(start, model)
         try:
@@ -224,7 +225,8 @@ def build_savers(
     if path is not None:
         # Checkpoints after the one that the run resumes from are its own, from before it was killed.
         overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-        savers = [checkpoint.Saver(folder, path, tokenizer, config.save_interval, overwrite, keep)]
+        options = {"save_interval": config.save_interval, "overwrite": overwrite, "num_checkpoints_to_keep": keep}
+        savers = [checkpoint.Saver(folder, path, tokenizer, **options)]
     return [*savers, StopOnSignal()]
 
 

@@ -1,7 +1,4 @@
-"""Callbacks that Composer lacks.
-
-Checkpoints hold the state of a callback under the name of its class; those here have none.
-"""
+"""Callbacks that Composer lacks. None has a state in checkpoints."""
 
 import math
 import random
@@ -17,7 +14,6 @@ from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from src.common.errors import Interrupted, TrainingError, first_line
 from src.data.masking import mask_batch
@@ -25,11 +21,17 @@ from src.data.microbatches import Batch
 from src.train.config import MaskingSchedule
 
 
+def on_any_process(state: State, flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one process."""
+    flags = state.device.tensor_to_device(torch.tensor([int(flag)], dtype=torch.uint8))
+    dist.all_reduce(flags, reduce_operation="MAX")
+    return bool(flags.item())
+
+
 class Reseed(Callback):
     """Seed all random generators at the start of each step, from the run's seed, the step and the rank.
 
-    Dropout is then a function of these three, so a resumed run has the same. Composer restores random states only
-    between epochs, and to their values when the checkpoint was written.
+    A resumed run then draws the same dropout masks. Composer restores random states only between epochs.
     """
 
     def __init__(self, seed: int):
@@ -44,11 +46,9 @@ class Reseed(Callback):
 
 
 class StopOnSignal(Callback):
-    """After SIGTERM or SIGINT, finish the step, save a checkpoint and end all processes.
+    """After SIGTERM or SIGINT to any process, finish the step, save a checkpoint and end all processes.
 
-    One process that gets the signal is enough. Before the first step and after the last one, a signal ends the process
-    at once. So does a second signal, except within ``ECHO`` seconds: a launcher that got the signal together with its
-    processes forwards it to them.
+    A second signal, and a signal before the first step or after the last one, ends the process at once.
 
     Raises:
         Interrupted: from fit, in all processes, after the same step.
@@ -56,9 +56,11 @@ class StopOnSignal(Callback):
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
     ECHO = 3.0
+    """Seconds in which a second signal is ignored: a launcher forwards a signal that its processes already got."""
 
     def __init__(self) -> None:
-        self.received: tuple[str, float] | None = None
+        self.received: float | None = None
+        """Time of the first signal, in seconds of time.monotonic()."""
         self._before: dict[signal.Signals, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -66,21 +68,17 @@ class StopOnSignal(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is None:
-            self.received = signal.Signals(number).name, time.monotonic()
-            print(
-                f"{self.received[0]}: ending after this step; a second signal ends at once", file=sys.stderr, flush=True
-            )
-        elif time.monotonic() - self.received[1] > self.ECHO:
+            self.received = time.monotonic()
+            name = signal.Signals(number).name
+            print(f"{name}: ending after this step; a second signal ends at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.received > self.ECHO:
             sys.exit(128 + number)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        stop = torch.tensor([int(self.received is not None)], dtype=torch.uint8)
-        stop = state.device.tensor_to_device(stop)
-        dist.all_reduce(stop, reduce_operation="MAX")
-        if not stop.item():
+        if not on_any_process(state, self.received is not None):
             return
         for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a launcher sends one to processes that end later than the first
+            signal.signal(number, signal.SIG_IGN)  # once one process has ended, a launcher signals the others
         step, savers = state.timestamp.batch, [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
         for saver in savers:
             if saver.last_checkpoint_batch != step:
@@ -95,9 +93,9 @@ class StopOnSignal(Callback):
 
 
 class StopOnSilentFailure(Callback):
-    """Stop a run that fails without an exception: its loss is NaN or infinite, or an epoch ends before its data.
+    """Raise TrainingError if the loss is NaN or infinite, or if an epoch ends before its data.
 
-    Checks the loss after the step, when Composer has read it, and before anything is saved.
+    Checks the loss after the step, when Composer has copied it to the CPU, and before anything is saved.
     """
 
     def __init__(self) -> None:
@@ -107,7 +105,7 @@ class StopOnSilentFailure(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         assert isinstance(state.loss, torch.Tensor)
         bad = ~state.loss.detach().isfinite()
-        self.bad = bad if self.bad is None else self.bad | bad  # on the device, without waiting for it
+        self.bad = bad if self.bad is None else self.bad | bad  # stays on the device, so the CPU does not wait
         self.lr = state.optimizers[0].param_groups[0]["lr"]
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -115,11 +113,9 @@ class StopOnSilentFailure(Callback):
         if math.isfinite(loss):
             return
         gathered = dist.all_gather_object(bad is not None and bool(bad.item()))
-        ranks = (
-            ", ".join(str(rank) for rank, found in enumerate(gathered) if found)
-            or "none (the sum over ranks overflowed)"
-        )
-        savers = [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+        ranks = ", ".join(str(rank) for rank, found in enumerate(gathered) if found)
+        ranks = ranks or "none (the sum over ranks overflowed)"
+        savers = [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
         saved = [name for saver in savers for name in saver.all_saved_checkpoints_to_timestamp]
         raise TrainingError(
             f"the loss is {loss} at step {state.timestamp.batch.value} on ranks {ranks}, learning rate {self.lr:g}. "
@@ -134,18 +130,16 @@ class StopOnSilentFailure(Callback):
             raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want.value} batches")
 
 
-def _local(p: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter: with FSDP, its shard."""
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
 class MemoryProbe(Callback):
-    """Run forward and backward once on the largest possible microbatch before the first step, and discard the result.
+    """Run forward and backward on the largest possible microbatch before the first step, and discard the result.
 
-    Too little memory then shows at once, not when the first batch of only long sequences comes. Random states are kept.
+    A run with too little memory then fails at once, not at its first batch of long sequences. Keeps random states.
 
     Args:
         microbatch: the largest possible one, with its layout.
+
+    Raises:
+        TrainingError: there is too little memory.
     """
 
     def __init__(self, microbatch: Batch):
@@ -154,20 +148,19 @@ class MemoryProbe(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         batch = state.device.batch_to_device(self.microbatch)
         parameters = [p for p in state.model.parameters() if p.requires_grad]
-        states = state.optimizers[0].state
         device = parameters[0].device
         state.model.train()
         try:
             # Adam allocates its two moments in the first step.
-            new = sum(_local(p).numel() for p in parameters if p not in states)
-            moments = torch.empty(2 * new, device=device)
+            new = [p for p in parameters if p not in state.optimizers[0].state]
+            moments = [torch.empty_like(p) for p in new * 2]
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 with get_precision_context(state.precision, state.precision_config):
                     loss = state.model(batch).loss
                 loss.backward()
             del moments
         except RuntimeError as error:
-            # torch has an exception type for GPUs alone; on a CPU only the allocator's message tells.
+            # OutOfMemoryError is for GPUs only; a CPU raises a RuntimeError.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             size, tokens = self.microbatch["num_samples"], self.microbatch["num_tokens"]
@@ -182,24 +175,19 @@ class MemoryProbe(Callback):
 
 
 class AverageGradients(Callback):
-    """Divide FSDP's gradients by the number of processes if the backend sums them.
-
-    gloo of torch 2.7 silently computes ``SUM`` for ``ReduceOp.AVG``.
-    """
+    """Divide FSDP's gradients by the number of processes if the backend sums them, as gloo of torch 2.7 does."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         world_size = dist.get_world_size()
         ones = state.device.tensor_to_device(torch.ones(world_size))
         average = torch.empty_like(ones[:1])
         torch.distributed.reduce_scatter_tensor(average, ones, op=torch.distributed.ReduceOp.AVG)
-        if average.item() == 1:
-            return
 
         def divide(gradient: torch.Tensor) -> None:
             gradient.div_(world_size)
 
         for module in state.model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and average.item() != 1:
                 module.set_all_reduce_hook(divide)
 
 
@@ -222,9 +210,9 @@ class ScheduledMasking(Callback):
 
 
 class StopAtTimeLimit(Callback):
-    """Stop after a time limit, all processes at the same step; Composer then evaluates and saves as at the end.
+    """Stop all processes at the same step after a time limit; Composer then evaluates and saves as at the end.
 
-    The learning rate schedule stays that of the whole run, so a later start continues it.
+    Does not shorten the learning rate schedule, so a later start continues it.
 
     Args:
         seconds: since the start of fit.
@@ -237,8 +225,5 @@ class StopAtTimeLimit(Callback):
         self.started = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        over = torch.tensor([int(time.monotonic() - self.started >= self.seconds)], dtype=torch.uint8)
-        over = state.device.tensor_to_device(over)
-        dist.all_reduce(over, reduce_operation="MAX")  # the first process over the limit decides for all
-        if over.item():
+        if on_any_process(state, time.monotonic() - self.started >= self.seconds):
             state.stop_training()

@@ -30,70 +30,50 @@ log = logging.getLogger(__name__)
 
 NAME, LATEST = "ep{epoch}-ba{batch}-rank{rank}.pt", "latest-rank{rank}.pt"
 PATTERN = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
-DAMAGED = ".damaged"
-"""End of the name of a checkpoint that cannot be read any more."""
 TOKENIZER = "tokenizer"
 """Folder next to the checkpoints with the tokenizer of the run."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def load_as_data() -> None:
-    """Make every torch.load of this process, including Composer's, refuse pickled code.
-
-    Composer loads checkpoints with ``weights_only=False``, and such a file can run any command. Besides tensors and
-    plain values, its checkpoints need only the classes named here (random states, times, versions).
-    """
+    """Make every torch.load of this process refuse pickled code; Composer's uses ``weights_only=False``."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    reconstruct = np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    torch.serialization.add_safe_globals(
-        [
-            datetime.timedelta,
-            TorchVersion,
-            np.ndarray,
-            np.dtype,
-            np._core.multiarray._reconstruct,  # pyright: ignore[reportAttributeAccessIssue]
-            *dtypes,
-        ]
-    )
+    # What Composer's checkpoints hold besides tensors and plain values: times, versions, random states.
+    torch.serialization.add_safe_globals([datetime.timedelta, TorchVersion, np.ndarray, np.dtype, reconstruct, *dtypes])
 
 
 def damage(path: Path) -> str | None:
-    """What is damaged in a file of torch.save, or None. Reads all of it: it has a CRC-32 for each record."""
+    """What is damaged in a file of torch.save, or None. Reads the whole file and compares each record's CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-        return first_line(error)  # the last two: changed bytes in the description of how a record is packed
+        return first_line(error)  # the last two: a damaged header of a record
     return None if bad is None else f"wrong CRC of {bad}"
 
 
 def load_data(path: str | Path) -> Any:
-    """What torch.save wrote, on the CPU; only tensors and plain values, and no code is run.
-
-    Tensors of the current file format are read from the file when they are used.
+    """What torch.save wrote, on the CPU, memory-mapped if the file format allows it. Runs no code in the file.
 
     Raises:
-        CheckpointError: it is damaged, or holds more than data.
+        CheckpointError: the file is damaged, or holds more than tensors and plain values.
     """
     load_as_data()
     try:
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
         reason = f"holds more than data, or is damaged; no code in it was run ({str(error)[:300]})"
-    except Exception as error:  # a damaged file can raise anything in torch's reader
+    except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = f"is damaged ({first_line(error)[:300]})"
     raise CheckpointError(f"{path}: the file {reason}")
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The ``state`` of a checkpoint, as Composer writes it.
+    """The ``state`` of a checkpoint that Composer wrote.
 
     Raises:
-        CheckpointError: it is damaged, holds more than data, or is no checkpoint of a run.
+        CheckpointError: as ``load_data``; or the file is not a checkpoint of a run.
     """
     held = load_data(path)
     if not isinstance(held, dict) or not isinstance(held.get("state"), dict):
@@ -101,49 +81,35 @@ def read(path: str | Path) -> dict[str, Any]:
     return held["state"]
 
 
-def settings_of(path: str) -> dict[str, Any] | None:
-    """Settings of the run that wrote a checkpoint (``ResumeCheck``); raises what ``read`` does."""
-    return read(path)["callbacks"].get("ResumeCheck")
-
-
 def check_fits(path: str, model: torch.nn.Module) -> None:
-    """Compare a checkpoint's weights with a model's by name and shape.
-
-    Raises:
-        CheckpointError: they differ; or what ``read`` raises.
-    """
+    """Raise CheckpointError if a checkpoint's weights differ from a model's in name or shape, or as ``read``."""
     there = {name: tuple(weight.shape) for name, weight in read(path).get("model", {}).items()}
     here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differing:
         name = differing[0]
         raise CheckpointError(
-            f"{path}: the checkpoint is of another model: {len(differing)} weights differ, for example {name}, "
-            f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here. Give model.model_config its shape"
+            f"{path}: the checkpoint is of another model: {len(differing)} weights differ, for example {name}: "
+            f"{there.get(name, 'absent')} there, {here.get(name, 'absent')} here. Set model.model_config to its shape"
         )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder of a run
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class RunFolder:
     """A ``save_folder`` on this machine or a mounted file system, locked by one live run. Used on rank 0 only.
 
     Args:
-        path: of the folder, which is made.
+        path: of the folder; created if absent.
         timeout: seconds to wait for a run that is just ending.
 
     Raises:
-        ConfigError: another run has it.
+        ConfigError: another run has locked it.
     """
 
     def __init__(self, path: str, timeout: float = 10.0):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
-        holder = self.path / ".lock.holder"  # opening a lock's own file empties it
+        holder = self.path / ".lock.holder"  # a second file: opening a FileLock's own file empties it
         try:
             self._lock.acquire(timeout=timeout)
         except Timeout:
@@ -152,7 +118,7 @@ class RunFolder:
                 f"{self.path}: another run uses this folder ({who}). Wait until it ends, or change run_name or "
                 "save_folder"
             ) from None
-        for partial in self.path.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
+        for partial in self.path.glob(f"*{PARTIAL}"):  # of a run that was killed while writing
             if not partial.is_dir():
                 partial.unlink()
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -169,11 +135,11 @@ class RunFolder:
     def newest(self) -> str | None:
         """The checkpoint to resume from: that of ``latest``, or the newest undamaged one before it.
 
-        Renames damaged ones, with a warning. Ignores checkpoints after ``latest``: they are an earlier run's, or of a
-        run that was killed before it updated ``latest``.
+        Renames damaged ones and warns. Ignores checkpoints after ``latest``: they are of an earlier run, or of one that
+        was killed before it updated ``latest``.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         latest = self.path / LATEST.format(rank=0)
         if latest.exists() and not latest.is_symlink():  # a user copied it here
@@ -184,11 +150,11 @@ class RunFolder:
         for path in reversed(candidates):
             reason = damage(path)
             if reason is None:
-                if path != latest and (not latest.is_symlink() or os.readlink(latest) != path.name):
+                if not (latest.exists() and latest.samefile(path)):
                     self.point_latest(path)
                 return str(path)
-            log.warning("%s is damaged (%s): renamed to %s, falling back to the one before", path, reason, DAMAGED)
-            path.rename(f"{path}{DAMAGED}")
+            log.warning("%s is damaged (%s): renamed to .damaged, falling back to the one before", path, reason)
+            path.rename(f"{path}.damaged")
         if candidates or latest.is_symlink():
             raise CheckpointError(
                 f"{self.path}: every checkpoint is damaged. Copy a good one here as {latest.name}, or start a new run "
@@ -197,45 +163,32 @@ class RunFolder:
         return None
 
     def point_latest(self, path: Path) -> None:
-        """Make ``latest`` a link to a checkpoint; it is never absent in between."""
+        """Make ``latest`` a link to a checkpoint, atomically."""
         with atomic(self.path / LATEST.format(rank=0)) as link:
             link.symlink_to(path.name)
 
-    def rotate(self, keep: int, until: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints of steps up to ``until``, whichever start wrote them."""
-        for path in self.saved(until)[:-keep]:
-            path.unlink()
-
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Write the tokenizer next to the checkpoints, unless the same one is there, so that they can be moved."""
+        """Write the tokenizer next to the checkpoints, unless the same one is there; the folder can then be moved."""
         folder, fingerprint = self.path / TOKENIZER, tokenizer_fingerprint(tokenizer)
         settle_folder(folder)
-        with contextlib.suppress(ValueError, OSError):  # a damaged one is replaced
+        with contextlib.suppress(ValueError, OSError):  # replaces a damaged one
             if folder.exists() and tokenizer_fingerprint(load_tokenizer(str(folder))) == fingerprint:
                 return
         partial = folder.with_name(f"{TOKENIZER}{PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(tokenizer, partial)
-        if tokenizer_fingerprint(load_tokenizer(str(partial))) == fingerprint:
-            replace_folder(partial, folder)
-        else:
-            log.warning(
-                "%s: the saved tokenizer gives other ids, so none is kept next to the checkpoints. Name the tokenizer "
-                "wherever they are used",
-                folder,
-            )
-            shutil.rmtree(partial)
+        replace_folder(partial, folder)
 
 
 def find(path: str | None, resume: bool) -> tuple[RunFolder | None, str | None]:
-    """Lock a run's folder, on rank 0, and find the checkpoint to resume from, the same on every rank.
+    """Lock a run's folder on rank 0, and return it and, on every rank, the checkpoint to resume from.
 
     Args:
-        path: of the folder; None if there is no local one.
+        path: of the folder; None if the run has no local one.
         resume: whether to look for a checkpoint.
 
     Raises:
-        ConfigError: another run has the folder.
+        ConfigError: another run has locked the folder.
         CheckpointError: all checkpoints in it are damaged, or a node does not see the one to resume from.
     """
     folder = None
@@ -259,57 +212,37 @@ def find(path: str | None, resume: bool) -> tuple[RunFolder | None, str | None]:
     return folder, found[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Saver(CheckpointSaver):
     """Composer's CheckpointSaver for a local folder, with atomic writes: ``latest`` always names a complete checkpoint.
 
-    If a checkpoint cannot be written, the run ends with the reason, and no partial file stays. Rotation includes
-    checkpoints of earlier starts.
+    Rotation includes checkpoints of earlier starts.
 
     Args:
         folder: of the run; None on ranks other than 0.
         path: of that folder.
-        tokenizer: of the run, written next to the checkpoints before the first step.
-        save_interval, overwrite, num_checkpoints_to_keep: as CheckpointSaver's.
+        tokenizer: of the run; written next to the checkpoints before the first step.
+        options: save_interval, overwrite, num_checkpoints_to_keep of CheckpointSaver.
+
+    Raises:
+        TrainingError: a checkpoint cannot be written; no partial file stays.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder | None,
-        path: str,
-        tokenizer: PreTrainedTokenizerFast,
-        save_interval: str,
-        overwrite: bool,
-        num_checkpoints_to_keep: int,
-    ):
-        super().__init__(
-            path,
-            filename=NAME,
-            latest_filename=LATEST,
-            remote_file_name=f"{path}/{NAME}",  # for loggers that store files too, such as W&B
-            latest_remote_file_name=f"{path}/{LATEST}",
-            save_interval=save_interval,
-            overwrite=overwrite,
-            num_checkpoints_to_keep=num_checkpoints_to_keep,
-        )
+    def __init__(self, folder: RunFolder | None, path: str, tokenizer: PreTrainedTokenizerFast, **options: Any):
+        super().__init__(path, filename=NAME, latest_filename=LATEST, **options)
         self.run_folder, self.tokenizer = folder, tokenizer
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        super().fit_start(state, logger)  # refuses a folder with another run's checkpoints, whose tokenizer stays
+        super().fit_start(state, logger)  # first, because it refuses a folder with another run's checkpoints
         if self.run_folder is not None:
             self.run_folder.keep_tokenizer(self.tokenizer)
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
         epoch, step = state.timestamp.epoch.value, state.timestamp.batch.value
-        path = Path(self.filename.format(state)).with_name(NAME.format(epoch=epoch, batch=step, rank=0))
+        path = Path(self.folder, NAME.format(epoch=epoch, batch=step, rank=0))
         # Before the write, so that the checkpoint lists itself.
         self.all_saved_checkpoints_to_timestamp[str(path)] = state.timestamp
-        torch.cuda.empty_cache()  # as Composer does: gathering states takes memory
+        torch.cuda.empty_cache()  # as Composer does: gathering the state takes memory
         held = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         reasons: list[str | None] = [None]
         if self.run_folder is not None:
@@ -317,7 +250,8 @@ class Saver(CheckpointSaver):
             if reasons[0] is None:
                 self.run_folder.point_latest(path)
                 if self.num_checkpoints_to_keep > 0:
-                    self.run_folder.rotate(self.num_checkpoints_to_keep, step)
+                    for old in self.run_folder.saved(until=step)[: -self.num_checkpoints_to_keep]:
+                        old.unlink()
         dist.broadcast_object_list(reasons, src=0)  # all ranks wait until it is written
         if reasons[0] is not None:
             raise TrainingError(
@@ -326,8 +260,8 @@ class Saver(CheckpointSaver):
             )
         if self.run_folder is not None:
             self.saved_checkpoints.append(str(path))
-            assert self.remote_file_name is not None
-            logger.upload_file(self.remote_file_name.format(state).lstrip("/"), str(path), overwrite=self.overwrite)
+            # For loggers that store files, such as W&B.
+            logger.upload_file(f"{self.folder}/{path.name}".lstrip("/"), str(path), overwrite=self.overwrite)
 
     def post_close(self) -> None:
         super().post_close()
@@ -340,6 +274,6 @@ def write(held: Any, path: Path) -> str | None:
     try:
         with atomic(path) as partial, partial.open("wb") as file:
             torch.save(held, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns errors of the system into RuntimeErrors
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError from an OSError
         return first_line(error if isinstance(error, OSError) else error.__context__ or error)
     return None

@@ -1,4 +1,4 @@
-"""What a run logs, and where: step monitor, stream shares, console line, metrics file."""
+"""What a run logs, and where to: step monitor, stream shares, console line, metrics file."""
 
 import json
 import math
@@ -25,15 +25,13 @@ class StreamShares(Callback):
 
     Logs, by the dataset's name:
         data/sample_share/<name>: share of an epoch's samples; logged once.
-        data/token_share/<name>: share of non-padding tokens of all processes since the last log; every ``steps`` steps
-            and at the end of an epoch.
-
-    Args:
-        steps: between two logs, each of which waits for all processes.
+        data/token_share/<name>: share of non-padding tokens since the last log, all processes; logged every ``STEPS``
+            steps and at the end of an epoch. It waits for all processes.
     """
 
-    def __init__(self, steps: int = 100):
-        self.steps = steps
+    STEPS = 100
+
+    def __init__(self) -> None:
         self.names: list[str] = []
         self.tokens = torch.zeros(0)
 
@@ -48,13 +46,10 @@ class StreamShares(Callback):
         self.tokens.index_add_(0, state.batch["stream"][:, 0], lengths)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch.value % self.steps == 0:
-            self._log(state, logger)
+        if state.timestamp.batch.value % self.STEPS == 0:
+            self.epoch_end(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        self._log(state, logger)
-
-    def _log(self, state: State, logger: Logger) -> None:
         total = state.device.tensor_to_device(self.tokens)
         dist.all_reduce(total, reduce_operation="SUM")
         shares = (total / total.sum().clamp(min=1)).tolist()
@@ -66,21 +61,22 @@ class StepMonitor(Callback):
     """Log throughput, data wait, gradient norm and batch statistics of each step. Tokens are non-padding tokens.
 
     ======================= ========================================================================================
-    step/tokens_per_s       tokens per second, all processes; the time of loading, forward, backward and optimizer
-    step/samples_per_s      sequences per second, all processes; same time
+    step/tokens_per_s       tokens per second, all processes
+    step/samples_per_s      sequences per second, all processes
     step/mfu                model FLOPs per second, as a share of the GPU's peak in its data sheet; GPUs only
-    step/data_wait_share    share of that time spent waiting for data
+    step/data_wait_share    share of the time spent waiting for data
     step/fill               T / (B * S), tokens per position of this process's padded batch
     step/masked_tokens      masked tokens in this process's batch
     step/grad_norm          L2 norm of the gradient that the optimizer gets
     ======================= ========================================================================================
 
-    Times exclude evaluation and saving; Composer's SpeedMonitor counts saving as training.
+    The time includes loading, forward, backward and optimizer, and excludes evaluation and saving (Composer's
+    SpeedMonitor includes saving).
 
     Args:
         window_size: steps that rates and shares are averaged over.
-        warmup: first steps of a process to skip: they compile, allocate and fill caches.
-        gpu_flops_available: FLOP/s of one GPU in this precision. None: from Composer's table of data sheets.
+        warmup: first steps of a process to skip, because they compile, allocate and fill caches.
+        gpu_flops_available: FLOP/s of one GPU in this precision; by default from Composer's table of data sheets.
     """
 
     def __init__(self, window_size: int = 20, warmup: int = 5, gpu_flops_available: float | None = None):
@@ -109,12 +105,8 @@ class StepMonitor(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         seconds = time.perf_counter() - self.started
         counts, now, before = num_tokens(state.batch), state.timestamp, state.previous_timestamp
-        logger.log_metrics(
-            {
-                "step/fill": counts["total"] / state.batch["input_ids"].numel(),
-                "step/masked_tokens": counts["loss_generating"],
-            }
-        )
+        fill = counts["total"] / state.batch["input_ids"].numel()
+        logger.log_metrics({"step/fill": fill, "step/masked_tokens": counts["loss_generating"]})
         if self.warmup:
             self.warmup -= 1
             return
@@ -123,21 +115,16 @@ class StepMonitor(Callback):
         tokens, samples = now.token.value - before.token.value, now.sample.value - before.sample.value
         self.steps.append((seconds, self.waited, tokens, samples, model.flops_per_batch(state.batch)))
         time_s, waited, tokens, samples, flops = (sum(column) for column in zip(*self.steps, strict=True))
-        metrics = {
-            "step/tokens_per_s": tokens / time_s,
-            "step/samples_per_s": samples / time_s,
-            "step/data_wait_share": waited / time_s,
-        }
+        rates: dict[str, float] = {"tokens_per_s": tokens, "samples_per_s": samples, "data_wait_share": waited}
         if self.gpu_flops_available:
-            metrics["step/mfu"] = flops / time_s / self.gpu_flops_available
-        logger.log_metrics(metrics)
+            rates["mfu"] = flops / self.gpu_flops_available
+        logger.log_metrics({f"step/{name}": value / time_s for name, value in rates.items()})
 
 
 class ConsoleLine(LoggerDestination):
-    """Print a line per ``interval`` with step, loss, learning rate, speed and estimated time left.
+    """Print step, loss, learning rate, speed and time left to standard error, every ``interval``, on rank 0.
 
     Speed and gradient norm need StepMonitor, the learning rate needs LRMonitor. Each evaluation prints a line, too.
-    Rank 0 prints, to standard error.
 
     Args:
         interval: for example 100ba, 1ep or 60sec.
@@ -189,13 +176,13 @@ class ConsoleLine(LoggerDestination):
 
 
 class MetricsFile(LoggerDestination):
-    """Write metrics as JSON lines, one per training step and one per evaluation.
+    """Write metrics as JSON lines, one per training step and one per evaluation, on rank 0.
 
     Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, without evaluation) since the start of
     the run, and the metrics logged since the last line. A resumed run keeps the lines up to its checkpoint.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file; its folder is created.
     """
 
     def __init__(self, path: str):
@@ -213,29 +200,18 @@ class MetricsFile(LoggerDestination):
             done = state.timestamp.batch.value
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["batch"] <= done] if done else []
             write_text(self.path, (f"{line}\n" for line in kept))
-            self._file = self.path.open("a")
+            self._file = self.path.open("a", buffering=1)  # so that each line is in the file at once
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._write(state)
+        if self._file is not None:
+            counts = {name: getattr(state.timestamp, name).value for name in ("batch", "sample", "token")}
+            line = {**counts, "seconds": state.timestamp.total_wct.total_seconds(), **self._pending}
+            self._file.write(json.dumps(line) + "\n")
+            self._pending = {}
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._write(state)
+        self.batch_end(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
         if self._file is not None:
             self._file.close()
-
-    def _write(self, state: State) -> None:
-        if self._file is None:
-            return
-        now = state.timestamp
-        line = {
-            "batch": now.batch.value,
-            "sample": now.sample.value,
-            "token": now.token.value,
-            "seconds": now.total_wct.total_seconds(),
-            **self._pending,
-        }
-        self._pending = {}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()

@@ -15,21 +15,21 @@ EXIT_INTERRUPTED = 75
 
 
 def settle_worker(_: int) -> None:
-    """In a loader worker: ignore signals and end with the parent process, which may have to finish a step."""
+    """Make a loader worker ignore signals, because its parent may finish a step, and end with its parent."""
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """Kill remaining loader workers. They ignore SIGTERM, so Python, which sends it at exit, would wait forever."""
+    """Kill remaining loader workers. Python sends SIGTERM at exit and waits, but they ignore it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def meet(timeout: float) -> None:
-    """Connect the processes of a run, before streaming does it with a timeout of its own.
+    """Connect the processes of a run, before streaming does it with another timeout.
 
     Raises:
         ConfigError: some do not connect within ``timeout`` seconds, or the port is in use.
@@ -41,15 +41,12 @@ def meet(timeout: float) -> None:
         raise ConfigError(
             f"process {dist.get_global_rank()} of {dist.get_world_size()} did not connect to the others at {where} "
             f"within {timeout:g} s (dist_timeout): {first_line(error)}\n"
-            "Check that node 0 has this MASTER_ADDR and that MASTER_PORT is free there, that WORLD_SIZE is the number "
-            "of processes on all nodes, that each node has its own NODE_RANK, and that all of them were started."
+            "Check that node 0 has this MASTER_ADDR and a free MASTER_PORT, WORLD_SIZE is the number of processes on "
+            "all nodes, each node has another NODE_RANK, and all were started."
         ) from None
 
 
 def share_cores() -> None:
-    """Give each process of a node its share of the cores, unless OMP_NUM_THREADS is set.
-
-    By default torch uses all cores in each process, and on a CPU waiting threads then slow down the working ones.
-    """
+    """Divide a node's cores among its processes, unless OMP_NUM_THREADS is set; by default torch uses all in each."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_local_world_size()))

@@ -19,22 +19,15 @@ LEARNING_RATE = ("optimizer", "scheduler", "max_duration")
 ABSENT = "not set"
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between a checkpoint and a config: both values, by path."""
-    names = sorted({*there, *here})
-    both = {name: (there.get(name, ABSENT), here.get(name, ABSENT)) for name in names}
-    return {name: values for name, values in both.items() if values[0] != values[1]}
-
-
 class ResumeCheck(Callback):
     """Store a run's settings in its checkpoints, and compare them with those of a checkpoint when the run resumes.
 
     Checkpoints hold its state under the name of this class.
 
     Args:
-        settings: what decides the run's result, by path (``config.settings``, and fingerprints).
+        settings: everything that affects the run's result, by path (``config.settings`` and fingerprints).
         allow: paths and sections that may differ.
-        earlier: values that mean the same and that earlier versions wrote, by path.
+        earlier: values that earlier versions wrote for the same settings, by path.
     """
 
     def __init__(self, settings: dict[str, Any], allow: Sequence[str], earlier: dict[str, Any] | None = None):
@@ -49,7 +42,7 @@ class ResumeCheck(Callback):
         self.accepted = self.compare(state, "the checkpoint")
 
     def compare(self, there: dict[str, Any] | None, path: str) -> list[str]:
-        """Paths of the accepted differences from a checkpoint's settings.
+        """Compare a checkpoint's settings with this run's; returns the paths of accepted differences.
 
         Raises:
             ConfigError: other settings differ. One message names all of them, with both values.
@@ -57,36 +50,39 @@ class ResumeCheck(Callback):
         if there is None:
             log.warning("%s has no settings, so none were compared with this run's", path)
             return []
-        same = {name for name, value in self.earlier.items() if there.get(name) == value}
-        found = {k: values for k, values in differences(there, self.settings).items() if k not in same}
-        allowed = [name for name in found if any(is_within(name, ok) for ok in self.allow)]
-        accepted = [name for name in allowed if name not in RESTORED_BY_STREAMING]
-        refused = [name for name in found if name not in accepted]
+        accepted, refused, lines = [], [], [f"{path} is of a run with different settings"]
+        for name in sorted({*there, *self.settings}):
+            old, new = there.get(name, ABSENT), self.settings.get(name, ABSENT)
+            if old in (new, self.earlier.get(name, new)):
+                continue
+            if name not in RESTORED_BY_STREAMING and any(is_within(name, section) for section in self.allow):
+                accepted.append(name)
+            else:
+                refused.append(name)
+                lines.append(f"{name}: {old!r} there, {new!r} here")
         if not refused:
             return accepted
-        lines = [f"{path} is of a run with different settings"]
-        lines += [f"{name}: {found[name][0]!r} there, {found[name][1]!r} here" for name in refused]
-        lines.append("Set them back, or start a new run in another save_folder")
-        fixed = [name for name in refused if name in RESTORED_BY_STREAMING]
+        advice = f", or accept them: resume.allow=[{','.join(refused)}]"
+        fixed = ", ".join(name for name in refused if name in RESTORED_BY_STREAMING)
         if fixed:
-            lines[-1] += f". {', '.join(fixed)} cannot change within a run: the order of samples is the checkpoint's"
-        else:
-            lines[-1] += f", or accept them: resume.allow=[{','.join(refused)}]"
+            advice = f". {fixed} cannot change within a run: the checkpoint decides the order of samples"
+        lines.append(f"Set them back, or start a new run in another save_folder{advice}")
         raise ConfigError("\n  ".join(lines))
 
     def before_load(self, state: State, logger: Logger) -> None:
-        self._options = [[{**group, "params": None} for group in o.param_groups] for o in state.optimizers]
+        for optimizer in state.optimizers:
+            self._options.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Apply accepted options of optimizer and schedule again: loading the checkpoint has overridden them."""
+        """Apply accepted options of optimizer and schedule again, because loading the checkpoint overrides them."""
         if self.accepted:
             log.warning("resumed with settings that differ from the checkpoint's: %s", ", ".join(self.accepted))
         if not any(is_within(name, section) for name in self.accepted for section in LEARNING_RATE):
             return
         for optimizer, options in zip(state.optimizers, self._options, strict=True):
             for group, fresh in zip(optimizer.param_groups, options, strict=True):
-                group.update({name: value for name, value in fresh.items() if name != "params"})
+                group.update(fresh)
         for scheduler in state.schedulers:
             scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
             for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-                group["lr"] = group["initial_lr"] * share(0)  # Composer's lambda takes the time from the state
+                group["lr"] = group["initial_lr"] * share(0)  # Composer's lambda ignores 0: it reads the state's time

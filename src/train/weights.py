@@ -1,6 +1,4 @@
-"""Pretrained weights: from a checkpoint of a run or a Hugging Face folder, strictly, into any of the models.
-
-    load_pretrained(path, model_class, **config) -> model      load_tokenizer(read(path)) -> its tokenizer
+"""Load pretrained weights into a model, with strict names and shapes. No code in the files runs.
 
 A path is one of
     runs/mine/checkpoints, or a file in it    checkpoints of main.py
@@ -8,13 +6,14 @@ A path is one of
                                               (model_type ``bert`` with ``alibi_starting_size``)
     a folder of Hugging Face's BERT           for transformers' own classes only
 
-Every weight of the model must be there, and no other. Exceptions are the names in ``NEWLY_INITIALISED`` and
-``DROPPED``, and names that a class ties together, of which one is enough. Files are read as data: no code in them runs.
+Missing and unexpected weights are errors, except those in ``NEWLY_INITIALISED`` and ``DROPPED``. Of tied weights, one
+name is enough.
 """
 
 import inspect
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,22 +39,22 @@ from src.train.schema import nearest
 log = logging.getLogger(__name__)
 
 NEWLY_INITIALISED = ("bert.pooler.", "classifier.")
-"""Heads that pretraining does not train; newly initialised if the weights have nothing of them."""
+"""Heads that pretraining does not train; newly initialised if the file has no part of them."""
 DROPPED = (*NEWLY_INITIALISED, "cls.", "bert.embeddings.position_ids")
-"""Weights that a class may lack: heads, and a buffer of older versions of transformers."""
+"""Weights that a model may lack: heads, and a buffer of older versions of transformers."""
 SHAPELESS_SETTINGS = ("num_attention_heads", "layer_norm_eps")
 """Settings that change the computation but no tensor shape; compared explicitly."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a Hugging Face folder; the first that exists is read."""
 MOST_NAMES = 12
-"""Names of weights in an error; further ones are counted."""
+"""Weights that an error lists; further ones are counted."""
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights that were read, and what is known of them."""
+    """Weights and their config, as read from a checkpoint or a Hugging Face folder."""
 
     path: Path
     """The checkpoint's file, or the Hugging Face folder."""
@@ -68,10 +67,7 @@ class Pretrained:
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Folder or Hub name of the tokenizer, or None: next to the checkpoint, or in the Hugging Face folder.
-
-        Runs of earlier versions only wrote its name, to config.yaml next to the checkpoint.
-        """
+        """Folder or Hub name of the tokenizer, if it is known. Earlier versions only wrote the name, to config.yaml."""
         own = self.path if self.settings is None else self.path.with_name(checkpoint.TOKENIZER)
         if any((own / name).exists() for name in ("tokenizer.json", "vocab.txt")):
             return str(own)
@@ -84,33 +80,32 @@ class Pretrained:
             raise CheckpointError(f"{config}: tokenizer_name: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def read(path: str | Path) -> Pretrained:
     """The weights of a checkpoint or a Hugging Face folder.
 
     Raises:
         CheckpointError: there is neither at ``path``; or it is damaged, holds more than data, or is of another kind.
     """
-    path = Path(path)
-    if path.is_file():
-        return _read_checkpoint(path)
-    if (path / "config.json").exists():
-        return _read_folder(path)
+    path, settings = Path(path), None
     latest = path / checkpoint.LATEST.format(rank=0)
-    if latest.exists():
-        return _read_checkpoint(latest)
-    if not path.exists():
+    if (path / "config.json").exists():
+        config_class, options, weights = _read_folder(path)
+    elif path.is_file() or latest.exists():
+        path = path if path.is_file() else latest
+        config_class, options, weights, settings = _read_checkpoint(path)
+    elif path.exists():
+        raise CheckpointError(f"{path}: this folder has neither {latest.name} nor a Hugging Face model (config.json)")
+    else:
         raise CheckpointError(f"{path}: no such file or folder")
-    raise CheckpointError(f"{path}: this folder has neither {latest.name} nor a Hugging Face model (config.json)")
+    try:
+        return Pretrained(path, config_class(**options), weights, settings)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _read_checkpoint(path: Path) -> Pretrained:
-    state = checkpoint.read(path)
-    reason = checkpoint.damage(path)
+def _read_checkpoint(path: Path) -> tuple[type, dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Class and options of the model's config, weights, and the run's settings."""
+    state, reason = checkpoint.read(path), checkpoint.damage(path)
     if reason is not None:
         raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
     settings = state["callbacks"].get("ResumeCheck") or {}
@@ -121,12 +116,11 @@ def _read_checkpoint(path: Path) -> Pretrained:
     prefix = "model.model_config."
     options = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     options["vocab_size"] = len(weights["bert.embeddings.word_embeddings.weight"])
-    if "classifier.weight" in weights:
-        options["num_labels"] = len(weights["classifier.weight"])
-    return Pretrained(path, _config(kind.config_class, options, path), weights, settings)
+    return kind.config_class, options, weights, settings
 
 
-def _read_folder(folder: Path) -> Pretrained:
+def _read_folder(folder: Path) -> tuple[type, dict[str, Any], dict[str, Tensor]]:
+    """Class and options of the model's config, and weights."""
     try:
         options = json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -139,42 +133,24 @@ def _read_folder(folder: Path) -> Pretrained:
     if ours:
         if options.get("hidden_act", "gelu") != "gelu":
             raise CheckpointError(f"{folder}: hidden_act: expected gelu, got {options['hidden_act']!r}")
-        # A published config has more settings, without effect here: lengths, positions, names of its own classes.
+        # A published config has more settings, which have no effect: lengths, positions, names of its own classes.
         takes = {*inspect.signature(MosaicBertConfig).parameters, "id2label", "label2id", "problem_type"}
         options = {name: value for name, value in options.items() if name in takes}
-    weights = _read_weights(folder)
-    if "embeddings.word_embeddings.weight" in weights:  # an encoder without a head
-        weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
-    return Pretrained(folder, _config(kind, options, folder), weights, None)
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
     paths = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not paths:
         raise CheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHTS)}, as one file")
     if paths[0].suffix == ".safetensors":
         try:
             weights = safetensors.torch.load_file(paths[0])
-        except Exception as error:  # a damaged file can raise anything in the reader
+        except Exception as error:  # the reader can raise anything for a damaged file
             raise CheckpointError(f"{paths[0]}: the file is damaged ({first_line(error)})") from None
     else:
         weights = checkpoint.load_data(paths[0])
-    renamed = ((".gamma", ".weight"), (".beta", ".bias"))  # LayerNorms of the first BERT checkpoints
-    for old, new in renamed:
-        weights = {name.removesuffix(old) + new if name.endswith(old) else name: w for name, w in weights.items()}
-    return weights
-
-
-def _config(config_class: type, options: dict[str, Any], path: Path) -> Any:
-    try:
-        return config_class(**options)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------------------------
+    # The first BERT checkpoints name LayerNorm's parameters gamma and beta.
+    weights = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): w for name, w in weights.items()}
+    if "embeddings.word_embeddings.weight" in weights:  # an encoder without a head
+        weights = {f"bert.{name}": tensor for name, tensor in weights.items()}
+    return kind, options, weights
 
 
 def load_pretrained(
@@ -185,7 +161,7 @@ def load_pretrained(
     Args:
         source: a path, or what ``read`` returns.
         model_class: BertModel or a BertFor… of bert_layers.py; for weights of Hugging Face's BERT, of transformers.
-        new_classifier: newly initialise ``classifier`` even if the weights have one, for another task.
+        new_classifier: newly initialise ``classifier`` even if the weights have one.
         overrides: settings of the config by name, for example ``num_labels`` or ``hidden_dropout_prob``.
 
     Raises:
@@ -193,16 +169,9 @@ def load_pretrained(
         ConfigError: an override is unknown or refused.
         ValueError: the model cannot be built, for example with attention dropout that no kernel supports.
     """
-    if not isinstance(source, Pretrained):
-        source = read(source)
+    source = source if isinstance(source, Pretrained) else read(source)
     check_kind(source, model_class)
-    model = model_class(_overridden(source, overrides))
-    load_weights(model, source, new_classifier)
-    return model.eval()
-
-
-def _overridden(source: Pretrained, overrides: dict[str, Any]) -> Any:
-    config = source.config
+    config: Any = source.config
     for name in overrides:
         if not hasattr(config, name):
             raise ConfigError(f"model_config.{name}: unknown key; {nearest(name, list(vars(config)))}")
@@ -210,33 +179,31 @@ def _overridden(source: Pretrained, overrides: dict[str, Any]) -> Any:
     if "num_labels" in overrides:  # the names of other labels would override the number
         del options["id2label"], options["label2id"]
     try:
-        return type(config)(**{**options, **overrides})
+        config = type(config)(**{**options, **overrides})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model_config: {error}") from None
+    model = model_class(config)
+    load_weights(model, source, new_classifier)
+    return model.eval()
 
 
 def check_kind(source: Pretrained, model_class: type[PreTrainedModel]) -> None:
-    """Refuse weights of a MosaicBERT for Hugging Face's BERT, and the reverse (CheckpointError)."""
+    """Raise CheckpointError for weights of a MosaicBERT and a model of Hugging Face's BERT, and the reverse."""
+    there = "a MosaicBERT; use model mosaic_bert"
+    if not isinstance(source.config, MosaicBertConfig):
+        there = "Hugging Face's BERT (learned positions; no alibi_starting_size in its config); use model hf_bert"
     assert model_class.config_class is not None
-    ours, theirs = issubclass(model_class.config_class, MosaicBertConfig), isinstance(source.config, MosaicBertConfig)
-    if ours and not theirs:
-        raise CheckpointError(
-            f"{source.path}: these are weights of Hugging Face's BERT (learned positions, separate queries, keys and "
-            "values, no gated linear units; no alibi_starting_size in its config), which do not fit MosaicBERT. Use "
-            "model hf_bert, or weights of a MosaicBERT"
-        )
-    if theirs and not ours:
-        raise CheckpointError(f"{source.path}: these are weights of a MosaicBERT; use model mosaic_bert, not hf_bert")
+    if issubclass(model_class.config_class, MosaicBertConfig) != isinstance(source.config, MosaicBertConfig):
+        raise CheckpointError(f"{source.path}: these are weights of {there}")
 
 
 def initialise(config: RunConfig, model: MosaicBert | HFBert, tokenizer: PreTrainedTokenizerFast) -> None:
     """Load the weights of ``config.pretrained``, if it is set, into a model for pretraining."""
-    if config.pretrained is None:
-        return
-    source = read(config.pretrained)
-    check_kind(source, type(model.model))
-    check_tokenizer(source, tokenizer)
-    load_weights(model.model, source)
+    if config.pretrained is not None:
+        source = read(config.pretrained)
+        check_kind(source, type(model.model))  # before the tokenizer, because its message helps more
+        check_tokenizer(source, tokenizer)
+        load_weights(model.model, source)
 
 
 def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: bool = False) -> None:
@@ -244,7 +211,7 @@ def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: boo
 
     Raises:
         CheckpointError: weights are missing, unexpected, of another shape, or tied but not equal; a setting of
-            SHAPELESS_SETTINGS differs; or the weights are of another kind of model. One message names all faults.
+            SHAPELESS_SETTINGS differs (one message names all faults); or as ``check_kind``.
     """
     check_kind(source, type(model))
     prefix = "" if hasattr(model, "bert") else "bert."  # names of BertModel have none
@@ -265,16 +232,13 @@ def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: boo
         elif len(given) > 1 and not all(torch.equal(state[given[0]], state[name]) for name in given[1:]):
             faults.append(f"tied, but not equal: {', '.join(given)}")
     unused = [name for name in state if name not in here]
+    unexpected = [name for name in unused if not name.startswith(DROPPED)]
     shapes = [
         f"{name} (expected {tuple(tensor.shape)}, got {tuple(state[name].shape)})"
         for name, tensor in here.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    for what, found in (
-        ("missing", missing),
-        ("unexpected", [name for name in unused if not name.startswith(DROPPED)]),
-        ("of another shape", shapes),
-    ):
+    for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if found:
             more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
             faults.append(f"{what}: {', '.join(found[:MOST_NAMES])}{more}")
@@ -288,21 +252,14 @@ def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: boo
     given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name in here}
     model.load_state_dict(given, strict=False)
     new = [name for name in here if name not in state and name.startswith(new_heads)]
-    for what, names in (("not used", unused), ("newly initialised", new)):
-        if names:
-            log.info("%s: %s: %s", source.path, what, ", ".join(names))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ----------------------------------------------------------------------------------------------------------------------
+    log.info("%s: not used: %s; newly initialised: %s", source.path, unused or "none", new or "none")
 
 
 def load_tokenizer(source: Pretrained, name: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer that the weights were trained with: ``name``, by default the checkpoint's or folder's own.
+    """The tokenizer that the weights were trained with: ``name``, by default ``source.tokenizer_name``.
 
     Raises:
-        CheckpointError: no tokenizer is named or found, or it is not the one of the weights.
+        CheckpointError: no tokenizer is named or found, or as ``check_tokenizer``.
     """
     name = name or source.tokenizer_name
     if name is None:
@@ -317,20 +274,18 @@ def load_tokenizer(source: Pretrained, name: str | None = None) -> PreTrainedTok
 
 
 def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer that the weights were not trained with; warn if nothing says which one that was.
+    """Refuse a tokenizer that the weights were not trained with; warn if that one is unknown.
 
     Raises:
-        CheckpointError: it gives other ids, or has more of them than the model has embeddings.
+        CheckpointError: it gives other ids, or more ids than the model has embeddings.
     """
+    name, trained_with = tokenizer.name_or_path, None
     if source.settings is not None:
         trained_with = source.settings.get("tokenizer")
     elif source.tokenizer_name is not None:
         trained_with = tokenizers.tokenizer_fingerprint(tokenizers.load_tokenizer(source.tokenizer_name))
-    else:
-        trained_with = None
-    name = tokenizer.name_or_path
     if trained_with is None:
-        log.warning("%s does not say which tokenizer it was trained with, so none was compared", source.path)
+        log.warning("%s does not say which tokenizer it was trained with, so this one is not checked", source.path)
     elif trained_with not in (tokenizers.tokenizer_fingerprint(tokenizer), tokenizers.earlier_fingerprint(tokenizer)):
         raise CheckpointError(f"{source.path}: the tokenizer {name} is not the one that it was trained with")
     if len(tokenizer) > source.config.vocab_size:

@@ -1,4 +1,4 @@
-"""Callbacks and loggers in small runs: what stops a run, what is tried before it, what is printed of it."""
+"""Callbacks and loggers in small runs: failures that stop a run, the memory probe, console lines."""
 
 import re
 
@@ -10,11 +10,11 @@ from src import data_c4
 from src.common.errors import ConfigError, TrainingError
 from src.mosaic_bert import MosaicBert
 from src.train.callbacks import MemoryProbe
-from tests.runs import QUICKSTART, fit, trainer_of
+from tests.runs import DROPOUT, QUICKSTART, fit, trainer_of
 
 
-def test_a_loss_that_is_no_number_stops_the_run(overrides, tmp_path):
-    """With step, rank, learning rate and the checkpoint before it; nothing is saved of the broken weights."""
+def test_nan_loss_stops_the_run(overrides, tmp_path):
+    """The error names step, rank, learning rate and the last checkpoint; the broken weights are not saved."""
     with pytest.raises(SystemExit) as exit:
         main.run([QUICKSTART, *overrides, "optimizer.lr=1e30", "max_duration=20ba", "save_interval=1ba"])
     message = str(exit.value)
@@ -26,36 +26,47 @@ def test_a_loss_that_is_no_number_stops_the_run(overrides, tmp_path):
     assert last in saved and f"ep0-ba{found[2]}-rank0.pt" not in saved
 
 
-def test_without_a_checkpoint_that_is_said(overrides):
-    options = [*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"]
+def test_nan_loss_without_a_checkpoint(overrides):
     with pytest.raises(TrainingError, match="No checkpoint was saved before it"):
-        fit(options)
+        fit([*overrides, "save_folder=null", "optimizer.lr=1e30", "max_duration=20ba"])
 
 
-def test_an_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
-    """A stream that stops without an exception; a run may not say that it trained what it did not."""
+def test_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
+    """Of a stream that stops without an exception."""
     whole = data_c4.Loader.__iter__
     monkeypatch.setattr(data_c4.Loader, "__iter__", lambda self: (b for i, b in enumerate(whole(self)) if i < 3))
     with pytest.raises(TrainingError, match="epoch 1 ended after 3 of 19 batches"):
         fit([*overrides, "max_duration=1ep", "eval_interval=0"])
 
 
-def test_the_largest_microbatch_is_tried_first_and_changes_nothing(overrides, monkeypatch):
-    options = [*overrides, "save_folder=null", "eval_interval=0", "model.model_config.hidden_dropout_prob=0.1"]
+def test_memory_probe_runs_the_largest_microbatch_first_and_changes_no_state(overrides, monkeypatch):
+    options = [*overrides, "save_folder=null", "eval_interval=0", DROPOUT]
     shapes, forward = [], MosaicBert.forward
-    monkeypatch.setattr(
-        MosaicBert,
-        "forward",
-        lambda self, batch: shapes.append((len(batch["input_ids"]), batch["max_seqlen"])) or forward(self, batch),
-    )
+
+    def recorded(self, batch):
+        shapes.append((len(batch["input_ids"]), batch["max_seqlen"]))
+        return forward(self, batch)
+
+    monkeypatch.setattr(MosaicBert, "forward", recorded)
     _, want, weights = fit(options)
     assert shapes[0] == (16 * 32, 32) == max(shapes)
+
+    trainer = trainer_of(options)
+    model, probe = trainer.state.model, next(c for c in trainer.state.callbacks if isinstance(c, MemoryProbe))
+    held = {**model.state_dict(), **dict(model.named_buffers())}
+    before, generator = {name: value.clone() for name, value in held.items()}, torch.get_rng_state()
+    probe.fit_start(trainer.state, trainer.logger)
+    assert all(torch.equal(before[name], held[name]) for name in held)
+    assert torch.equal(generator, torch.get_rng_state()) and not trainer.state.optimizers[0].state_dict()["state"]
+    assert all(p.grad is None for p in model.parameters())
+    trainer.close()
+
     monkeypatch.setattr(MemoryProbe, "fit_start", lambda *args: None)
     _, got, same = fit(options)
     assert got.losses == want.losses and torch.equal(weights, same)
 
 
-def test_too_little_memory_is_said_before_the_first_step(overrides, monkeypatch):
+def test_too_little_memory_is_an_error_before_the_first_step(overrides, monkeypatch):
     def forward(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -79,6 +90,6 @@ def test_console_lines(overrides, capsys):
     assert len(printed) == 3
 
 
-def test_an_interval_that_is_none(overrides):
+def test_console_line_refuses_an_unknown_interval(overrides):
     with pytest.raises(ConfigError, match=r"loggers\.console_line: .*hours"):
         trainer_of([*overrides, "loggers.console_line.interval=3hours"])

@@ -1,4 +1,4 @@
-"""A checkpoint folder holds its tokenizer: moved, it is evaluated, exported, fine-tuned and continued by itself."""
+"""A checkpoint folder holds its tokenizer, so a moved one can be evaluated, exported, fine-tuned and resumed."""
 
 import json
 import shutil
@@ -8,12 +8,11 @@ import pytest
 import export_hf
 import finetune
 import main
-from src.common.errors import CheckpointError, ConfigError
+from src.common.errors import ConfigError
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from src.train.checkpoint import TOKENIZER
-from src.train.weights import load_tokenizer as tokenizer_of
 from src.train.weights import read
-from tests.runs import QUICKSTART, UNSAVED, change_tokenizer, losses_of
+from tests.runs import QUICKSTART, UNSAVED, losses_of
 
 NULL = "tokenizer_name=null"
 
@@ -29,7 +28,7 @@ def moved(overrides, tokenizer_folder, tmp_path):
     return tmp_path / "elsewhere", options
 
 
-def test_a_moved_checkpoint_is_evaluated_and_continued(capsys, moved):
+def test_moved_checkpoint_is_evaluated_and_resumed(capsys, moved):
     folder, options = moved
     want = capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match="original': there is no such folder"):
@@ -46,7 +45,7 @@ def test_a_moved_checkpoint_is_evaluated_and_continued(capsys, moved):
         losses_of([*options, NULL, *UNSAVED])
 
 
-def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypatch):
+def test_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypatch):
     folder, _ = moved
     export_hf.main([str(folder), str(tmp_path / "exported")])
     assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "exported"))) == read(folder).settings["tokenizer"]
@@ -59,8 +58,8 @@ def test_a_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypa
     assert list((tmp_path / "tuned").rglob("result.json"))
 
 
-def test_the_tokenizer_is_written_before_the_first_step_and_where_it_is_missing(overrides, tokenizer, tmp_path):
-    """Also next to checkpoints of earlier versions, which lack it, and in place of a damaged one."""
+def test_tokenizer_is_written_before_the_first_step(overrides, tokenizer, tmp_path):
+    """Also next to checkpoints of earlier versions, which have none, and in place of a damaged one."""
     options = [*overrides, "autoresume=true", "save_overwrite=false", "eval_interval=0", "save_interval=3ba"]
     folder = tmp_path / "checkpoints" / TOKENIZER
     losses_of(options, kill_at=1)
@@ -73,38 +72,3 @@ def test_the_tokenizer_is_written_before_the_first_step_and_where_it_is_missing(
     losses_of(options)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
     assert {path.name for path in folder.parent.iterdir() if TOKENIZER in path.name} == {TOKENIZER}
-
-
-def test_another_tokenizer_is_refused(moved, text_shards, tmp_path):
-    """On resume by its fingerprint, as in pretrained; the checkpoint's own stays."""
-    folder, options = moved
-    other = change_tokenizer(folder / TOKENIZER, tmp_path / "other")
-    options = [*options, f"data_local={text_shards}"]  # tokenized shards refuse it, too
-    before = (folder / TOKENIZER / "tokenizer.json").read_bytes()
-    resumed = [*options, f"tokenizer_name={other}", f"save_folder={folder}", "autoresume=true", "save_overwrite=false"]
-    with pytest.raises(ConfigError, match="\n  tokenizer: '"):
-        losses_of([*resumed, "max_duration=6ba", "resume.allow=[max_duration]"])
-    with pytest.raises(CheckpointError, match="other is not the one that it was trained with"):
-        losses_of([*options, f"tokenizer_name={other}", *UNSAVED, f"pretrained={folder}"])
-    assert (folder / TOKENIZER / "tokenizer.json").read_bytes() == before
-
-
-def test_checkpoints_of_earlier_versions_name_their_tokenizer(trained, tokenizer_folder, tmp_path):
-    """In config.yaml next to them, which is read where there is no tokenizer."""
-    shutil.copytree(trained, tmp_path / "old")
-    shutil.rmtree(tmp_path / "old" / TOKENIZER)
-    assert read(tmp_path / "old").tokenizer_name == tokenizer_folder
-    assert len(tokenizer_of(read(tmp_path / "old"))) == 1000
-
-
-def test_a_refused_start_leaves_the_tokenizer_of_the_run_in_the_folder(
-    overrides, text_shards, tokenizer_folder, tmp_path
-):
-    losses_of(overrides)
-    folder = tmp_path / "checkpoints" / TOKENIZER
-    before = (folder / "tokenizer.json").read_bytes()
-    other = change_tokenizer(tokenizer_folder, tmp_path / "other")
-    options = [*overrides, f"tokenizer_name={other}", f"data_local={text_shards}", "save_overwrite=false"]
-    with pytest.raises(FileExistsError):
-        losses_of(options)
-    assert (folder / "tokenizer.json").read_bytes() == before
