@@ -45,7 +45,7 @@ from src.common.errors import CheckpointError, ConfigError
 from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
-from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
+from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.data_c4 import StreamingC4
 from src.train import checkpoint, models, optim, weights
 from src.train.callbacks import (
@@ -148,12 +148,12 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
 
 def build_resume_check(config: RunConfig, tokenizer: PreTrainedTokenizerFast, dataset: StreamingC4) -> ResumeCheck:
     """The check that a resumed run has the settings, data and tokenizer of its checkpoint."""
+    tokenizer_now, tokenizer_earlier = tokenizer_fingerprints(tokenizer)
     fingerprints = {
         "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_now,
     }
-    earlier = {"tokenizer": earlier_fingerprint(tokenizer)}
-    return ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, earlier)
+    return ResumeCheck({**settings(config), **fingerprints}, config.resume.allow, {"tokenizer": tokenizer_earlier})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
