@@ -161,7 +161,6 @@ class ExactEvalDataset(IterableDataset):
     sample less than others yields [CLS][SEP], which has nothing to mask: all ranks have the same number of batches.
 
     Args:
-        dataset: samples by index.
         batch_size: of the DataLoader, whose workers take whole batches in turn.
         rank, world_size: number of this process, and number of processes.
     """
@@ -246,9 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
     dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
-    print(
-        f"{dataset.size:,} samples of {'text' if dataset.token_dtypes == [None] else 'tokens'} in {local}/{args.split}"
-    )
+    kind = "text" if dataset.token_dtypes == [None] else "tokens"
+    print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 
     exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)
     collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)

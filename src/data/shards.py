@@ -135,11 +135,9 @@ class OpenShards:
         self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
 
     def read(self, path: str, index: int) -> bytes:
-        """Bytes of a sample. MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
+        """Bytes of a sample. Raises FileNotFoundError without the shard, DataError if it ends within the sample.
 
-        Raises:
-            FileNotFoundError: the shard is not there.
-            DataError: the shard ends within the sample.
+        MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
         """
         if self.process != os.getpid():  # after a fork: the descriptors are the parent's
             self.process, self.files = os.getpid(), {}
@@ -187,11 +185,7 @@ def token_description(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
-    """Check that shards of tokens fit the run.
-
-    Raises:
-        DataError: they were made by another tokenizer or for another length.
-    """
+    """Raise DataError if shards of tokens were made by another tokenizer or for another length."""
     if description["fingerprint"] not in tokenizer_fingerprints(tokenizer):
         raise DataError(
             f"{name} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "

@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import IO
 
 # Each dataset of a node has a number, its prefix, in the names of its segments and lock files. A killed run leaves
-# them, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner, so we do:
-# in a file that stays locked (flock) while the process or one of its workers lives. If a record can be locked, its run
-# is dead. Segments without a record belong to other programs, and stay.
+# them, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner. We do, in
+# a file that stays locked (flock) while the process or one of its workers lives. If a record can be locked, its run is
+# dead. Segments without a record belong to other programs, and stay.
 
 SHARED = Path("/dev/shm")
 
 
 def own_shared_memory(prefix: int, lock_folder: str) -> None:
-    """Record that this process owns the segments of a dataset. For the first process of a node, which makes them.
-
-    Args:
-        prefix: of the dataset.
-        lock_folder: of streaming's lock files.
-    """
+    """Record that this process, the first of its node, owns a dataset's segments, and lock files in ``lock_folder``."""
     if not SHARED.is_dir():
         return
     made = SHARED / f".{prefix:06}_owner-{os.getpid()}"
@@ -45,8 +40,8 @@ def remove_stale_shared_memory() -> list[int]:
             segments = {*SHARED.glob(f"{prefix:06}_*")} - {path, first}
             if first.exists() and first.stat().st_ino != owned["locals"]:  # of a new run without a record yet
                 continue
-            # A new run takes a prefix without segments and lock files. So what it looks at first is removed last; what
-            # it makes meanwhile is not in the list.
+            # A new run takes a prefix without segments and lock files. What it looks at first is removed last; what it
+            # makes meanwhile is not in the list.
             for leftover in [*segments, path, first, *_locks(prefix, owned["locks"])]:
                 leftover.unlink(missing_ok=True)
             stale.append(prefix)

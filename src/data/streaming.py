@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
-from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from src.common.errors import DataError, first_line
@@ -33,8 +32,8 @@ def alone_on_node() -> FileLock:
     Streaming looks for a free prefix and takes it later, so one of two runs that start together would fail
     (test_datasets_of_a_node_are_made_in_turn).
     """
-    folder = Path("/dev/shm")
-    return FileLock((folder if folder.is_dir() else Path(gettempdir())) / f"streaming-{os.getuid()}.lock")
+    folder = shared_memory.SHARED if shared_memory.SHARED.is_dir() else Path(gettempdir())
+    return FileLock(folder / f"streaming-{os.getuid()}.lock")
 
 
 class RepairedDataset(StreamingDataset):
@@ -77,6 +76,10 @@ class RepairedDataset(StreamingDataset):
                 check_shards(source.folder, False, "off")  # names of files in an index that was just downloaded
                 if verify == "hash":
                     stream.validate_hash = hash_algorithm(source.folder)
+        self.num_ranks = self._parallel_rank_world.num_ranks
+        """Processes of the run, on all nodes."""
+        self.shared_memory_prefix = self._shm_prefix_int
+        """Number in the names of this dataset's shared memory."""
         self.spanner: Any = Locator(self.samples_per_shard)
         self.open_shards = OpenShards()
         shards: Any = self.shards
@@ -84,45 +87,29 @@ class RepairedDataset(StreamingDataset):
         self.failure: BaseException | None = None
         self._prepared, self._fetched_again = set[int](), set[int]()
 
-    @property
-    def num_ranks(self) -> int:
-        """Processes of the run, on all nodes."""
-        return self._parallel_rank_world.num_ranks
-
-    @property
-    def shared_memory_prefix(self) -> int:
-        """Number in the names of this dataset's shared memory."""
-        return self._shm_prefix_int
-
     def own_shared_memory(self) -> None:
         """Record that this process, the first of its node, owns the dataset's shared memory."""
-        shared_memory.own_shared_memory(self._shm_prefix_int, self._filelock_root)
+        shared_memory.own_shared_memory(self.shared_memory_prefix, self._filelock_root)
 
     def open_lengths(self, stream_id: int) -> NDArray[np.uint16]:
-        """Lengths (N,) of a source's samples, mapped: the processes of a node share them.
-
-        Raises:
-            DataError: the file cannot be fetched, or has another number of lengths.
-        """
+        """Lengths (N,) of a source's samples, memory-mapped. Raises DataError if the file is missing or has another
+        number of lengths."""
         source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
         path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
         try:
-            if not source.complete and not path.exists():
-                if World.detect().is_local_leader:  # it fetches the file for all processes of the node
-                    os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
-                else:
-                    wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
-            found = path.stat().st_size
+            if not source.complete:
+                with alone_on_node():
+                    if not path.exists():  # else another process of the node has fetched it
+                        os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+            lengths = np.memmap(path, "<u2", "r")
         except Exception as error:  # each object store has errors of its own
             raise DataError(
-                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be fetched "
+                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be read or fetched "
                 f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
             ) from error
-        if found != 2 * samples:
-            raise DataError(
-                f"{path} has {found:,} bytes, not 2 for each of {samples:,} samples; copy or convert the split again"
-            )
-        return np.memmap(path, "<u2", "r")
+        if len(lengths) != samples:
+            raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; copy or convert again")
+        return lengths
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download and unpack a shard if it is not there.

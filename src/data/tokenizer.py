@@ -10,7 +10,6 @@ import huggingface_hub
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.processors import BertProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -47,17 +46,10 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
 
 def _from_pretrained(name: str, **options: Any) -> Any:
-    """Call AutoTokenizer. Never runs a tokenizer's own code, nor asks the user about it.
-
-    Raises:
-        OSError: it is not there.
-        DataError: this version of transformers cannot read it.
-    """
+    """Call AutoTokenizer; raises DataError. Never runs a tokenizer's own code, nor asks the user about it."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except OSError:
-        raise
-    except Exception as error:  # AttributeError, TypeError and others, by the file
+    except Exception as error:  # OSError, AttributeError, TypeError and others, depending on the file
         raise DataError(
             f"tokenizer {name!r}: transformers {transformers.__version__} cannot read it ({first_line(error)}). "
             "A tokenizer saved by transformers 5 may need transformers 5 (the current stack)"
@@ -67,16 +59,16 @@ def _from_pretrained(name: str, **options: Any) -> Any:
 def _from_cache_or_hub(name: str) -> Any:
     try:
         return _from_pretrained(name, local_files_only=True)
-    except (OSError, DataError):
+    except DataError:
         log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face Hub", name)
     try:
         huggingface_hub.model_info(name, timeout=10)  # offline it fails at once; from_pretrained retries for a minute
-        return _from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer {name!r} is neither a folder nor cached, and the Hugging Face Hub does not provide it "
             f"({first_line(error)}). Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online"
         ) from None
+    return _from_pretrained(name)
 
 
 def _restore_saved_parts(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
@@ -137,25 +129,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return tokenizer_fingerprints(tokenizer)[0]
 
 
-def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Today's fingerprint, and that of older shards and checkpoints (post-processor as transformers 5 writes it)."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
     forms = _bert_post_processors(tokenizer)
-    first, second = forms if backend["post_processor"] in forms else [backend["post_processor"]] * 2
-
-    def fingerprint(form: dict[str, Any]) -> str:
-        content = [{**backend, "post_processor": form}, special]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    return fingerprint(first), fingerprint(second)
+    if backend["post_processor"] not in forms:
+        forms = [backend["post_processor"]] * 2
+    contents = ([{**backend, "post_processor": form}, special] for form in forms)
+    return [hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() for content in contents]
 
 
 def _bert_post_processors(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
     """[CLS] A [SEP] B [SEP] in tokenizer.json: the form that transformers 4 writes, and the form that 5 writes."""
-    cls: Any = (str(tokenizer.cls_token), tokenizer.cls_token_id)
-    sep: Any = (str(tokenizer.sep_token), tokenizer.sep_token_id)
-    single = [f"{cls[0]}:0", "$A:0", f"{sep[0]}:0"]
-    template = TemplateProcessing(single=single, pair=[*single, "$B:1", f"{sep[0]}:1"], special_tokens=[cls, sep])
-    return [json.loads(form.__getstate__()) for form in (BertProcessing(sep, cls), template)]  # their JSON
+    cls = str(tokenizer.cls_token), tokenizer.cls_token_id
+    sep = str(tokenizer.sep_token), tokenizer.sep_token_id
+
+    def piece(kind: str, name: str, segment: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": segment}}
+
+    single = [piece("SpecialToken", cls[0], 0), piece("Sequence", "A", 0), piece("SpecialToken", sep[0], 0)]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, piece("Sequence", "B", 1), piece("SpecialToken", sep[0], 1)],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (cls, sep)},
+    }
+    return [{"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}, template]
