@@ -26,14 +26,6 @@ from tests.conftest import MAX_SEQ_LEN
 
 
 @pytest.fixture
-def opened(tokenizer):
-    """Opens a split of a folder."""
-    return lambda folder, split="train", **options: StreamingC4(
-        tokenizer, MAX_SEQ_LEN, str(folder), split=split, **options
-    )
-
-
-@pytest.fixture
 def collate(tokenizer):
     return MaskingCollator(tokenizer, 0.3, seed=17)
 
