@@ -54,13 +54,9 @@ def encode_crop(tokenizer: "PreTrainedTokenizerFast", text: str, max_tokens: int
     overlap the ones before: they are as long as the others.
     """
     size = 8 * max_tokens  # characters: the ids of one or two windows
-
-    def between_words(at: int) -> int:
-        return word_boundary(text, at, max(at - size, 0), at)
-
     stretches = max(1, -(-len(text) // size))
     stop = min((turn % stretches + 1) * size, len(text))
-    start, stop = between_words(max(stop - size, 0)), between_words(stop)
+    start, stop = (word_boundary(text, at, max(at - size, 0), at) for at in (max(stop - size, 0), stop))
     ids = tokenizer.backend_tokenizer.encode(text[start:stop], add_special_tokens=False).ids
     windows = max(1, -(-len(ids) // max_tokens))
     end = min((turn // stretches % windows + 1) * max_tokens, len(ids))

@@ -131,7 +131,6 @@ class OpenShards:
     """
 
     def __init__(self):
-        self.process = 0
         self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
 
     def read(self, path: str, index: int) -> bytes:
@@ -139,13 +138,11 @@ class OpenShards:
 
         MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
         """
-        if self.process != os.getpid():  # after a fork: the descriptors are the parent's
-            self.process, self.files = os.getpid(), {}
         if path not in self.files:
             for opened, (file, _) in list(self.files.items()):  # an evicted shard takes disk space until closed
                 if len(self.files) >= 64 or not os.fstat(file.fileno()).st_nlink:
                     self.files.pop(opened)[0].close()
-            file = io.FileIO(path)
+            file = io.FileIO(path)  # shared after a fork, which pread allows: it moves no offset
             (samples,) = np.frombuffer(file.read(4), np.uint32)
             self.files[path] = file, np.frombuffer(file.read(4 * (int(samples) + 1)), np.uint32)
         file, offsets = self.files[path]

@@ -39,8 +39,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if lacking:
         raise DataError(f"tokenizer {name_or_folder!r} has no {', '.join(lacking)} token, which BERT needs")
     _restore_saved_parts(tokenizer, name_or_folder)
-    # Some tokenizer.json set truncation and padding.
-    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json set truncation and padding
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 

@@ -38,9 +38,7 @@ def test_cache_limit_is_kept_and_every_sample_read(text_shards, opened, tmp_path
         for sample in dataset:
             ids.append(sample["sample_id"])
             here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
-            assert (
-                here <= 8 * largest
-            )  # two threads may each be fetching one that is not counted yet
+            assert here <= 8 * largest  # two threads may each be fetching one that is not counted yet
         assert set(ids) == set(range(300))
 
 

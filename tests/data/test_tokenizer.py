@@ -146,6 +146,7 @@ def test_fingerprint_changes_with_the_vocabulary_only(tokenizer, tokenizer_folde
 def test_fingerprint_is_the_same_for_both_versions_of_transformers(tokenizer, token_shards):
     """4 writes BertProcessing, 5 the template that means the same; shards with a fingerprint of either are read."""
     backend, seen = tokenizer.backend_tokenizer, []
+    description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
     cls, sep = (("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id))
     template = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[cls, sep]
@@ -158,7 +159,6 @@ def test_fingerprint_is_the_same_for_both_versions_of_transformers(tokenizer, to
         plain = hashlib.sha256(json.dumps([written, special], sort_keys=True).encode()).hexdigest()
         seen.append(tokenizer_fingerprints(tokenizer))
         assert plain in seen[-1]
-        description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
         check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
     assert seen[0] == seen[1] and len(set(seen[0])) == 2
     with pytest.raises(DataError, match="another tokenizer"):
