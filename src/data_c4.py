@@ -1,13 +1,10 @@
 """Data: MDS shards -> samples -> masked, padded batches.
 
-    StreamingC4            samples of one dataset or of several mixed ones; shards of text (tokenized here) or of tokens
-    ExactEvalDataset       its samples for evaluation: each exactly once
-    build_dataloader       samples -> padded (B, S) batches, masked by ``MaskingCollator``
+    StreamingC4         one sample at a time, from one dataset or a mixture, of text (tokenized here) or of tokens
+    ExactEvalDataset    the same samples for evaluation, each exactly once
+    build_dataloader    samples -> padded (B, S) batches, masked by ``MaskingCollator``
 
-StreamingC4 says what a sample is; MixedDataset, its base, what an epoch draws and in which order; and RepairedDataset
-(src/data/streaming.py), the base of that, mends mosaicml-streaming.
-
-Letters: B sequences, S longest length in the batch, T non-padding tokens, M masked tokens.
+Letters: B sequences, S longest length in the batch, N samples of a dataset.
 
 As a script it prints what training would see:  python src/data_c4.py REMOTE [LOCAL] [--split val]
 """
@@ -15,8 +12,7 @@ As a script it prints what training would see:  python src/data_c4.py REMOTE [LO
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import active_children
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,81 +30,13 @@ from src.data.cutting import encode_crop, encode_prefix
 from src.data.masking import MaskingCollator, Sample
 from src.data.microbatches import Batch, num_tokens
 from src.data.order import group_lengths, occurrences
-from src.data.shards import LENGTHS, check_shards, check_tokens, token_description
+from src.data.shards import check_shards, check_tokens, token_description
 from src.data.source import Source
 from src.data.streaming import RepairedDataset
 from src.data.tokenizer import load_tokenizer
 
 
-class MixedDataset(RepairedDataset):
-    """What an epoch draws from one or several datasets, and in which order.
-
-    Args:
-        sources, verify: as for ``RepairedDataset``.
-        length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
-            not group. Needs ``shuffle`` and shards of tokens with their lengths.bin.
-        kwargs: StreamingDataset's.
-    """
-
-    def __init__(self, sources: Mapping[str, Source], verify: str = "size", length_window: int = 0, **kwargs: Any):
-        super().__init__(sources, verify, **kwargs)
-        self.length_window = length_window
-        if length_window:
-            assert self.shuffle, "grouping by length starts from a shuffled order"
-            self.shuffle = False  # resample_streams shuffles, and streaming would shuffle its order again
-            self.lengths = [self._open_lengths(*item) for item in enumerate(self.sources.values())]
-
-    def _open_lengths(self, stream_id: int, source: Source) -> NDArray[np.uint16]:
-        """Lengths (N,) of a source's samples: mapped, so that the processes of a node share them."""
-        samples = int(self.samples_per_stream[stream_id])
-        if token_description(source.folder) is None:
-            raise DataError(
-                f"{source.folder} holds text, whose lengths in tokens are not known: set train_loader.length_window to "
-                "0, or convert it to tokens (convert_c4.py --tokenizer)"
-            )
-        try:
-            path = self.fetch(stream_id, LENGTHS)
-            found = path.stat().st_size
-        except Exception as error:  # each object store has errors of its own
-            raise DataError(
-                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be fetched "
-                f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
-            ) from error
-        if found != 2 * samples:
-            raise DataError(
-                f"{path} has {found:,} bytes, not 2 for each of {samples:,} samples; copy or convert the split again"
-            )
-        return np.memmap(path, "<u2", "r")
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of each source in the samples that an epoch draws."""
-        return {name: stream.choose / self.epoch_size for name, stream in zip(self.sources, self.streams, strict=True)}
-
-    def stream_of(self, sample_id: int) -> int:
-        """Which of the sources, by position, a sample is from."""
-        return 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
-
-    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What an epoch draws: sizes of the parts of shards, and sample ids (``Sample.sample_id``).
-
-        Streaming calls it once an epoch on each node. With ``length_window``, the ids are in the order of training.
-        """
-        units, ids = super().resample_streams(epoch, stream_id)
-        if any(stream.choose > size for stream, size in zip(self.streams, self.samples_per_stream, strict=True)):
-            ids = ids + occurrences(ids) * self.size
-        if self.length_window:
-            assert self.num_canonical_nodes and self.batch_size and self.shuffle_block_size, "set by streaming before"
-            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
-            ids = ids[get_shuffle(self.shuffle_algo, units, nodes, seed, epoch, self.shuffle_block_size)]
-            lengths = np.concatenate(self.lengths)[ids % self.size]
-            batch = self.batch_size * self.num_ranks // nodes
-            rng = np.random.default_rng([seed, epoch])
-            ids = ids[group_lengths(lengths, nodes, batch, self.length_window, rng)]
-        return units, ids
-
-
-class StreamingC4(MixedDataset):
+class StreamingC4(RepairedDataset):
     """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
 
     Args:
@@ -118,9 +46,10 @@ class StreamingC4(MixedDataset):
         local, remote, split: the one dataset, as for ``Source``.
         sources: several datasets to mix, by name, in place of the one.
         verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
-        length_window: as for ``MixedDataset``.
-        moving_crop: random crop: each epoch takes another part of a text that is too long (``encode_crop``), the one at
-            turn sample id + epoch, in place of its beginning. Needs shards of text.
+        length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
+            not group. Needs ``shuffle`` and shards of tokens with their lengths.bin.
+        moving_crop: random crop: an epoch takes part sample id + epoch of a text that is too long (``encode_crop``),
+            instead of its beginning. Needs shards of text.
         kwargs: StreamingDataset's.
 
     Raises:
@@ -141,21 +70,30 @@ class StreamingC4(MixedDataset):
         moving_crop: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(sources or {"": Source(local, remote, split)}, verify, length_window, **kwargs)
-        self.tokenizer, self.max_seq_len, self.moving_crop = tokenizer, max_seq_len, moving_crop
-        self.token_dtypes = [
-            self._token_dtype(source, self.shards[first])
-            for source, first in zip(self.sources.values(), self.shard_offset_per_stream, strict=True)
-        ]
-        """Type of the ids on disk, of each source; None for text."""
+        super().__init__(sources or {"": Source(local, remote, split)}, verify, **kwargs)
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.length_window, self.moving_crop = length_window, moving_crop
+        self.token_dtypes = [self._token_dtype(*item) for item in enumerate(self.sources.values())]
+        """Type of the ids on disk, for each source; None for text."""
+        if length_window:
+            assert self.shuffle, "grouping by length starts from a shuffled order"
+            self.shuffle = False  # resample_streams shuffles; streaming must not shuffle its result
+            self.lengths = [self.open_lengths(i) for i in range(self.num_streams)]
 
-    def _token_dtype(self, source: Source, shard: Any) -> np.dtype[Any] | None:
+    def _token_dtype(self, stream_id: int, source: Source) -> np.dtype[Any] | None:
+        """Check that a source's shards fit the run."""
         description = token_description(source.folder)
         if description is None:
-            if "text" not in shard.column_names:
-                columns = ", ".join(shard.column_names)
+            columns: Any = self.shards[self.shard_offset_per_stream[stream_id]].column_names  # pyright: ignore
+            if "text" not in columns:
                 raise DataError(
-                    f"{source.folder}: the shards have no column 'text' ({columns}); write them with convert_c4.py"
+                    f"{source.folder}: the shards have no column 'text' ({', '.join(columns)}); write them with "
+                    "convert_c4.py"
+                )
+            if self.length_window:
+                raise DataError(
+                    f"{source.folder} holds text, whose lengths in tokens are not known: set "
+                    "train_loader.length_window to 0, or convert it to tokens (convert_c4.py --tokenizer)"
                 )
             return None
         check_tokens(description, self.tokenizer, self.max_seq_len, source.folder)
@@ -171,16 +109,13 @@ class StreamingC4(MixedDataset):
         # Streaming counts next_epoch up when an iteration begins; a dataset that is only indexed stays at epoch 0.
         epoch = max(self.next_epoch - 1, 0)
         turn = int(sample_id) + epoch if self.moving_crop else None
-        sample = Sample(input_ids=self._ids(sample_id, turn, retry), sample_id=int(sample_id), epoch=epoch)
+        sample = Sample(input_ids=self.ids(sample_id, turn, retry), sample_id=int(sample_id), epoch=epoch)
         if self.num_streams > 1:
             sample["stream"] = self.stream_of(sample_id)
         return sample
 
-    def beginning(self, sample_id: int) -> NDArray[Any]:
-        """A sample's ids (length,) for evaluation: the beginning of its text, whatever ``moving_crop`` says."""
-        return self._ids(sample_id, None)
-
-    def _ids(self, sample_id: int, turn: int | None, retry: int = 7) -> NDArray[Any]:
+    def ids(self, sample_id: int, turn: int | None = None, retry: int = 7) -> NDArray[Any]:
+        """A sample's ids (length,). Of a text that is too long: its beginning, or part ``turn`` of it."""
         columns, dtype = super().get_item(sample_id, retry), self.token_dtypes[self.stream_of(sample_id)]
         if dtype is not None:
             return np.frombuffer(columns["tokens"], dtype)
@@ -191,68 +126,84 @@ class StreamingC4(MixedDataset):
             ids = encode_crop(self.tokenizer, columns["text"], room, turn)
         return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
 
+    def stream_of(self, sample_id: int) -> int:
+        """Position of the source that a sample comes from."""
+        return 0 if self.num_streams == 1 else int(self.stream_per_shard[self.spanner[sample_id][0]])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each source in the samples that an epoch draws."""
+        return {name: stream.choose / self.epoch_size for name, stream in zip(self.sources, self.streams, strict=True)}
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What an epoch draws: sizes of the parts of shards, and sample ids (``Sample.sample_id``).
+
+        Streaming calls it once an epoch on each node. With ``length_window``, the ids are in the order of training.
+        """
+        units, ids = super().resample_streams(epoch, stream_id)
+        if any(stream.choose > size for stream, size in zip(self.streams, self.samples_per_stream, strict=True)):
+            ids = ids + occurrences(ids) * self.size
+        if self.length_window:
+            assert self.num_canonical_nodes and self.batch_size and self.shuffle_block_size, "set by streaming before"
+            nodes, seed = self.num_canonical_nodes, self.shuffle_seed
+            ids = ids[get_shuffle(self.shuffle_algo, units, nodes, seed, epoch, self.shuffle_block_size)]
+            lengths = np.concatenate(self.lengths)[ids % self.size]
+            batch = self.batch_size * self.num_ranks // nodes
+            rng = np.random.default_rng([seed, epoch])
+            ids = ids[group_lengths(lengths, nodes, batch, self.length_window, rng)]
+        return units, ids
+
 
 class ExactEvalDataset(IterableDataset):
     """Evaluation: each sample exactly once, for any number of ranks and workers and any batch size. Epoch is 0.
 
-    A StreamingDataset that is iterated repeats samples to fill the last batches; this one indexes it. A rank with one
-    sample less yields [CLS][SEP] instead, which has nothing to mask, so all ranks have the same number of batches.
+    Iterating a StreamingDataset repeats samples to fill the last batches, so this one indexes it. A rank with one
+    sample less than others yields [CLS][SEP], which has nothing to mask: all ranks have the same number of batches.
 
     Args:
-        dataset: samples by index.
-        batch_size: of the DataLoader. Workers take whole batches in turn.
+        batch_size: of the DataLoader, whose workers take whole batches in turn.
         rank, world_size: number of this process, and number of processes.
     """
 
     def __init__(self, dataset: StreamingC4, batch_size: int, rank: int, world_size: int):
         self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
+        self.sources = dataset.sources
 
     def __len__(self) -> int:
         return -(-self.dataset.size // self.world_size)
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for start in range(first * self.batch_size, len(self), step * self.batch_size):
-            for i in range(start, min(start + self.batch_size, len(self))):
-                yield self._sample(i * self.world_size + self.rank)
-
-    def _sample(self, index: int) -> Sample:
-        if index < self.dataset.size:
-            return Sample(input_ids=self.dataset.beginning(index), sample_id=index, epoch=0)
-        tokenizer = self.dataset.tokenizer
-        return Sample(input_ids=np.array([tokenizer.cls_token_id, tokenizer.sep_token_id]), sample_id=index, epoch=0)
+        worker, tokenizer = get_worker_info(), self.dataset.tokenizer
+        mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for i in range(len(self)):
+            if i // self.batch_size % workers != mine:
+                continue
+            index = i * self.world_size + self.rank
+            if index < self.dataset.size:
+                ids = self.dataset.ids(index)
+            else:
+                ids = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id])
+            yield Sample(input_ids=ids, sample_id=index, epoch=0)
 
 
 class Loader(DataLoader):
     """torch's DataLoader, in which a time-out, a dead worker and a worker's DataError raise a DataError of one line."""
 
-    workers: frozenset[Any] = frozenset()
-
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        earlier = active_children()
-        batches = super().__iter__()
-        self.workers = frozenset(active_children()).difference(earlier) or self.workers  # persistent ones live on
-        while True:
-            asked = time.monotonic()
-            try:
-                batch = next(batches, None)
-            except DataError as error:  # torch raises a worker's with its traceback as the message
-                last = str(error).splitlines()[-1]
-                raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
-            except RuntimeError as error:
-                died = any(worker.exitcode for worker in self.workers)  # None: alive, 0: it is done
-                if not died and not 0 < self.timeout <= time.monotonic() - asked:
-                    raise
-                dataset = self.dataset.dataset if isinstance(self.dataset, ExactEvalDataset) else self.dataset
-                for source in dataset.sources.values() if isinstance(dataset, StreamingC4) else ():
-                    if source.complete:
-                        check_shards(source.folder, True)  # raises if a lost shard is the reason
-                hint = "a worker died; out of memory?" if died else "raise the loader's 'timeout' if loading is slow"
-                raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
-            if batch is None:
-                return
-            yield batch
+        try:
+            yield from super().__iter__()
+        except DataError as error:  # torch raises a worker's with its traceback as the message
+            last = str(error).splitlines()[-1]
+            raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+        except RuntimeError as error:
+            died = str(error).startswith("DataLoader worker ")  # errors of our code start with "Caught"
+            if not died and not str(error).startswith("DataLoader timed out "):
+                raise
+            for source in self.dataset.sources.values():  # pyright: ignore[reportAttributeAccessIssue]
+                if source.complete:
+                    check_shards(source.folder, True)  # raises if a lost shard is the reason
+            hint = "a worker died; out of memory?" if died else "raise the loader's 'timeout' if loading is slow"
+            raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
 
 
 def build_dataloader(
@@ -260,24 +211,12 @@ def build_dataloader(
     collator: MaskingCollator,
     batch_size: int,
     num_workers: int = 0,
-    prefetch_factor: int | None = None,
-    persistent_workers: bool = False,
     timeout: float = 0,
-    pin_memory: bool = False,
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """A DataLoader of padded batches. ``timeout`` (seconds) has no effect without workers."""
-    return Loader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=collator,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
-        persistent_workers=persistent_workers,
-        timeout=timeout if num_workers else 0,
-        pin_memory=pin_memory,
-        worker_init_fn=worker_init_fn,
-    )
+    **options: Any,
+) -> Loader:
+    """A DataLoader of padded batches. ``timeout`` (seconds) has no effect without workers; ``options`` are torch's."""
+    timeout = timeout if num_workers else 0
+    return Loader(dataset, batch_size, collate_fn=collator, num_workers=num_workers, timeout=timeout, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,9 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
     dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
-    print(
-        f"{dataset.size:,} samples of {'text' if dataset.token_dtypes == [None] else 'tokens'} in {local}/{args.split}"
-    )
+    kind = "text" if dataset.token_dtypes == [None] else "tokens"
+    print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 
     exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)
     collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)

@@ -146,6 +146,17 @@ def token_shards(c4_folder, tokenizer_folder, tmp_path_factory):
 
 
 @pytest.fixture
+def opened(tokenizer):
+    """Opens a split of a folder as a StreamingC4."""
+    from src.data_c4 import StreamingC4
+
+    def opened(folder, split="train", **options):
+        return StreamingC4(tokenizer, MAX_SEQ_LEN, str(folder), split=split, **options)
+
+    return opened
+
+
+@pytest.fixture
 def write(tmp_path):
     """Writes a config, as text or as values, to a YAML file and returns its path."""
 

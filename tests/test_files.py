@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent."""
+"""Atomic writes of files and folders, and locks."""
 
 import subprocess
 import sys
@@ -9,19 +9,18 @@ from src.common import files
 from src.common.files import atomic, locked, replace_folder, settle_folder, write_text
 
 
-def test_a_file_is_complete_or_as_it_was(tmp_path):
+def test_atomic_write_is_complete_or_changes_nothing(tmp_path):
     path = tmp_path / "new" / "file.txt"
     write_text(path, "ä")
-    assert path.read_bytes() == "ä".encode()
     with pytest.raises(OSError, match="disk full"), atomic(path) as partial:
         partial.write_text("half")
         raise OSError("disk full")
-    assert path.read_text(encoding="utf-8") == "ä" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_bytes() == "ä".encode() and [p.name for p in path.parent.iterdir()] == ["file.txt"]
     write_text(path, (part for part in ("a", "b")))
     assert path.read_text() == "ab"
 
 
-def test_a_folder_is_held_by_one_process(tmp_path):
+def test_lock_is_held_by_one_process(tmp_path):
     code = "from pathlib import Path\nfrom src.common.files import locked\n"
     code += f"with locked(Path({str(tmp_path / 'x')!r})): pass"
     with locked(tmp_path / "x"):
@@ -36,7 +35,7 @@ def folder(path, content):
     return path
 
 
-def test_a_folder_is_replaced_or_as_it_was(tmp_path, monkeypatch):
+def test_folder_is_replaced_after_an_error_too(tmp_path, monkeypatch):
     old, new = folder(tmp_path / "out", "old"), folder(tmp_path / "new", "new")
     monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -47,7 +46,7 @@ def test_a_folder_is_replaced_or_as_it_was(tmp_path, monkeypatch):
     assert (old / "file").read_text() == "newer" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_replacement_that_was_killed_is_settled(tmp_path):
+def test_killed_replacement_is_settled(tmp_path):
     out = folder(tmp_path / "out", "old")
     out.rename(tmp_path / ".out.replaced")  # killed between the two renames
     settle_folder(out)

@@ -1,6 +1,6 @@
-"""What every folder may use.
+"""What every folder may import.
 
-errors       the errors that a user can cause     files    complete files and folders, locks
+errors       the errors that a user can cause     files    atomic writes, locks
 environment  commit, versions, device             signals  processes that end with their parent
-hub          folders of the Hugging Face Hub
+hub          Hugging Face Hub repositories as folders
 """

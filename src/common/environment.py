@@ -1,4 +1,4 @@
-"""The code and the machine that a result was made with."""
+"""Commit, package versions and device of a result."""
 
 import platform
 import shutil
@@ -34,7 +34,7 @@ def device_name(kind: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Commit, versions of Python and packages, and the device that runs use."""
+    """Commit, versions of Python and packages, and the device of a run."""
     packages = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
     return {
         "commit": commit(),

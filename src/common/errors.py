@@ -5,29 +5,29 @@ The scripts print them in one line and exit non-zero; a traceback is a fault of 
 
 
 class ConfigError(ValueError):
-    """Something is wrong with the YAML, an override or an argument; the message names every fault found."""
+    """The YAML, an override or an argument is wrong; the message names every fault found."""
 
 
 class DataError(ValueError):
-    """A dataset, a text or a tokenizer is damaged, absent, or does not fit the run."""
+    """A dataset, a text or a tokenizer is damaged, missing, or does not fit the run."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or pretrained weights are damaged, absent, unsafe to read, or do not fit the model."""
+    """A checkpoint or pretrained weights are damaged, missing, unsafe to read, or do not fit the model."""
 
 
 class ExportError(ValueError):
-    """An exported model is not what was trained; nothing is left in its place."""
+    """An exported model differs from the trained one; the export is removed."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on."""
+    """A run cannot continue."""
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after a step that is saved; the message says which, and how to go on."""
+    """A signal stopped the run after a saved step; the message says which step, and how to continue."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its type and arguments if it says nothing."""
+    """First line of an error's message, or its type and arguments if the message is empty."""
     return (str(error) or repr(error)).splitlines()[0]

@@ -1,6 +1,6 @@
-"""Files and folders that are complete or absent, and folders that one process holds.
+"""Atomic writes of files and folders, and locks on folders.
 
-Every name appears by a rename of what is already on the disk, so no reader, kill or full disk ever meets half of it.
+A name appears by renaming what is already on the disk, so a reader, a kill or a full disk never leaves half a file.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 PARTIAL = ".partial"
-"""End of the name of what is being written."""
+"""Suffix of the name while a file or folder is written."""
 
 
 def sync(path: Path) -> None:
@@ -26,9 +26,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to in place of ``path``, which it becomes if the block ends without an error.
+    """Path to write to; renamed to ``path`` if the block ends without an error. Makes the folder.
 
-    Its folder is made. After an error, ``path`` is as it was and the partial file is gone.
+    After an error, ``path`` is as it was and the partial file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{PARTIAL}")
@@ -44,45 +44,36 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts, in UTF-8; the file is complete or as it was."""
+    """Write a text, or its parts, in UTF-8, atomically."""
     with atomic(path) as partial, partial.open("w", encoding="utf-8") as out:
         out.writelines([text] if isinstance(text, str) else text)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, timeout: float = 0.0) -> Iterator[None]:
-    """Hold ``folder``, which need not exist, against other processes; the lock file ``.<name>.lock`` lies beside it.
+    """Hold ``folder``, which need not exist, against other processes, by the lock file ``.<name>.lock`` next to it.
 
-    Args:
-        folder: to hold.
-        timeout: seconds to wait for a process that holds it.
-
-    Raises:
-        ValueError: another live process holds it.
+    Raises ValueError if another live process still holds it after ``timeout`` seconds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Kept when it is released: two processes could else hold two files of one name.
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=timeout)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # never removed, or two processes could hold two files
     try:
-        lock.acquire()
+        held = lock.acquire(timeout)
     except Timeout:
         raise ValueError(f"another process is writing {folder}; wait for it to end") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Give the complete folder ``new`` the name ``folder``, in place of an older one.
+    """Rename the complete folder ``new`` to ``folder``, and remove an older one of that name.
 
-    Killed between its two renames, it is finished by ``settle_folder``. After an error the older one is there again.
+    After an error the older one is back. After a kill between the two renames, ``settle_folder`` brings it back.
     """
-    replaced = _replaced(folder)
     settle_folder(folder)
     try:
         if folder.exists():
-            folder.rename(replaced)
+            folder.rename(_replaced(folder))
         new.rename(folder)
         sync(folder.parent)
     finally:
@@ -90,7 +81,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def settle_folder(folder: Path) -> None:
-    """End a replacement that stopped between its two renames: the older folder gets its name back, or is removed."""
+    """Finish an interrupted ``replace_folder``: the older folder gets its name back, or is removed."""
     replaced = _replaced(folder)
     if replaced.exists() and folder.exists():
         shutil.rmtree(replaced)

@@ -9,20 +9,20 @@ from src.common.errors import DataError, first_line
 
 
 def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:
-    """The folder of a repository: the cached one if it is complete, else a download.
+    """Folder of a repository: from the cache if it is complete there, else downloaded.
 
     Args:
         name: of the repository, such as nyu-mll/glue.
         repo_type: ``model`` or ``dataset``.
-        patterns: of the files to download; the next list is tried if the folder is not complete with the one before.
-        is_complete: whether a folder has every file that is needed.
+        patterns: lists of file patterns to download; the next list is tried if files are missing after the one before.
+        is_complete: whether a folder has all files.
 
     Raises:
         DataError: it is not cached, and the hub is unreachable or lacks files.
     """
     reason = ""
-    for wanted, cached_only in [(patterns[0], True), *((wanted, False) for wanted in patterns)]:
-        options = {"repo_type": repo_type, "allow_patterns": wanted, "local_files_only": cached_only}
+    for files, cached_only in [(patterns[0], True), *((files, False) for files in patterns)]:
+        options = {"repo_type": repo_type, "allow_patterns": files, "local_files_only": cached_only}
         try:
             folder = Path(snapshot_download(name, **options))
         except (OSError, ValueError) as error:
@@ -30,5 +30,5 @@ def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_comple
             continue
         if is_complete(folder):
             return folder
-        reason = "some of its files are missing"  # unreachable, the hub's client returns what is cached
+        reason = "some of its files are missing"  # if the hub is unreachable, its client returns what is cached
     raise DataError(f"{name}: not cached, and not available from the Hugging Face Hub ({reason})")

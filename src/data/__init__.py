@@ -4,7 +4,7 @@ source          a dataset's place and weight             shards         index.js
 streaming       mosaicml-streaming 0.13, repaired        order          grouping by length, repeated samples
 tokenizer       loading, saving, fingerprints            cutting        the first tokens of a text, and crops of it
 masking         samples -> padded, masked batch          microbatches   padded batch -> unpadded microbatches
-unigram         the loss of word frequencies alone       shared_memory  removal of what killed runs left in /dev/shm
+unigram         the unigram baseline                     shared_memory  removal of what killed runs left in /dev/shm
 
-data_c4.py, one folder up, puts them together.
+src/data_c4.py puts them together.
 """

@@ -1,6 +1,6 @@
-"""Cutting text between words, so that the ids of a part are those that the whole text has there.
+"""Cutting text between words: a part gets the ids that the whole text has there.
 
-WordPiece and byte-level BPE never join two words to one token. So a text that is cut at a blank gives exact ids.
+WordPiece and byte-level BPE never join two words to one token, so cutting at a blank is exact.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ PIECE = 1 << 14
 
 
 def word_boundary(text: str, at: int, low: int, high: int) -> int:
-    """Position near ``at`` that cuts no word: the last blank or line break in ``text[low:at]``, else the first in
+    """Position near ``at`` between two words: the last blank or line break in ``text[low:at]``, else the first in
     ``text[at:high]``, else ``high``; the text's length if ``at`` is past its end."""
     if at >= len(text):
         return len(text)
@@ -36,8 +36,7 @@ def pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def encode_prefix(tokenizer: "PreTrainedTokenizerFast", text: str, max_tokens: int) -> list[int]:
-    """The first ``max_tokens`` ids of ``text``, no special tokens. Tokenizes no more than a prefix that is sure to
-    hold them."""
+    """The first ``max_tokens`` ids of ``text``, no special tokens. Tokenizes only a prefix that is long enough."""
     characters = 6 * max_tokens  # English has 4 to 5 characters per word piece
     while True:
         end = word_boundary(text, characters, 1, len(text))
@@ -48,20 +47,16 @@ def encode_prefix(tokenizer: "PreTrainedTokenizerFast", text: str, max_tokens: i
 
 
 def encode_crop(tokenizer: "PreTrainedTokenizerFast", text: str, max_tokens: int, turn: int) -> list[int]:
-    """At most ``max_tokens`` consecutive ids of ``text``, no special tokens; another part each turn, in time all.
+    """Random crop: at most ``max_tokens`` consecutive ids of ``text``, no special tokens. Over the turns, every id.
 
     The text is cut into stretches of 8 characters per token, and the ids of a stretch into windows of ``max_tokens``.
     Only the turn's stretch is tokenized, so the work does not grow with the text. The last stretch and the last window
-    reach back, so that they are as long as the others.
+    overlap the ones before: they are as long as the others.
     """
     size = 8 * max_tokens  # characters: the ids of one or two windows
-
-    def between_words(at: int) -> int:
-        return word_boundary(text, at, max(at - size, 0), at)
-
     stretches = max(1, -(-len(text) // size))
     stop = min((turn % stretches + 1) * size, len(text))
-    start, stop = between_words(max(stop - size, 0)), between_words(stop)
+    start, stop = (word_boundary(text, at, max(at - size, 0), at) for at in (max(stop - size, 0), stop))
     ids = tokenizer.backend_tokenizer.encode(text[start:stop], add_special_tokens=False).ids
     windows = max(1, -(-len(ids) // max_tokens))
     end = min((turn // stretches % windows + 1) * max_tokens, len(ids))

@@ -23,7 +23,7 @@ class Sample(TypedDict):
     """Ids (length,), [CLS] and [SEP] included, any integer type."""
     sample_id: int
     """Position in the dataset, the same for any shuffle and world size; mixed datasets follow each other. The k-th draw
-    of a sample within an epoch (from 0) adds k * dataset size, so that every draw is masked differently."""
+    of a sample within an epoch (from 0) adds k * dataset size, so every draw is masked differently."""
     epoch: int
     """Pass over the data, from 0. Seed, epoch and sample id decide what is masked."""
     stream: NotRequired[int]
@@ -55,14 +55,14 @@ def counter_hash(
 class MaskingCollator:
     """Samples -> padded batch, masked as in BERT (Devlin et al., 2019, section 3.1).
 
-    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked if u < rate, unless it holds a special
-    token. Of the masked tokens, 80% become [MASK], 10% a random word of the tokenizer, 10% stay. Masks do not depend on
-    workers, ranks, batch sizes or restarts, and those of a lower rate are a subset of those of a higher one.
+    u = hash(seed, epoch, sample id, position) in [0, 1); a position is masked if u < rate, except special tokens. 80%
+    of the masked tokens become [MASK], 10% a random word of the tokenizer, 10% stay. Masks do not depend on workers,
+    ranks, batch sizes or restarts; those of a lower rate are a subset of those of a higher one.
 
     Args:
         tokenizer: from ``load_tokenizer``.
-        rate: share of positions to mask. None: ``mask_batch`` masks later, in the main process; workers load batches
-            ahead and do not know the training step.
+        rate: share of positions to mask. None: ``mask_batch`` masks later, in the main process, for a rate that
+            depends on the step; workers load ahead of it.
         seed: of the masks.
 
     Returns:
@@ -107,7 +107,7 @@ class MaskingCollator:
         return {**fields, "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
 
     def _replacements(self, ids: NDArray[np.int64], bits: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Ids of masked positions: [MASK], a random word or the word itself, by a second hash of their bits."""
+        """Ids at masked positions: [MASK], a random word or the word itself, chosen by a second hash of their bits."""
         bits = _mix(~bits)
         choice = (bits >> np.uint64(32)) * 2.0**-32
         word = self.words[((bits & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.words))) >> np.uint64(32)]

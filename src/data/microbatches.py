@@ -1,8 +1,4 @@
-"""Padded batch -> the microbatches that training sends to the device, on the CPU. Needs neither Composer nor streaming.
-
-    split_unpadded              unpadded, with their layout
-    split_padded                padded, for models that pad
-    num_samples, num_tokens     of a batch or microbatch
+"""Padded batch -> microbatches for the device, cut on the CPU. Needs neither Composer nor streaming.
 
 Letters: B sequences, S longest length in the batch, T tokens (padding never counts), M masked tokens.
 """
@@ -22,11 +18,11 @@ Batch = dict[str, Any]
 
 
 def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
-    """Cut a padded batch (B, S) into padded microbatches, each as long as its longest sequence, on the CPU.
+    """Cut a padded batch (B, S) into padded microbatches, each as long as its longest sequence.
 
-    Adds counts as Python ints, so that reading them never waits for a GPU: ``num_samples``, ``num_tokens``, and
-    ``num_masked``, the tokens with a loss. If the batch has none, the first microbatch counts 1, because Composer
-    divides by their sum; the loss is 0 then.
+    Adds counts as Python ints, which are read without waiting for a GPU: ``num_samples``, ``num_tokens``, and
+    ``num_masked``, the tokens with a loss. If the batch has none, the first microbatch counts 1: Composer divides by
+    their sum, and the loss is 0.
     """
     microbatches = []
     for start in range(0, len(batch["input_ids"]), microbatch_size):
@@ -45,24 +41,17 @@ def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
 def split_unpadded(
     batch: Batch, microbatch_size: int, tables_of: Callable[[Layout], dict[int, Tensor]] | None = None
 ) -> list[Batch]:
-    """Cut a padded batch into unpadded microbatches, each with its layout, on the CPU. Nothing may slice them later.
+    """Cut a padded batch (B, S) into unpadded microbatches, each with its layout. Nothing may slice them later.
 
     Args:
-        batch: what ``split_padded`` takes, or one of these microbatches, which is returned as it is.
+        batch: padded and masked.
         microbatch_size: sequences in a microbatch.
         tables_of: makes the tile tables of a layout (``flash_attn_triton.tile_tables``); optional.
 
     Returns:
         For each microbatch, its sequences longest first: ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,)
         int64 into 0..T-1, the fields of ``Layout``, and the counts of ``split_padded``.
-
-    Raises:
-        ValueError: ``batch`` is a microbatch already, and larger than ``microbatch_size``.
     """
-    if "cu_seqlens" in batch:
-        if batch["num_samples"] > microbatch_size:
-            raise ValueError(f"a microbatch of {batch['num_samples']} samples cannot be cut again to {microbatch_size}")
-        return [batch]
     microbatches = []
     for part in split_padded(batch, microbatch_size):
         # Longest first: neighbours of one length share an attention tile, and a GPU's last tiles are its smallest.
@@ -98,7 +87,6 @@ def num_tokens(batch: Batch) -> dict[str, int]:
 
 def fullest_batch(tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int) -> Batch:
     """A masked batch (B, S) without padding, T = B * S: the most work and memory that a batch can take."""
-    shape = (batch_size, max_seq_len)
-    ids = torch.full(shape, int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
-    masked = torch.arange(batch_size * max_seq_len).reshape(shape) % 100 < round(100 * rate)
+    ids = torch.full((batch_size, max_seq_len), int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
+    masked = torch.arange(ids.numel()).view_as(ids) % 100 < round(100 * rate)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(masked, ids, IGNORED)}

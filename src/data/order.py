@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 
 def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each id occurred before in ``ids``: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
-    order = np.argsort(ids, kind="stable")  # fast: ids come in sorted runs
+    """How often each id has occurred before: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
+    order = np.argsort(ids, kind="stable")  # fast, as ids are sorted in runs
     ranked = ids[order]
     first = np.flatnonzero(np.diff(ranked, prepend=ranked[:1] - 1))
     counts = np.empty_like(ids)
@@ -19,12 +19,11 @@ def group_lengths(
 ) -> NDArray[np.int64]:
     """Group by length: permuted positions (N,) of a shuffled epoch, in which global batches have similar lengths.
 
-    Streaming gives each of the ``nodes`` canonical nodes an equal part of the epoch, and a global batch takes the next
-    samples of each. So each part is cut into windows of ``window`` batches, and each window is sorted by length (ties
-    keep their shuffled order). Then the batches of a window are permuted, in the same way for all nodes. Within a
-    batch, a node's samples stay sorted and go to its ranks in turn: with one canonical node, the tokens of two ranks
-    differ by at most the difference between the batch's longest and shortest sample. Samples that fill no batch stay at
-    the end.
+    Streaming gives each canonical node an equal part of the epoch, and a global batch takes the next samples of each.
+    Each part is cut into windows of ``window`` batches, and each window is sorted by length (ties keep their order).
+    Then the batches of a window are permuted, in the same way for all nodes. Within a batch, a node's samples stay
+    sorted and go to its ranks in turn: with one canonical node, the tokens of two ranks differ by at most the range of
+    lengths in the batch. Samples that fill no batch stay at the end.
 
     Args:
         lengths: of samples in shuffled order, (N,).

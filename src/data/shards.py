@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import DataError
 from src.data.source import Source
-from src.data.tokenizer import earlier_fingerprint, tokenizer_fingerprint
+from src.data.tokenizer import tokenizer_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,16 @@ TOKENS_KEY = "mosaic_bert_tokens"
 """Key of index.json that describes shards of tokens; streaming ignores it. Shards of text have none."""
 
 LENGTHS = "lengths.bin"
-"""File beside the index.json of shards of tokens: the length of each sample, little-endian uint16, in its order."""
+"""File next to the index.json of shards of tokens: the length of each sample, little-endian uint16, in their order."""
+
+
+def check_index(source: Source) -> None:
+    """Raise DataError if a dataset on this machine has no index.json."""
+    origin, split = Path(source.remote or source.local or ""), source.split or ""
+    if "://" not in str(source.remote) and not (origin / split / "index.json").is_file():
+        splits = ", ".join(sorted(path.parent.name for path in origin.glob("*/index.json")))
+        hint = f"splits there: {splits}" if splits else "make one with convert_c4.py"
+        raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
 
 
 def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
@@ -37,7 +46,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
     Args:
         folder: of the split, with index.json.
         complete: whether every shard must be there. Else the folder is a cache: missing shards are skipped, and damaged
-            ones are deleted with a warning, so that they are downloaded again.
+            ones are deleted with a warning, so they are downloaded again.
         verify: ``size`` compares sizes; ``hash`` also reads each file, on all cores, under a progress bar; ``off``
             checks the index alone.
 
@@ -46,7 +55,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
             hash; the index has no hashes to compare.
     """
     try:
-        shards = json.loads((folder / "index.json").read_text())["shards"]
+        shards = _index(folder)["shards"]
         files = [
             [info for info in (shard["raw_data"], shard["zip_data"]) if info is not None and info["basename"]]
             for shard in shards
@@ -56,46 +65,45 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
         raise DataError(f"{folder / 'index.json'} is broken ({error!r}); copy or convert the split again") from None
     if not total:
         raise DataError(f"{folder} is an empty dataset; convert the text again")
-    faults, damaged, sound = [], [], []
-    for either in files:
-        for info in either:
-            if Path(info["basename"]).name != info["basename"]:
-                raise DataError(f"{folder / 'index.json'} names {info['basename']!r}, outside its folder")
-        here = [info for info in either if (folder / info["basename"]).exists()] if verify != "off" else []
-        if complete and not here and verify != "off":
-            faults.append(f"{either[0]['basename']} is missing")
-        for info in here:
+    for name in (info["basename"] for infos in files for info in infos):
+        if Path(name).name != name:
+            raise DataError(f"{folder / 'index.json'} names {name!r}, outside its folder")
+    if verify == "off":
+        return
+    faults, sound = dict[str, str](), []  # faults by file name
+    for infos in files:
+        present = [info for info in infos if (folder / info["basename"]).exists()]
+        if complete and not present:
+            faults[infos[0]["basename"]] = "is missing"
+        for info in present:
             found = (folder / info["basename"]).stat().st_size
-            if found != info["bytes"]:
-                faults.append(f"{info['basename']} has {found:,} bytes, not {info['bytes']:,}")
-                damaged.append(info)
-            else:
+            if found == info["bytes"]:
                 sound.append(info)
+            else:
+                faults[info["basename"]] = f"has {found:,} bytes, not {info['bytes']:,}"
     if verify == "hash":
-        changed = _changed(folder, sound)
-        faults += [f"{info['basename']} has other bytes than when it was written" for info in changed]
-        damaged += changed
-    if faults:
-        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-        if not complete:
-            log.warning("%s: %s. Downloading the damaged ones again", folder, shown)
-            for info in damaged:
-                (folder / info["basename"]).unlink()
-            return
+        faults |= dict.fromkeys(_changed(folder, sound), "has other bytes than when it was written")
+    if not faults:
+        return
+    shown = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:3])
+    shown += f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    if complete:
         raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
+    log.warning("%s: %s. Downloading the damaged ones again", folder, shown)
+    for name in faults:
+        (folder / name).unlink()
 
 
-def _changed(folder: Path, files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of ``files`` (entries of index.json) whose bytes have another hash than the index states."""
-    hashes = [_hash(folder, info) for info in files]
+def _changed(folder: Path, files: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of those of ``files`` (entries of index.json) whose bytes have another hash than the index states."""
 
-    def differs(info: dict[str, Any], expected: tuple[str, str]) -> bool:
-        return get_hash(expected[0], (folder / info["basename"]).read_bytes()) != expected[1]
+    def differs(info: dict[str, Any]) -> bool:
+        algorithm, expected = _hash(folder, info)
+        return get_hash(algorithm, (folder / info["basename"]).read_bytes()) != expected
 
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        found = pool.map(differs, files, hashes)
-        progress = tqdm(found, desc=f"hashes of {folder}", total=len(files), unit="shard", delay=1)
-        return [info for info, differing in zip(files, progress, strict=True) if differing]
+        progress = tqdm(pool.map(differs, files), f"hashes of {folder}", len(files), unit="shard", delay=1)
+        return [info["basename"] for info, differing in zip(files, progress, strict=True) if differing]
 
 
 def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
@@ -105,35 +113,36 @@ def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
     raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or set data_verify to size")
 
 
+def hash_algorithm(folder: Path) -> str:
+    """Name of the hash by which a split's index describes each shard as it is downloaded."""
+    first = _index(folder)["shards"][0]
+    return _hash(folder, first["zip_data"] or first["raw_data"])[0]
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "index.json").read_text())
+
+
 class OpenShards:
-    """Shards that stay open in this process, so that a sample costs one read.
+    """Shards that stay open in this process, so a sample costs one read. At most 64 files, oldest closed first.
 
-    In place of streaming's MDSReader and LocalDataset, which open the file for each sample. Files are read, not mapped:
+    Replaces streaming's MDSReader and LocalDataset, which open the file for each sample. Files are read, not mapped:
     one that shrinks raises an error and does not kill the process.
-
-    Args:
-        limit: files open at once; the one opened first is closed for the next.
     """
 
-    def __init__(self, limit: int = 64):
-        self.limit = limit
-        self.process = 0
+    def __init__(self):
         self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
 
     def read(self, path: str, index: int) -> bytes:
-        """Bytes of a sample. MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
+        """Bytes of a sample. Raises FileNotFoundError without the shard, DataError if it ends within the sample.
 
-        Raises:
-            FileNotFoundError: the shard is not there.
-            DataError: the shard ends within the sample.
+        MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
         """
-        if self.process != os.getpid():  # after a fork: the parent's descriptors are the parent's
-            self.process, self.files = os.getpid(), {}
         if path not in self.files:
             for opened, (file, _) in list(self.files.items()):  # an evicted shard takes disk space until closed
-                if len(self.files) >= self.limit or not os.fstat(file.fileno()).st_nlink:
+                if len(self.files) >= 64 or not os.fstat(file.fileno()).st_nlink:
                     self.files.pop(opened)[0].close()
-            file = io.FileIO(path)
+            file = io.FileIO(path)  # shared after a fork, which pread allows: it moves no offset
             (samples,) = np.frombuffer(file.read(4), np.uint32)
             self.files[path] = file, np.frombuffer(file.read(4 * (int(samples) + 1)), np.uint32)
         file, offsets = self.files[path]
@@ -150,10 +159,10 @@ class OpenShards:
 
 
 class Locator:
-    """Shard and position of each sample, by binary search. Ids past the end start over: they are later draws of the
-    same samples in an epoch (``Sample.sample_id``).
+    """Shard and position of each sample, by binary search. Ids past the end start over: later draws of the same samples
+    in an epoch (``Sample.sample_id``).
 
-    In place of streaming's Spanner, which raises IndexError for such ids and keeps an array for every 1,024 samples.
+    Replaces streaming's Spanner, which raises IndexError for such ids and keeps an array for every 1,024 samples.
     """
 
     def __init__(self, samples_per_shard: NDArray[np.int64]):
@@ -167,39 +176,14 @@ class Locator:
         return shard_id, index - self.starts[shard_id]
 
 
-def check_source(source: Source, verify: str) -> None:
-    """Check that a dataset is there and, if no remote fills it up, ``check_shards`` of it.
-
-    Raises:
-        DataError: there is no index.json, or as ``check_shards``.
-    """
-    origin, split = Path(source.remote or source.local or ""), source.split or ""
-    if "://" not in str(source.remote) and not (origin / split / "index.json").is_file():
-        splits = ", ".join(sorted(path.parent.name for path in origin.glob("*/index.json")))
-        hint = f"splits there: {splits}" if splits else "make one with convert_c4.py"
-        raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
-    if source.complete:
-        check_shards(source.folder, True, verify)
-
-
-def hash_algorithm(folder: Path) -> str:
-    """Name of the hash by which a split's index describes each shard as it is downloaded."""
-    first = json.loads((folder / "index.json").read_text())["shards"][0]
-    return _hash(folder, first["zip_data"] or first["raw_data"])[0]
-
-
 def token_description(folder: Path) -> dict[str, Any] | None:
     """What a split's index says of its tokens (``Tokens.description``); None for shards of text."""
-    return json.loads((folder / "index.json").read_text()).get(TOKENS_KEY)
+    return _index(folder).get(TOKENS_KEY)
 
 
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
-    """Check that shards of tokens fit the run.
-
-    Raises:
-        DataError: they were made by another tokenizer or for another length.
-    """
-    if description["fingerprint"] not in (tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)):
+    """Raise DataError if shards of tokens were made by another tokenizer or for another length."""
+    if description["fingerprint"] not in tokenizer_fingerprints(tokenizer):
         raise DataError(
             f"{name} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
             f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again"
@@ -213,10 +197,9 @@ def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 
 def dataset_fingerprint(folders: Iterable[Path]) -> str:
     """SHA-256, in hex, of the samples listed in the index.json of each split; the same for every copy of the data."""
-    shards = []
-    for folder in folders:
-        index = json.loads((folder / "index.json").read_text())
-        shards += [
-            [shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"]["hashes"]] for shard in index["shards"]
-        ]
+    shards = [
+        [shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"]["hashes"]]
+        for folder in folders
+        for shard in _index(folder)["shards"]
+    ]
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()

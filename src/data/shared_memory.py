@@ -9,32 +9,24 @@ from pathlib import Path
 from typing import IO
 
 # Each dataset of a node has a number, its prefix, in the names of its segments and lock files. A killed run leaves
-# these, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner, so we do:
-# in a file that stays locked (flock) while the process or one of its workers lives. A record that can be locked is of a
-# dead run. Segments without a record belong to other programs, and stay.
+# them, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner. We do, in
+# a file that stays locked (flock) while the process or one of its workers lives. If a record can be locked, its run is
+# dead. Segments without a record belong to other programs, and stay.
 
 SHARED = Path("/dev/shm")
 
-_records: dict[int, tuple[IO[str], str]] = {}
-"""By prefix: the open record, and the folder of the lock files."""
-
 
 def own_shared_memory(prefix: int, lock_folder: str) -> None:
-    """Record that this process owns the segments of a dataset. For the first process of a node, which makes them.
-
-    Args:
-        prefix: of the dataset.
-        lock_folder: of streaming's lock files.
-    """
+    """Record that this process, the first of its node, owns a dataset's segments, and lock files in ``lock_folder``."""
     if not SHARED.is_dir():
         return
     made = SHARED / f".{prefix:06}_owner-{os.getpid()}"
     record = made.open("w")
     fcntl.flock(record, fcntl.LOCK_EX)
-    json.dump({"locks": lock_folder, "locals": _locals(prefix).stat().st_ino}, record)
+    json.dump({"locks": lock_folder, "locals": _segment(prefix, "locals").stat().st_ino}, record)
     record.flush()
-    made.rename(_record(prefix))  # so it is never seen unlocked or empty
-    _records[prefix] = record, lock_folder
+    made.rename(_segment(prefix, "owner"))  # nobody sees it unlocked or empty
+    atexit.register(_disown, prefix, lock_folder, record)
 
 
 def remove_stale_shared_memory() -> list[int]:
@@ -44,22 +36,21 @@ def remove_stale_shared_memory() -> list[int]:
         prefix = int(path.name[:6])
         with contextlib.suppress(OSError), path.open() as record:  # OSError: of another user, or of a live run
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owned = json.load(record)
-            segments = {*SHARED.glob(f"{prefix:06}_*")} - {path, _locals(prefix)}
-            with contextlib.suppress(FileNotFoundError):
-                if _locals(prefix).stat().st_ino != owned["locals"]:  # of a new run without a record yet
-                    continue
-            # A new run takes a prefix without segments and lock files. So what it looks at first is removed last; what
-            # it makes meanwhile is not in the list.
-            for leftover in [*segments, path, _locals(prefix), *_locks(prefix, owned["locks"])]:
+            owned, first = json.load(record), _segment(prefix, "locals")
+            segments = {*SHARED.glob(f"{prefix:06}_*")} - {path, first}
+            if first.exists() and first.stat().st_ino != owned["locals"]:  # of a new run without a record yet
+                continue
+            # A new run takes a prefix without segments and lock files. What it looks at first is removed last; what it
+            # makes meanwhile is not in the list.
+            for leftover in [*segments, path, first, *_locks(prefix, owned["locks"])]:
                 leftover.unlink(missing_ok=True)
             stale.append(prefix)
     return stale
 
 
-def _locals(prefix: int) -> Path:
-    """The segment that streaming makes first."""
-    return SHARED / f"{prefix:06}_locals"
+def _segment(prefix: int, name: str) -> Path:
+    """A file in shared memory. Streaming makes ``locals`` first; ``owner`` is our record."""
+    return SHARED / f"{prefix:06}_{name}"
 
 
 def _locks(prefix: int, folder: str) -> list[Path]:
@@ -67,14 +58,8 @@ def _locks(prefix: int, folder: str) -> list[Path]:
     return [Path(folder) / f"{prefix:06}_{name}_filelock" for name in ("barrier", "cache")]
 
 
-def _record(prefix: int) -> Path:
-    return SHARED / f"{prefix:06}_owner"
-
-
-@atexit.register
-def _disown() -> None:
-    for prefix, (record, lock_folder) in _records.items():
-        with contextlib.suppress(OSError):
-            if os.fstat(record.fileno()).st_ino == _record(prefix).stat().st_ino:
-                for leftover in [_record(prefix), *_locks(prefix, lock_folder)]:
-                    leftover.unlink(missing_ok=True)
+def _disown(prefix: int, lock_folder: str, record: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        if os.fstat(record.fileno()).st_ino == _segment(prefix, "owner").stat().st_ino:
+            for leftover in [_segment(prefix, "owner"), *_locks(prefix, lock_folder)]:
+                leftover.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ class Source:
     local: str | None = None
     """Folder of the dataset, or the cache if there is a remote. None: the run's ``data_local``."""
     remote: str | None = None
-    """Path or object-store URI to stream from. None: the run's ``data_remote`` if ``local`` is None too, else nothing
-    is streamed. The same folder as ``local``: nothing is streamed."""
+    """Path or object-store URI to stream from. None: the run's ``data_remote`` if ``local`` is None too, else no
+    streaming. Nor is there any if it is the same folder as ``local``."""
     split: str | None = None
     """Subfolder of the dataset. None: the loader's ``split``."""
     proportion: float | None = None

@@ -10,36 +10,37 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
-from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
-from src.data.shards import Locator, OpenShards, check_shards, check_source, hash_algorithm
+from src.data.shards import LENGTHS, Locator, OpenShards, check_index, check_shards, hash_algorithm
 from src.data.source import Source
 
 log = logging.getLogger(__name__)
 
 
 def alone_on_node() -> FileLock:
-    """Lock of this user on this node, to hold while streaming's shared memory is made or removed.
+    """This user's lock on this node. Hold it while streaming's shared memory is made or removed.
 
-    Streaming looks for a free prefix and takes it later. Without the lock, one of two runs that start at the same
-    moment fails (test_datasets_of_a_node_are_made_one_after_another).
+    Streaming looks for a free prefix and takes it later, so one of two runs that start together would fail
+    (test_datasets_of_a_node_are_made_in_turn).
     """
-    folder = Path("/dev/shm")
-    return FileLock((folder if folder.is_dir() else Path(gettempdir())) / f"streaming-{os.getuid()}.lock")
+    folder = shared_memory.SHARED if shared_memory.SHARED.is_dir() else Path(gettempdir())
+    return FileLock(folder / f"streaming-{os.getuid()}.lock")
 
 
 class RepairedDataset(StreamingDataset):
     """StreamingDataset of checked sources, in which a fault ends every process and thread with one error.
 
-    Without the checks, a missing shard hangs the workers for ever; without workers the epoch ends early, with exit
-    code 0 (test_damage_is_found_before_the_first_step).
+    Without the checks, a missing shard hangs the workers; without workers it ends the epoch early, with exit code 0
+    (test_damage_is_found_before_the_first_step).
 
     Args:
         sources: datasets by name; their samples are numbered in this order.
@@ -55,9 +56,10 @@ class RepairedDataset(StreamingDataset):
         self.sources = dict(sources)
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
         for source in self.sources.values():
-            check_source(source, "size" if verify == "hash" and not leads else verify)
-            if not source.complete and leads and (source.folder / "index.json").is_file():
-                check_shards(source.folder, False, verify)  # before streaming notes which shards the cache has
+            check_index(source)
+            if source.complete or (leads and (source.folder / "index.json").is_file()):
+                # A cache too: before streaming notes which shards it has.
+                check_shards(source.folder, source.complete, verify if leads or verify == "off" else "size")
         try:
             with alone_on_node() if leads else contextlib.nullcontext():
                 super().__init__(streams=[Stream(**vars(source)) for source in self.sources.values()], **kwargs)
@@ -74,6 +76,10 @@ class RepairedDataset(StreamingDataset):
                 check_shards(source.folder, False, "off")  # names of files in an index that was just downloaded
                 if verify == "hash":
                     stream.validate_hash = hash_algorithm(source.folder)
+        self.num_ranks = self._parallel_rank_world.num_ranks
+        """Processes of the run, on all nodes."""
+        self.shared_memory_prefix = self._shm_prefix_int
+        """Number in the names of this dataset's shared memory."""
         self.spanner: Any = Locator(self.samples_per_shard)
         self.open_shards = OpenShards()
         shards: Any = self.shards
@@ -81,56 +87,55 @@ class RepairedDataset(StreamingDataset):
         self.failure: BaseException | None = None
         self._prepared, self._fetched_again = set[int](), set[int]()
 
-    @property
-    def num_ranks(self) -> int:
-        """Processes of the run, on all nodes."""
-        return self._parallel_rank_world.num_ranks
-
-    @property
-    def shared_memory_prefix(self) -> int:
-        """Number in the names of this dataset's shared memory."""
-        return self._shm_prefix_int
-
     def own_shared_memory(self) -> None:
         """Record that this process, the first of its node, owns the dataset's shared memory."""
-        shared_memory.own_shared_memory(self._shm_prefix_int, self._filelock_root)
+        shared_memory.own_shared_memory(self.shared_memory_prefix, self._filelock_root)
 
-    def fetch(self, stream_id: int, name: str) -> Path:
-        """A file beside the index of a source. Into a cache, the node's first process downloads it; others wait."""
+    def open_lengths(self, stream_id: int) -> NDArray[np.uint16]:
+        """Lengths (N,) of a source's samples, memory-mapped. Raises DataError if the file is missing or has another
+        number of lengths."""
         source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
-        path = source.folder / name
-        if not source.complete and not path.exists():
-            if World.detect().is_local_leader:
-                os.replace(stream._download_file(name, f"{name}.tmp"), path)
-            else:
-                wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
-        return path
+        path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
+        try:
+            if not source.complete:
+                with alone_on_node():
+                    if not path.exists():  # else another process of the node has fetched it
+                        os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+            lengths = np.memmap(path, "<u2", "r")
+        except Exception as error:  # each object store has errors of its own
+            raise DataError(
+                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be read or fetched "
+                f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
+            ) from error
+        if len(lengths) != samples:
+            raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; copy or convert again")
+        return lengths
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download and unpack a shard if it is not there.
 
-        After a failure, streaming leaves the shard in the state PREPARING, so that all who need it wait for ever
-        (test_a_shard_lost_while_running_stops_the_run, test_a_remote_that_lost_a_shard). It takes a file lock for each
-        sample, too; here a shard that was there before costs none.
+        After a failure, streaming leaves the shard in the state PREPARING, and all who need it hang
+        (test_lost_shard_stops_the_run, test_lost_remote_shard_stops_the_run). Streaming also takes a file lock for each
+        sample; here only a shard that is not known to be there takes one.
         """
-        # Read without a lock, as streaming reads samples: an evicted shard is missed there and prepared again.
+        # The state may be old, as no lock is held. Then the file is missing when it is read, and is prepared again.
         if shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
             self._shard_access_times[shard_id] = time.time_ns()
             return
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.LOCAL  # so whoever waits goes on, misses the file, and stops too
-            raise self._fail(self._lost(shard_id, error)) from error
-        if self._shard_states[shard_id] == _ShardState.LOCAL:  # if not ``blocking``, another process may be at it
+            self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
+            raise self._fail(error, shard_id) from error
+        if self._shard_states[shard_id] == _ShardState.LOCAL:  # else another process is preparing it
             self._prepared.add(shard_id)
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """A sample as its shard holds it.
 
-        Streaming opens the file for each sample (140 of 320 us), and ends with an IndexError or a wrong sample where a
-        shard in the cache is damaged; here it is downloaded again, once in this process
-        (test_a_shard_that_is_damaged_in_the_cache_while_running_is_fetched_again_once).
+        Streaming opens the file for each sample (140 of 320 us). For a damaged shard in the cache it raises IndexError
+        or returns a wrong sample; here the shard is downloaded again, once per process
+        (test_shard_damaged_in_the_cache_while_running_is_fetched_again_once).
         """
         if self.failure is not None:
             raise DataError(str(self.failure))
@@ -139,10 +144,14 @@ class RepairedDataset(StreamingDataset):
             return self._read(shard_id, index, retry)
         except Exception as error:
             source = list(self.sources.values())[int(self.stream_per_shard[shard_id])]
-            if self.failure is None and not source.complete and shard_id not in self._fetched_again:
-                self._fetch_again(shard_id, error)
-                return RepairedDataset.get_item(self, sample_id, retry)
-            raise self._fail(error if isinstance(error, DataError) else self._lost(shard_id, error)) from None
+            if self.failure is not None or source.complete or shard_id in self._fetched_again:
+                raise self._fail(error, shard_id) from None
+            log.warning("%s in the cache is damaged (%s). Fetching it again", self._paths[shard_id], error)
+        self._fetched_again.add(shard_id)
+        self._prepared.discard(shard_id)
+        self.open_shards.forget(self._paths[shard_id])
+        self.evict_shard(shard_id)
+        return RepairedDataset.get_item(self, sample_id, retry)
 
     def _read(self, shard_id: int, index: int, retry: int) -> Any:
         for _ in range(retry + 1):
@@ -156,25 +165,18 @@ class RepairedDataset(StreamingDataset):
                 return self.shards[shard_id].decode_sample(data)
         raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
 
-    def _fetch_again(self, shard_id: int, error: Exception) -> None:
-        log.warning("%s in the cache is damaged (%s). Fetching it again", self._paths[shard_id], error)
-        self._fetched_again.add(shard_id)
-        self._prepared.discard(shard_id)
-        self.open_shards.forget(self._paths[shard_id])
-        self.evict_shard(shard_id)
-
     def on_exception(self, future: Future) -> None:
         """Called when a thread that fetches shards ends. Streaming raises its error where nobody catches it
-        (test_a_remote_that_lost_a_shard)."""
+        (test_lost_remote_shard_stops_the_run)."""
         error = future.exception()
         if error is not None:
             self._fail(error)
 
-    def _lost(self, shard_id: int, error: Exception) -> DataError:
-        return DataError(f"{self._paths[shard_id]} cannot be read or fetched ({error}); copy or convert it again")
-
-    def _fail(self, error: BaseException) -> BaseException:
+    def _fail(self, error: BaseException, shard_id: int | None = None) -> BaseException:
         """Keep the first error, and end this process's threads: while they run, it cannot exit."""
+        if shard_id is not None and not isinstance(error, DataError):
+            path = self._paths[shard_id]
+            error = DataError(f"{path} cannot be read or fetched ({error}); copy or convert it again")
         self.failure = self.failure or error
         if hasattr(self, "_event"):  # made by the first iteration
             self._event.set()
@@ -182,16 +184,16 @@ class RepairedDataset(StreamingDataset):
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         """Sample ids as their shards become ready. After a failure, streaming ends the epoch here without an error
-        (test_a_remote_that_lost_a_shard)."""
+        (test_lost_remote_shard_stops_the_run)."""
         yield from super()._each_sample_id(it)
         if self.failure is not None:
             raise DataError(str(self.failure))
 
     def _ready_thread(self, it: Any) -> None:
-        """Count the samples, in order, whose shards are there; runs beside the iteration.
+        """Thread that counts, in order, the samples whose shards are there.
 
-        Streaming's own waits for ever for a shard that was downloaded and evicted between two looks at its state
-        (test_a_shard_that_is_dropped_while_it_is_waited_for_comes).
+        Streaming's own never returns if a shard is downloaded and evicted between two looks at its state
+        (test_shard_evicted_while_awaited_is_fetched_again).
         """
         while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
             if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
@@ -208,7 +210,7 @@ class RepairedDataset(StreamingDataset):
         it.on_exit()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where a resumed run goes on. At the end of an epoch, streaming would begin the same epoch again
-        (test_after_an_epoch_the_next_one_begins)."""
+        """Where a resumed run goes on. At the end of an epoch, streaming would repeat the epoch
+        (test_resume_after_an_epoch_begins_the_next)."""
         state = super().state_dict(num_samples, from_beginning)
         return state if num_samples else {**state, "epoch": self.next_epoch}

@@ -39,24 +39,16 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if lacking:
         raise DataError(f"tokenizer {name_or_folder!r} has no {', '.join(lacking)} token, which BERT needs")
     _restore_saved_parts(tokenizer, name_or_folder)
-    # Some folders set truncation and padding of their own.
-    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json set truncation and padding
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def _from_pretrained(name: str, **options: Any) -> Any:
-    """AutoTokenizer's result. Code that comes with a tokenizer never runs, and the user is not asked for it.
-
-    Raises:
-        OSError: it is not there.
-        DataError: this version of transformers cannot read it.
-    """
+    """Call AutoTokenizer; raises DataError. Never runs a tokenizer's own code, nor asks the user about it."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except OSError:
-        raise
-    except Exception as error:  # AttributeError, TypeError and others, by the file
+    except Exception as error:  # OSError, AttributeError, TypeError and others, depending on the file
         raise DataError(
             f"tokenizer {name!r}: transformers {transformers.__version__} cannot read it ({first_line(error)}). "
             "A tokenizer saved by transformers 5 may need transformers 5 (the current stack)"
@@ -66,23 +58,23 @@ def _from_pretrained(name: str, **options: Any) -> Any:
 def _from_cache_or_hub(name: str) -> Any:
     try:
         return _from_pretrained(name, local_files_only=True)
-    except (OSError, DataError):
+    except DataError:
         log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face Hub", name)
     try:
         huggingface_hub.model_info(name, timeout=10)  # offline it fails at once; from_pretrained retries for a minute
-        return _from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer {name!r} is neither a folder nor cached, and the Hugging Face Hub does not provide it "
             f"({first_line(error)}). Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online"
         ) from None
+    return _from_pretrained(name)
 
 
 def _restore_saved_parts(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Make a tokenizer what its tokenizer.json says, as transformers 4 does.
+    """Restore what tokenizer.json says, as transformers 4 does.
 
-    transformers 5 builds BERT's tokenizers from the vocabulary, and replaces the saved normalizer, pre-tokenizer and
-    post-processor by those of the model type.
+    transformers 5 builds BERT's tokenizers from the vocabulary, with the model type's normalizer, pre-tokenizer and
+    post-processor in place of the saved ones.
     """
     path = cached_file(name, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
     if int(transformers.__version__.split(".")[0]) < 5 or path is None:
@@ -99,11 +91,10 @@ def _restore_saved_parts(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a tokenizer that AutoTokenizer of transformers 4 and 5 loads with the same ids.
 
-    transformers 5 alone writes what 4 cannot read: the class TokenizersBackend, a list of extra special tokens.
+    transformers 5 writes what 4 cannot read: the class TokenizersBackend, a list of extra special tokens.
     """
     tokenizer.save_pretrained(folder)
-    backend = tokenizer.backend_tokenizer
-    backend.save(str(folder / "tokenizer.json"))
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     extra = config.pop("extra_special_tokens", None)
@@ -111,16 +102,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         config["additional_special_tokens"] = extra
     for name in ("backend", "is_local", "local_files_only", "model_specific_special_tokens"):
         config.pop(name, None)
-    parts = json.loads(backend.to_str())
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
     normalizer = parts["normalizer"] or {}
-    if normalizer.get("type") == "BertNormalizer":  # under both versions these options override tokenizer.json
+    bert_normalizer = normalizer.get("type") == "BertNormalizer"
+    if bert_normalizer:  # under both versions these options override tokenizer.json
         config["do_lower_case"], config["strip_accents"] = normalizer["lowercase"], normalizer["strip_accents"]
         config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
     word_piece = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     word_piece["unk_token"] = str(tokenizer.unk_token)
     is_bert = (
         word_piece.items() <= parts["model"].items()
-        and normalizer.get("type") == "BertNormalizer"
+        and bert_normalizer
         and normalizer["clean_text"]
         and parts["pre_tokenizer"] == {"type": "BertPreTokenizer"}
         and parts["post_processor"] in _bert_post_processors(tokenizer)
@@ -133,37 +125,34 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256, in hex, of everything that decides which ids a text becomes; the same under transformers 4 and 5."""
-    return _fingerprint(tokenizer, 0)
+    return tokenizer_fingerprints(tokenizer)[0]
 
 
-def earlier_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The fingerprint that older shards and checkpoints may hold, of the post-processor as transformers 5 writes it."""
-    return _fingerprint(tokenizer, 1)
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerFast, form: int) -> str:
+def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Today's fingerprint, and that of older shards and checkpoints (post-processor as transformers 5 writes it)."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
-    forms = _bert_post_processors(tokenizer)
-    if backend["post_processor"] in forms:
-        backend["post_processor"] = forms[form]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+    forms = _bert_post_processors(tokenizer)
+    if backend["post_processor"] not in forms:
+        forms = [backend["post_processor"]] * 2
+    contents = ([{**backend, "post_processor": form}, special] for form in forms)
+    return [hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() for content in contents]
 
 
-def _bert_post_processors(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any], dict[str, Any]]:
+def _bert_post_processors(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
     """[CLS] A [SEP] B [SEP] in tokenizer.json: the form that transformers 4 writes, and the form that 5 writes."""
     cls = str(tokenizer.cls_token), tokenizer.cls_token_id
     sep = str(tokenizer.sep_token), tokenizer.sep_token_id
 
-    def special(name: str, segment: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": name, "type_id": segment}}
+    def piece(kind: str, name: str, segment: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": segment}}
 
-    single = [special(cls[0], 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep[0], 0)]
+    single = [piece("SpecialToken", cls[0], 0), piece("Sequence", "A", 0), piece("SpecialToken", sep[0], 0)]
     template = {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}, special(sep[0], 1)],
+        "pair": [*single, piece("Sequence", "B", 1), piece("SpecialToken", sep[0], 1)],
         "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (cls, sep)},
     }
-    return {"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}, template
+    return [{"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}, template]

@@ -1,4 +1,4 @@
-"""What a masked language model must beat: frequencies of word pieces."""
+"""The unigram baseline of masked language models."""
 
 from collections.abc import Iterable
 from typing import Any

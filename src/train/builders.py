@@ -23,7 +23,7 @@ from src.common.errors import CheckpointError, ConfigError
 from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
-from src.data.tokenizer import earlier_fingerprint, load_tokenizer, tokenizer_fingerprint
+from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
@@ -66,12 +66,13 @@ def build_trainer(config: RunConfig) -> Trainer:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
         dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+        fingerprint, earlier = tokenizer_fingerprints(tokenizer)
         held = {
             **settings(config),
             "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": fingerprint,
         }
-        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier_fingerprint(tokenizer)})
+        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier})
         if found is not None:
             there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
             check.compare(there, found)  # first: it names settings, check_fits only shapes

@@ -286,7 +286,7 @@ def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> N
         trained_with = tokenizers.tokenizer_fingerprint(tokenizers.load_tokenizer(source.tokenizer_name))
     if trained_with is None:
         log.warning("%s does not say which tokenizer it was trained with, so this one is not checked", source.path)
-    elif trained_with not in (tokenizers.tokenizer_fingerprint(tokenizer), tokenizers.earlier_fingerprint(tokenizer)):
+    elif trained_with not in tokenizers.tokenizer_fingerprints(tokenizer):
         raise CheckpointError(f"{source.path}: the tokenizer {name} is not the one that it was trained with")
     if len(tokenizer) > source.config.vocab_size:
         raise CheckpointError(

@@ -14,6 +14,7 @@ import torch
 from streaming.base.batching.random import generate_work_random_batching
 
 from src import data_c4
+from src.common.errors import DataError
 from src.data.cutting import encode_crop
 from src.data.masking import MaskingCollator
 from src.data.order import occurrences
@@ -24,33 +25,27 @@ from src.data_c4 import ExactEvalDataset, StreamingC4
 from tests.conftest import MAX_SEQ_LEN
 
 
-def test_text_and_token_shards_give_the_same_samples_and_masks(text_shards, token_shards, tokenizer, documents):
-    text = StreamingC4(tokenizer, MAX_SEQ_LEN, local=text_shards, split="val")
-    tokens = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
+@pytest.fixture
+def collate(tokenizer):
+    return MaskingCollator(tokenizer, 0.3, seed=17)
+
+
+def test_text_and_token_shards_give_the_same_samples_and_masks(
+    text_shards, token_shards, opened, tokenizer, collate, documents
+):
+    text, tokens = opened(text_shards, "val"), opened(token_shards, "val")
     assert text.size == tokens.size == 91
     for i in (0, 1, 45, 90):
         want = tokenizer(documents[300 + i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
         for dataset in (text, tokens):
             assert dataset[i]["input_ids"].tolist() == want and dataset[i]["sample_id"] == i
-    collate = MaskingCollator(tokenizer, 0.3, seed=17)
     a, b = (collate([dataset[i] for i in range(91)]) for dataset in (text, tokens))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_streams_from_remote_to_local(token_shards, tokenizer, tmp_path):
-    cache = tmp_path / "cache"
-    here = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
-    streamed = StreamingC4(tokenizer, MAX_SEQ_LEN, local=str(cache), remote=token_shards, split="val", batch_size=7)
-    assert {s["sample_id"] for s in streamed} == set(range(91))
-    assert all(np.array_equal(here[i]["input_ids"], streamed[i]["input_ids"]) for i in range(91))
-    assert (cache / "val" / "index.json").exists()
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_epochs_count_up_in_workers_too(num_workers, token_shards, tokenizer):
-    dataset = StreamingC4(
-        tokenizer, MAX_SEQ_LEN, local=token_shards, split="val", shuffle=True, batch_size=8, num_canonical_nodes=1
-    )
+def test_epochs_count_up_in_workers_too(num_workers, token_shards, opened):
+    dataset = opened(token_shards, "val", shuffle=True, batch_size=8, num_canonical_nodes=1)
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=list, num_workers=num_workers)
     orders = []
     for epoch in range(2):
@@ -60,27 +55,18 @@ def test_epochs_count_up_in_workers_too(num_workers, token_shards, tokenizer):
     assert set(orders[0]) == set(orders[1]) == set(range(91)) and orders[0] != orders[1]
 
 
-def test_tokens_of_another_tokenizer_or_length_are_refused(token_shards, tokenizer, tokenizer_folder):
-    with pytest.raises(ValueError, match="up to 32 tokens and max_seq_len is 64"):
-        StreamingC4(tokenizer, 64, local=token_shards, split="val")
-    other = load_tokenizer(tokenizer_folder)
-    other.add_tokens(["naloxone"])
-    with pytest.raises(ValueError, match="another tokenizer"):
-        StreamingC4(other, MAX_SEQ_LEN, local=token_shards, split="val")
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [4, 16, 100])
-def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, token_shards, tokenizer):
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
+def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, token_shards, opened, tokenizer):
+    dataset = opened(token_shards, "val")
     batches = []
     for rank in range(world_size):
         once = ExactEvalDataset(dataset, batch_size, rank, world_size)
         loader = torch.utils.data.DataLoader(once, batch_size=batch_size, collate_fn=list, num_workers=num_workers)
         batches.append(list(loader))
         assert len(batches[-1]) == len(loader)
-    assert len({len(b) for b in batches}) == 1  # or the ranks would wait for each other
+    assert len({len(b) for b in batches}) == 1  # else ranks wait for each other
     samples = [s for rank in batches for batch in rank for s in batch]
     ids = [s["sample_id"] for s in samples if s["sample_id"] < 91]
     assert sorted(ids) == list(range(91))
@@ -88,59 +74,36 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
     assert all(s["input_ids"].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id] for s in fillers)
 
 
-# A crop that moves
+# Random crops
 
 
-def moving(text_shards, tokenizer, num_workers=0):
-    options = {"shuffle": True, "num_canonical_nodes": 1, "batch_size": 20, "moving_crop": True}
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train", **options)
-    return dataset, data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, 17), 20, num_workers)
-
-
-def test_a_crop_moves_with_sample_and_epoch_and_evaluation_stays(text_shards, tokenizer, documents):
-    dataset, _ = moving(text_shards, tokenizer)
+def test_random_crop_moves_with_sample_and_epoch_except_in_evaluation(text_shards, opened, tokenizer, documents):
+    dataset = opened(text_shards, shuffle=True, num_canonical_nodes=1, batch_size=20, moving_crop=True)
     epochs = [{sample["sample_id"]: sample["input_ids"].tolist() for sample in dataset} for _ in range(3)]
     for epoch, samples in enumerate(epochs):
         for i, ids in samples.items():
             want = encode_crop(tokenizer, documents[i], MAX_SEQ_LEN - 2, i + epoch)
             assert ids == [tokenizer.cls_token_id, *want, tokenizer.sep_token_id]
     longer = [i for i in range(300) if len(epochs[0][i]) == MAX_SEQ_LEN]
-    assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # the others repeat what moved
+    assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # a few texts repeat themselves
     for i, sample in enumerate(ExactEvalDataset(dataset, 20, rank=0, world_size=1)):  # after three epochs of training
         want = tokenizer(documents[i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
         assert sample["input_ids"].tolist() == want and sample["epoch"] == 0
 
 
-def test_a_moving_crop_depends_on_no_worker_and_no_restart(text_shards, tokenizer):
-    dataset, whole = moving(text_shards, tokenizer)
-    _, want = list(whole), list(whole)  # the second epoch
-    state = dataset.state_dict(4 * 20, True)
-    del dataset, whole
-    gc.collect()
-    dataset, rest = moving(text_shards, tokenizer, num_workers=2)
-    dataset.load_state_dict(state)
-    got = list(rest)
-    assert len(got) == 11
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
-
-
-def test_a_crop_of_tokens_cannot_move(token_shards, text_shards, tokenizer):
-    sources = {name: Source(folder, split="val") for name, folder in (("a", text_shards), ("b", token_shards))}
-    with pytest.raises(ValueError, match=r"val holds tokens: what --pack truncate cut off is not there.*moving_crop"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources, moving_crop=True)
-
-
 # Mixing
 
 
-def mixed(text_shards, token_shards, tokenizer, weights, **options):
-    """The same 91 documents as tokens, and 300 others as text."""
-    sources = {
-        "tokens": Source(token_shards, split="val", **weights[0]),
-        "text": Source(text_shards, split="train", **weights[1]),
-    }
-    options = {"shuffle": True, "batch_size": 8, "num_canonical_nodes": 1, **options}
-    return StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources, **options)
+@pytest.fixture
+def mixed(text_shards, token_shards, tokenizer):
+    """Opens a mixture of 91 documents as tokens and 300 others as text, of given weights."""
+
+    def mixed(of_tokens, of_text, **options):
+        tokens, text = Source(token_shards, split="val", **of_tokens), Source(text_shards, split="train", **of_text)
+        options = {"shuffle": True, "batch_size": 8, "num_canonical_nodes": 1, **options}
+        return StreamingC4(tokenizer, MAX_SEQ_LEN, sources={"tokens": tokens, "text": text}, **options)
+
+    return mixed
 
 
 @pytest.mark.parametrize(
@@ -151,101 +114,106 @@ def mixed(text_shards, token_shards, tokenizer, weights, **options):
         (({"repeat": 2.5}, {"choose": 10}), (227, 10)),
     ],
 )
-def test_datasets_are_mixed_by_weight(weights, draws, text_shards, token_shards, tokenizer):
-    dataset = mixed(text_shards, token_shards, tokenizer, weights)
+def test_datasets_are_mixed_by_weight(weights, draws, mixed, opened, text_shards, token_shards):
+    dataset = mixed(*weights)
     samples = list(dataset)
     drawn = np.bincount([sample["stream"] for sample in samples])
     assert abs(drawn - draws).max() <= 1 and drawn.sum() == dataset.epoch_size  # a proportion is rounded at random
     assert dataset.shares == pytest.approx({"tokens": drawn[0] / drawn.sum(), "text": drawn[1] / drawn.sum()})
-    alone = StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val"), 0
-    other = StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train"), 91
+    alone = [(opened(token_shards, "val"), 0), (opened(text_shards), 91)]
     for sample in samples:
-        part, first = other if sample["stream"] else alone
+        part, first = alone[sample["stream"]]
         want = part[sample["sample_id"] % dataset.size - first]["input_ids"]
         assert np.array_equal(sample["input_ids"], want)
 
 
-def test_each_drawing_of_a_sample_has_masks_of_its_own(text_shards, token_shards, tokenizer):
-    dataset = mixed(text_shards, token_shards, tokenizer, ({"repeat": 3}, {"repeat": 0.5}))
+def test_random_crop_of_token_shards_is_refused(mixed):
+    with pytest.raises(DataError, match=r"val holds tokens: what --pack truncate cut off is not there.*moving_crop"):
+        mixed({}, {}, moving_crop=True)
+
+
+def test_each_draw_of_a_sample_is_masked_differently(mixed, collate):
+    dataset = mixed({"repeat": 3}, {"repeat": 0.5})
     epochs = [list(dataset), list(dataset)]
     for epoch, samples in enumerate(epochs):
         ids = [sample["sample_id"] for sample in samples]
         assert len(set(ids)) == len(ids) == 3 * 91 + 150 and {sample["epoch"] for sample in samples} == {epoch}
         of_one = sorted((s for s in samples if s["sample_id"] % 391 == 7), key=lambda s: s["sample_id"])
         assert [s["sample_id"] for s in of_one] == [7, 7 + 391, 7 + 2 * 391]
-        labels = MaskingCollator(tokenizer, 0.3, seed=17)(of_one)["labels"]
+        labels = collate(of_one)["labels"]
         assert not torch.equal(labels[0], labels[1]) and not torch.equal(labels[1], labels[2])
     halves = [{s["sample_id"] for s in samples if s["stream"] == 1} for samples in epochs]
     assert halves[0] != halves[1]  # another half each epoch
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_masks_of_repeats_depend_on_no_worker(num_workers, text_shards, token_shards, tokenizer):
-    dataset = mixed(text_shards, token_shards, tokenizer, ({"repeat": 2}, {}), shuffle=False, batch_size=10)
-    loader = data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, seed=17), 10, num_workers)
-    batches = list(loader)
+def test_masks_of_repeats_do_not_depend_on_workers(num_workers, mixed, collate):
+    dataset = mixed({"repeat": 2}, {}, shuffle=False, batch_size=10)
+    batches = list(data_c4.build_dataloader(dataset, collate, 10, num_workers))
     samples = [dataset[i] for i in [*range(91), *range(391, 391 + 91), *range(91, 391)]]  # shard after shard
     for i, batch in enumerate(batches):
-        want = MaskingCollator(tokenizer, 0.3, seed=17)(samples[10 * i : 10 * i + 10])
+        want = collate(samples[10 * i : 10 * i + 10])
         assert all(torch.equal(batch[name], want[name]) for name in want)
     assert sum(len(batch["labels"]) for batch in batches) == 2 * 91 + 300
 
 
-def test_ids_count_on_for_each_occurrence():
+def test_occurrences_are_counted_per_id():
     ids = np.array([7, 5, 7, 7, 0, 5])
     assert occurrences(ids).tolist() == [0, 0, 1, 2, 0, 1]
 
 
 def test_each_mixed_dataset_is_checked(text_shards, token_shards, tokenizer, tokenizer_folder, tmp_path):
-    here = Source(text_shards, split="val")
-    with pytest.raises(ValueError, match="nothing holds no dataset .*splits there: train, val"):
-        sources = {"a": here, "b": Source(text_shards, split="nothing")}
-        StreamingC4(tokenizer, MAX_SEQ_LEN, sources=sources)
+    def open_with(other, tokenizer=tokenizer, max_seq_len=MAX_SEQ_LEN):
+        StreamingC4(tokenizer, max_seq_len, sources={"a": Source(text_shards, split="val"), "b": other})
+
+    tokens = Source(token_shards, split="val")
+    with pytest.raises(DataError, match="nothing holds no dataset .*splits there: train, val"):
+        open_with(Source(text_shards, split="nothing"))
+    with pytest.raises(DataError, match="up to 32 tokens and max_seq_len is 64"):
+        open_with(tokens, max_seq_len=64)
     other = load_tokenizer(tokenizer_folder)
     other.add_tokens(["naloxone"])
-    with pytest.raises(ValueError, match="another tokenizer"):
-        StreamingC4(other, MAX_SEQ_LEN, sources={"a": here, "b": Source(token_shards, split="val")})
-    damaged = tmp_path / "damaged"
-    shutil.copytree(Path(token_shards) / "val", damaged / "val")
-    next(damaged.glob("val/*.mds")).write_bytes(b"short")
-    with pytest.raises(ValueError, match="damaged/val: shard.00000.mds has 5 bytes"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, sources={"a": here, "b": Source(str(damaged), split="val")})
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_with(tokens, other)
+    shutil.copytree(Path(token_shards) / "val", tmp_path / "damaged")
+    next(tmp_path.glob("damaged/*.mds")).write_bytes(b"short")
+    with pytest.raises(DataError, match="damaged: shard.00000.mds has 5 bytes"):
+        open_with(Source(str(tmp_path), split="damaged"))
 
 
-# Order by length
+# Grouping by length
+
+GROUPED = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
 
 
 @pytest.fixture
 def with_lengths(token_shards, tmp_path):
-    """The 300 training documents with lengths beside them: of all sizes, as the real ones (nearly all 32) are not."""
+    """The 300 training documents with made-up lengths: the real ones are nearly all 32."""
     shutil.copytree(Path(token_shards) / "train", tmp_path / "train")
     lengths = np.random.default_rng(0).integers(3, 500, 300).astype("<u2")
     lengths.tofile(tmp_path / "train" / LENGTHS)
-    return str(tmp_path), lengths
+    return tmp_path, lengths
 
 
 def global_batches(dataset, batch, nodes, ranks, workers, first=0, epoch=0):
     """Sample ids of an epoch from sample ``first`` on, in the order of training: (steps, ranks of all nodes, B)."""
-    dataset.batch_size = batch // (nodes * ranks)
+    dataset.batch_size, dataset.num_ranks = batch // (nodes * ranks), nodes * ranks
     dataset.shuffle_block_size, dataset.initial_physical_nodes = 1 << 18, None
     world = SimpleNamespace(num_nodes=nodes, ranks_per_node=ranks, workers_per_rank=workers)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamingC4, "num_ranks", nodes * ranks)
-        work = generate_work_random_batching(dataset, world, epoch, first)  # (nodes, ranks, workers, batches, B)
+    work = generate_work_random_batching(dataset, world, epoch, first)  # (nodes, ranks, workers, batches, B)
     return work.transpose(3, 2, 0, 1, 4).reshape(-1, nodes * ranks, dataset.batch_size)
 
 
 @pytest.mark.parametrize("canonical", [1, 4])
-def test_batches_by_length_are_the_same_for_any_shape_of_the_run(canonical, with_lengths, tokenizer):
+def test_grouped_batches_are_the_same_for_any_number_of_processes(canonical, with_lengths, opened):
     folder, lengths = with_lengths
-    options = {"shuffle": True, "num_canonical_nodes": canonical, "length_window": 3}
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+    options = {**GROUPED, "num_canonical_nodes": canonical}
+    dataset = opened(folder, **options)
     want = global_batches(dataset, 24, 1, 1, 1)
     whole = want[: 300 // 24]
     assert np.unique(whole).size == whole.size == 288 and set(want.ravel()) == {-1, *range(300)}
-    options["length_window"] = 0
-    plain = global_batches(StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options), 24, 1, 1, 1)
-    for window in range(0, 12, 3):  # what a window holds is what streaming's shuffle put there
+    plain = global_batches(opened(folder, **{**options, "length_window": 0}), 24, 1, 1, 1)
+    for window in range(0, 12, 3):  # a window holds what streaming's shuffle put there
         assert set(want[window : window + 3].ravel()) == set(plain[window : window + 3].ravel())
     assert np.ptp(lengths[whole], axis=(1, 2)).mean() < 0.6 * np.ptp(lengths[plain[:12]], axis=(1, 2)).mean()
     for nodes, ranks, workers in ((1, 2, 1), (2, 1, 3), (4, 2, 2), (1, 3, 2)):
@@ -257,59 +225,55 @@ def test_batches_by_length_are_the_same_for_any_shape_of_the_run(canonical, with
     assert not np.array_equal(other[:12], whole) and np.unique(other[:12]).size == 288
 
 
-def test_ranks_get_equally_many_tokens(with_lengths, tokenizer):
+def test_grouping_balances_the_tokens_of_ranks(with_lengths, opened):
     folder, lengths = with_lengths
     spread = {}
     for window in (0, 4):
-        options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": window}
-        dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
-        batches = global_batches(dataset, 24, 1, 4, 1)[:12]
+        batches = global_batches(opened(folder, **{**GROUPED, "length_window": window}), 24, 1, 4, 1)[:12]
         tokens = lengths[batches].sum(axis=2)  # (steps, ranks)
         spread[window] = np.mean(tokens.max(axis=1) / tokens.mean(axis=1))
-        if window:  # dealt out in turn from the sorted batch: ranks differ by less than the batch's lengths
+        if window:  # ranks take from the sorted batch in turn: they differ by at most its range of lengths
             assert (np.ptp(tokens, axis=1) <= np.ptp(lengths[batches], axis=(1, 2))).all()
     assert spread[4] - 1 < 0.5 * (spread[0] - 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_by_length_goes_on_where_it_stopped(num_workers, with_lengths, tokenizer):
-    folder, _ = with_lengths
+@pytest.mark.parametrize("option", [{"length_window": 3}, {"moving_crop": True}], ids=str)
+def test_epoch_resumes_where_it_stopped(option, num_workers, with_lengths, text_shards, opened, collate):
+    folder = with_lengths[0] if "length_window" in option else text_shards
 
-    def loader():
-        options = {"shuffle": True, "num_canonical_nodes": 2, "length_window": 3, "batch_size": 20}
-        dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
-        return dataset, data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, 17), 20, num_workers)
+    def loader(workers):
+        dataset = opened(folder, shuffle=True, num_canonical_nodes=2, batch_size=20, **option)
+        return dataset, data_c4.build_dataloader(dataset, collate, 20, workers)
 
-    dataset, whole = loader()
+    dataset, whole = loader(0)
     _, want = list(whole), list(whole)  # the second epoch
     state = dataset.state_dict(4 * 20, True)
     del dataset, whole
     gc.collect()
-    dataset, rest = loader()
+    dataset, rest = loader(num_workers)
     dataset.load_state_dict(state)
     got = list(rest)
     assert len(want) == 15 and len(got) == 11
     assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
 
 
-def test_without_lengths_there_is_no_order_by_length(with_lengths, text_shards, tokenizer):
-    options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
-    with pytest.raises(ValueError, match="holds text, whose lengths in tokens are not known"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, text_shards, split="train", **options)
+def test_grouping_without_lengths_is_refused(with_lengths, text_shards, opened):
+    with pytest.raises(DataError, match="holds text, whose lengths in tokens are not known"):
+        opened(text_shards, **GROUPED)
     folder, _ = with_lengths
-    path = Path(folder) / "train" / LENGTHS
+    path = folder / "train" / LENGTHS
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"lengths.bin has 598 bytes, not 2 for each of 300 samples"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+    with pytest.raises(DataError, match="lengths.bin has 299 lengths for 300 samples"):
+        opened(folder, **GROUPED)
     path.unlink()
-    with pytest.raises(ValueError, match=r"train: lengths.bin cannot be fetched .*Convert again"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="train", **options)
+    with pytest.raises(DataError, match="train: lengths.bin cannot be read or fetched .*Convert again"):
+        opened(folder, **GROUPED)
 
 
-def test_lengths_come_to_the_cache(with_lengths, tokenizer, tmp_path):
+def test_lengths_are_fetched_into_the_cache(with_lengths, opened, tmp_path):
     folder, lengths = with_lengths
-    options = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3, "batch_size": 20}
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), folder, "train", **options)
+    dataset = opened(tmp_path / "cache", remote=str(folder), **GROUPED, batch_size=20)
     assert np.array_equal(dataset.lengths[0], lengths) and len(list(dataset)) == 300
 
 
@@ -318,7 +282,7 @@ def test_lengths_come_to_the_cache(with_lengths, tokenizer, tmp_path):
 
 def test_script_prints_what_training_sees(token_shards, tmp_path, capsys):
     shards = str(tmp_path / "shards")
-    shutil.copytree(token_shards, shards)  # which no dataset of this process has open
+    shutil.copytree(token_shards, shards)  # no dataset of this process has the copy open
     command = [sys.executable, data_c4.__file__, shards, str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -329,7 +293,7 @@ def test_script_prints_what_training_sees(token_shards, tmp_path, capsys):
         assert last["batches"] == "3" and 0 <= float(last["padding_share"]) < 1 and float(last["tokens_per_s"]) > 0
 
 
-def test_script_refuses_what_is_not_there(tmp_path, monkeypatch):
+def test_script_refuses_a_missing_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data_c4.py", str(tmp_path), "--tokenizer", str(tmp_path / "none")])
     monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
     with pytest.raises(SystemExit, match="^data_c4.py: .*no such folder"):

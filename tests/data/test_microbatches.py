@@ -1,4 +1,4 @@
-"""What training sends to the device, from the padded batch that the loader gives."""
+"""Padded batch -> microbatches."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_microbatches_hold_the_batch(microbatch_size):
     assert num_samples(batch) == 5
 
 
-def test_tables_of_tiles_are_made_for_a_kernel_that_takes_them():
+def test_tile_tables_are_made_on_request():
     for part in split_unpadded(batch_of(LENGTHS), 2, tile_tables):
         want = tile_tables(Layout.from_batch(part))
         assert want and part["tables"].keys() == want.keys()
@@ -46,17 +46,10 @@ def test_tables_of_tiles_are_made_for_a_kernel_that_takes_them():
     assert split_unpadded(batch_of(LENGTHS), 100)[0]["tables"] == {}
 
 
-def test_a_microbatch_comes_back_as_it_is():
-    (part,) = split_unpadded(batch_of([5, 9]), 2)
-    assert split_unpadded(part, 2)[0] is part
-    with pytest.raises(ValueError, match="cannot be cut again"):
-        split_unpadded(part, 1)
-
-
-def test_a_batch_without_masked_tokens_counts_one():
+def test_batch_without_masked_tokens_counts_one():
     parts = split_unpadded(batch_of([2, 2], rate=0.0), 1)
     assert [p["num_masked"] for p in parts] == [1, 0] and len(parts[0]["labels"]) == 0
 
 
-def test_padded_microbatches_are_no_longer_than_they_must():
+def test_padded_microbatches_are_as_long_as_their_longest_sequence():
     assert [p["input_ids"].shape for p in split_padded(batch_of([5, 9, 30]), 2)] == [(2, 9), (1, 30)]

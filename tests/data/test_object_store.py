@@ -1,4 +1,4 @@
-"""Streaming from an object store: moto's server, which speaks S3, on this machine."""
+"""Streaming from an object store: moto's S3 server, on this machine."""
 
 import time
 from pathlib import Path
@@ -9,8 +9,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import main
-from src.data_c4 import StreamingC4
-from tests.conftest import MAX_SEQ_LEN
+from tests.runs import QUICKSTART
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +23,9 @@ def server():
 
 @pytest.fixture
 def store(server, monkeypatch):
-    monkeypatch.setenv("S3_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    settings = {"S3_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -41,19 +38,19 @@ def bucket(store, server, token_shards):
     return "s3://corpus/c4"
 
 
-def test_samples_come_through_the_cache(bucket, token_shards, tokenizer, tmp_path):
-    here = StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val")
-    streamed = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path), bucket, "val", batch_size=7, verify="hash")
+def test_samples_are_read_through_the_cache(bucket, token_shards, opened, tmp_path):
+    here = opened(token_shards, "val")
+    streamed = opened(tmp_path, "val", remote=bucket, batch_size=7, verify="hash")
     assert not list(tmp_path.rglob("*.mds"))
     assert sorted(sample["sample_id"] for sample in streamed) == list(range(91))
     assert all(np.array_equal(here[i]["input_ids"], streamed[i]["input_ids"]) for i in range(91))
     assert list(tmp_path.rglob("*.mds"))
 
 
-def test_a_run_trains_from_a_bucket(bucket, overrides, tmp_path, capsys):
+def test_run_trains_from_a_bucket(bucket, overrides, tmp_path, capsys):
     cache = tmp_path / "cache"
     options = [*overrides, f"data_remote={bucket}", f"data_local={cache}", "max_duration=2ba"]
-    main.main(["yamls/quickstart.yaml", *options, "train_loader.predownload=32", "train_loader.cache_limit=1gb"])
+    main.main([QUICKSTART, *options, "train_loader.predownload=32", "train_loader.cache_limit=1gb"])
     assert "eval LanguageCrossEntropy" in capsys.readouterr().out and list(cache.rglob("*.mds"))
 
 
@@ -66,24 +63,24 @@ def test_a_run_trains_from_a_bucket(bucket, overrides, tmp_path, capsys):
         ("scheme", "Unsupported remote path: s4://corpus/c4"),
     ],
 )
-def test_a_store_that_gives_nothing_is_said_soon(fault, message, store, overrides, monkeypatch, tmp_path):
+def test_unreachable_store_is_one_message_within_a_minute(fault, message, store, overrides, monkeypatch, tmp_path):
     remote = {"bucket": "s3://nowhere/c4", "scheme": "s4://corpus/c4"}.get(fault, "s3://corpus/c4")
     if fault == "credentials":
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
     if fault == "server":
         monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     options = [*overrides, f"data_remote={remote}", f"data_local={tmp_path}/cache", "train_loader.split=val"]
     began = time.monotonic()
     with pytest.raises(SystemExit) as end:
-        main.run(["yamls/quickstart.yaml", *options])
+        main.run([QUICKSTART, *options])
     assert message in str(end.value) and "\n" not in str(end.value)
-    assert time.monotonic() - began < 60  # not the half hour of dist_timeout, on however busy a machine
+    assert time.monotonic() - began < 60  # not the half hour of dist_timeout
 
 
-def test_an_object_that_goes_missing_ends_the_run(bucket, server, tokenizer, tmp_path):
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path), bucket, "train", batch_size=8, download_retry=1)
+def test_missing_object_ends_the_run(bucket, server, opened, tmp_path):
+    dataset = opened(tmp_path, remote=bucket, batch_size=8, download_retry=1)
     client = boto3.client("s3", endpoint_url=server)
     for found in client.list_objects_v2(Bucket="corpus", Prefix="c4/train/shard")["Contents"]:
         client.delete_object(Bucket="corpus", Key=found["Key"])

@@ -13,54 +13,50 @@ from streaming.base.spanner import Spanner
 import convert_c4
 from src.data.shards import Locator, OpenShards
 from src.data.streaming import alone_on_node
-from src.data_c4 import StreamingC4
-from tests.conftest import MAX_SEQ_LEN
 
 
-def test_a_sample_is_found_where_streaming_finds_it():
+def test_locator_equals_streamings_spanner():
     sizes = np.array([5, 1, 1030, 3])
     ours, theirs = Locator(sizes), Spanner(sizes)
     assert all(ours[i] == theirs[i] for i in range(1039))
     assert ours[1039 + 6] == theirs[6]
 
 
-def test_a_cache_keeps_to_its_limit_and_the_samples_come(text_shards, tokenizer, tmp_path):
+def test_cache_limit_is_kept_and_every_sample_read(text_shards, opened, tmp_path):
     options = ["--source", f"{text_shards}/train", "--size_limit", "8kb", "--num_workers", "1"]
     convert_c4.main(["--out_root", str(tmp_path), "--splits", "small", *options])
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "small").glob("*.mds")}
     largest = max(sizes.values())
     options = {"remote": str(tmp_path), "split": "small", "shuffle": True, "batch_size": 20, "num_canonical_nodes": 1}
     with pytest.raises(ValueError, match="at-least four times the largest shard size"):
-        StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "refused"), **options, cache_limit=3 * largest)
+        opened(tmp_path / "refused", **options, cache_limit=3 * largest)
     cache = tmp_path / "cache"
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(cache), **options, cache_limit=6 * largest)
+    dataset = opened(cache, **options, cache_limit=6 * largest)
     assert sum(sizes.values()) > 12 * largest
     for _ in range(2):
         ids = []
         for sample in dataset:
             ids.append(sample["sample_id"])
             here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
-            assert here <= 8 * largest  # two threads may each be fetching one, which streaming counts when it has come
+            assert here <= 8 * largest  # two threads may each be fetching one that is not counted yet
         assert set(ids) == set(range(300))
 
 
-def test_a_shard_that_is_dropped_while_it_is_waited_for_comes(token_shards, tokenizer, tmp_path, monkeypatch):
-    """As if it had been fetched and dropped again between two looks, each of the first 150 times."""
-    options = {"remote": token_shards, "split": "val", "batch_size": 20, "num_canonical_nodes": 1}
-    dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, str(tmp_path / "cache"), **options)
+def test_shard_evicted_while_awaited_is_fetched_again(token_shards, opened, tmp_path, monkeypatch):
+    """As if it had been fetched and evicted between two looks at its state, each of the first 150 times."""
+    dataset = opened(tmp_path / "cache", "val", remote=token_shards, batch_size=20, num_canonical_nodes=1)
     fetch, calls, got = dataset.prepare_shard, itertools.count(), []
     monkeypatch.setattr(dataset, "prepare_shard", lambda *args: next(calls) >= 150 and fetch(*args))
     thread = threading.Thread(target=lambda: got.extend(dataset), daemon=True)
     thread.start()
     thread.join(timeout=20)
-    fetch(0)  # where it waits for ever, so that the process can exit
+    fetch(0)  # if it still waits, so the process can exit
     assert {sample["sample_id"] for sample in got} == set(range(91))
 
 
-def test_datasets_of_a_node_are_made_one_after_another(token_shards, tokenizer):
+def test_datasets_of_a_node_are_made_in_turn(token_shards, opened):
     made = []
-    open_one = lambda: made.append(StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val"))  # noqa: E731
-    thread = threading.Thread(target=open_one, daemon=True)
+    thread = threading.Thread(target=lambda: made.append(opened(token_shards, "val")), daemon=True)
     with alone_on_node():
         thread.start()
         thread.join(timeout=1)
@@ -69,21 +65,19 @@ def test_datasets_of_a_node_are_made_one_after_another(token_shards, tokenizer):
     assert made
 
 
-def test_after_an_epoch_the_next_one_begins(token_shards, tokenizer):
-    def opened():
-        return StreamingC4(tokenizer, MAX_SEQ_LEN, token_shards, split="val", batch_size=8, num_canonical_nodes=1)
-
-    dataset = opened()
+def test_resume_after_an_epoch_begins_the_next(token_shards, opened):
+    options = {"split": "val", "batch_size": 8, "num_canonical_nodes": 1}
+    dataset = opened(token_shards, **options)
     list(dataset)
     state = dataset.state_dict(0, True)
     del dataset
     gc.collect()
-    dataset = opened()
+    dataset = opened(token_shards, **options)
     dataset.load_state_dict(state)
     assert {sample["epoch"] for sample in dataset} == {1}
 
 
-def test_a_shard_that_was_dropped_is_closed(tmp_path, token_shards):
+def test_evicted_shard_is_closed(tmp_path, token_shards):
     shards = []
     for i in range(3):
         shards.append(str(tmp_path / f"{i}.mds"))

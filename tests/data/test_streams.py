@@ -1,6 +1,5 @@
-"""Runs of the trainer over several datasets, and in an order by length."""
+"""Runs of the trainer over several datasets, grouped by length."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 import main
 from src.common.errors import ConfigError
 from src.data.shards import LENGTHS
-from src.train.builders import build_trainer
-from src.train.config import load
+from tests.runs import QUICKSTART, fit, logged
 
 
 @pytest.fixture
@@ -26,38 +24,31 @@ def options(overrides, token_shards, text_shards, tmp_path):
     return [*overrides, f"train_loader.streams={streams}", "callbacks.lr_monitor={}"]
 
 
-def metrics(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_the_share_of_each_dataset_is_logged_by_name(options, tmp_path, capsys):
-    main.main(["yamls/quickstart.yaml", *options, "max_duration=1ep"])
-    logged = {name: value for line in metrics(tmp_path) for name, value in line.items() if name.startswith("data/")}
-    assert logged["data/sample_share/own"] == pytest.approx(182 / 482)
-    assert logged["data/token_share/c4"] + logged["data/token_share/own"] == pytest.approx(1)
-    assert logged["data/token_share/own"] == pytest.approx(182 / 482, abs=0.03)  # both are nearly all of full length
-    main.main(["yamls/quickstart.yaml", *options, "max_duration=1ep", "--validate"])
+def test_share_of_each_dataset_is_logged_by_name(options, tmp_path, capsys):
+    main.main([QUICKSTART, *options, "max_duration=1ep"])
+    shares = {name: value for line in logged(tmp_path) for name, value in line.items() if name.startswith("data/")}
+    assert shares["data/sample_share/own"] == pytest.approx(182 / 482)
+    assert shares["data/token_share/c4"] + shares["data/token_share/own"] == pytest.approx(1)
+    assert shares["data/token_share/own"] == pytest.approx(182 / 482, abs=0.03)  # nearly all samples have full length
+    main.main([QUICKSTART, *options, "max_duration=1ep", "--validate"])
     printed = capsys.readouterr().out
     assert "c4 62.2% (300 draws of 300 samples), own 37.8% (182 draws of 91 samples)" in printed
     assert "31, 1.03 epochs" in printed
 
 
 @pytest.mark.parametrize("rate", ["0.3", "{initial: 0.3, final: 0.2}"])
-def test_mixed_and_in_order_of_length_a_run_resumes_bit_by_bit(rate, options, tmp_path):
+def test_mixed_and_grouped_run_resumes_bit_for_bit(rate, options, tmp_path):
     options = [*options, "train_loader.length_window=4", f"mlm_probability={rate}", "save_interval=20ba"]
     options += ["train_loader.persistent_workers=true", "train_loader.num_workers=2", "max_duration=40ba"]
     weights = []
     for folder, loaded in (("whole", []), ("half", [f"load_path={tmp_path}/whole/ep0-ba20-rank0.pt"])):
-        run = load("yamls/quickstart.yaml", [*options, *loaded, f"save_folder={tmp_path}/{folder}", "autoresume=false"])
-        trainer = build_trainer(run)
-        trainer.fit()
-        trainer.close()
+        trainer, _, end = fit([*options, *loaded, f"save_folder={tmp_path}/{folder}", "autoresume=false"])
         assert trainer.state.timestamp.batch.value == 40 and trainer.state.timestamp.epoch.value == 1
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.state.model.parameters()]))
+        weights.append(end)
     assert torch.equal(*weights)
 
 
-def test_evaluating_on_a_mixed_dataset_itself_is_refused(options, tmp_path):
+def test_evaluating_on_a_mixed_training_set_is_refused(options, tmp_path):
     options = [*options, f"eval_loader.local={tmp_path}", "eval_loader.split=held-out"]
     with pytest.raises(ConfigError, match=r"eval: this is the training data of train_loader.streams.own"):
-        main.main(["yamls/quickstart.yaml", *options])
+        main.main([QUICKSTART, *options])

