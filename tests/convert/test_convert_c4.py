@@ -177,6 +177,22 @@ def test_existing_split_is_replaced_only_with_overwrite(tmp_path, source):
     assert texts_of(folder) == TEXTS[:1]
 
 
+def test_a_full_disk_leaves_the_old_split_and_the_command_continues_later(tmp_path, source, monkeypatch):
+    folder = convert(tmp_path, source)
+
+    def full_disk(self, sample):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MDSWriter, "write", full_disk)
+        for split, options in (("mine", ["--overwrite"]), ("other", [])):
+            with pytest.raises(OSError, match="No space left"):
+                convert(tmp_path, source, *options, split=split)
+    assert len(rows_of(folder)) == 3 and not (tmp_path / "other").exists()
+    convert(tmp_path, source, split="other")
+    assert not (tmp_path / "other.partial").exists()
+
+
 def test_interrupted_replacement_leaves_one_whole_split(tmp_path, source, monkeypatch):
     """Old and new change places by two renames. A split remains, wherever this stops."""
     folder = convert(tmp_path, source)
@@ -493,6 +509,20 @@ def test_a_signal_ends_all_workers(name, tmp_path, many):
     complete = list(units_folder.glob("??????"))
     folder = convert(tmp_path, many, "--num_workers", "2")
     assert complete and bytes_of(folder) == bytes_of(whole)
+
+
+def killed_at_unit_5(job, unit, count):
+    if unit.number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    units.convert_unit(job, unit, count)
+
+
+def test_a_killed_worker_ends_the_conversion_and_the_command_continues(tmp_path, many, monkeypatch):
+    monkeypatch.setattr(conversion, "convert_unit", killed_at_unit_5)
+    with pytest.raises(OSError, match="a worker process was killed; out of memory"):
+        convert(tmp_path, many, "--num_workers", "2")
+    monkeypatch.undo()
+    assert any((tmp_path / "mine.partial" / "units").glob("??????"))
 
 
 def test_merged_parts_are_the_same_split(tmp_path, many):
