@@ -9,9 +9,11 @@ A run's clock is its steps times the time of a step, which is measured before, i
 count, nor do evaluation, loading and masking.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -255,12 +257,10 @@ class Deadline:
     def __init__(self, hours: float):
         self.end = time.perf_counter() + 3600 * hours
 
-    def allows(self, minutes: float) -> bool:
-        """Whether work of so many minutes would end in time; says so if not."""
-        if time.perf_counter() + 60 * minutes <= self.end:
-            return True
-        print("the hours are spent; finished work is kept, and the same command goes on", flush=True)
-        return False
+    def need(self, minutes: float) -> None:
+        """Raise SystemExit if work of so many minutes would not end in time."""
+        if time.perf_counter() + 60 * minutes > self.end:
+            sys.exit("the hours are spent; finished work is kept, and the same command continues")
 
 
 class Plan:
@@ -316,25 +316,28 @@ class Plan:
 
     def run(
         self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Training], None] = lambda *_: None
-    ) -> bool:
-        """Do what is left; returns False if the next run would not end before the deadline.
+    ) -> None:
+        """Do what is left.
 
         Args:
             rounds: steps to time each recipe by.
             keep: called with name, seed and training at the end of each whole run.
+
+        Raises:
+            SystemExit: the next run would not end before the deadline.
         """
         setup = self.setup
         seconds = time_steps(self.folder / "steps.json", text, self.recipes, rounds)
         for name, seed, searching in self.left():
             minutes = setup.minutes * (TUNING if searching else 1)
-            if not deadline.allows(OVERHEAD * minutes):
-                return False
+            deadline.need(OVERHEAD * minutes)
             rate, recipe = searching or self.best_rate(name), self.recipes[name]
             steps = max(8, setup.evaluations, round(60 * minutes / seconds[name]))
             training = new_training(text, recipe, rate, seed, steps)
             points = curve(training, text, recipe, seed, steps, 1 if searching else setup.evaluations)
             found = {"arm": name, "rate": rate, "seed": seed, "steps": steps, "step_seconds": seconds[name]}
             found |= {"samples": len(text.train), "machine": report.machine(setup.device), "points": points}
+            found["parameters"] = sum(p.numel() for p in training.variant.model.parameters())
             if not searching:
                 keep(name, seed, training)
             report.write_json(self.path(name, seed, searching), found)
@@ -345,7 +348,6 @@ class Plan:
                 f"{self.hours_left():.1f} hours are left",
                 flush=True,
             )
-        return True
 
 
 def final(found: dict[str, Any]) -> float:
@@ -353,8 +355,48 @@ def final(found: dict[str, Any]) -> float:
     return found["points"][-1]["loss"]
 
 
-def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of what ``draw`` computes from a sample drawn with replacement."""
+def table_of_runs(setup: Setup, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Learning rate, size, speed and final loss of each variant."""
+    rates, rows = setup.learning_rates, []
+    for name, runs in curves.items():
+        losses, first = [final(run) for run in runs], runs[0]
+        row = {"name": name, "masked": RECIPES[name].masking[0], "mean": statistics.mean(losses)}
+        row |= {"low": min(losses), "high": max(losses)}
+        row["edge"] = " (edge of the grid)" if len(rates) > 2 and first["rate"] in (min(rates), max(rates)) else ""
+        row["epochs"] = first["steps"] * setup.batch / first["samples"]
+        rows.append(first | row)
+    return report.table(
+        "variant | masked | learning rate | M parameters | ms per step | steps | epochs | validation loss at 15%",
+        "{name} | {masked:.0%} | {rate:g}{edge} | {parameters:M.2f} | {step_seconds:m.1f} | {steps:,} | {epochs:.2f} "
+        "| {mean:.4f} ({low:.4f} to {high:.4f})",
+        rows,
+    )
+
+
+def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -> dict[str, float]:
+    """95% interval, low and high, of what ``draw`` computes from a sample drawn with replacement."""
     rng = np.random.default_rng(0)
     values = sorted(draw(rng) for _ in range(draws))
-    return float(values[round(0.025 * (draws - 1))]), float(values[round(0.975 * (draws - 1))])
+    return {"low": float(values[round(0.025 * (draws - 1))]), "high": float(values[round(0.975 * (draws - 1))])}
+
+
+def options(description: str | None, minutes: float, folder: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of learning have, with their defaults."""
+    parser = report.parser(description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="training time of a run")
+    parser.add_argument("--hours", type=float, default=math.inf, help="start nothing that would not end in this time")
+    parser.add_argument("--rounds", type=int, default=40, help="steps that each variant is timed for")
+    report.add_device(parser)
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="of models and runs")
+    parser.add_argument("--out", type=Path, default=Path(folder) / "report", help="folder of the report")
+    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
+    return parser
+
+
+def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, lines: list[str], record: dict) -> None:
+    """Write NAME-DEVICE.json and .md to the folder of the report, and print the lines."""
+    about, command = report.machine(args.device), f"python -m benchmarks.learning.{name} {' '.join(argv)}"
+    page = [f"{report.described(about)}. `{command}`", "", *lines]
+    record = record | {"machine": about, "command": command}
+    report.write_page(args.out / f"{name}-{args.device}.json", title, f"benchmarks.learning.{name}", page, record)
+    print("\n".join(lines))

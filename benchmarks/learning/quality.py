@@ -29,7 +29,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 import random
 import sys
 from collections.abc import Iterator
@@ -51,8 +50,10 @@ from benchmarks.learning.pretraining import (
     Text,
     Training,
     bootstrap,
-    final,
     make_variant,
+    options,
+    publish,
+    table_of_runs,
 )
 from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, part_of, wikipedia_topics, write_json_lines
 from benchmarks.variants import Shape
@@ -160,18 +161,13 @@ def save(model: Any, text: Text, path: Path) -> None:
 
 
 def pretrain(folder: Path, text: Text, settings: Settings, rounds: int, deadline: Deadline) -> Plan:
-    """Train the models that are missing.
-
-    Raises:
-        SystemExit: the hours are spent.
-    """
+    """Train the models that are missing."""
     plan = Plan(folder, settings, {name: RECIPES[name] for name in ("ours", "hf_bert")}, MODELS)
 
     def keep(name: str, seed: int, training: Training) -> None:
         save(training.variant.model, text, model_folder(folder, name, seed))
 
-    if not plan.run(text, rounds, deadline, keep):
-        sys.exit(1)
+    plan.run(text, rounds, deadline, keep)
     for seed in range(1, settings.seeds + 1):
         path = model_folder(folder, "untrained", seed)
         if not path.exists():
@@ -212,16 +208,11 @@ def finetuned(
         yield result, predictions.read_text().splitlines() if test else []
 
 
-def need(deadline: Deadline, minutes: float) -> None:
-    if not deadline.allows(minutes):
-        sys.exit(1)
-
-
 def best_rate(folder: Path, settings: Settings, name: str, task: str, deadline: Deadline) -> float:
     """By validation accuracy of the first pretrained model, with a seed that is used nowhere else."""
     scores = {}
     for rate in settings.rates:
-        need(deadline, 1.5)
+        deadline.need(1.5)
         ((result, _),) = finetuned(folder, settings, name, 1, task, rate, [0], test=False)
         scores[rate] = result["score"]
     return max(scores, key=scores.__getitem__)
@@ -238,7 +229,7 @@ def finetune_all(folder: Path, settings: Settings, deadline: Deadline) -> dict[s
             right, validation = [], []
             for seed in range(1, settings.seeds + 1):
                 seeds = [*range(1, settings.finetuning_seeds + 1)]
-                need(deadline, 1.5 * len(seeds))
+                deadline.need(1.5 * len(seeds))
                 runs = [*finetuned(folder, settings, name, seed, task, rate, seeds, test=True)]
                 right.append([[p == label for p, label in zip(ps, labels, strict=True)] for _, ps in runs])
                 validation += [result["score"] for result, _ in runs]
@@ -247,7 +238,7 @@ def finetune_all(folder: Path, settings: Settings, deadline: Deadline) -> dict[s
     return found
 
 
-def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[float, float]:
+def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> dict[str, float]:
     """95% interval of the mean of ``a`` minus that of ``b``, (P, F, rows) each.
 
     Drawn with replacement, alike for both: P pretraining seeds, for each of them F fine-tuning seeds, and rows.
@@ -263,61 +254,55 @@ def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[float, float]:
     return bootstrap(draw)
 
 
-def publish(
-    plan: Plan, out: Path, settings: Settings, unigram_loss: float, found: dict[str, dict[str, Any]], command: str
+def report_all(
+    args: argparse.Namespace, argv: list[str], plan: Plan, settings: Settings, unigram_loss: float, found: dict
 ) -> str:
     """Write JSON and Markdown; returns the last line."""
-    pretrained, runs = {name: plan.curves(name) for name in plan.recipes}, []
-    for name, curves in pretrained.items():
-        losses, first = [final(curve) for curve in curves], curves[0]
-        numbers = [f"{RECIPES[name].masking[0]:.0%}", f"{first['rate']:g}", f"{1e3 * first['step_seconds']:.1f}"]
-        numbers += [f"{first['steps']:,}", f"{first['steps'] * settings.batch / first['samples']:.2f}"]
-        runs.append([name, *numbers, f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"])
     results, accuracies, differences, fields = {}, [], [], []
     for task, models in found.items():
         results[task] = {"arms": {}, "differences": {}}
+        ours = models["ours"]["right"]
         for name, model in models.items():
             each = model["right"].mean(axis=2)  # (P, F)
-            results[task]["arms"][name] = {
-                "rate": model["rate"],
-                "validation": model["validation"],
-                "test": each.tolist(),
-            }
-            numbers = [f"{model['rate']:g}", f"{np.mean(model['validation']):.4f}"]
-            numbers += [f"{each.mean():.4f} ({each.min():.4f} to {each.max():.4f})", f"{model['right'].shape[2]:,}"]
-            accuracies.append([f"{task}: {name}", *numbers])
-        for baseline, label in (("hf_bert", "hf"), ("untrained", "untrained")):
-            mean = float(models["ours"]["right"].mean() - models[baseline]["right"].mean())
-            low, high = interval(models["ours"]["right"], models[baseline]["right"])
-            results[task]["differences"][baseline] = {"mean": mean, "low": low, "high": high}
-            differences.append([f"{task}: ours - {baseline}", f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"])
-            key = f"{task}_vs_{label}"
-            fields += [f"{key}={mean:.4f}", f"{key}_low={low:.4f}", f"{key}_high={high:.4f}"]
-    about = report.machine(settings.device)
-    header = ["model", "masked", "learning rate", "ms per step", "steps", "epochs", "validation loss at 15%"]
+            arm = {"rate": model["rate"], "validation": model["validation"], "test": each.tolist()}
+            results[task]["arms"][name] = arm
+            row = {"task": task, "name": name, "mean": each.mean(), "low": each.min(), "high": each.max()}
+            row |= {"chosen_by": np.mean(model["validation"]), "rows": ours.shape[2]}
+            accuracies.append(arm | row)
+            if name != "ours":
+                difference = {"mean": float(ours.mean() - model["right"].mean()), **interval(ours, model["right"])}
+                results[task]["differences"][name] = difference
+                differences.append({"task": task, "name": name, **difference})
+                key = f"{task}_vs_{name.removesuffix('_bert')}"
+                fields += ["{0}={mean:.4f} {0}_low={low:.4f} {0}_high={high:.4f}".format(key, **difference)]
+    pretrained = {name: plan.curves(name) for name in plan.recipes}
     lines = [
-        f"{report.described(about)}. `{command}`",
-        "",
         f"Pretraining: {settings.minutes:g} minutes of training per model, {settings.seeds} seeds. Unigram baseline: "
         f"{unigram_loss:.4f}.",
         "",
-        report.table(header, runs),
+        table_of_runs(settings, pretrained),
         "",
         f"Fine-tuning on {settings.rows:,} rows per task, {settings.epochs} epochs, "
         f"{settings.seeds} x {settings.finetuning_seeds} runs; accuracy on test rows:",
         "",
-        report.table(["task: model", "learning rate", "validation", "test, mean (range of runs)", "rows"], accuracies),
+        report.table(
+            "task: model | learning rate | validation | test, mean (range of runs) | rows",
+            "{task}: {name} | {rate:g} | {chosen_by:.4f} | {mean:.4f} ({low:.4f} to {high:.4f}) | {rows:,}",
+            accuracies,
+        ),
         "",
-        report.table(["difference", "mean", "95% interval"], differences),
+        report.table(
+            "difference | mean | 95% interval",
+            "{task}: ours - {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f}",
+            differences,
+        ),
         "",
         f"The interval draws from {settings.seeds} pretraining seeds only, so it is too narrow.",
         "",
     ]
-    record = {"settings": dataclasses.asdict(settings), "machine": about, "command": command}
-    record |= {"unigram_loss": unigram_loss, "pretraining": pretrained, "tasks": results}
-    path = out / f"quality-{settings.device}.json"
-    report.write_page(path, "Accuracy after fine-tuning", "benchmarks.learning.quality", lines, record)
-    print("\n".join(lines[2:]))
+    record = {"settings": dataclasses.asdict(settings), "unigram_loss": unigram_loss}
+    record |= {"pretraining": pretrained, "tasks": results}
+    publish(args, argv, "quality", "Accuracy after fine-tuning", lines, record)
     return f"quality {' '.join(fields)}"
 
 
@@ -326,29 +311,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return replace(TOY, device=args.device) if args.toy else Settings(minutes=args.minutes, device=args.device)
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The options of the scripts that use these models."""
-    parser = report.parser(description)
-    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="training time of a pretraining")
-    parser.add_argument("--hours", type=float, default=math.inf, help="start nothing that would not end in this time")
-    parser.add_argument("--rounds", type=int, default=40, help="steps that each model is timed for")
-    report.add_device(parser)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of models and runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality/report"), help="folder of the report")
-    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
-    return parser
-
-
 def main(argv: list[str]) -> None:
     """Do what is left, and report."""
-    args = parser_of(__doc__).parse_args(argv)
+    args = options(__doc__, Settings.minutes, "runs/quality").parse_args(argv)
     settings, deadline = settings_of(args), Deadline(args.hours)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = read_text(args.folder, settings)
     plan = pretrain(args.folder, text, settings, 2 if args.toy else args.rounds, deadline)
     found = finetune_all(args.folder, settings, deadline)
-    command = f"python -m benchmarks.learning.quality {' '.join(argv)}"
-    print(publish(plan, args.out, settings, text.unigram_loss(), found, command))
+    print(report_all(args, argv, plan, settings, text.unigram_loss(), found))
 
 
 if __name__ == "__main__":

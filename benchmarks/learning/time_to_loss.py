@@ -28,9 +28,9 @@ the time that ours needs to reach hf_bert's final loss over hf_bert's whole time
 seeds), and the same for hf_strong. inf: not reached.
 """
 
+import argparse
 import dataclasses
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,9 +50,10 @@ from benchmarks.learning.pretraining import (
     Setup,
     Text,
     bootstrap,
-    final,
-    make_variant,
     nadamw,
+    options,
+    publish,
+    table_of_runs,
 )
 from benchmarks.variants import Shape
 from scripts import quickstart
@@ -162,7 +163,7 @@ def interval(
     ours: list[dict[str, Any]],
     other: list[dict[str, Any]],
     paired: bool = False,
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """95% interval of ``ratio`` or ``worth`` over seeds.
 
     Args:
@@ -208,94 +209,61 @@ def changed(curves: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, floa
     changes = {}
     for name, runs in curves.items():
         if name not in RECIPES:
-            low, high = interval(worth, curves["ours"], runs, paired=True)
             changes[name] = {
                 "rate": runs[0]["rate"],
                 "step_seconds": runs[0]["step_seconds"],
                 "final": float(mean_curve(runs)[1][-1]),
                 "loss": common_loss(curves["ours"], runs),
                 "worth": worth(curves["ours"], runs),
-                "low": low,
-                "high": high,
+                **interval(worth, curves["ours"], runs, paired=True),
             }
     return changes
 
 
-def table_of_runs(text: Text, curves: dict[str, list[dict[str, Any]]]) -> str:
-    """Learning rate, size, speed and final loss of each variant."""
-    header = ["variant", "masked", "learning rate", "M parameters", "ms per step", "steps", "epochs", "final loss"]
-    rows, rates = [], sorted(text.setup.learning_rates)
-    for name, runs in curves.items():
-        finals = [final(run) for run in runs]
-        parameters = sum(p.numel() for p in make_variant(text, ALL[name]).model.parameters())
-        rows.append(
-            [
-                name,
-                f"{ALL[name].masking[0]:.0%}",
-                f"{runs[0]['rate']:g}{' (edge of the grid)' * (runs[0]['rate'] in (rates[0], rates[-1]))}",
-                f"{parameters / 1e6:.2f}",
-                f"{1e3 * runs[0]['step_seconds']:.1f}",
-                f"{runs[0]['steps']:,}",
-                f"{runs[0]['steps'] * text.setup.batch / len(text.train):.2f}",
-                f"{statistics.mean(finals):.4f} ({min(finals):.4f} to {max(finals):.4f})",
-            ]
-        )
-    return report.table(header, rows)
-
-
-def table_of_changes(title: str, changes: dict[str, dict[str, float]]) -> list[str]:
-    header = ["change", "learning rate", "ms per step", "final loss", "common loss", "time to it / ours (95%, seeds)"]
-    rows = []
-    for name, c in changes.items():
-        row = [name, f"{c['rate']:g}", f"{1e3 * c['step_seconds']:.1f}", f"{c['final']:.4f}", f"{c['loss']:.4f}"]
-        rows.append([*row, f"{c['worth']:.2f} ({c['low']:.2f} to {c['high']:.2f})"])
-    return [f"{title}, one at a time:", "", report.table(header, rows), ""] if rows else []
-
-
-def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
+def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text: Text) -> str:
     """Write JSON, Markdown and picture of what is finished; returns the last line."""
-    setup, about = plan.setup, report.machine(plan.setup.device)
+    setup = plan.setup
     curves = {name: runs for name in ALL if len(runs := plan.curves(name)) == setup.seeds}
     main = {name: runs for name, runs in curves.items() if name in RECIPES}
     searched = {name: plan.losses(name) for name in SEARCHED if name in curves}
     lines = [
-        f"{report.described(about)}. `{command}`",
-        "",
         f"{setup.minutes:g} minutes of training per run, {setup.seeds} seeds; {len(text.train):,} documents to train "
         f"on, {len(text.validation):,} to validate on; {text.fill():.0%} of a padded batch are tokens. Unigram "
         f"baseline: {text.unigram_loss():.3f}.",
         "",
     ]
     if main:
-        rates = [f"{rate:g}" for rate in setup.learning_rates]
-        rows = [[name, *(f"{loss:.4f}" for loss in losses.values())] for name, losses in searched.items()]
-        lines += [table_of_runs(text, main), "", "Validation loss by learning rate, after a quarter of the time:", ""]
-        lines += [report.table(["variant", *rates], rows), ""]
-        rows = [[f"{loss:.3f}", *(minutes_to(runs, loss) for runs in main.values())] for loss in levels(main)]
+        lines += [table_of_runs(setup, main), "", "Validation loss by learning rate, after a quarter of the time:", ""]
+        names, row = " | ".join(["variant", *(f"{rate:g}" for rate in setup.learning_rates)]), "{name}"
+        row += "".join(f" | {{losses[{i}]:.4f}}" for i in range(len(setup.learning_rates)))
+        rows = [{"name": name, "losses": [*losses.values()]} for name, losses in searched.items()]
+        lines += [report.table(names, row, rows), ""]
         lines += ["Minutes to a validation loss, mean curve (range over seeds):", ""]
-        lines += [report.table(["loss", *main], rows), "", f"![loss](time_to_loss-{setup.device}.png)", ""]
-        draw(out / f"time_to_loss-{setup.device}.png", main)
+        rows = [{"loss": loss} | {name: minutes_to(runs, loss) for name, runs in main.items()} for loss in levels(main)]
+        row = " | ".join(["{loss:.3f}", *(f"{{{name}}}" for name in main)])
+        lines += [report.table(" | ".join(["loss", *main]), row, rows), ""]
+        lines += [f"![loss](time_to_loss-{setup.device}.png)", ""]
+        draw(args.out / f"time_to_loss-{setup.device}.png", main)
     ratios, changes = {}, {}
     if "ours" in main:
         for name in (name for name in BASELINES if name in main):
-            low, high = interval(ratio, main["ours"], main[name])
-            ratios[name] = {"ratio": ratio(main["ours"], main[name]), "low": low, "high": high}
-        rows = [[n, f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"] for n, r in ratios.items()]
-        if rows:
-            lines += ["Time of ours to the final loss of a baseline over the baseline's whole time:", ""]
-            lines += [report.table(["baseline", "ratio", "95% interval (bootstrap over seeds)"], rows), ""]
+            ratios[name] = {"ratio": ratio(main["ours"], main[name]), **interval(ratio, main["ours"], main[name])}
+        lines += ["Time of ours to the final loss of a baseline over the baseline's whole time:", ""]
+        titles = "baseline | ratio | 95% interval (bootstrap over seeds)"
+        rows = [{"name": name, **each} for name, each in ratios.items()]
+        lines += [report.table(titles, "{name} | {ratio:.3f} | {low:.3f} to {high:.3f}", rows), ""]
         changes = changed(curves)
-        for title, group in CHANGES.items():
-            lines += table_of_changes(title, {name: change for name, change in changes.items() if name in group})
-    found = {"settings": dataclasses.asdict(setup), "machine": about, "command": command, "ratios": ratios}
-    found |= {"changes": changes, "searched": searched, "curves": curves}
-    path = out / f"time_to_loss-{setup.device}.json"
-    report.write_page(path, "Time to a given quality", "benchmarks.learning.time_to_loss", lines, found)
-    print("\n".join(lines[2:]))
+    titles = "change | learning rate | ms per step | final loss | common loss | time to it / ours (95%, seeds)"
+    row = "{name} | {rate:g} | {step_seconds:m.1f} | {final:.4f} | {loss:.4f} | {worth:.2f} ({low:.2f} to {high:.2f})"
+    for title, group in CHANGES.items():
+        rows = [{"name": name, **change} for name, change in changes.items() if name in group]
+        lines += [f"{title}, one at a time:", "", report.table(titles, row, rows), ""] if rows else []
+    record = {"settings": dataclasses.asdict(setup), "ratios": ratios, "changes": changes}
+    record |= {"searched": searched, "curves": curves}
+    publish(args, argv, "time_to_loss", "Time to a given quality", lines, record)
     fields = []
     if "hf_bert" in ratios:
-        r = ratios["hf_bert"]
-        fields += [f"ratio={r['ratio']:.3f}", f"ratio_low={r['low']:.3f}", f"ratio_high={r['high']:.3f}"]
+        fields.append("ratio={ratio:.3f} ratio_low={low:.3f} ratio_high={high:.3f}".format(**ratios["hf_bert"]))
     fields += [f"ratio_{n.removeprefix('hf_')}={ratios[n]['ratio']:.3f}" for n in BASELINES[1:] if n in ratios]
     fields += [f"runs_left={len(plan.left())}"] if plan.left() else []
     return f"time_to_loss {' '.join(fields)}"
@@ -303,19 +271,12 @@ def publish(plan: Plan, text: Text, out: Path, command: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Run what is left, and report."""
-    parser = report.parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="training time of a run")
+    parser = options(__doc__, Settings.minutes, "runs/time_to_loss")
     parser.add_argument("--seeds", type=int, default=Settings.seeds)
-    parser.add_argument("--hours", type=float, default=math.inf, help="start no run that would not end in this time")
     parser.add_argument("--arms", nargs="+", choices=BASELINES, default=BASELINES, help="baselines to compare with")
     parser.add_argument("--ablate", action="store_true", help="also take ours apart")
     parser.add_argument("--beyond", action="store_true", help="also change the recipe of ours")
     parser.add_argument("--only", nargs="+", choices=[*ABLATED, *BEYOND], help="of --ablate and --beyond, these")
-    parser.add_argument("--rounds", type=int, default=40, help="steps that each variant is timed for")
-    report.add_device(parser)
-    parser.add_argument("--folder", type=Path, default=Path("runs/time_to_loss"), help="of the runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/time_to_loss/report"), help="folder of the report")
-    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
     args = parser.parse_args(argv)
     settings = replace(Settings(), minutes=args.minutes, seeds=args.seeds, device=args.device)
     if args.toy:
@@ -327,8 +288,11 @@ def main(argv: list[str]) -> None:
     print(f"# {report.described(report.machine(args.device))}")
     print(f"{len(plan.left())} runs are left, about {plan.hours_left():.1f} hours", flush=True)
     text = wikipedia(args.folder, settings)
-    plan.run(text, args.rounds, Deadline(args.hours))
-    print(publish(plan, text, args.out, f"python -m benchmarks.learning.time_to_loss {' '.join(argv)}"))
+    try:
+        plan.run(text, args.rounds, Deadline(args.hours))
+    except SystemExit as stopped:
+        print(stopped)
+    print(report_finished(args, argv, plan, text))
 
 
 if __name__ == "__main__":

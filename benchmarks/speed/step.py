@@ -140,11 +140,10 @@ def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
     return status("VmHWM") - before
 
 
-def peak_bytes_apart(name: str, S: int, fill: str, args: argparse.Namespace) -> int:
-    """``peak_bytes_here`` of a variant in a process of its own."""
-    options = {"lengths": S, "fill": fill, "tokens": args.tokens, "layers": args.layers, "masked": args.masked}
-    arguments = [x for option, value in options.items() for x in (f"--{option}", value)]
-    return report.own_process("benchmarks.speed.step", "--peak_memory", name, *arguments, *["--toy"] * args.toy)
+def peak_bytes_cpu(name: str, shape: Shape, S: int, fill: str, tokens: int, masked: float) -> int:
+    """``peak_bytes_here`` of a variant; for a process of its own."""
+    batch = make_batch(lengths_of(S, fill, tokens), shape.vocabulary, masked)
+    return peak_bytes_here(lambda: build([name], shape, "cpu", torch.float32)[name], batch)
 
 
 def checked(
@@ -174,7 +173,7 @@ def checked(
     if args.device == "cuda":
         row["peak_bytes"] = peak_bytes_cuda(trained, batch)
     elif args.memory:
-        row["peak_bytes"] = peak_bytes_apart(name, S, fill, args)
+        row["peak_bytes"] = report.in_new_process(peak_bytes_cpu, name, args.shape, S, fill, args.tokens, args.masked)
     return row
 
 
@@ -214,25 +213,19 @@ def measure(S: int, fill: str, trained: dict[str, Trained], args: argparse.Names
     }
 
 
-HEADER = ["variant", "M parameters", "tokens/s", "time / ours, median (range)", "FLOPs / ours", "TFLOP/s", "peak GiB"]
-HEADER += ["error of loss, gradients"]
+TITLES = (
+    "variant | M parameters | tokens/s | time / ours, median (range) | FLOPs / ours | TFLOP/s | peak GiB "
+    "| error of loss, gradients"
+)
+TIME_RATIO = "{time_ratio:.2f} ({time_ratio_low:.2f} to {time_ratio_high:.2f})"
+ROW = (
+    f"{{variant}} | {{parameters:M.1f}} | {{tokens_per_s:,.0f}} | {TIME_RATIO} | {{flop_ratio:.2f}} "
+    "| {flops_per_s:T.3g} | {peak_bytes:Gi.2f} | {loss_error:.0e}, {gradient_error:.0e}"
+)
 
 
-def cells_of(result: dict) -> list[list[str]]:
-    """A row of the table for each variant."""
-    return [
-        [
-            name,
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['flops_per_s'] / 1e12:.3g}",
-            f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else "",
-            f"{row['loss_error']:.0e}, {row['gradient_error']:.0e}",
-        ]
-        for name, row in result["arms"].items()
-    ]
+def table(result: dict) -> str:
+    return report.table(TITLES, ROW, [{"variant": name, **row} for name, row in result["arms"].items()])
 
 
 def heading(result: dict) -> str:
@@ -252,7 +245,7 @@ def publish(folder: Path, device: str, result: dict) -> None:
     ordered, lines = [merged[key] for key in sorted(merged)], []
     for each in ordered:
         lines += [f"## {heading(each)}", "", f"{report.described(each['machine'])}. `{each['command']}`", ""]
-        lines += [report.table(HEADER, cells_of(each)), ""]
+        lines += [table(each), ""]
     report.write_page(path, "A training step", "benchmarks.speed.step", lines, ordered)
 
 
@@ -285,7 +278,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="on a CPU: measure no peak memory")
     parser.add_argument("--out", type=Path, help="folder for step-DEVICE.json and .md; other results there are kept")
     parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
-    parser.add_argument("--peak_memory", choices=[*VARIANTS], help=argparse.SUPPRESS)  # the process that measures it
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device found; leave out --device to measure on the CPU")
@@ -295,12 +287,6 @@ def main(argv: list[str]) -> None:
     if args.toy:
         args.layers, args.tokens, args.rounds, args.memory = 2, 256, 2, False
         args.lengths, args.shape = [128], TOY
-    if args.peak_memory:
-        (S,), (fill,), name = args.lengths, args.fill, args.peak_memory
-        batch = make_batch(lengths_of(S, fill, args.tokens), args.shape.vocabulary, args.masked)
-        print(peak_bytes_here(lambda: build([name], args.shape, args.device, args.dtype)[name], batch))
-        return
-
     chosen = args.arms or [name for name in VARIANTS if args.device == "cuda" or name != "mosaic_bert_compiled"]
     print(f"# {report.described(report.machine(args.device))}, {args.dtype}", flush=True)
     trained = build(list(dict.fromkeys([OURS, *chosen])), args.shape, args.device, args.dtype)
@@ -309,7 +295,7 @@ def main(argv: list[str]) -> None:
         for fill in args.fill:
             result = measure(S, fill, trained, args)
             results.append({**result, "command": f"python -m benchmarks.speed.step {' '.join(argv)}"})
-            print(f"{heading(result)}\n{report.table(HEADER, cells_of(result))}", flush=True)
+            print(f"{heading(result)}\n{table(result)}", flush=True)
             if args.out is not None:
                 publish(args.out, args.device, results[-1])
     print(summary(results, args))
