@@ -85,12 +85,9 @@ def step(cells: list[dict], path: str) -> list[str]:
         f"{sizes}, lengths like C4's, {cell['masked']:.0%} masked, {cell['rounds']} interleaved rounds, commit "
         f"{', '.join(dict.fromkeys(c['machine']['commit'] for c in cells))}; `python -m benchmarks.speed.step` "
         f"([full results]({path}.md)).",
-        "",
         report.table(titles, row, rows),
-        "",
         f"Padding does not count as tokens. A ratio above 1 means that ours is faster; tokens per second are those of "
         f"the fastest round. Non-matmul overhead of our step: {overhead}.",
-        "",
     ]
 
 
@@ -108,11 +105,8 @@ def time_to_loss(found: dict[str, Any], path: str) -> list[str]:
         f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
         f"on {found['machine']['device']}, {commits(itertools.chain(*runs.values()))}; "
         f"`python -m benchmarks.learning.time_to_loss` ([how]({path}.md)).",
-        "",
         report.table(titles, row, rows),
-        "",
         f"![loss over time]({path}.png)",
-        "",
     ]
 
 
@@ -122,7 +116,7 @@ def changes(names: dict[str, str], title: str, found: dict[str, Any], path: str)
     titles = f"{title} | final loss | time to the same loss / ours | 95% interval (seeds)"
     row = "{name} | {final:.3f} | {worth:.2f} | {low:.2f} to {high:.2f}"
     table = report.table(titles, row, [{"name": names[name], **found["changes"][name]} for name in measured])
-    return [table, "", f"{commits(run for name in measured for run in found['curves'][name]).capitalize()}.", ""]
+    return [table, f"{commits(run for name in measured for run in found['curves'][name]).capitalize()}."]
 
 
 def quality(found: dict[str, Any], path: str) -> list[str]:
@@ -141,9 +135,7 @@ def quality(found: dict[str, Any], path: str) -> list[str]:
         f"classes), sentences of Rotten Tomatoes (2). {settings['seeds']} pretraining seeds, "
         f"{settings['finetuning_seeds']} fine-tuning seeds each, commit {found['machine']['commit']}; "
         f"`python -m benchmarks.learning.quality` ([how]({path}.md)).",
-        "",
         report.table(titles, row, rows),
-        "",
     ]
 
 
@@ -162,9 +154,7 @@ def extrapolation(found: dict[str, Any], path: str) -> list[str]:
         f"reviews, the same {found['masked']:,} masked tokens at each length. HF BERT has a loss of "
         f"{statistics.fmean(hf):.4f} at {trained}, where its positions end; commit {found['machine']['commit']}, "
         f"`python -m benchmarks.learning.extrapolation` ([how]({path}.md)).",
-        "",
         report.table(titles, row, rows),
-        "",
     ]
 
 
@@ -172,7 +162,7 @@ def scaling(part: str, found: dict[str, Any], path: str) -> list[str]:
     """A part of benchmarks/speed/scaling.py."""
     results = found[part]
     about = f"{report.described(results['machine'])}; `{results['command']}`."
-    return [about, "", report.table(*TABLES[part], results["rows"]), ""]
+    return [about, report.table(*TABLES[part], results["rows"])]
 
 
 def of(name: str, lines: Callable[[Any, str], list[str]]) -> list[str]:
@@ -180,7 +170,7 @@ def of(name: str, lines: Callable[[Any, str], list[str]]) -> list[str]:
     paths = (RESULTS / f"{name}-{device}.json" for device in DEVICES)
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        return ["Not measured yet.", ""]
+        return ["Not measured yet."]
     return lines(json.loads(path.read_text()), f"benchmarks/results/{path.stem}")
 
 
@@ -194,14 +184,13 @@ def gpu() -> list[str]:
         parts = json.loads(path.read_text())
         about = parts["environment"]["results"]
         machine = {name: about[name] for name in ("device", "python", "torch", "triton", "date") if name in about}
-        lines += [f"### {about['device']}", ""]
-        lines += [f"{report.described(machine)}. [{path.name}](../benchmarks/results/{path.name})", ""]
+        lines += [f"### {about['device']}"]
+        lines += [f"{report.described(machine)}. [{path.name}](../benchmarks/results/{path.name})"]
         if "matmul_tflops" in about:  # not on a CPU
             lines += [
                 f"Measured: {about['matmul_tflops']:.0f} TFLOP/s in a bf16 product, {about['copy_tb_per_s']:.1f} TB/s "
                 f"in a copy. The host needs {about['host_us_of_an_addition']:.0f} µs to launch an addition, "
                 f"{about['host_us_of_a_kernel']:.0f} µs to launch a kernel of ours.",
-                "",
             ]
         for name, (title, table) in GPU_PARTS.items():
             part = parts.get(name, {"status": "not run", "results": None})
@@ -210,29 +199,25 @@ def gpu() -> list[str]:
             notes += [part["note"]] if "note" in part else []
             if name == "tests":
                 said = part.get("last_line", "").strip("= ") or "no result"
-                lines += [f"**{title}** ({'; '.join(notes)}): {said}", ""]
+                lines.append(f"**{title}** ({'; '.join(notes)}): {said}")
             elif part["results"]:
-                lines += [f"**{title}** ({'; '.join(notes)})", "", table(part["results"]), ""]
+                lines += [f"**{title}** ({'; '.join(notes)})", table(part["results"])]
             else:
-                lines += [f"**{title}**: no result ({part['status']})", ""]
+                lines.append(f"**{title}**: no result ({part['status']})")
     return lines
 
 
-def _model(rows: list[dict]) -> str:
-    titles = "dtype | length | error of the loss | error of the gradients"
-    return report.table(titles, "{dtype} | {length} | {loss_error:.0e} | {gradient_error:.1e}", rows)
-
-
-def _curve(rows: list[dict]) -> str:
-    titles = "length | sequences | tokens per second | fill | microbatches | copied | dropout | peak GiB"
-    row = "{length} | {sequences} | {speed} | {fill} | {microbatches} | {copy} | {dropout:g} | {peak_gib:.1f}"
+def curve(rows: list[dict]) -> str:
     for setting in rows:
         setting["speed"] = f"{setting['tokens_per_s']:,.0f}" if "tokens_per_s" in setting else "out of memory"
-    order = operator.itemgetter("length", "microbatches", "sequences")
-    return report.table(titles, row, sorted(rows, key=order))
+    return report.table(
+        "length | sequences | tokens per second | fill | microbatches | copied | dropout | peak GiB",
+        "{length} | {sequences} | {speed} | {fill} | {microbatches} | {copy} | {dropout:g} | {peak_gib:.1f}",
+        sorted(rows, key=operator.itemgetter("length", "microbatches", "sequences")),
+    )
 
 
-def _profile(found: dict) -> str:
+def profile(found: dict) -> str:
     for name, step in found.items():
         longest = (f"{kernel['name'].split('<')[0][:40]} {kernel['ms']:.1f} ms" for kernel in step["kernels"][:4])
         step |= {"name": name, "busy": step["busy_share"] * step["ms"], "longest": ", ".join(longest)}
@@ -240,39 +225,40 @@ def _profile(found: dict) -> str:
     return report.table(titles, "{name} | {launches} | {busy:.1f} | {longest}", found.values())
 
 
-def _trainer(rows: list[dict]) -> str:
-    titles = "microbatch | tokens per second | fill | MFU | waiting for data"
-    row = "{microbatch} | {step/tokens_per_s:,.0f} | {step/fill:.2f} | {step/mfu:.2f} | {step/data_wait_share:.2f}"
-    return report.table(titles, row, rows)
-
-
-def _kernels(found: dict) -> str:
+def kernels(found: dict) -> str:
     titles = "kernel | size | implementation | ms, minimum | ms, median | time / ours, median | error"
     row = "{case} | {size} | {implementation} | {ms:.2f} | {ms_median:.2f} | {times_ours:.2f} | {error:.1e}"
     return report.table(titles, row, found["rows"])
 
 
-def _tiles(found: dict) -> str:
-    rows = [
-        {"kernel": row["kernel"], "tile": tile, "ms": [*ms.values()]}
-        for row in found["rows"]
-        for tile, ms in row["ms"].items()
-    ]
-    lengths = next(iter(found["rows"][0]["ms"].values()))
+def tiles(found: dict) -> str:
+    by_tile = [(row["kernel"], *tile) for row in found["rows"] for tile in row["ms"].items()]
+    rows = [{"kernel": kernel, "tile": tile, "ms": [*ms.values()]} for kernel, tile, ms in by_tile]
+    lengths = by_tile[0][2]
     times = (f"{{ms[{i}]:.3f}}" for i in range(len(lengths)))
     titles = " | ".join(["kernel", "rows, columns, warps, stages", *lengths])
     return report.table(titles, " | ".join(["{kernel}", "{tile}", *times]), rows)
 
 
+model = partial(
+    report.table,
+    "dtype | length | error of the loss | error of the gradients",
+    "{dtype} | {length} | {loss_error:.0e} | {gradient_error:.1e}",
+)
+trainer = partial(
+    report.table,
+    "microbatch | tokens per second | fill | MFU | waiting for data",
+    "{microbatch} | {step/tokens_per_s:,.0f} | {step/fill:.2f} | {step/mfu:.2f} | {step/data_wait_share:.2f}",
+)
 GPU_PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tests": ("Tests", str),
-    "model": ("Two layers of base widths, compared with a plain implementation", _model),
-    "curve": ("A training step, base size, bf16, AdamW", _curve),
-    "profile": ("Kernels of a step", _profile),
-    "trainer": ("main.py with Composer, length 128", _trainer),
-    "attention": ("Attention, forward and backward", _kernels),
-    "rowwise": ("Other kernels, forward and backward", _kernels),
-    "tiles": ("Tiles of the attention kernels, ms by length", _tiles),
+    "model": ("Two layers of base widths, compared with a plain implementation", model),
+    "curve": ("A training step, base size, bf16, AdamW", curve),
+    "profile": ("Kernels of a step", profile),
+    "trainer": ("main.py with Composer, length 128", trainer),
+    "attention": ("Attention, forward and backward", kernels),
+    "rowwise": ("Other kernels, forward and backward", kernels),
+    "tiles": ("Tiles of the attention kernels, ms by length", tiles),
 }
 """Parts of run.sh that docs/gpu.md shows, with their titles; those of benchmarks.speed.step are on its own pages."""
 
@@ -298,7 +284,7 @@ def filled(text: str, name: str) -> str:
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
             sys.exit(f"{name}: unknown block {match[2]!r}; blocks: {', '.join(BLOCKS)}")
-        return "\n".join([match[1], *BLOCKS[match[2]](), match[3]])
+        return "\n\n".join([match[1].strip(), *BLOCKS[match[2]](), match[3]])
 
     return BLOCK.sub(block, text)
 
@@ -307,25 +293,21 @@ def page() -> str:
     """docs/results.md."""
     parts = [
         "# Results",
-        "",
-        "Made by `python -m benchmarks.publish` from [benchmarks/results](../benchmarks/results). Each file there",
-        "names the script that wrote it. In older files a variant is an arm, and tokens are real tokens. Elsewhere:",
-        "kernels compiled for seven architectures ([kernels_aot.md](../benchmarks/results/kernels_aot.md)), how cost",
+        "Made by `python -m benchmarks.publish` from [benchmarks/results](../benchmarks/results). Each file there\n"
+        "names the script that wrote it. In older files a variant is an arm, and tokens are real tokens. Elsewhere:\n"
+        "kernels compiled for seven architectures ([kernels_aot.md](../benchmarks/results/kernels_aot.md)), how cost\n"
         "grows ([scaling.md](scaling.md)), and all figures of a GPU ([gpu.md](gpu.md)).",
-        "",
     ]
-    for name in PAGES:
-        for device in DEVICES:
-            path = RESULTS / f"{name}-{device}.md"
-            if path.exists():
-                title, _, text = path.read_text().strip().partition("\n")
-                text = re.sub(r"^#", "##", f"{title} ({device})\n{text}", flags=re.MULTILINE)
-                parts += [re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text), ""]
+    for name, device in itertools.product(PAGES, DEVICES):
+        path = RESULTS / f"{name}-{device}.md"
+        if path.exists():
+            title, _, text = path.read_text().strip().partition("\n")
+            text = re.sub(r"^#", "##", f"{title} ({device})\n{text}", flags=re.MULTILINE)
+            parts.append(re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text))
     for name, title in TEXTS.items():
-        if (RESULTS / name).exists():
-            text = (RESULTS / name).read_text().strip()
-            parts += [f"## {title}", "", f"[{name}](../benchmarks/results/{name})", "", "```", text, "```", ""]
-    return "\n".join(parts).rstrip() + "\n"
+        text = (RESULTS / name).read_text().strip()
+        parts += [f"## {title}", f"[{name}](../benchmarks/results/{name})", f"```\n{text}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> None:

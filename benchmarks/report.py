@@ -88,11 +88,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_page(path: Path, title: str, module: str, lines: list[str], data: Any) -> None:
+def write_page(path: Path, title: str, module: str, paragraphs: list[str], data: Any) -> None:
     """Write ``path`` + .json and, for people, .md."""
     write_json(path.with_suffix(".json"), data)
     made = f"Made by `python -m {module}`; its docstring says what is measured, and how."
-    write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", made, "", *lines]))
+    write_text(path.with_suffix(".md"), "\n\n".join([f"# {title}", made, *paragraphs]) + "\n")
 
 
 class Printed:

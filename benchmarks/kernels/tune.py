@@ -3,10 +3,10 @@
     python -m benchmarks.kernels.tune [--head_sizes 64 128] [--dtypes bfloat16] [--lengths 128 512 2048] [--out FOLDER]
     TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, toy sizes: only that all of it runs
 
-Each kernel runs with the table's tile and with every candidate that compiles and fits, on C4-like lengths, in interleaved
-rounds, each after the L2 cache was overwritten. A candidate whose output differs from that of the table's tile is
-rejected. The best tile has the smallest product of its median times over lengths. The last lines can be pasted into
-TILES, with the gain over the present tiles. Needs no Composer.
+Each kernel runs with the table's tile and with every candidate that compiles and fits, on C4-like lengths, in
+interleaved rounds, each after the L2 cache was overwritten. A candidate whose output differs from that of the table's
+tile is rejected. The best tile has the smallest product of its median times over lengths. The last lines can be pasted
+into TILES, with the gain over the present tiles. Needs no Composer.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def change(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> dict[s
 
 def main(argv: list[str]) -> None:
     """Pretrain what is missing, evaluate, report."""
-    args = options(__doc__, quality.Settings.minutes, "runs/quality").parse_args(argv)
+    args = options(__doc__, quality.SETTINGS.minutes, "runs/quality").parse_args(argv)
     settings = quality.settings_of(args)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = quality.read_text(args.folder, settings)
@@ -128,11 +128,8 @@ def main(argv: list[str]) -> None:
     lines = [
         f"Pretrained at {trained} tokens, {settings.minutes:g} minutes of training, {settings.seeds} seeds; "
         f"{len(reviews)} reviews with at least {content:,} tokens, {masked.sum():,} masked tokens at each length.",
-        "",
         table,
-        "",
         f"![loss over length](extrapolation-{args.device}.png)",
-        "",
     ]
     with report.picture(args.out / f"extrapolation-{args.device}.png", 1) as (axes,):
         for name, by_length in means.items():

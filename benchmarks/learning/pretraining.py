@@ -3,7 +3,7 @@
 All runs share one loop, whose losses are those of main.py's Trainer (tests/benchmarks/test_loop.py): the same batches
 in the same order for the same seed, the product's AdamW (fused, betas 0.9 and 0.98, eps 1e-6, decay 0.02) and learning
 rate schedule (warmup of 6%, linear decay to 2%), the mean loss over all masked tokens of a batch. Composer's Trainer
-itself would need a ComposerModel and a batch format for each baseline; a bare loop treats them all alike.
+would need a ComposerModel and a batch format for each baseline.
 
 A run's clock is its steps times the time of a step, which is measured before, interleaved. So other programs do not
 count, nor do evaluation, loading and masking.
@@ -229,16 +229,13 @@ def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: in
 
     They are kept in ``path``; recipes that come later are timed with ours and scaled to its first seconds. Each
     variant is also checked, at its own size.
-
-    Args:
-        recipes: by name; ``ours`` among them.
     """
     known: dict[str, float] = json.loads(path.read_text())["seconds"] if path.exists() else {}
     new = [name for name in recipes if name not in known]
     if not new:
         return known
-    names, runs = ["ours", *(name for name in new if name != "ours")], {}
-    for name in names:
+    runs = {}
+    for name in dict.fromkeys(["ours", *new]):
         recipe = recipes[name]
         training = new_training(text, recipe, 1e-3, 0, 1000)
         batches, variant = [*text.batches(0, rounds + 2, recipe.masking)], training.variant  # masking is not timed
@@ -292,11 +289,6 @@ class Plan:
         paths = {rate: self.path(name, 0, rate) for rate in self.setup.learning_rates}
         return {rate: final(json.loads(path.read_text())) for rate, path in paths.items() if path.exists()}
 
-    def best_rate(self, name: str) -> float:
-        """The learning rate of the lowest loss in the name's own search, or in that of ours."""
-        losses = self.losses(name if name in self.searched else "ours")
-        return min(losses, key=losses.__getitem__)
-
     def curves(self, name: str) -> list[dict[str, Any]]:
         """Finished runs."""
         paths = [self.path(name, seed) for seed in range(1, self.setup.seeds + 1)]
@@ -310,18 +302,19 @@ class Plan:
         runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1) for name in self.recipes]
         return [run for run in runs if not self.path(*run).exists()]
 
-    def hours_left(self) -> float:
-        """An estimate."""
-        return OVERHEAD * self.setup.minutes * sum(TUNING if run[2] else 1 for run in self.left()) / 60
+    def say_left(self) -> None:
+        left = self.left()
+        hours = OVERHEAD * self.setup.minutes * sum(TUNING if rate else 1 for _, _, rate in left) / 60
+        print(f"{len(left)} runs are left, about {hours:.1f} hours", flush=True)
 
     def run(
-        self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Training], None] = lambda *_: None
+        self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Variant], None] = lambda *_: None
     ) -> None:
         """Do what is left.
 
         Args:
             rounds: steps to time each recipe by.
-            keep: called with name, seed and training at the end of each whole run.
+            keep: called with name, seed and variant at the end of each whole run.
 
         Raises:
             SystemExit: the next run would not end before the deadline.
@@ -331,7 +324,8 @@ class Plan:
         for name, seed, searching in self.left():
             minutes = setup.minutes * (TUNING if searching else 1)
             deadline.need(OVERHEAD * minutes)
-            rate, recipe = searching or self.best_rate(name), self.recipes[name]
+            losses, recipe = self.losses(name if name in self.searched else "ours"), self.recipes[name]
+            rate = searching or min(losses, key=losses.__getitem__)
             steps = max(8, setup.evaluations, round(60 * minutes / seconds[name]))
             training = new_training(text, recipe, rate, seed, steps)
             points = curve(training, text, recipe, seed, steps, 1 if searching else setup.evaluations)
@@ -339,15 +333,14 @@ class Plan:
             found |= {"samples": len(text.train), "machine": report.machine(setup.device), "points": points}
             found["parameters"] = sum(p.numel() for p in training.variant.model.parameters())
             if not searching:
-                keep(name, seed, training)
+                keep(name, seed, training.variant)
             report.write_json(self.path(name, seed, searching), found)
-            what, minutes = f"learning rate {rate:g}" if searching else f"seed {seed}", points[-1]["seconds"] / 60
             print(
-                f"{name} {what}: {steps} steps, {points[-1]['tokens']:,} tokens, validation loss {final(found):.4f}, "
-                f"{minutes:.1f} min in steps, {steps * seconds[name] / 60:.1f} by its clock; about "
-                f"{self.hours_left():.1f} hours are left",
-                flush=True,
+                f"{name} seed {seed}, learning rate {rate:g}: {steps} steps, {points[-1]['tokens']:,} tokens, "
+                f"validation loss {final(found):.4f}, {points[-1]['seconds'] / 60:.1f} min in steps, "
+                f"{steps * seconds[name] / 60:.1f} by its clock"
             )
+            self.say_left()
 
 
 def final(found: dict[str, Any]) -> float:
@@ -393,10 +386,12 @@ def options(description: str | None, minutes: float, folder: str) -> argparse.Ar
     return parser
 
 
-def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, lines: list[str], record: dict) -> None:
-    """Write NAME-DEVICE.json and .md to the folder of the report, and print the lines."""
+def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, page: list[str], record: dict) -> None:
+    """Write NAME-DEVICE.json and .md to the folder of the report, and print the page's paragraphs."""
     about, command = report.machine(args.device), f"python -m benchmarks.learning.{name} {' '.join(argv)}"
-    page = [f"{report.described(about)}. `{command}`", "", *lines]
+    made = f"{report.described(about)}. `{command}`"
     record = record | {"machine": about, "command": command}
-    report.write_page(args.out / f"{name}-{args.device}.json", title, f"benchmarks.learning.{name}", page, record)
-    print("\n".join(lines))
+    report.write_page(
+        args.out / f"{name}-{args.device}.json", title, f"benchmarks.learning.{name}", [made, *page], record
+    )
+    print("\n\n".join(page))

@@ -4,23 +4,19 @@
     python -m benchmarks.learning.quality --toy      # a minute: only that all of it runs
 
 Text: Wikipedia lead paragraphs and IMDb's film reviews, cut into consecutive samples of 128 tokens, by a tokenizer of
-8,192 word pieces trained on the same text. Tasks, each with 1,000 rows to fine-tune on:
+8,192 word pieces trained on them. Tasks, each with 1,000 rows to fine-tune on: ``topics``, the topic of a paragraph,
+one of 11; ``sentences``, whether a sentence of a film review is positive (Rotten Tomatoes).
 
-    topics       the topic of a lead paragraph, one of 11
-    sentences    whether a sentence of a film review is positive (Rotten Tomatoes)
+Each text belongs to train (75%), validation (10%) or test (15%) by its hash (``texts.part_of``). Only the train part is
+pretrained on, and no sentence of Rotten Tomatoes. Learning rates are chosen on the validation set; the test set is
+scored once, by the final runs.
 
-Each text belongs to train (75%), validation (10%) or test (15%) by its hash (``texts.part_of``). Only the train part of
-paragraphs and reviews is pretrained on, and no sentence of Rotten Tomatoes. Learning rates are chosen on the validation
-set; the test set is scored once, by the final runs.
-
-ours and hf_bert have the same widths (benchmarks/variants.py) and the same training time, in steps fixed before
-(benchmarks/learning/pretraining.py), at the better of PRETRAINING_RATES by validation loss after a quarter of the time;
-untrained is ours with fresh weights. Several pretrained models of each are fine-tuned with several seeds, by
-finetune.py's own code, at the best of RATES by validation accuracy of one run, for each model and task.
-
-A difference is that of accuracies on the same test rows, averaged over all runs. Its 95% interval comes from a
-bootstrap over pretraining seeds, fine-tuning seeds and test rows, drawn alike for both models. Finished runs are kept
-in ``--folder`` and not repeated. Last line:
+ours and hf_bert have the same widths and training time, in steps fixed before (benchmarks/learning/pretraining.py), at
+the better of PRETRAINING_RATES after a quarter of the time; untrained is ours with fresh weights. Several pretrained
+models of each are fine-tuned with several seeds, by finetune.py's own code, at the best of RATES by validation accuracy
+of one run, for each model and task. A difference is that of accuracies on the same test rows, averaged over all runs.
+Its 95% interval is a bootstrap over pretraining seeds, fine-tuning seeds and test rows, drawn alike for both models.
+Finished runs are kept in ``--folder`` and not repeated. Last line:
 
     quality topics_vs_hf=… topics_vs_hf_low=… topics_vs_hf_high=… topics_vs_untrained=… … sentences_vs_hf=… …
 """
@@ -28,11 +24,12 @@ in ``--folder`` and not repeated. Last line:
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +37,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import train_tokenizer
 from benchmarks import report
-from benchmarks.learning.pretraining import (
-    RECIPES,
-    Deadline,
-    Plan,
-    Setup,
-    Text,
-    Training,
-    bootstrap,
-    make_variant,
-    options,
-    publish,
-    table_of_runs,
-)
-from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, part_of, wikipedia_topics, write_json_lines
-from benchmarks.variants import Shape
+from benchmarks.learning import pretraining
+from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Setup, Text
+from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, make_tokenizer, part_of, wikipedia_topics
+from benchmarks.variants import Shape, Variant
 from src.common.files import replace_folder
 from src.data.tokenizer import load_tokenizer, save_tokenizer
 from src.finetune import plan as finetuning
@@ -74,12 +59,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Settings(Setup):
-    batch: int = 16
-    vocabulary: int = 8192
-    shape: Shape = field(default_factory=lambda: Shape(4, 128, 8, 384, 0, length=128))
-    minutes: float = 6
-    seeds: int = 3
-    learning_rates: tuple[float, ...] = PRETRAINING_RATES
     finetuning_seeds: int = 5
     rows: int = 1000
     """To fine-tune on, of each task."""
@@ -89,20 +68,9 @@ class Settings(Setup):
     rates: tuple[float, ...] = RATES
 
 
-TOY = Settings(
-    batch=8,
-    documents=64,
-    vocabulary=1000,
-    shape=Shape(1, 16, 2, 32, 0, length=32),
-    minutes=0.005,
-    seeds=2,
-    learning_rates=(1e-3, 2e-3),
-    finetuning_seeds=2,
-    rows=48,
-    held_out_rows=32,
-    epochs=1,
-    rates=(1e-3, 3e-3),
-)
+SETTINGS = Settings(16, 8192, Shape(4, 128, 8, 384, 0, length=128), 6, 3, PRETRAINING_RATES)
+TOY = Settings(8, 1000, Shape(1, 16, 2, 32, 0, length=32), 0.005, 2, (1e-3, 2e-3), documents=64)
+TOY = replace(TOY, finetuning_seeds=2, rows=48, held_out_rows=32, epochs=1, rates=(1e-3, 3e-3))
 
 
 def labelled(task: str) -> list[Labelled]:
@@ -134,45 +102,32 @@ def write_tasks(folder: Path, settings: Settings) -> None:
 def read_text(folder: Path, settings: Settings) -> Text:
     """The text to pretrain on; makes the tokenizer and the tasks' files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = [*unlabelled("train")]
-    name = folder / "tokenizer"
-    if not name.exists():
-        write_json_lines(folder / "train.jsonl", train)
-        train_tokenizer.main(
-            [str(folder / "train.jsonl"), "--out", str(name), "--vocab_size", str(settings.vocabulary)]
-        )
-        (folder / "train.jsonl").unlink()
     write_tasks(folder, settings)
-    validation = [*unlabelled("validation")][::4]  # a quarter is enough
+    train = [*unlabelled("train")]
+    tokenizer = load_tokenizer(make_tokenizer(folder, train, settings.vocabulary))
     random.Random(17).shuffle(train)
-    return Text(load_tokenizer(str(name)), train, validation, settings, "chunk")
+    return Text(tokenizer, train, [*unlabelled("validation")][::4], settings, "chunk")  # a quarter is enough
 
 
 def model_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "models" / f"{name}-seed{seed}"
 
 
-def save(model: Any, text: Text, path: Path) -> None:
-    """A Hugging Face folder with the tokenizer, complete or absent."""
-    new = path.with_name(path.name + ".new")
-    model.save_pretrained(new)
-    save_tokenizer(text.tokenizer, new)
-    replace_folder(new, path)
-
-
 def pretrain(folder: Path, text: Text, settings: Settings, rounds: int, deadline: Deadline) -> Plan:
     """Train the models that are missing."""
     plan = Plan(folder, settings, {name: RECIPES[name] for name in ("ours", "hf_bert")}, MODELS)
 
-    def keep(name: str, seed: int, training: Training) -> None:
-        save(training.variant.model, text, model_folder(folder, name, seed))
+    def save(name: str, seed: int, variant: Variant) -> None:
+        path = model_folder(folder, name, seed)
+        new = path.with_name(path.name + ".new")
+        variant.model.save_pretrained(new)
+        save_tokenizer(text.tokenizer, new)
+        replace_folder(new, path)
 
-    plan.run(text, rounds, deadline, keep)
+    plan.run(text, rounds, deadline, save)
     for seed in range(1, settings.seeds + 1):
-        path = model_folder(folder, "untrained", seed)
-        if not path.exists():
-            torch.manual_seed(seed)
-            save(make_variant(text, RECIPES["ours"]).model, text, path)
+        torch.manual_seed(seed)
+        save("untrained", seed, pretraining.make_variant(text, RECIPES["ours"]))
     return plan
 
 
@@ -180,12 +135,8 @@ def finetuned(
     folder: Path, settings: Settings, name: str, seed: int, task: str, rate: float, seeds: list[int], test: bool
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Result and test predictions of each fine-tuning seed; ``test`` False: without the test set."""
-    data = LabelledData(
-        train=str(folder / f"{task}-train.csv"),
-        validation=str(folder / f"{task}-validation.csv"),
-        test=str(folder / f"{task}-test.csv") if test else None,
-        text="text",
-    )
+    train, validation, tested = (str(folder / f"{task}-{part}.csv") for part in ("train", "validation", "test"))
+    data = LabelledData(train=train, validation=validation, test=tested if test else None, text="text")
     config = FinetuneConfig(
         run_name="quality",
         folder=str(folder / "finetuning"),
@@ -208,33 +159,26 @@ def finetuned(
         yield result, predictions.read_text().splitlines() if test else []
 
 
-def best_rate(folder: Path, settings: Settings, name: str, task: str, deadline: Deadline) -> float:
-    """By validation accuracy of the first pretrained model, with a seed that is used nowhere else."""
-    scores = {}
-    for rate in settings.rates:
-        deadline.need(1.5)
-        ((result, _),) = finetuned(folder, settings, name, 1, task, rate, [0], test=False)
-        scores[rate] = result["score"]
-    return max(scores, key=scores.__getitem__)
-
-
 def finetune_all(folder: Path, settings: Settings, deadline: Deadline) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and model: learning rate, validation accuracies, and ``right``, (P, F, rows) bool, for the test rows."""
     found: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in TASKS}
-    for task in TASKS:
+    for task, name in itertools.product(TASKS, MODELS):
         with (folder / f"{task}-test.csv").open(newline="") as file:
             labels = [row["label"] for row in csv.DictReader(file)]
-        for name in MODELS:
-            rate = best_rate(folder, settings, name, task, deadline)
-            right, validation = [], []
-            for seed in range(1, settings.seeds + 1):
-                seeds = [*range(1, settings.finetuning_seeds + 1)]
-                deadline.need(1.5 * len(seeds))
-                runs = [*finetuned(folder, settings, name, seed, task, rate, seeds, test=True)]
-                right.append([[p == label for p, label in zip(ps, labels, strict=True)] for _, ps in runs])
-                validation += [result["score"] for result, _ in runs]
-            found[task][name] = {"rate": rate, "validation": validation, "right": np.array(right)}
-            print(f"{task} {name}: learning rate {rate:g}, test accuracy {np.mean(right):.4f}", flush=True)
+        tried = {}  # validation accuracy of the first pretrained model, with a seed that is used nowhere else
+        for rate in settings.rates:
+            deadline.need(1.5)
+            ((result, _),) = finetuned(folder, settings, name, 1, task, rate, [0], test=False)
+            tried[rate] = result["score"]
+        rate = max(tried, key=tried.__getitem__)
+        right, validation, seeds = [], [], [*range(1, settings.finetuning_seeds + 1)]
+        for seed in range(1, settings.seeds + 1):
+            deadline.need(1.5 * len(seeds))
+            runs = [*finetuned(folder, settings, name, seed, task, rate, seeds, test=True)]
+            right.append([[p == label for p, label in zip(ps, labels, strict=True)] for _, ps in runs])
+            validation += [result["score"] for result, _ in runs]
+        found[task][name] = {"rate": rate, "validation": validation, "right": np.array(right)}
+        print(f"{task} {name}: learning rate {rate:g}, test accuracy {np.mean(right):.4f}", flush=True)
     return found
 
 
@@ -251,7 +195,7 @@ def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> dict[str, float]:
         weights = np.bincount(rng.integers(rows, size=rows), minlength=rows) / rows
         return difference[seeds].mean(axis=(0, 1)) @ weights
 
-    return bootstrap(draw)
+    return pretraining.bootstrap(draw)
 
 
 def report_all(
@@ -279,41 +223,36 @@ def report_all(
     lines = [
         f"Pretraining: {settings.minutes:g} minutes of training per model, {settings.seeds} seeds. Unigram baseline: "
         f"{unigram_loss:.4f}.",
-        "",
-        table_of_runs(settings, pretrained),
-        "",
+        pretraining.table_of_runs(settings, pretrained),
         f"Fine-tuning on {settings.rows:,} rows per task, {settings.epochs} epochs, "
         f"{settings.seeds} x {settings.finetuning_seeds} runs; accuracy on test rows:",
-        "",
         report.table(
             "task: model | learning rate | validation | test, mean (range of runs) | rows",
             "{task}: {name} | {rate:g} | {chosen_by:.4f} | {mean:.4f} ({low:.4f} to {high:.4f}) | {rows:,}",
             accuracies,
         ),
-        "",
         report.table(
             "difference | mean | 95% interval",
             "{task}: ours - {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f}",
             differences,
         ),
-        "",
         f"The interval draws from {settings.seeds} pretraining seeds only, so it is too narrow.",
-        "",
     ]
     record = {"settings": dataclasses.asdict(settings), "unigram_loss": unigram_loss}
     record |= {"pretraining": pretrained, "tasks": results}
-    publish(args, argv, "quality", "Accuracy after fine-tuning", lines, record)
+    pretraining.publish(args, argv, "quality", "Accuracy after fine-tuning", lines, record)
     return f"quality {' '.join(fields)}"
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line asks for."""
-    return replace(TOY, device=args.device) if args.toy else Settings(minutes=args.minutes, device=args.device)
+    settings = TOY if args.toy else replace(SETTINGS, minutes=args.minutes)
+    return replace(settings, device=args.device)
 
 
 def main(argv: list[str]) -> None:
     """Do what is left, and report."""
-    args = options(__doc__, Settings.minutes, "runs/quality").parse_args(argv)
+    args = pretraining.options(__doc__, SETTINGS.minutes, "runs/quality").parse_args(argv)
     settings, deadline = settings_of(args), Deadline(args.hours)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = read_text(args.folder, settings)

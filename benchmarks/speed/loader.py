@@ -6,10 +6,10 @@ Text: Wikipedia leads and film reviews (benchmarks/texts.py), bert-base-uncased'
 
 1. convert_c4.py: documents per second to shards of text and of tokens, by 1 and 2 workers, without the start of Python;
    its peak memory (sum of its processes' proportional set sizes) over ``--gigabytes`` of recombined sentences.
-2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation and
-   the layout of microbatches; and a straightforward one, which tokenizes whole documents, pads them to 128 and masks
-   them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage of ours
-   is timed alone. From them it calculates how long a GPU of 500,000 tokens per second would wait for 8 workers.
+2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation
+   and the layout of microbatches; and a straightforward one, which tokenizes whole documents, pads them to 128 and
+   masks them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage
+   of ours is timed alone. From them it calculates how long a GPU of 500,000 tokens per second would wait for 8 workers.
 3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a process of its own.
 """
 

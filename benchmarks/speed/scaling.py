@@ -4,15 +4,14 @@
     python -m benchmarks.speed.scaling --toy      # seconds: only that all of it runs
 
 length    A small model (4 layers of 256) trains on 8,192 tokens in sequences of 128 … 8,192 without padding: time and
-          peak memory per token of MosaicBERT, of Hugging Face's BERT, and of MosaicBERT padded, while its bias takes at
-          most 2 GiB. Variants, checks (up to 2,048 tokens) and memory as in benchmarks/speed/step.py.
+          peak memory per token of MosaicBERT, of Hugging Face's BERT, and of MosaicBERT padded while its bias takes at
+          most 2 GiB. Checks (up to 2,048 tokens) and memory as in benchmarks/speed/step.py.
 gpus      Calculated for 8 … 512 GPUs and a global batch of 4,096 sequences of 128, in microbatches of 128. A ring sends
           2 (n - 1) / n of the gradients' bytes from each GPU (Patarasuk and Yuan, 2009). It overlaps with the backward
           pass of the last microbatch, two thirds of its time, except for the last of DDP's buckets. Assumed:
           --gpu_tokens_per_s and the bandwidths of LINKS.
 sizes     The YAMLs' models: parameters; FLOPs per token; memory of weights, gradients and Adam (16 bytes per parameter,
-          fp32) and of what the backward pass of a microbatch of 128 x 128 tokens needs (in bf16, measured on one and
-          two sequences and extrapolated).
+          fp32) and of what the backward pass of 128 x 128 tokens needs (bf16, extrapolated from 1 and 2 sequences).
 
 Last line: ``scaling time_per_token=… memory_per_token=… hf_time_per_token=… hf_memory_per_token=…
 efficiency_512=… parameters_large=…``; the first four are ratios of the longest length to the shortest.
@@ -29,7 +28,7 @@ import yaml
 
 from benchmarks import report, timing
 from benchmarks.speed import step
-from benchmarks.variants import VARIANTS, Shape, Variant, check, make_batch
+from benchmarks.variants import VARIANTS, Shape, Variant, check, make_batch, step_flops
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SMALL = Shape(layers=4, hidden=256, heads=8, width=1024, vocabulary=4096, dropout=0.0, length=max(LENGTHS))
@@ -86,17 +85,9 @@ def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
             compute, reduce = GLOBAL_TOKENS / n / tokens_per_s, sent / bandwidth
             last = reduce * min(1.0, BUCKET / (4 * parameters))
             shown = max(last, reduce - 2 / 3 * min(compute, MICROBATCH_TOKENS / tokens_per_s))
-            rows.append(
-                {
-                    "link": link,
-                    "gpus": n,
-                    "bytes_per_gpu": sent,
-                    "compute_ms": 1e3 * compute,
-                    "reduce_ms": 1e3 * reduce,
-                    "not_hidden_ms": 1e3 * shown,
-                    "efficiency": compute / (compute + shown),
-                }
-            )
+            row = {"link": link, "gpus": n, "bytes_per_gpu": sent, "efficiency": compute / (compute + shown)}
+            row |= {"compute_ms": 1e3 * compute, "reduce_ms": 1e3 * reduce, "not_hidden_ms": 1e3 * shown}
+            rows.append(row)
     return rows
 
 
@@ -109,40 +100,25 @@ def shape_of(name: str) -> Shape:
 
 def sizes(names: list[str]) -> list[dict]:
     """A row for each model."""
-    from src.mosaic_bert import MosaicBert  # Composer takes seconds to import
-    from src.train.validate import extrapolated, saved_bytes
+    from src.train.validate import extrapolated, saved_bytes  # it imports Composer, which takes seconds
 
     rows = []
     for name in names:
         variant = VARIANTS["mosaic_bert"](shape_of(name), "cpu", torch.bfloat16)
-        with torch.device("meta"):
-            composer = MosaicBert(variant.model.config)
 
         def kept(sequences: int, variant: Variant = variant) -> int:
             (part,) = variant.parts(make_batch(torch.full((sequences,), 128), 30528, 0.3))
             return saved_bytes(variant.model, lambda: variant.run(part))
 
         parameters = sum(p.numel() for p in variant.model.parameters())
-        rows.append(
-            {
-                "model": name,
-                "layers": variant.shape.layers,
-                "hidden": variant.shape.hidden,
-                "parameters": parameters,
-                "flops_per_token": composer.flops_per_batch(make_batch(torch.tensor([128]), 30528, 0.3)) / 128,
-                "state_bytes": 16 * parameters,
-                "saved_bytes_128x128": extrapolated(kept, 128),
-            }
-        )
+        flops = step_flops(variant, make_batch(torch.tensor([128]), 30528, 0.3))
+        row = {"model": name, "layers": variant.shape.layers, "hidden": variant.shape.hidden, "parameters": parameters}
+        row |= {"flops_per_token": flops / 128, "state_bytes": 16 * parameters}
+        rows.append(row | {"saved_bytes_128x128": extrapolated(kept, 128)})
         print(f"size {name}: {parameters:,} parameters", flush=True)
     return rows
 
 
-TITLES = {
-    "length": "Length: 8,192 tokens, 4 layers of 256, no padding; measured",
-    "gpus": "GPUs: base, a global batch of 4,096 x 128; calculated",
-    "sizes": "Model size: vocabulary 30,528, sequences of 128; calculated, activations measured",
-}
 TABLES = {
     "length": (
         "variant | length | µs per token | bytes per token",
@@ -203,7 +179,7 @@ def main(argv: list[str]) -> None:
     rows = {}
     for part in (part for part in TABLES if part in args.parts):
         rows[part] = run[part]()
-        print(f"\n{TITLES[part]}\n\n{report.table(*TABLES[part], rows[part])}\n", flush=True)
+        print(f"\n{part}\n\n{report.table(*TABLES[part], rows[part])}\n", flush=True)
         if args.out is not None:
             path = args.out / "scaling-cpu.json"
             known = json.loads(path.read_text()) if path.exists() else {}
