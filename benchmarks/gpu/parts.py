@@ -1,4 +1,4 @@
-"""Parts of benchmarks/gpu/run.sh that are no benchmark of their own.
+"""Parts of benchmarks/gpu/run.sh that only it runs.
 
     TOY=1 TRITON_INTERPRET=1 python -m benchmarks.gpu.parts curve --out FOLDER      one part, here on a CPU
 

@@ -72,7 +72,7 @@ class Attention:
 
 
 def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:
-    """In a process of its own: compile some candidates into Triton's cache."""
+    """Compile some candidates into Triton's cache, in a new process."""
     head_size, dtype, candidates = work
     inputs = Attention(head_size, dtype, 128, 4096, "cuda")
     for kernel, tile in candidates:

@@ -104,6 +104,9 @@ class Setup:
     """Of a run, evenly spread, the last at its end."""
 
 
+Texts = Iterable[str]
+
+
 class Text:
     """Documents as tokens, and batches of them.
 
@@ -113,12 +116,7 @@ class Text:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        train: Iterable[str],
-        validation: Iterable[str],
-        setup: Setup,
-        pack: str = "truncate",
+        self, tokenizer: PreTrainedTokenizerFast, train: Texts, validation: Texts, setup: Setup, pack: str = "truncate"
     ):
         self.tokenizer, self.setup, self.pack = tokenizer, setup, pack
         self.train = list(itertools.islice(self._samples(train), setup.documents))
@@ -126,7 +124,7 @@ class Text:
         masks, size = MaskingCollator(tokenizer, 0.15, seed=0), setup.batch
         self.evaluation = [masks(self.validation[i : i + size]) for i in range(0, len(self.validation), size)]
 
-    def _samples(self, texts: Iterable[str]) -> Iterator[Sample]:
+    def _samples(self, texts: Texts) -> Iterator[Sample]:
         tokens = Tokens("", self.tokenizer, self.setup.shape.length, self.pack)
         for number, ids in enumerate(tokens.samples(iter(texts), Stats())):
             yield {"input_ids": ids, "sample_id": number, "epoch": 0}
@@ -265,7 +263,7 @@ class Plan:
 
     Args:
         recipes: by name; ``ours`` among them.
-        searched: names with a learning rate of their own; the others take that of ours.
+        searched: names whose learning rate is searched; the others take that of ours.
 
     Raises:
         SystemExit: the folder's runs have other settings.

@@ -14,7 +14,7 @@ All share the rest (benchmarks/learning/pretraining.py), with batches of 8 docum
 learning rate of each is the best of LEARNING_RATES by validation loss after a quarter of the time. Then each trains
 with 3 seeds (of weights, order, masks, dropout). --ablate takes ours apart (benchmarks/learning/ablations.py, and 15%
 masking), --beyond changes its recipe (BEYOND): one change at a time, and what won together, at the learning rate of
-ours. no_alibi and no_glu have a search of their own.
+ours. For no_alibi and no_glu it is searched again.
 
 A finished run is kept in ``--folder`` and not repeated, so the hours can be split. The report uses what is finished:
 the time to reach given losses, on curves smoothed over three evaluations, averaged over seeds, and interpolated; a
@@ -61,7 +61,7 @@ BEYOND: dict[str, Recipe] = {
 """The last is what won of these, together: yamls/mosaic_bert_fast.yaml."""
 ALL = RECIPES | ABLATED | BEYOND
 SEARCHED = (*RECIPES, "no_alibi", "no_glu")
-"""Names with a learning rate of their own."""
+"""Names whose learning rate is searched."""
 CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
 

@@ -53,7 +53,7 @@ def make_data(folder: Path) -> list[str]:
 
 
 class Run:
-    """A run in a folder of its own, launched until it ends."""
+    """A run in its own folder, launched until it ends."""
 
     def __init__(self, folder: Path, options: list[str], world_size: int):
         self.folder = folder
@@ -117,7 +117,7 @@ def disturb(run: Run, part: str | int, draw: random.Random) -> tuple[subprocess.
 
 def main(argv: list[str]) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--kills", type=int, default=40, help="random kills, besides one at each named point")
+    parser.add_argument("--kills", type=int, default=40, help="random kills, in addition to one at each named point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file for what is printed")

@@ -1,4 +1,4 @@
-"""Loading on one core compared with a straightforward loader, conversion, and start-up at C4's size.
+"""Loading on one core compared with a baseline, conversion, and start-up at C4's size.
 
     python -m benchmarks.speed.loader [--rounds 7] [--gigabytes 1] [--out benchmarks/results/data-cpu.txt] [--quick]
 
@@ -7,10 +7,10 @@ Text: Wikipedia leads and film reviews (benchmarks/texts.py), bert-base-uncased'
 1. convert_c4.py: documents per second to shards of text and of tokens, by 1 and 2 workers, without the start of Python;
    its peak memory (sum of its processes' proportional set sizes) over ``--gigabytes`` of recombined sentences.
 2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation
-   and the layout of microbatches; and a straightforward one, which tokenizes whole documents, pads them to 128 and
+   and the layout of microbatches; and a baseline, which tokenizes whole documents, pads them to 128 and
    masks them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage
    of ours is timed alone. From them it calculates how long a GPU of 500,000 tokens per second would wait for 8 workers.
-3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a process of its own.
+3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a new process.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def ours(dataset: data_c4.StreamingC4, masks: MaskingCollator) -> Iterator[int]:
 
 
 def plain(dataset: PlainDataset, collator: Any) -> Iterator[int]:
-    """The same of the straightforward loader."""
+    """The same of the baseline."""
     while True:
         for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collator):
             yield int(batch["attention_mask"].sum())
@@ -162,16 +162,15 @@ def compare(
     on_the_wall: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
         next(turn)  # opens files, makes the order
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            wall, core = time.perf_counter(), time.process_time()
-            count = sum(itertools.islice(turn, batches[name]))
-            on_the_wall[name].append((time.perf_counter() - wall) / count)
-            per_token[name].append((time.process_time() - core) / count)
+    for _, (name, turn) in itertools.product(range(rounds), turns.items()):
+        wall, core = time.perf_counter(), time.process_time()
+        count = sum(itertools.islice(turn, batches[name]))
+        on_the_wall[name].append((time.perf_counter() - wall) / count)
+        per_token[name].append((time.process_time() - core) / count)
     rates = {name: 1 / min(times) for name, times in per_token.items()}
     ratios = {name: timing.ratios(per_token[name], per_token["plain"]) for name in ("tokens", "text")}
-    say(f"{'loader':26}{'tokens/s':>12}{'median':>12}{'on the wall':>13}{'x straightforward, median (range)':>38}")
-    for name, label in {"tokens": "ours, shards of tokens", "text": "ours, text", "plain": "straightforward"}.items():
+    say(f"{'loader':26}{'tokens/s':>12}{'median':>12}{'wall time':>13}{'x baseline, median (range)':>38}")
+    for name, label in {"tokens": "ours, shards of tokens", "text": "ours, text", "plain": "baseline"}.items():
         compared = "{:.2f} ({:.2f} to {:.2f})".format(*ratios[name]) if name in ratios else ""
         say(
             f"{label:26}{rates[name]:12,.0f}{1 / statistics.median(per_token[name]):12,.0f}"
@@ -185,7 +184,7 @@ def compare(
     capacity = GPU_WORKERS / (total - stages["layout"])  # the main process makes the layout
     wait = max(0.0, 1 - capacity / GPU_TOKENS_PER_S)
     say(
-        f"calculated: {GPU_WORKERS} workers on cores of their own give {capacity:,.0f} tokens/s; a GPU that takes "
+        f"calculated: {GPU_WORKERS} workers on separate cores give {capacity:,.0f} tokens/s; a GPU that takes "
         f"{GPU_TOKENS_PER_S:,} waits {wait:.1%} of its time, and the main process makes layouts for "
         f"{stages['layout'] * GPU_TOKENS_PER_S:.1%} of it"
     )
@@ -207,23 +206,18 @@ def pretend(folder: Path, samples: int, tokenizer_folder: str) -> None:
     index = json.loads((folder / "one" / "index.json").read_text())
     (one,) = index["shards"]
     index["shards"] = []
-    (folder / "train").mkdir()
+    (folder / "train").mkdir(parents=True)
     for number in range(samples // per_shard):
         name = f"shard.{number:05}.mds"
         os.link(folder / "one" / one["raw_data"]["basename"], folder / "train" / name)
         index["shards"].append({**one, "raw_data": {**one["raw_data"], "basename": name}})
-    index[TOKENS_KEY] = {
-        "tokenizer": tokenizer_folder,
-        "fingerprint": tokenizer_fingerprint(tokenizer),
-        "vocab_size": len(tokenizer),
-        "max_seq_len": MAX_SEQ_LEN,
-        "dtype": "uint16",
-    }
+    known = {"tokenizer": tokenizer_folder, "fingerprint": tokenizer_fingerprint(tokenizer)}
+    index[TOKENS_KEY] = known | {"vocab_size": len(tokenizer), "max_seq_len": MAX_SEQ_LEN, "dtype": "uint16"}
     (folder / "train" / "index.json").write_text(json.dumps(index))
 
 
 def start(folder: str, tokenizer_folder: str) -> dict[str, float]:
-    """In a process of its own: the figures of a start."""
+    """The figures of a start; for a new process."""
     tokenizer = load_tokenizer(tokenizer_folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
@@ -277,7 +271,6 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
     summary = compare(say, folder / "text", folder / "tokens", tokenizer, args.rounds, args.batches)
 
     say("")
-    (folder / "c4").mkdir()
     pretend(folder / "c4", args.samples, args.tokenizer)
     begun = report.in_new_process(start, str(folder / "c4"), args.tokenizer)
     say(

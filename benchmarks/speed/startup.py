@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.startup [--runs 5] [--out FILE] [YAML key=value ...]
 
-The default YAML is the quickstart's, whose data `make quickstart` makes. Each run is a process of its own, which stops
+The default YAML is the quickstart's, whose data `make quickstart` makes. Each run is a new process, which stops
 after its first step and saves nothing. The launcher's own start is not counted. Last line, of the fastest run:
 ``startup seconds=… imports=… build=… first_step=…``.
 """
@@ -22,7 +22,7 @@ QUIET = ("save_folder=null", "loggers={}", "progress_bar=false", "autoresume=fal
 
 
 def start(argv: list[str]) -> dict[str, float]:
-    """In a process of its own: run main.py until its first step is done; returns the seconds of PARTS."""
+    """Run main.py until its first step is done, in a new process; returns the seconds of PARTS."""
     times = [time.perf_counter()]
     import main
     from src.train import builders, run

@@ -143,7 +143,7 @@ def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
 
 
 def peak_bytes_cpu(name: str, shape: Shape, S: int, fill: str, tokens: int, masked: float) -> int:
-    """``peak_bytes_here`` of a variant; for a process of its own."""
+    """``peak_bytes_here`` of a variant; for a new process."""
     batch = make_batch(lengths_of(S, fill, tokens), shape.vocabulary, masked)
     return peak_bytes_here(lambda: build([name], shape, "cpu", torch.float32)[name], batch)
 

@@ -67,8 +67,7 @@ def test_check_refuses_a_token_in_the_wrong_sequence(batch, monkeypatch):
 def test_flops_are_those_of_the_models(batch):
     for name, composer in (("mosaic_bert", ComposerMosaicBert), ("hf_bert", HFBert)):
         variant = VARIANTS[name](SHAPE)
-        model = composer(variant.model.config)
-        assert step_flops(variant, batch) == model.flops_per_batch(batch)
+        assert step_flops(variant, batch) == composer(variant.model.config).flops_per_batch(batch)
 
 
 def test_hf_strong_computes_each_sequence_once_with_less_padding(batch):
@@ -175,9 +174,7 @@ def test_ratio_interval_and_worth():
     assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
     low, high = time_to_loss.interval(time_to_loss.worth, ours, baseline).values()
     assert 3.5 < low < 4.0 < high < 4.5
-    apart, together = (
-        time_to_loss.interval(time_to_loss.worth, baseline, baseline, paired) for paired in (False, True)
-    )
+    apart, together = (time_to_loss.interval(time_to_loss.worth, baseline, baseline, pair) for pair in (False, True))
     assert apart["low"] < 1.0 < apart["high"] and together == {"low": 1.0, "high": 1.0}
 
 
@@ -192,9 +189,8 @@ def test_time_to_loss_resumes_and_ends_with_its_line(tmp_path, tokenizer_folder,
         return capsys.readouterr().out.splitlines()
 
     assert run("--hours", "0")[-1] == "time_to_loss runs_left=12"
-    line = f"time_to_loss ratio={NUMBER} ratio_low={NUMBER} ratio_high={NUMBER} ratio_strong={NUMBER}".replace(
-        NUMBER, rf"({NUMBER}|inf)"
-    )
+    number = rf"({NUMBER}|inf)"
+    line = f"time_to_loss ratio={number} ratio_low={number} ratio_high={number} ratio_strong={number}"
     assert re.fullmatch(line, run()[-1])
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "curves").iterdir()}
     assert len(written) == 12
@@ -213,15 +209,14 @@ def test_time_to_loss_resumes_and_ends_with_its_line(tmp_path, tokenizer_folder,
         time_to_loss.main([*argv[1:]])
 
 
-def test_all_recipes_see_the_same_validation_tokens_and_the_same_order(tmp_path, tokenizer_folder):
+def test_recipes_share_validation_tokens_and_order(tmp_path, tokenizer_folder):
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     text = time_to_loss.wikipedia(tmp_path, time_to_loss.TOY)
     first = [batch["input_ids"] for batch in text.evaluation]
     assert all(torch.equal(a, b) for a, b in zip(first, [b["input_ids"] for b in text.evaluation], strict=True))
     masked = sum(int((batch["labels"] >= 0).sum()) for batch in text.evaluation)
-    assert masked / sum(int(batch["attention_mask"].sum()) for batch in text.evaluation) == pytest.approx(
-        0.15, abs=0.03
-    )
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in text.evaluation)
+    assert masked / tokens == pytest.approx(0.15, abs=0.03)
 
     def documents(masking):
         batches = text.batches(3, 20, masking)  # more than two epochs
@@ -237,10 +232,8 @@ def test_all_recipes_see_the_same_validation_tokens_and_the_same_order(tmp_path,
 
 def test_scaling_ends_with_its_line(tmp_path, capsys):
     scaling.main(["--toy", "--parts", "length", "sizes", "--out", str(tmp_path)])
-    assert re.fullmatch(
-        f"scaling time_per_token={NUMBER} hf_time_per_token={NUMBER} parameters_large={NUMBER}",
-        capsys.readouterr().out.splitlines()[-1],
-    )
+    line = f"scaling time_per_token={NUMBER} hf_time_per_token={NUMBER} parameters_large={NUMBER}"
+    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
     scaling.main(["--toy", "--parts", "gpus", "--out", str(tmp_path)])
     assert set(json.loads((tmp_path / "scaling-cpu.json").read_text())) == {"length", "gpus", "sizes"}
 
@@ -290,10 +283,7 @@ def test_loader_ends_with_its_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.speed.loader", "--quick", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(
-        f"data loader_tokens_per_s={NUMBER} loader_vs_plain={NUMBER} text_loader_vs_plain={NUMBER} "
-        f"convert_docs_per_s={NUMBER} bytes_per_token={NUMBER}",
-        done.stdout.splitlines()[-1],
-    )
+    names = "loader_tokens_per_s", "loader_vs_plain", "text_loader_vs_plain", "convert_docs_per_s", "bytes_per_token"
+    assert re.fullmatch(f"data {' '.join(f'{name}={NUMBER}' for name in names)}", done.stdout.splitlines()[-1])
     assert out.read_text() == done.stdout
     assert "start at 100,000 samples" in done.stdout
