@@ -7,16 +7,19 @@ docs/results.md is made of the Markdown and text files there. A block stands bet
 one of BLOCKS, and ``<!-- end -->``. Of a benchmark with results of several devices, it shows the first of DEVICES.
 """
 
+import itertools
 import json
+import operator
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from benchmarks import report
-from benchmarks.speed.scaling import TABLES, table
+from benchmarks.speed.scaling import TABLES
+from benchmarks.speed.step import TIME_RATIO
 
 ROOT = report.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,151 +63,115 @@ CHANGED = {
 }
 
 
-def device_of(name: str) -> str | None:
-    """The first of DEVICES that a benchmark has results of."""
-    return next((device for device in DEVICES if (RESULTS / f"{name}-{device}.json").exists()), None)
-
-
-def load(name: str) -> Any:
-    """A benchmark's results; None: there are none."""
-    device = device_of(name)
-    return None if device is None else json.loads((RESULTS / f"{name}-{device}.json").read_text())
-
-
-def link(name: str, suffix: str) -> str:
-    """A benchmark's results file, from the repository's root."""
-    return f"benchmarks/results/{name}-{device_of(name)}.{suffix}"
-
-
-def values_of(row: dict, **formats: str) -> list[str]:
-    """A row's values, each in its format; empty if the row has none."""
-    return [format(row[name], form) if name in row else "" for name, form in formats.items()]
-
-
-def low_to_high(row: dict, form: str) -> str:
-    return f"{row['low']:{form}} to {row['high']:{form}}"
-
-
-def commits(found: dict[str, Any], *names: str) -> str:
-    """The commits at which these recipes ran."""
-    known = sorted({run["machine"]["commit"] for name in names for run in found["curves"][name]})
+def commits(runs: Iterable[dict[str, Any]]) -> str:
+    """The commits at which these ran."""
+    known = sorted({run["machine"]["commit"] for run in runs})
     return f"commit{'s' * (len(known) > 1)} {', '.join(known)}"
 
 
-def step() -> list[str]:
+def step(cells: list[dict], path: str) -> list[str]:
     """A training step at C4's lengths."""
-    cells = [cell for cell in load("step") or [] if cell["fill"] == "c4"]
-    if not cells:
-        return []
-    rows = []
-    for cell in cells:
-        for name, row in cell["arms"].items():
-            ratio = f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})"
-            memory = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else ""
-            speed, flops = values_of(row, tokens_per_s=",.0f", flop_ratio=".2f")
-            rows.append([str(cell["length"]), NAMES[name], speed, ratio, flops, memory])
-    cell = cells[0]
+    cells = [cell for cell in cells if cell["fill"] == "c4"]
+    titles = "length | model | tokens per second | time / ours, median (range) | FLOPs / ours | GiB"
+    row = f"{{length}} | {{model}} | {{tokens_per_s:,.0f}} | {TIME_RATIO} | {{flop_ratio:.2f}} | {{peak_bytes:Gi.1f}}"
+    rows = [
+        {"length": cell["length"], "model": NAMES[name], **row} for cell in cells for name, row in cell["arms"].items()
+    ]
     sizes = ", ".join(f"{c['sequences']} sequences at {c['length']} ({c['real_share']:.0%} not padding)" for c in cells)
-    header = ["length", "model", "tokens per second", "time / ours, median (range)", "FLOPs / ours", "GiB"]
     overhead = ", ".join(f"{c['overhead_share']:.0%} at {c['length']}" for c in cells)
+    cell = cells[0]
     return [
         f"A training step (forward, backward, AdamW) of {cell['layers']} layers of 768 on {cell['machine']['device']}: "
         f"{sizes}, lengths like C4's, {cell['masked']:.0%} masked, {cell['rounds']} interleaved rounds, commit "
         f"{', '.join(dict.fromkeys(c['machine']['commit'] for c in cells))}; `python -m benchmarks.speed.step` "
-        f"([full results]({link('step', 'md')})).",
-        "",
-        report.table(header, rows),
-        "",
+        f"([full results]({path}.md)).",
+        report.table(titles, row, rows),
         f"Padding does not count as tokens. A ratio above 1 means that ours is faster; tokens per second are those of "
         f"the fastest round. Non-matmul overhead of our step: {overhead}.",
-        "",
     ]
 
 
-def time_to_loss() -> list[str]:
+def time_to_loss(found: dict[str, Any], path: str) -> list[str]:
     """Time to a given quality."""
-    found = load("time_to_loss")
-    if not found or not found["ratios"]:
-        return []
-    settings, rows = found["settings"], []
-    for name, r in found["ratios"].items():
-        loss = statistics.mean(run["points"][-1]["loss"] for run in found["curves"][name])
-        rows.append([NAMES[name], f"{loss:.3f}", f"{r['ratio']:.2f}", low_to_high(r, ".2f")])
-    header = ["baseline", "its final loss", "time of ours to it / the baseline's", "95% interval (seeds)"]
+    settings, runs = found["settings"], {name: found["curves"][name] for name in ("ours", *found["ratios"])}
+    rows = [
+        {"name": NAMES[name], "loss": statistics.mean(run["points"][-1]["loss"] for run in runs[name]), **ratio}
+        for name, ratio in found["ratios"].items()
+    ]
+    titles = "baseline | its final loss | time of ours to it / the baseline's | 95% interval (seeds)"
+    row = "{name} | {loss:.3f} | {ratio:.2f} | {low:.2f} to {high:.2f}"
     return [
         "Time to the same validation loss: small models trained from scratch on Wikipedia leads, "
         f"{settings['minutes']:g} minutes each, {settings['seeds']} seeds, learning rates searched with equal effort, "
-        f"on {found['machine']['device']}, {commits(found, 'ours', *found['ratios'])}; "
-        f"`python -m benchmarks.learning.time_to_loss` ([how]({link('time_to_loss', 'md')})).",
-        "",
-        report.table(header, rows),
-        "",
-        f"![loss over time]({link('time_to_loss', 'png')})",
-        "",
+        f"on {found['machine']['device']}, {commits(itertools.chain(*runs.values()))}; "
+        f"`python -m benchmarks.learning.time_to_loss` ([how]({path}.md)).",
+        report.table(titles, row, rows),
+        f"![loss over time]({path}.png)",
     ]
 
 
-def changes(names: dict[str, str], title: str) -> list[str]:
+def changes(names: dict[str, str], title: str, found: dict[str, Any], path: str) -> list[str]:
     """The effect of parts of the recipe, or of changes of it, on the time to the same loss."""
-    found = load("time_to_loss")
-    measured = {name: found["changes"][name] for name in names if found and name in found["changes"]}
-    if not measured:
-        return []
-    rows = [[names[n], *values_of(c, final=".3f", worth=".2f"), low_to_high(c, ".2f")] for n, c in measured.items()]
-    header = [title, "final loss", "time to the same loss / ours", "95% interval (seeds)"]
-    return [report.table(header, rows), "", f"{commits(found, *measured).capitalize()}.", ""]
+    measured = [name for name in names if name in found["changes"]]
+    titles = f"{title} | final loss | time to the same loss / ours | 95% interval (seeds)"
+    row = "{name} | {final:.3f} | {worth:.2f} | {low:.2f} to {high:.2f}"
+    table = report.table(titles, row, [{"name": names[name], **found["changes"][name]} for name in measured])
+    return [table, f"{commits(run for name in measured for run in found['curves'][name]).capitalize()}."]
 
 
-def quality() -> list[str]:
+def quality(found: dict[str, Any], path: str) -> list[str]:
     """Accuracy after fine-tuning."""
-    found = load("quality")
-    if not found:
-        return []
     settings, rows = found["settings"], []
     for task, results in found["tasks"].items():
         accuracy = {name: statistics.fmean(sum(runs["test"], [])) for name, runs in results["arms"].items()}
-        for baseline, d in results["differences"].items():
-            numbers = f"{accuracy['ours']:.3f}", NAMES[baseline], f"{accuracy[baseline]:.3f}"
-            rows.append([task, *numbers, f"{d['mean']:+.3f}", low_to_high(d, "+.3f")])
+        for baseline, difference in results["differences"].items():
+            numbers = {"ours": accuracy["ours"], "accuracy": accuracy[baseline], **difference}
+            rows.append({"task": task, "baseline": NAMES[baseline], **numbers})
+    titles = "task | MosaicBERT | baseline | its accuracy | difference | 95% interval"
+    row = "{task} | {ours:.3f} | {baseline} | {accuracy:.3f} | {mean:+.3f} | {low:+.3f} to {high:+.3f}"
     return [
         f"Test accuracy after fine-tuning on {settings['rows']:,} rows, of small models pretrained from scratch on the "
         f"same text for {settings['minutes']:g} minutes of {found['machine']['device']}: topics of Wikipedia leads (11 "
         f"classes), sentences of Rotten Tomatoes (2). {settings['seeds']} pretraining seeds, "
         f"{settings['finetuning_seeds']} fine-tuning seeds each, commit {found['machine']['commit']}; "
-        f"`python -m benchmarks.learning.quality` ([how]({link('quality', 'md')})).",
-        "",
-        report.table(["task", "MosaicBERT", "baseline", "its accuracy", "difference", "95% interval"], rows),
-        "",
+        f"`python -m benchmarks.learning.quality` ([how]({path}.md)).",
+        report.table(titles, row, rows),
     ]
 
 
-def extrapolation() -> list[str]:
+def extrapolation(found: dict[str, Any], path: str) -> list[str]:
     """Loss above the training length."""
-    found = load("extrapolation")
-    if not found:
-        return []
-    differences, rows = [None, *found["differences"].values()], []
-    for (length, each), d in zip(found["losses"]["ours"].items(), differences, strict=True):
-        change = ["", ""] if d is None else [f"{d['mean']:+.4f}", low_to_high(d, "+.4f")]
-        rows.append([length, f"{statistics.fmean(each):.4f}", *change])
     (trained, hf), *_ = found["losses"]["hf_bert"].items()
+    differences = [{}, *found["differences"].values()]
+    titles = f"tokens | MosaicBERT's loss | difference to {trained} | 95% interval"
+    row = "{length} | {loss:.4f} | {mean:+.4f} | {low:+.4f} to {high:+.4f}"
+    rows = [
+        {"length": length, "loss": statistics.fmean(each), **difference}
+        for (length, each), difference in zip(found["losses"]["ours"].items(), differences, strict=True)
+    ]
     return [
         f"Above the training length: the same models, pretrained at {trained} tokens, on {found['reviews']} film "
         f"reviews, the same {found['masked']:,} masked tokens at each length. HF BERT has a loss of "
         f"{statistics.fmean(hf):.4f} at {trained}, where its positions end; commit {found['machine']['commit']}, "
-        f"`python -m benchmarks.learning.extrapolation` ([how]({link('extrapolation', 'md')})).",
-        "",
-        report.table(["tokens", "MosaicBERT's loss", f"difference to {trained}", "95% interval"], rows),
-        "",
+        f"`python -m benchmarks.learning.extrapolation` ([how]({path}.md)).",
+        report.table(titles, row, rows),
     ]
 
 
-def scaling(part: str) -> list[str]:
+def scaling(part: str, found: dict[str, Any], path: str) -> list[str]:
     """A part of benchmarks/speed/scaling.py."""
-    found = (load("scaling") or {}).get(part)
-    if not found:
-        return []
-    return [f"{report.described(found['machine'])}; `{found['command']}`.", "", table(part, found["rows"]), ""]
+    results = found[part]
+    about = f"{report.described(results['machine'])}; `{results['command']}`."
+    return [about, report.table(*TABLES[part], results["rows"])]
+
+
+def of(name: str, lines: Callable[[Any, str], list[str]]) -> list[str]:
+    """What ``lines`` makes of a benchmark's results of the first of DEVICES, and of their path without its suffix."""
+    paths = (RESULTS / f"{name}-{device}.json" for device in DEVICES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return ["Not measured yet."]
+    return lines(json.loads(path.read_text()), f"benchmarks/results/{path.stem}")
 
 
 def gpu() -> list[str]:
@@ -215,102 +182,95 @@ def gpu() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("gpu-*.json")):
         parts = json.loads(path.read_text())
-        about = parts.get("environment", {}).get("results") or {}
+        about = parts["environment"]["results"]
         machine = {name: about[name] for name in ("device", "python", "torch", "triton", "date") if name in about}
-        described = report.described(machine) if machine else "Unknown machine"
-        lines += [f"### {about.get('device', path.stem.removeprefix('gpu-'))}", ""]
-        lines += [f"{described}. [{path.name}](../benchmarks/results/{path.name})", ""]
+        lines += [f"### {about['device']}"]
+        lines += [f"{report.described(machine)}. [{path.name}](../benchmarks/results/{path.name})"]
         if "matmul_tflops" in about:  # not on a CPU
             lines += [
                 f"Measured: {about['matmul_tflops']:.0f} TFLOP/s in a bf16 product, {about['copy_tb_per_s']:.1f} TB/s "
                 f"in a copy. The host needs {about['host_us_of_an_addition']:.0f} µs to launch an addition, "
                 f"{about['host_us_of_a_kernel']:.0f} µs to launch a kernel of ours.",
-                "",
             ]
-        for name, (title, rows_of) in GPU_PARTS.items():
+        for name, (title, table) in GPU_PARTS.items():
             part = parts.get(name, {"status": "not run", "results": None})
-            notes = [f"commit {part.get('commit') or about.get('commit', 'unknown')}"]
+            notes = [f"commit {part.get('commit', about['commit'])}"]
             notes += [f"exit status {part['status']}"] if part["status"] not in ("0", "not run") else []
             notes += [part["note"]] if "note" in part else []
             if name == "tests":
                 said = part.get("last_line", "").strip("= ") or "no result"
-                lines += [f"**{title}** ({'; '.join(notes)}): {said}", ""]
+                lines.append(f"**{title}** ({'; '.join(notes)}): {said}")
             elif part["results"]:
-                lines += [f"**{title}** ({'; '.join(notes)})", "", rows_of(part["results"]), ""]
+                lines += [f"**{title}** ({'; '.join(notes)})", table(part["results"])]
             else:
-                lines += [f"**{title}**: no result ({part['status']})", ""]
+                lines.append(f"**{title}**: no result ({part['status']})")
     return lines
 
 
-def _curve(rows: list[dict]) -> str:
-    header = ["length", "sequences", "tokens per second", "fill", "microbatches", "copied", "dropout", "peak GiB"]
-    body = []
-    for row in sorted(rows, key=lambda row: (row["length"], row["microbatches"], row["sequences"])):
-        speed = values_of(row, tokens_per_s=",.0f")[0] or "out of memory"
-        rest = (str(row[name]) for name in ("fill", "microbatches", "copy"))
-        numbers = [f"{row['dropout']:g}", *values_of(row, peak_gib=".1f")]
-        body.append([str(row["length"]), str(row["sequences"]), speed, *rest, *numbers])
-    return report.table(header, body)
+def curve(rows: list[dict]) -> str:
+    for setting in rows:
+        setting["speed"] = f"{setting['tokens_per_s']:,.0f}" if "tokens_per_s" in setting else "out of memory"
+    return report.table(
+        "length | sequences | tokens per second | fill | microbatches | copied | dropout | peak GiB",
+        "{length} | {sequences} | {speed} | {fill} | {microbatches} | {copy} | {dropout:g} | {peak_gib:.1f}",
+        sorted(rows, key=operator.itemgetter("length", "microbatches", "sequences")),
+    )
 
 
-def _trainer(rows: list[dict]) -> str:
-    header = ["microbatch", "tokens per second", "fill", "MFU", "waiting for data"]
-    formats = {"step/tokens_per_s": ",.0f", "step/fill": ".2f", "step/mfu": ".2f", "step/data_wait_share": ".2f"}
-    return report.table(header, [[str(row["microbatch"]), *values_of(row, **formats)] for row in rows])
-
-
-def _kernels(found: dict) -> str:
-    header = ["kernel", "size", "implementation", "ms, minimum", "ms, median", "time / ours, median", "error"]
-    formats = {"ms": ".2f", "ms_median": ".2f", "times_ours": ".2f", "error": ".1e"}
-    names = ("case", "size", "implementation")
-    return report.table(header, [[*(row[name] for name in names), *values_of(row, **formats)] for row in found["rows"]])
-
-
-def _profile(found: dict) -> str:
-    body = []
+def profile(found: dict) -> str:
     for name, step in found.items():
-        longest = ", ".join(f"{k['name'].split('<')[0][:40]} {k['ms']:.1f} ms" for k in step["kernels"][:4])
-        body.append([name, str(step["launches"]), f"{step['busy_share'] * step['ms']:.1f}", longest])
-    return report.table(["step", "kernels", "ms in all kernels", "the longest"], body)
+        longest = (f"{kernel['name'].split('<')[0][:40]} {kernel['ms']:.1f} ms" for kernel in step["kernels"][:4])
+        step |= {"name": name, "busy": step["busy_share"] * step["ms"], "longest": ", ".join(longest)}
+    titles = "step | kernels | ms in all kernels | the longest"
+    return report.table(titles, "{name} | {launches} | {busy:.1f} | {longest}", found.values())
 
 
-def _tiles(found: dict) -> str:
-    body = [
-        [row["kernel"], tile, *(f"{ms:.3f}" for ms in by_length.values())]
-        for row in found["rows"]
-        for tile, by_length in row["ms"].items()
-    ]
-    lengths = next(iter(found["rows"][0]["ms"].values()))
-    return report.table(["kernel", "rows, columns, warps, stages", *lengths], body)
+def kernels(found: dict) -> str:
+    titles = "kernel | size | implementation | ms, minimum | ms, median | time / ours, median | error"
+    row = "{case} | {size} | {implementation} | {ms:.2f} | {ms_median:.2f} | {times_ours:.2f} | {error:.1e}"
+    return report.table(titles, row, found["rows"])
 
 
-def _model(rows: list[dict]) -> str:
-    header = ["dtype", "length", "error of the loss", "error of the gradients"]
-    formats = {"dtype": "", "length": "", "loss_error": ".0e", "gradient_error": ".1e"}
-    return report.table(header, [values_of(row, **formats) for row in rows])
+def tiles(found: dict) -> str:
+    by_tile = [(row["kernel"], *tile) for row in found["rows"] for tile in row["ms"].items()]
+    rows = [{"kernel": kernel, "tile": tile, "ms": [*ms.values()]} for kernel, tile, ms in by_tile]
+    lengths = by_tile[0][2]
+    times = (f"{{ms[{i}]:.3f}}" for i in range(len(lengths)))
+    titles = " | ".join(["kernel", "rows, columns, warps, stages", *lengths])
+    return report.table(titles, " | ".join(["{kernel}", "{tile}", *times]), rows)
 
 
+model = partial(
+    report.table,
+    "dtype | length | error of the loss | error of the gradients",
+    "{dtype} | {length} | {loss_error:.0e} | {gradient_error:.1e}",
+)
+trainer = partial(
+    report.table,
+    "microbatch | tokens per second | fill | MFU | waiting for data",
+    "{microbatch} | {step/tokens_per_s:,.0f} | {step/fill:.2f} | {step/mfu:.2f} | {step/data_wait_share:.2f}",
+)
 GPU_PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tests": ("Tests", str),
-    "model": ("Two layers of base widths, compared with a plain implementation", _model),
-    "curve": ("A training step, base size, bf16, AdamW", _curve),
-    "profile": ("Kernels of a step", _profile),
-    "trainer": ("main.py with Composer, length 128", _trainer),
-    "attention": ("Attention, forward and backward", _kernels),
-    "rowwise": ("Other kernels, forward and backward", _kernels),
-    "tiles": ("Tiles of the attention kernels, ms by length", _tiles),
+    "model": ("Two layers of base widths, compared with a plain implementation", model),
+    "curve": ("A training step, base size, bf16, AdamW", curve),
+    "profile": ("Kernels of a step", profile),
+    "trainer": ("main.py with Composer, length 128", trainer),
+    "attention": ("Attention, forward and backward", kernels),
+    "rowwise": ("Other kernels, forward and backward", kernels),
+    "tiles": ("Tiles of the attention kernels, ms by length", tiles),
 }
 """Parts of run.sh that docs/gpu.md shows, with their titles; those of benchmarks.speed.step are on its own pages."""
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {
-    "step": step,
+    "step": partial(of, "step", step),
     "gpu": gpu,
-    "time to loss": time_to_loss,
-    "taken away": partial(changes, TAKEN_AWAY, "taken away"),
-    "changed": partial(changes, CHANGED, "changed"),
-    "quality": quality,
-    "extrapolation": extrapolation,
-    **{f"scaling {part}": partial(scaling, part) for part in TABLES},
+    "time to loss": partial(of, "time_to_loss", time_to_loss),
+    "taken away": partial(of, "time_to_loss", partial(changes, TAKEN_AWAY, "taken away")),
+    "changed": partial(of, "time_to_loss", partial(changes, CHANGED, "changed")),
+    "quality": partial(of, "quality", quality),
+    "extrapolation": partial(of, "extrapolation", extrapolation),
+    **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
 }
 
 
@@ -324,8 +284,7 @@ def filled(text: str, name: str) -> str:
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
             sys.exit(f"{name}: unknown block {match[2]!r}; blocks: {', '.join(BLOCKS)}")
-        lines = BLOCKS[match[2]]() or ["Not measured yet.", ""]
-        return match[1] + "\n" + "\n".join(lines) + "\n" + match[3]
+        return "\n\n".join([match[1].strip(), *BLOCKS[match[2]](), match[3]])
 
     return BLOCK.sub(block, text)
 
@@ -334,25 +293,21 @@ def page() -> str:
     """docs/results.md."""
     parts = [
         "# Results",
-        "",
-        "Made by `python -m benchmarks.publish` from [benchmarks/results](../benchmarks/results). Each file there",
-        "names the script that wrote it. In older files a variant is an arm, and tokens are real tokens. Elsewhere:",
-        "kernels compiled for seven architectures ([kernels_aot.md](../benchmarks/results/kernels_aot.md)), how cost",
+        "Made by `python -m benchmarks.publish` from [benchmarks/results](../benchmarks/results). Each file there\n"
+        "names the script that wrote it. In older files a variant is an arm, and tokens are real tokens. Elsewhere:\n"
+        "kernels compiled for seven architectures ([kernels_aot.md](../benchmarks/results/kernels_aot.md)), how cost\n"
         "grows ([scaling.md](scaling.md)), and all figures of a GPU ([gpu.md](gpu.md)).",
-        "",
     ]
-    for name in PAGES:
-        for device in DEVICES:
-            path = RESULTS / f"{name}-{device}.md"
-            if path.exists():
-                title, _, text = path.read_text().strip().partition("\n")
-                text = re.sub(r"^#", "##", f"{title} ({device})\n{text}", flags=re.MULTILINE)
-                parts += [re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text), ""]
+    for name, device in itertools.product(PAGES, DEVICES):
+        path = RESULTS / f"{name}-{device}.md"
+        if path.exists():
+            title, _, text = path.read_text().strip().partition("\n")
+            text = re.sub(r"^#", "##", f"{title} ({device})\n{text}", flags=re.MULTILINE)
+            parts.append(re.sub(r"\]\((?=[\w-]+\.png)", "](../benchmarks/results/", text))
     for name, title in TEXTS.items():
-        if (RESULTS / name).exists():
-            text = (RESULTS / name).read_text().strip()
-            parts += [f"## {title}", "", f"[{name}](../benchmarks/results/{name})", "", "```", text, "```", ""]
-    return "\n".join(parts).rstrip() + "\n"
+        text = (RESULTS / name).read_text().strip()
+        parts += [f"## {title}", f"[{name}](../benchmarks/results/{name})", f"```\n{text}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> None:

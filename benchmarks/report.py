@@ -1,13 +1,15 @@
-"""How the benchmarks say what they ran on, and write results: JSON, Markdown, text and pictures."""
+"""What all benchmarks share: the machine's description, options, tables, pictures, files of results."""
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import platform
 import shutil
+import string
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +57,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def described(about: dict[str, Any]) -> str:
     """``machine`` in one line."""
-    return ", ".join([about["device"], *(f"{name} {value}" for name, value in about.items() if name != "device")])
+    return ", ".join(value if name == "device" else f"{name} {value}" for name, value in about.items())
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -68,17 +70,17 @@ def add_device(options: argparse.ArgumentParser) -> None:
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def own_process(module: str, *arguments: Any, env: dict[str, str] | None = None) -> Any:
-    """Run ``python -m module arguments`` and return the JSON in its last line.
+def device_of(parser: argparse.ArgumentParser, toy: bool) -> str:
+    """The device of a kernel's benchmark: the GPU or, for --toy, the CPU. Without a GPU the parser reports an error."""
+    if not toy and not torch.cuda.is_available():
+        parser.error("no CUDA device found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
+    return "cpu" if toy else "cuda"
 
-    Raises:
-        SystemExit: the process failed.
-    """
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[1:])}: exit status {done.returncode}: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a new Python process and return its result."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -86,11 +88,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_page(path: Path, title: str, module: str, lines: list[str], data: Any) -> None:
+def write_page(path: Path, title: str, module: str, paragraphs: list[str], data: Any) -> None:
     """Write ``path`` + .json and, for people, .md."""
     write_json(path.with_suffix(".json"), data)
     made = f"Made by `python -m {module}`; its docstring says what is measured, and how."
-    write_text(path.with_suffix(".md"), "\n".join([f"# {title}", "", made, "", *lines]))
+    write_text(path.with_suffix(".md"), "\n\n".join([f"# {title}", made, *paragraphs]) + "\n")
 
 
 class Printed:
@@ -109,9 +111,33 @@ class Printed:
             write_text(path, self.lines)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is aligned left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+UNITS = {"Gi": 2**30, "T": 1e12, "G": 1e9, "M": 1e6, "m": 1e-3}
+
+
+class Template(string.Formatter):
+    """str.format; a format that begins with one of UNITS is for a value in that unit: ``{peak_bytes:Gi.1f}``."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        unit = next((unit for unit in UNITS if format_spec.startswith(unit)), None)
+        return format(value, format_spec) if unit is None else format(value / UNITS[unit], format_spec[len(unit) :])
+
+
+def table(titles: str, row: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table; the first column is aligned left, the others right.
+
+    Args:
+        titles, row: titles and templates of the columns, with " | " between. A cell is empty if a value is missing.
+    """
+
+    def cell(template: str, values: Mapping[str, Any]) -> str:
+        try:
+            return Template().vformat(template, (), values)
+        except KeyError:
+            return ""
+
+    header = titles.split(" | ")
+    cells = [[cell(template, values) for template in row.split(" | ")] for values in rows]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

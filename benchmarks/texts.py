@@ -63,20 +63,27 @@ def write_json_lines(path: Path, texts: Iterable[str]) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
+def make_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> str:
+    """FOLDER/tokenizer, trained on the texts if it does not exist."""
+    import train_tokenizer
+
+    tokenizer, source = folder / "tokenizer", folder / "train.jsonl"
+    if not tokenizer.exists():
+        write_json_lines(source, texts)
+        train_tokenizer.main([str(source), "--out", str(tokenizer), "--vocab_size", str(vocabulary)])
+    return str(tokenizer)
+
+
 def make_shards(
     folder: Path, train: Iterable[str], validation: Iterable[str], vocabulary: int, max_seq_len: int
 ) -> str:
     """Shards of the documents' first tokens in FOLDER/mds, splits train and val; returns their tokenizer's folder."""
-    import convert_c4  # they need streaming, which the kernels' benchmarks do without
-    import train_tokenizer
+    import convert_c4  # it needs streaming, which the kernels' benchmarks do without
 
-    tokenizer = str(folder / "tokenizer")
-    for split, texts in (("train", train), ("val", validation)):
-        source = folder / f"{split}.jsonl"
-        write_json_lines(source, texts)
-        if split == "train":
-            train_tokenizer.main([str(source), "--out", tokenizer, "--vocab_size", str(vocabulary)])
+    tokenizer = make_tokenizer(folder, train, vocabulary)
+    write_json_lines(folder / "val.jsonl", validation)
+    for split in ("train", "val"):
         tokens = ["--tokenizer", tokenizer, "--max_seq_len", str(max_seq_len), "--pack", "truncate"]
         out = ["--out_root", str(folder / "mds"), "--splits", split, "--num_workers", "1"]
-        convert_c4.main([*out, "--source", str(source), *tokens])
+        convert_c4.main([*out, "--source", str(folder / f"{split}.jsonl"), *tokens])
     return tokenizer

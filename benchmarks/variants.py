@@ -2,12 +2,11 @@
 
     mosaic_bert              ours: unpadded; last layer and head on masked tokens only
     mosaic_bert_compiled     ours through torch.compile, as with ``compile_config: {}``
-    mosaic_bert_padded       ours without unpadding: torch's SDPA on padded tensors, with ALiBi and padding as one
-                             (B, N, S, S) bias in memory
+    mosaic_bert_padded       ours without unpadding: SDPA with ALiBi and padding as a (B, N, S, S) bias in memory
     hf_bert                  transformers' BertForMaskedLM with SDPA: padded, logits of every position
     hf_strong                the same model, run carefully: the batch is sorted by length and cut into GROUPS groups of
-                             equally many sequences, each padded to its own longest and back-propagated before the
-                             next; head on masked tokens only
+                             sequences, each padded to its own longest and back-propagated before the next; head on
+                             masked tokens only
     modernbert               transformers' ModernBertForMaskedLM with SDPA and sparse_prediction, in ModernBERT-base's
                              proportions (22 layers where BERT has 12), with as many parameters as ours
     modernbert_same_shape    the same with the layers, heads and widths of ours
@@ -21,6 +20,7 @@ Letters: B sequences, S padded length, T non-padding tokens ("tokens" below), M 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,12 +77,6 @@ def make_batch(lengths: Tensor, vocabulary: int, masked: float) -> Batch:
     ids = torch.randint(5, vocabulary, shape, generator=generator)
     labels = torch.where((torch.rand(shape, generator=generator) < masked) & real, ids, -100)
     return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
-
-
-def longest_first(batch: Batch) -> Batch:
-    """The same sequences, sorted by length."""
-    order = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-    return {name: x[order] for name, x in batch.items()}
 
 
 def to_device(x: Any, device: str, pinned: bool = False) -> Any:
@@ -150,14 +144,17 @@ class Variant:
 
 
 class MosaicBert(Variant):
-    """Ours."""
+    """Ours; ``compiled``: through torch.compile."""
 
-    def __init__(self, *args: Any, attention: str = "auto", kernels: str = "auto", **options: Any):
-        self.attention, self.kernels = attention, kernels
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, attention: str = "auto", kernels: str = "auto", compiled: bool = False):
+        self.attention, self.kernels, self.compiled = attention, kernels, compiled
+        super().__init__(*args)
 
     def build(self, plain: bool) -> BertForMaskedLM:
-        return BertForMaskedLM(self.config(plain))
+        model = BertForMaskedLM(self.config(plain))
+        if self.compiled and not plain:
+            model.forward_unpadded = torch.compile(model.forward_unpadded)  # pyright: ignore[reportAttributeAccessIssue]
+        return model
 
     def config(self, plain: bool) -> MosaicBertConfig:
         s = self.shape
@@ -192,16 +189,6 @@ class MosaicBert(Variant):
         twin = type(self)(self.shape, self.device, self.dtype, attention="torch", kernels=self.kernels)
         twin.share(self)
         return twin
-
-
-class MosaicBertCompiled(MosaicBert):
-    """Ours through torch.compile."""
-
-    def build(self, plain: bool) -> BertForMaskedLM:
-        model = super().build(plain)
-        if not plain:
-            model.forward_unpadded = torch.compile(model.forward_unpadded)  # pyright: ignore[reportAttributeAccessIssue]
-        return model
 
 
 @dataclass(frozen=True)
@@ -279,9 +266,10 @@ class HFStrong(HFBert):
     """Hugging Face's BERT with less padding and fewer logits, as a few lines of user code can have it."""
 
     def parts(self, batch: Batch) -> list[Part]:
-        batch = longest_first(batch)
+        order = batch["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+        batch = {name: x[order] for name, x in batch.items()}
         parts = []
-        for rows in torch.arange(len(batch["input_ids"])).tensor_split(GROUPS):
+        for rows in torch.arange(len(order)).tensor_split(GROUPS):
             if len(rows):
                 longest = int(batch["attention_mask"][rows[0]].sum())
                 parts.append(self.padded({name: x[rows, :longest] for name, x in batch.items()}))
@@ -293,16 +281,29 @@ class HFStrong(HFBert):
         return F.cross_entropy(logits.float(), part["masked_labels"], reduction="sum")
 
 
-class ModernBertSameShape(HFBert):
-    """transformers' ModernBERT with the layers, heads and widths of ours."""
+class ModernBert(HFBert):
+    """transformers' ModernBERT.
+
+    Args:
+        same_shape: the layers, heads and widths of ours, not its authors' proportions with as many parameters as ours.
+    """
+
+    def __init__(self, *args: Any, same_shape: bool = False):
+        self.same_shape = same_shape
+        super().__init__(*args)
 
     def build(self, plain: bool) -> nn.Module:
-        s = self.proportions()
+        s = self.shape
+        layers, width = s.layers, s.width
+        if not self.same_shape:
+            layers = round(s.layers * 22 / 12)
+            attention, ours = 4 * s.hidden**2, 4 * s.hidden**2 + 3 * s.hidden * s.width
+            width = max(32, 32 * round((s.layers * ours / layers - attention) / (3 * s.hidden) / 32))
         config = transformers.ModernBertConfig(
             vocab_size=s.vocabulary,
             hidden_size=s.hidden,
-            intermediate_size=s.width,
-            num_hidden_layers=s.layers,
+            intermediate_size=width,
+            num_hidden_layers=layers,
             num_attention_heads=s.heads,
             max_position_embeddings=s.length,
             sparse_prediction=not plain,
@@ -313,39 +314,19 @@ class ModernBertSameShape(HFBert):
         )
         return transformers.ModernBertForMaskedLM(config)
 
-    def proportions(self) -> Shape:
-        """The size of the ModernBERT that is built."""
-        return self.shape
-
-
-class ModernBert(ModernBertSameShape):
-    """transformers' ModernBERT in its authors' proportions, with as many parameters as ours."""
-
-    def proportions(self) -> Shape:
-        s = self.shape
-        layers = round(s.layers * 22 / 12)
-        attention, ours = 4 * s.hidden**2, 4 * s.hidden**2 + 3 * s.hidden * s.width
-        width = (s.layers * ours / layers - attention) / (3 * s.hidden)
-        return replace(s, layers=layers, width=max(32, 32 * round(width / 32)))
-
 
 VARIANTS: dict[str, Callable[..., Variant]] = {
     "mosaic_bert": MosaicBert,
-    "mosaic_bert_compiled": MosaicBertCompiled,
+    "mosaic_bert_compiled": partial(MosaicBert, compiled=True),
     "mosaic_bert_padded": MosaicBertPadded,
     "hf_bert": HFBert,
     "hf_strong": HFStrong,
     "modernbert": ModernBert,
-    "modernbert_same_shape": ModernBertSameShape,
+    "modernbert_same_shape": partial(ModernBert, same_shape=True),
 }
 
 FAMILIES = ("mosaic_bert", "hf", "modernbert_same_shape", "modernbert")
 """Variants whose names begin alike are the same model, and share its parameters."""
-
-
-def family(name: str) -> str:
-    """The one of FAMILIES that a variant belongs to."""
-    return next(prefix for prefix in FAMILIES if name.startswith(prefix))
 
 
 TOLERANCE = {torch.float32: (2e-6, 5e-5), torch.bfloat16: (1e-3, 4e-2)}
@@ -363,30 +344,13 @@ def plain_loss(variant: Variant, model: Any, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def errors(variant: Variant, batch: Batch) -> tuple[float, float]:
-    """Relative errors of loss and gradients, without dropout, against the same weights in a plain implementation."""
-    plain = variant.build(plain=True).to(variant.device).eval()
-    plain.load_state_dict(variant.model.state_dict())
-    want = plain_loss(variant, plain, batch)
-    want.backward()
-    variant.model.eval()
-    got = variant.backward(batch)
-    variant.model.train()
-    difference = size = 0.0
-    for p, q in zip(variant.model.parameters(), plain.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None, "a parameter has no gradient"
-        difference += (p.grad.double() - q.grad.double()).square().sum().item()
-        size += q.grad.double().square().sum().item()
-    variant.model.zero_grad()
-    return ((got - want).abs() / want.abs()).item(), math.sqrt(difference / size)
-
-
 def check(
     make: Callable[..., Variant], shape: Shape, device: str, dtype: torch.dtype, batch: Batch
 ) -> tuple[float, float]:
-    """``errors`` of a variant with two layers and large weights.
+    """Relative errors of loss and gradients, without dropout, against the same weights in a plain implementation.
 
-    With fresh weights attention is nearly uniform, and a wrong mask would hardly show.
+    Of a variant with two layers and large weights: with fresh weights attention is nearly uniform, and a wrong mask
+    would hardly show.
 
     Raises:
         ValueError: the errors are above TOLERANCE.
@@ -397,7 +361,18 @@ def check(
         for p in variant.model.parameters():
             if p.dim() == 2:
                 p.mul_(1.5 / (0.02 * shape.hidden**0.5))  # a product with unit inputs has a deviation of 1.5
-    found = errors(variant, batch)
+    plain = variant.build(plain=True).to(device).eval()
+    plain.load_state_dict(variant.model.state_dict())
+    want = plain_loss(variant, plain, batch)
+    want.backward()
+    variant.model.eval()
+    got = variant.backward(batch)
+    difference = size = 0.0
+    for p, q in zip(variant.model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, "a parameter has no gradient"
+        difference += (p.grad.double() - q.grad.double()).square().sum().item()
+        size += q.grad.double().square().sum().item()
+    found = ((got - want).abs() / want.abs()).item(), math.sqrt(difference / size)
     if not all(error <= limit for error, limit in zip(found, TOLERANCE[dtype], strict=True)):
         raise ValueError(f"loss and gradients are off by {found[0]:.1e} and {found[1]:.1e}")
     return found
@@ -415,9 +390,7 @@ def step_flops(variant: Variant, batch: Batch) -> int:
     return 3 * counter.get_total_flops()
 
 
-def _sdpa_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-SDPA_ON_CPU: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
+SDPA_ON_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 """FLOP formulas that torch's counter lacks."""

@@ -1,4 +1,4 @@
-"""Parts of benchmarks/gpu/run.sh that are no benchmark of their own.
+"""Parts of benchmarks/gpu/run.sh that only it runs.
 
     TOY=1 TRITON_INTERPRET=1 python -m benchmarks.gpu.parts curve --out FOLDER      one part, here on a CPU
 
@@ -217,27 +217,20 @@ def trainer(out: Path) -> None:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", out / "site"]
         subprocess.run([*pip, *here.glob("whl/*.whl")], check=True)
     for microbatch, batch in ((16, 32),) if TOY else ((512, 2048), (128, 2048)):
-        settings = {
-            "data_local": here / "mds",
-            "tokenizer_name": here / "tokenizer",
-            "max_seq_len": 128,
-            "global_train_batch_size": batch,
-            "device_train_microbatch_size": microbatch,
-            "max_duration": "4ba" if TOY else "16ba",
-            "scheduler.t_warmup": "1ba",
-            "eval_interval": "1000ba",
-            "save_folder": "null",
-            "autoresume": "false",
-            "progress_bar": "false",
-            "callbacks.step_monitor.warmup": 2,
-            "callbacks.step_monitor.window_size": 8,
-            "loggers.metrics_file.path": out / f"{microbatch}.jsonl",
-            "loggers.tensorboard.log_dir": out / "tensorboard",
-            **({} if TOY else {"model.model_config.vocab_size": 30528}),  # C4's; the tokenizer in .gpu is small
-        }
+        settings = f"""
+            max_seq_len=128 global_train_batch_size={batch} device_train_microbatch_size={microbatch}
+            max_duration={"4ba" if TOY else "16ba"} scheduler.t_warmup=1ba eval_interval=1000ba
+            save_folder=null autoresume=false progress_bar=false
+            callbacks.step_monitor.warmup=2 callbacks.step_monitor.window_size=8
+        """.split()
+        settings += [f"data_local={here}/mds", f"tokenizer_name={here}/tokenizer"]
+        settings += [
+            f"loggers.metrics_file.path={out}/{microbatch}.jsonl",
+            f"loggers.tensorboard.log_dir={out}/tensorboard",
+        ]
+        settings += [] if TOY else ["model.model_config.vocab_size=30528"]  # C4's; the tokenizer in .gpu is small
         yaml = "yamls/quickstart.yaml" if TOY else "yamls/mosaic_bert.yaml"
-        command = [sys.executable, "main.py", yaml, *(f"{name}={value}" for name, value in settings.items())]
-        if subprocess.run(command, env=environment).returncode:
+        if subprocess.run([sys.executable, "main.py", yaml, *settings], env=environment).returncode:
             sys.exit(f"microbatches of {microbatch}: main.py failed")
         logged = [json.loads(line) for line in (out / f"{microbatch}.jsonl").read_text().splitlines()]
         last = [line for line in logged if "step/tokens_per_s" in line][-1]

@@ -5,11 +5,11 @@
 
 Prints for each build the registers per thread, bytes spilled to local memory, and shared memory of a program. Last
 line: ``aot kernels=… spilling=… over_limit=…``; the exit status is 1 if a build spills or needs more shared memory than
-the card has. With ``--out`` the section of this Triton version in that file is replaced. Triton compiles separately for
-strides that are multiples of 16 elements and for others, and so does this, except for attention: heads of a multiple of
-16 are always aligned, others never. ``tune.py`` finds the fastest tiles, on the card.
+the card has. ``--out`` replaces the section of this Triton version in that file. Row-wise kernels are compiled for
+strides that are multiples of 16 elements and for others; attention's heads are aligned if 16 divides them.
 """
 
+import argparse
 import itertools
 import os
 import re
@@ -49,11 +49,17 @@ class Build:
     aligned: bool = True
     """Strides and widths are multiples of 16."""
 
-    def type_of(self, argument: str) -> str:
-        """The type of an argument that is no constant."""
-        if argument.endswith("_ptr"):
-            return f"*{POINTERS.get(argument, self.dtype)}"
-        return "fp32" if argument.startswith(("scale", "eps")) else "i32"
+    def types(self) -> dict[str, str]:
+        """The type of each argument; ``constexpr``: it is a constant."""
+
+        def type_of(name: str) -> str:
+            if name in self.constants:
+                return "constexpr"
+            if name.endswith("_ptr"):
+                return f"*{POINTERS.get(name, self.dtype)}"
+            return "fp32" if name.startswith(("scale", "eps")) else "i32"
+
+        return {name: type_of(name) for name in self.kernel.arg_names}
 
     def divides(self, argument: str) -> bool:
         """Whether the compiler may assume that 16 divides an argument; it divides every pointer."""
@@ -72,82 +78,74 @@ POINTERS = {
 def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator[Build]:
     """The attention kernels for one head size."""
     F = flash_attn_triton
-    tiles = F.tiles_for(head_size, DTYPES[dtype], architecture)
+    tiles, aligned = F.tiles_for(head_size, DTYPES[dtype], architecture), head_size % 16 == 0
     shape = {"H": head_size, "BLOCK_H": F.padded_head_size(head_size)}
-    for kernel, tile in (
-        (F.flash_attn_forward, tiles.forward),
-        (F.flash_attn_dkdv, tiles.dkdv),
-        (F.flash_attn_dq, tiles.dq),
-    ):
+    for name in ("forward", "dkdv", "dq"):
+        tile = getattr(tiles, name)
         constants = {**shape, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
         variant = f"H={head_size}, {tile.rows} x {tile.cols}"
-        yield Build(kernel, variant, dtype, constants, tile.warps, tile.stages, aligned=head_size % 16 == 0)
+        yield Build(getattr(F, f"flash_attn_{name}"), variant, dtype, constants, tile.warps, tile.stages, aligned)
     constants = {**shape, "ROWS": F.delta_rows(head_size)}
-    yield Build(F.flash_attn_delta, f"H={head_size}", dtype, constants, aligned=head_size % 16 == 0)
+    yield Build(F.flash_attn_delta, f"H={head_size}", dtype, constants, aligned=aligned)
 
 
-def layer_norm_builds(width: int, dtype: str) -> Iterator[Build]:
-    """LayerNorm of one width: alone, with a residual, and with a residual and dropout."""
+def rowwise_builds(width: int, dtype: str) -> Iterator[Build]:
+    """LayerNorm of one width, alone, with a residual, and with residual and dropout; GeGLU of 4 widths, and dropout."""
     for residual, dropout in ((False, False), (True, False), (True, True)):
         for kind in ("forward", "backward"):
             constants: dict[str, Any] = {"RESIDUAL": residual, "DROPOUT": dropout}
-            if kind == "backward":
-                constants["WRITE_DRESIDUAL"] = dropout
+            constants |= {"WRITE_DRESIDUAL": dropout} if kind == "backward" else {}
             constants |= layer_norm_triton.tile(width, kind)
             variant = f"D={width}{', residual' * residual}{', dropout' * dropout}"
             kernel = getattr(layer_norm_triton, f"layer_norm_{kind}")
             yield Build(kernel, variant, dtype, constants, constants.pop("num_warps"))
-
-
-def geglu_builds(width: int, dtype: str) -> Iterator[Build]:
-    """GeGLU with and without dropout."""
     for dropout in (False, True):
         for kernel in (geglu_triton.geglu_forward, geglu_triton.geglu_backward):
-            constants: dict[str, Any] = {"DROPOUT": dropout, **geglu_triton.tile(width)}
-            yield Build(kernel, f"I={width}{', dropout' * dropout}", dtype, constants, constants.pop("num_warps"))
+            constants = {"DROPOUT": dropout, **geglu_triton.tile(4 * width)}
+            yield Build(kernel, f"I={4 * width}{', dropout' * dropout}", dtype, constants, constants.pop("num_warps"))
+
+
+def builds_for(architecture: int, args: argparse.Namespace) -> Iterator[Build]:
+    """All builds for a card."""
+    for dtype in args.dtypes:
+        for head_size in args.head_sizes:
+            yield from flash_attn_builds(architecture, head_size, dtype)
+        for build in itertools.chain(*(rowwise_builds(width, dtype) for width in args.widths)):
+            yield from (replace(build, aligned=aligned) for aligned in (True, False))
 
 
 def compile_for(build: Build, architecture: int) -> dict[str, int]:
     """Registers and spilled bytes per thread, bytes of shared memory per program; whether it has ``wgmma`` (Hopper's
-    asynchronous product), and whether ptxas makes it wait for each one (its note C7515).
+    asynchronous product), and whether ptxas makes it wait for each one (its note C7515, which Triton does not pass on).
     """
     names = build.kernel.arg_names
-    signature = {name: "constexpr" if name in build.constants else build.type_of(name) for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if build.divides(name)}
     constants = {(names.index(name),): value for name, value in build.constants.items()}
     compiled = triton.compile(
-        ASTSource(build.kernel, signature, constants, attributes),
+        ASTSource(build.kernel, build.types(), constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
+    usage = output_of("cuobjdump", compiled.asm["cubin"], "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    wgmma = "wgmma" in compiled.asm["ptx"]
+    wgmma, ptx = "wgmma" in compiled.asm["ptx"], compiled.asm["ptx"].encode()
     return {
         "registers": found["REG"],
         "spilled": found["STACK"],
         "shared": compiled.metadata.shared,
         "wgmma": wgmma,
-        "serialised": wgmma and _serialised(compiled.asm["ptx"]),
+        "serialised": wgmma and "C7515" in output_of("ptxas", ptx, "-v", "--gpu-name=sm_90a", "-o", os.devnull),
     }
 
 
-def _serialised(ptx: str) -> bool:
-    """Whether ptxas prints C7515, "wgmma.mma_async instructions are serialized". Triton does not pass its notes on."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        return "C7515" in _output("ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull)
-
-
-def _output(tool: str, *arguments: str) -> str:
-    """The output of a tool that Triton brings."""
+def output_of(tool: str, content: bytes, *arguments: str) -> str:
+    """The output of a tool that Triton brings, on a file with this content."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    run = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
-    return run.stdout
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [path, *arguments, file.name]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def write_section(path: Path, lines: list[str]) -> None:
@@ -180,40 +178,33 @@ def main(argv: list[str]) -> int:
     ]
     print("\n".join(lines), flush=True)
     notes: list[str] = []
-    built = spilling = over_limit = wgmma = serialised = 0
+    usages: list[dict[str, int]] = []
     for architecture in dict.fromkeys([75, *args.architectures]):
         reason = triton_common.refused(architecture)
-        if architecture not in args.architectures or reason is not None:
-            notes += [] if reason is None else [f"sm_{architecture} is refused: {reason}."]
+        if reason is not None:
+            notes.append(f"sm_{architecture} is refused: {reason}.")
             continue
-        for dtype in args.dtypes:
-            rowwise = itertools.chain(
-                *(layer_norm_builds(width, dtype) for width in args.widths),
-                *(geglu_builds(4 * width, dtype) for width in args.widths),
-            )
-            builds = itertools.chain(
-                *(flash_attn_builds(architecture, head_size, dtype) for head_size in args.head_sizes),
-                (replace(build, aligned=aligned) for build in rowwise for aligned in (True, False)),
-            )
-            for build in builds:
-                usage = compile_for(build, architecture)
-                built += 1
-                spilling += usage["spilled"] > 0
-                over_limit += usage["shared"] > SHARED_MEMORY[architecture]
-                wgmma += usage["wgmma"]
-                serialised += usage["serialised"]
-                cells: list[Any] = [f"sm_{architecture}", build.kernel.__name__, dtype, build.variant]
-                cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages]
-                cells += [usage["registers"], usage["spilled"], usage["shared"]]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-                print(lines[-1], flush=True)
-    if wgmma:
-        notes.append(f"{serialised} of {wgmma} builds with wgmma wait for each product (ptxas's note C7515).")
-    tail = ["", *notes, "", f"aot kernels={built} spilling={spilling} over_limit={over_limit}"]
+        for build in builds_for(architecture, args):
+            usage = compile_for(build, architecture)
+            usages.append(usage | {"over_limit": usage["shared"] > SHARED_MEMORY[architecture]})
+            cells = [f"sm_{architecture}", build.kernel.__name__, build.dtype, build.variant]
+            cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages]
+            cells += [usage["registers"], usage["spilled"], usage["shared"]]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            print(lines[-1], flush=True)
+    counts = {
+        name: sum(usage[name] > 0 for usage in usages) for name in ("wgmma", "serialised", "spilled", "over_limit")
+    }
+    if counts["wgmma"]:
+        notes.append(
+            f"{counts['serialised']} of {counts['wgmma']} builds with wgmma wait for each product (ptxas's note C7515)."
+        )
+    last = f"aot kernels={len(usages)} spilling={counts['spilled']} over_limit={counts['over_limit']}"
+    tail = ["", *notes, "", last]
     print("\n".join(tail))
     if args.out is not None:
         write_section(args.out, lines + tail)
-    return int(spilling + over_limit > 0)
+    return int(counts["spilled"] + counts["over_limit"] > 0)
 
 
 if __name__ == "__main__":

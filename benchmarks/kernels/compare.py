@@ -5,11 +5,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --toy      # a CPU, toy sizes: only that all of it runs
 
 Baselines: plain torch; torch.compile of it; FlexAttention (compiled, document mask, ALiBi as score_mod); padded SDPA
-with a bias in memory; and flash-attn where it is installed. First every output and gradient is compared with the same
-computation in a higher precision. An implementation whose error is more than twice that of plain torch in the same
-dtype (and more than 4 roundings of the largest value) is not timed; if it is ours, the run ends with exit status 1.
-Times are of forward and backward together, in rounds that interleave all implementations, each after the L2 cache was
-overwritten: the minimum, the median, and the median over rounds of the ratio to ours.
+with a bias in memory; flash-attn where it is installed. Every output and gradient is compared with the same computation
+in a higher precision. An implementation whose error is more than twice that of plain torch in the same dtype (and more
+than 4 roundings of the largest value) is not timed; if it is ours, the exit status is 1. Times are of forward and
+backward, in interleaved rounds, each after the L2 cache was overwritten: minimum, median, median ratio to ours.
 
 Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``. A baseline that does not run
 here is left out, and its reason is printed. Needs neither Composer nor streaming.
@@ -47,12 +46,12 @@ class Case:
     name: str
     size: str
     inputs: tuple[Tensor, ...]
-    reference: Implementation
-    """Its results on inputs in fp32 (fp64 for fp32) count as exact."""
     plain: Implementation
     """Plain torch in the inputs' dtype; twice its error is allowed."""
     ours: Implementation
     baselines: dict[str, Implementation]
+    reference: Implementation | None = None
+    """Its results on inputs in fp32 (fp64 for fp32) count as exact; None: those of ``plain``."""
 
 
 def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, device: str) -> Case:
@@ -100,15 +99,13 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     baselines = {"padded SDPA": padded, "FlexAttention": flexible, "torch": through("torch")}
     if A.MISSING["flash_attn"](device) is None and dtype != torch.float32:
         baselines["flash-attn"] = through("flash_attn")
-    return Case(
-        "attention",
-        f"S={S} T={T} fill={T / (B * longest):.2f}",
-        (packed,),
-        through("reference"),
-        padded,
-        through("triton"),
-        baselines,
-    )
+    size = f"S={S} T={T} fill={T / (B * longest):.2f}"
+    return Case("attention", size, (packed,), padded, through("triton"), baselines, through("reference"))
+
+
+def compiled(plain: Implementation, eager: Implementation, device: str) -> dict[str, Implementation]:
+    """The baselines of a case: ``eager`` and, on a GPU, torch.compile of ``plain``."""
+    return {"torch": eager} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
 
 
 def layer_norm_case(T: int, D: int, dtype: torch.dtype, device: str) -> Case:
@@ -120,14 +117,11 @@ def layer_norm_case(T: int, D: int, dtype: torch.dtype, device: str) -> Case:
     def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm((residual + x).to(weight.dtype), (D,), weight, bias, 1e-12).to(x.dtype)
 
-    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return layer_norm_triton.layer_norm(x, weight, bias, 1e-12, residual)
+    def by(layer_norm: Implementation) -> Implementation:
+        return lambda x, residual, weight, bias: layer_norm(x, weight, bias, 1e-12, residual)
 
-    def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch_ops.layer_norm(x, weight, bias, 1e-12, residual)
-
-    baselines = {"torch": eager} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
-    return Case("layer_norm", f"T={T} D={D}", (x, residual, weight, bias), plain, plain, ours, baselines)
+    inputs, ours = (x, residual, weight, bias), by(layer_norm_triton.layer_norm)
+    return Case("layer_norm", f"T={T} D={D}", inputs, plain, ours, compiled(plain, by(torch_ops.layer_norm), device))
 
 
 def geglu_case(T: int, width: int, dtype: torch.dtype, device: str) -> Case:
@@ -138,10 +132,8 @@ def geglu_case(T: int, width: int, dtype: torch.dtype, device: str) -> Case:
         gate, up = packed.chunk(2, dim=-1)
         return F.gelu(gate) * up
 
-    baselines = {"torch": lambda packed: torch_ops.geglu(packed, 0.0)}
-    if device == "cuda":
-        baselines["torch.compile"] = torch.compile(plain)
-    return Case("geglu", f"T={T} I={width}", (packed,), plain, plain, geglu_triton.geglu, baselines)
+    baselines = compiled(plain, torch_ops.geglu, device)
+    return Case("geglu", f"T={T} I={width}", (packed,), plain, geglu_triton.geglu, baselines)
 
 
 def head_case(M: int, D: int, V: int, dtype: torch.dtype, device: str) -> Case:
@@ -157,8 +149,7 @@ def head_case(M: int, D: int, V: int, dtype: torch.dtype, device: str) -> Case:
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return masked_lm_head_loss(x, weight, bias, labels)["loss"]
 
-    baselines = {"torch": plain} | ({"torch.compile": torch.compile(plain)} if device == "cuda" else {})
-    return Case("head", f"M={M} V={V}", (x, weight, bias), plain, plain, ours, baselines)
+    return Case("head", f"M={M} V={V}", (x, weight, bias), plain, ours, compiled(plain, plain, device))
 
 
 def results_of(run: Implementation, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -173,12 +164,6 @@ def results_of(run: Implementation, inputs: tuple[Tensor, ...], dtype: torch.dty
 def errors(got: list[Tensor], want: list[Tensor]) -> list[float]:
     """Relative L2 error of each tensor."""
     return [((x.to(y) - y).norm() / y.norm()).item() for x, y in zip(got, want, strict=True)]
-
-
-def faults(got: list[float], plain: list[float], dtype: torch.dtype) -> list[str]:
-    """Errors that are above twice those of plain torch and above 4 roundings."""
-    floor = 4 * torch.finfo(dtype).eps
-    return [f"{a:.2g} > 2 x {b:.2g}" for a, b in zip(got, plain, strict=True) if not a <= max(2 * b, floor)]
 
 
 def measure(case: Case, chosen: dict[str, Implementation], rounds: int, device: str) -> dict[str, list[float]]:
@@ -198,7 +183,9 @@ def check(case: Case, dtype: torch.dtype) -> tuple[dict[str, tuple[Implementatio
     Raises:
         RuntimeError: ours does not run.
     """
-    want = results_of(case.reference, case.inputs, torch.float64 if dtype == torch.float32 else torch.float32)
+    want = results_of(
+        case.reference or case.plain, case.inputs, torch.float64 if dtype == torch.float32 else torch.float32
+    )
     plain = errors(results_of(case.plain, case.inputs), want)
     right, refused = {}, {}
     for label, run in {"ours": case.ours, **case.baselines}.items():
@@ -209,9 +196,9 @@ def check(case: Case, dtype: torch.dtype) -> tuple[dict[str, tuple[Implementatio
                 raise
             refused[label] = f"does not run: {str(reason).splitlines()[0]}"
             continue
-        wrong = faults(error, plain, dtype)
-        if wrong:
-            refused[label] = f"WRONG, not timed: {'; '.join(wrong)}"
+        pairs = [(a, b) for a, b in zip(error, plain, strict=True) if not a <= max(2 * b, 4 * torch.finfo(dtype).eps)]
+        if pairs:
+            refused[label] = f"WRONG, not timed: {'; '.join(f'{a:.2g} > 2 x {b:.2g}' for a, b in pairs)}"
         else:
             right[label] = run, max(error)
     return right, refused
@@ -229,9 +216,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, through Triton's interpreter")
     parser.add_argument("--out", type=Path, help="folder for kernels-CARD.json")
     args = parser.parse_args(argv)
-    device = "cpu" if args.toy else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
+    device = report.device_of(parser, args.toy)
     reason = A.MISSING["triton"](device)
     if reason is not None:
         parser.error(f"{reason}; set TRITON_INTERPRET=1 for --toy")

@@ -75,8 +75,7 @@ def plain_layer(x: Tensor, layer: BertLayer, slopes: Tensor) -> Tensor:
     block, output, mlp = layer.attention.self, layer.attention.output, layer.mlp
     mixed = plain_attention(block.Wqkv(x).unflatten(-1, (3, N, -1)), slopes).flatten(1)
     x = plain_layer_norm(output.dense(mixed), output.LayerNorm.weight, output.LayerNorm.bias, x)
-    hidden = plain_geglu(mlp.gated_layers(x))
-    norm = mlp.layernorm
+    hidden, norm = plain_geglu(mlp.gated_layers(x)), mlp.layernorm
     return F.layer_norm(x.float() + mlp.wo(hidden), (D,), norm.weight, norm.bias).to(x.dtype)
 
 
@@ -98,30 +97,25 @@ def count(T: int, device: str) -> dict[str, tuple[int, int]]:
     weight, bias, key = torch.ones(D, device=device), torch.zeros(D, device=device), draw_key(x)
     layer = BertLayer(MosaicBertConfig(hidden_dropout_prob=P, attention="triton", kernels="triton")).to(device).train()
     parameters = tuple(layer.parameters())
-    # Autocast keeps a cast copy of each weight. It does not grow with T, so it is subtracted.
+
+    def both(ours: Callable[..., Any], plain: Callable[..., Any], *args: Tensor) -> tuple[int, int]:
+        ignored = (*parameters, *fixed)
+        return kept_bytes(ours, *args, ignored=ignored)[1], kept_bytes(plain, *args, ignored=ignored)[1]
+
     counted = {
-        "attention": (
-            kept_bytes(ours, qkv, ignored=fixed),
-            kept_bytes(lambda qkv: plain_attention(qkv, slopes), qkv, ignored=fixed),
+        "attention": both(ours, lambda qkv: plain_attention(qkv, slopes), qkv),
+        "LayerNorm(residual + dropout(x))": both(
+            lambda x, w, b, residual: layer_norm(x, w, b, 1e-12, residual, P, key),
+            plain_layer_norm,
+            *(x, weight, bias, residual),
         ),
-        "LayerNorm(residual + dropout(x))": (
-            kept_bytes(lambda *a: layer_norm(a[0], a[1], a[2], 1e-12, a[3], P, key), x, weight, bias, residual),
-            kept_bytes(plain_layer_norm, x, weight, bias, residual),
-        ),
-        "dropout(gelu(gate) * up)": (
-            kept_bytes(lambda packed: geglu(packed, P, key), packed),
-            kept_bytes(plain_geglu, packed),
-        ),
+        "dropout(gelu(gate) * up)": both(lambda packed: geglu(packed, P, key), plain_geglu, packed),
     }
     with torch.autocast(device, torch.bfloat16):
-        weights = sum(2 * p.numel() for p in parameters if p.ndim == 2)
-        counted["a whole layer"] = (
-            kept_bytes(lambda x: layer(x, layout, slopes), x, ignored=(*parameters, *fixed)),
-            kept_bytes(lambda x: plain_layer(x, layer, slopes), x, ignored=(*parameters, *fixed)),
-        )
-    sizes = {name: (a[1], b[1]) for name, (a, b) in counted.items()}
-    sizes["a whole layer"] = tuple(size - weights for size in sizes["a whole layer"])  # pyright: ignore
-    return sizes
+        a, b = both(lambda x: layer(x, layout, slopes), lambda x: plain_layer(x, layer, slopes), x)
+    # Autocast keeps a cast copy of each weight. It does not grow with T, so it is subtracted.
+    weights = sum(2 * p.numel() for p in parameters if p.ndim == 2)
+    return counted | {"a whole layer": (a - weights, b - weights)}
 
 
 def main(argv: list[str]) -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.kernels.tune [--head_sizes 64 128] [--dtypes bfloat16] [--lengths 128 512 2048] [--out FOLDER]
     TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, toy sizes: only that all of it runs
 
-For each head size, dtype and length, each of the three kernels runs with the table's tile and with every candidate that
-compiles and fits, on C4-like lengths, in interleaved rounds, each after the L2 cache was overwritten. A candidate whose
-output differs from that of the table's tile is rejected. The best tile has the smallest product of its median times
-over lengths. The last lines can be pasted into TILES; they say the gain over the present tiles. Needs no Composer.
+Each kernel runs with the table's tile and with every candidate that compiles and fits, on C4-like lengths, in
+interleaved rounds, each after the L2 cache was overwritten. A candidate whose output differs from that of the table's
+tile is rejected. The best tile has the smallest product of its median times over lengths. The last lines can be pasted
+into TILES, with the gain over the present tiles. Needs no Composer.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Attention:
 
 
 def compile_some(work: tuple[int, torch.dtype, list[tuple[str, Tile]]]) -> None:
-    """In a process of its own: compile some candidates into Triton's cache."""
+    """Compile some candidates into Triton's cache, in a new process."""
     head_size, dtype, candidates = work
     inputs = Attention(head_size, dtype, 128, 4096, "cuda")
     for kernel, tile in candidates:
@@ -93,11 +93,6 @@ def times(inputs: Attention, kernel: str, tiles: list[Tile], rounds: int) -> dic
     runs = {tile: partial(inputs.run, kernel, tile) for tile in tiles}
     taken = timing.interleaved(runs, rounds, timing.device_clock(inputs.q.device.type, flushes=4))
     return {tile: 1e3 * statistics.median(seconds) for tile, seconds in taken.items()}
-
-
-def written(tile: Tile) -> str:
-    """A tile as TILES writes it."""
-    return f"Tile{astuple(tile)}"
 
 
 def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
@@ -125,9 +120,9 @@ def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[d
         gains = {S: ms[S][present] / ms[S][best] for S in ms}
         shown = ", ".join(f"{ms[S][best]:.3f} ms at {S} ({gains[S]:.2f}x)" for S in ms)
         print(f"{kernel}: {best} {shown}; now {present}", flush=True)
-        every = {written(tile): {str(S): ms[S][tile] for S in ms} for tile in valid}
+        every = {f"Tile{astuple(tile)}": {str(S): ms[S][tile] for S in ms} for tile in valid}  # as TILES writes it
         row = {"head_size": head_size, "dtype": str(dtype), "kernel": kernel, "gain": min(gains.values()), "ms": every}
-        found.append({**row, "best": written(best), "present": written(present)})
+        found.append({**row, "best": f"Tile{astuple(best)}", "present": f"Tile{astuple(present)}"})
     return found
 
 
@@ -143,11 +138,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, through Triton's interpreter")
     parser.add_argument("--out", type=Path, help="folder for tiles.json")
     args = parser.parse_args(argv)
+    device = report.device_of(parser, args.toy)
     if args.toy:
         args.head_sizes, args.dtypes, args.tokens, args.lengths, args.rounds = [16], ["float16"], 64, [32], 1
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device found; on a CPU only --toy runs, with TRITON_INTERPRET=1")
-    device = "cpu" if args.toy else "cuda"
     about = report.machine(device)
     print(f"# {report.described(about)}")
     lines, results = [], []

@@ -1,4 +1,4 @@
-"""MosaicBERT without one of its parts, for time_to_loss.py: replacement modules, so that src needs no switches.
+"""MosaicBERT without one of its parts, for time_to_loss.py, by replacement modules.
 
 no_alibi          learned positions, as BERT's, added to the word embeddings
 no_glu            a plain feed-forward layer, dense - GELU - dense, whose width gives the same FLOPs
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.variants import Batch, MosaicBert, MosaicBertPadded, Part
+from src.attention import AlibiSlopes
 from src.bert_layers import BertForMaskedLM, LayerNorm
 from src.bert_padding import index_first_axis
 from src.configuration_bert import MosaicBertConfig
@@ -19,14 +20,11 @@ from src.masked_lm_loss import IGNORED, masked_lm_head_loss
 from src.torch_ops import dropout
 
 
-class NoSlopes(nn.Module):
-    """Replaces ``AlibiSlopes``: a slope of 0 for each head, so attention sees no distances."""
+class NoSlopes(AlibiSlopes):
+    """A slope of 0 for each head, so attention sees no distances."""
 
-    slopes: Tensor
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.register_buffer("slopes", torch.zeros(num_heads), persistent=False)
+    def fill(self, device: torch.device) -> None:  # called by .to()
+        self.slopes = torch.zeros(len(self.slopes), device=device)
 
     def forward(self, device: torch.device) -> Tensor:
         return self.slopes
@@ -42,7 +40,7 @@ class LearnedPositions(MosaicBert):
 
     def build(self, plain: bool) -> BertForMaskedLM:
         model = super().build(plain)
-        model.bert.encoder.alibi = NoSlopes(self.shape.heads)  # pyright: ignore[reportAttributeAccessIssue]
+        model.bert.encoder.alibi = NoSlopes(self.shape.heads)
         return model
 
     def segments(self, batch: Batch) -> Tensor:
@@ -81,22 +79,22 @@ class AllRows(MosaicBert):
 
     def loss_sum(self, part: Part) -> Tensor:
         states = self.model.bert.encode(part["input_ids"], part["layout"])[-1]  # (T, D)
-        return self.head_loss(index_first_axis(states, part["masked_index"]), part["labels"])
-
-    def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """() summed over the rows of ``x`` (T, D) that have a label."""
+        x, labels = self.rows(states, part)
         head = self.model.cls.predictions
         return masked_lm_head_loss(head.transform(x), head.decoder.weight, head.decoder.bias, labels)["loss_sum"]
+
+    def rows(self, states: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """The rows that the head computes, and their labels."""
+        return index_first_axis(states, part["masked_index"]), part["labels"]
 
 
 class FullHead(AllRows):
     """The head computes logits of all tokens."""
 
-    def loss_sum(self, part: Part) -> Tensor:
-        states = self.model.bert.encode(part["input_ids"], part["layout"])[-1]  # (T, D)
+    def rows(self, states: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         labels = torch.full_like(part["input_ids"], IGNORED)
         labels[part["masked_index"]] = part["labels"]
-        return self.head_loss(states, labels)
+        return states, labels
 
 
 ABLATIONS = {

@@ -15,6 +15,7 @@ at the training length with a 95% interval (bootstrap over reviews). Last line:
     extrapolation reviews=… loss_1x=… loss_2x=… loss_4x=… loss_8x=… hf_1x=…
 """
 
+import statistics
 import sys
 from typing import Any
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.learning import quality
-from benchmarks.learning.pretraining import RECIPES, Deadline, Text, bootstrap, make_variant
+from benchmarks.learning.pretraining import RECIPES, Deadline, Text, bootstrap, make_variant, options, publish
 from benchmarks.texts import film_reviews, part_of
 from benchmarks.variants import Batch, Variant
 from src.data.cutting import encode_prefix
@@ -71,83 +72,76 @@ def losses(variant: Variant, text: Text, reviews: list[Batch], room: int) -> NDA
         return np.array([sum(variant.run(part).item() for part in variant.parts(batch)) for batch in batches])
 
 
-def interval(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> tuple[float, float]:
-    """95% interval of a difference of losses per masked token; ``difference`` and ``masked`` are sums, (reviews,)."""
+def change(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> dict[str, float]:
+    """Mean and 95% interval of a difference per masked token; ``difference`` and ``masked`` are sums, (reviews,)."""
 
     def draw(rng: np.random.Generator) -> float:
         picked = rng.integers(len(masked), size=len(masked))
         return difference[picked].sum() / masked[picked].sum()
 
-    return bootstrap(draw)
+    return {"mean": float(difference.sum() / masked.sum()), **bootstrap(draw)}
 
 
 def main(argv: list[str]) -> None:
     """Pretrain what is missing, evaluate, report."""
-    args = quality.parser_of(__doc__).parse_args(argv)
+    args = options(__doc__, quality.SETTINGS.minutes, "runs/quality").parse_args(argv)
     settings = quality.settings_of(args)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = quality.read_text(args.folder, settings)
     quality.pretrain(args.folder, text, settings, 2 if args.toy else args.rounds, Deadline(args.hours))
 
     trained = settings.shape.length
-    lengths = {times: times * (trained - 2) + 2 for times in TIMES}
-    content = lengths[TIMES[-1]] - 2
+    lengths = [times * (trained - 2) + 2 for times in TIMES]
+    content = lengths[-1] - 2
     reviews = [masked_review(text, i, ids) for i, ids in enumerate(long_reviews(text, content))]
     if not reviews:
         sys.exit(f"no review of the test part has {content} tokens")
     masked = np.array([int((review["labels"] >= 0).sum()) for review in reviews])
     sums: dict[str, dict[int, NDArray[np.float64]]] = {}  # (seeds, reviews) by model and length
-    for name in ("ours", "hf_bert"):
+    for name, some in (("ours", lengths), ("hf_bert", [trained])):
         variant, by_seed = make_variant(text, RECIPES[name]), []
         for seed in range(1, settings.seeds + 1):
             folder = quality.model_folder(args.folder, name, seed)
             variant.model.load_state_dict(type(variant.model).from_pretrained(folder).state_dict())
             variant.model.eval()
-            some = [*lengths.values()] if name == "ours" else [trained]
-            by_seed.append({length: losses(variant, text, reviews, length - 2) for length in some})
-        sums[name] = {length: np.array([each[length] for each in by_seed]) for length in by_seed[0]}
+            by_seed.append([losses(variant, text, reviews, length - 2) for length in some])
+        sums[name] = dict(zip(some, np.array(by_seed).transpose(1, 0, 2), strict=True))
 
-    means = {name: {n: each.sum(axis=1) / masked.sum() for n, each in by.items()} for name, by in sums.items()}
+    means = {
+        name: {n: (each.sum(axis=1) / masked.sum()).tolist() for n, each in by.items()} for name, by in sums.items()
+    }
     rows, differences = [], {}
-    for times, length in lengths.items():
-        each, change = means["ours"][length], ""
+    for times, length in zip(TIMES, lengths, strict=True):
+        each = means["ours"][length]
+        row = {"times": times, "tokens": length, "mean": statistics.mean(each), "low": min(each), "high": max(each)}
         if times > 1:
             difference = sums["ours"][length].mean(axis=0) - sums["ours"][trained].mean(axis=0)
-            mean, (low, high) = float(difference.sum() / masked.sum()), interval(difference, masked)
-            differences[f"{times}x"] = {"mean": mean, "low": low, "high": high}
-            change = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-        hf = f"{means['hf_bert'][trained].mean():.4f}" if length == trained else f"its positions end at {trained}"
-        rows.append([f"{times}x", str(length), f"{each.mean():.4f} ({min(each):.4f} to {max(each):.4f})", change, hf])
-    about, command = report.machine(args.device), f"python -m benchmarks.learning.extrapolation {' '.join(argv)}"
-    header = ["times", "tokens", "ours, mean (range of seeds)", "difference to 1x (95% interval)", "hf_bert"]
+            row["change"] = differences[f"{times}x"] = change(difference, masked)
+        hf = f"{statistics.mean(means['hf_bert'][trained]):.4f}"
+        rows.append(row | {"hf": hf if length == trained else f"its positions end at {trained}"})
+    table = report.table(
+        "times | tokens | ours, mean (range of seeds) | difference to 1x (95% interval) | hf_bert",
+        "{times}x | {tokens} | {mean:.4f} ({low:.4f} to {high:.4f}) "
+        "| {change[mean]:+.4f} ({change[low]:+.4f} to {change[high]:+.4f}) | {hf}",
+        rows,
+    )
     lines = [
-        f"{report.described(about)}. `{command}`",
-        "",
         f"Pretrained at {trained} tokens, {settings.minutes:g} minutes of training, {settings.seeds} seeds; "
         f"{len(reviews)} reviews with at least {content:,} tokens, {masked.sum():,} masked tokens at each length.",
-        "",
-        report.table(header, rows),
-        "",
+        table,
         f"![loss over length](extrapolation-{args.device}.png)",
-        "",
     ]
     with report.picture(args.out / f"extrapolation-{args.device}.png", 1) as (axes,):
         for name, by_length in means.items():
             report.draw_seeds(axes, name, [*by_length], np.array([*by_length.values()]).T)
         axes.axvline(trained, color="gray", linestyle="--", label="training length")
         axes.set_xscale("log", base=2)
-        axes.set_xticks([*lengths.values()], [str(length) for length in lengths.values()])
+        axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set(xlabel="tokens of a sample", ylabel="loss of the same masked tokens (nats)")
-    record: dict[str, Any] = {
-        "losses": {name: {n: [*map(float, e)] for n, e in by.items()} for name, by in means.items()}
-    }
-    record |= {"differences": differences, "reviews": len(reviews), "masked": int(masked.sum())}
-    record |= {"machine": about, "command": command}
-    path = args.out / f"extrapolation-{args.device}.json"
-    report.write_page(path, "Above the training length", "benchmarks.learning.extrapolation", lines, record)
-    print("\n".join(lines[2:]))
-    fields = [f"loss_{times}x={means['ours'][length].mean():.4f}" for times, length in lengths.items()]
-    print(f"extrapolation reviews={len(reviews)} {' '.join(fields)} hf_1x={means['hf_bert'][trained].mean():.4f}")
+    record = {"losses": means, "differences": differences, "reviews": len(reviews), "masked": int(masked.sum())}
+    publish(args, argv, "extrapolation", "Above the training length", lines, record)
+    fields = " ".join(f"loss_{row['times']}x={row['mean']:.4f}" for row in rows)
+    print(f"extrapolation reviews={len(reviews)} {fields} hf_1x={rows[0]['hf']}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
     python -m benchmarks.learning.order [--seeds 4] [--steps 400] [--out benchmarks/results/order-cpu.txt] [--quick]
 
-1. Padding and ranks, by counting: the lengths of 1,000,000 documents like C4's (lognormal, median 250 and mean 430
-   tokens), cut at 128 and 512 and shuffled; global batches of 4096 for 8 canonical nodes, dealt to 8 ranks as streaming
-   deals them; microbatches of 128. Fill is T / (B * S), S a microbatch's longest sample. Spread is the fullest rank's
-   tokens over the mean, averaged over steps: the other ranks wait for it, because MosaicBERT computes no padding.
+1. Padding and ranks, by counting: 1,000,000 documents with lengths like C4's (lognormal, median 250, mean 430 tokens),
+   cut at 128 and 512 and shuffled; global batches of 4096 for 8 canonical nodes, dealt to 8 ranks as streaming does it;
+   microbatches of 128. Fill is T / (B * S), S a microbatch's longest sample. Spread is the fullest rank's tokens over
+   the mean, averaged over steps: the other ranks wait for it, because MosaicBERT computes no padding.
 2. Loss: a tiny MosaicBERT (2 layers of 128) trains on Wikipedia leads and film reviews (4,096 word pieces, 128 tokens,
-   batches of 64) in the loop of benchmarks/learning/pretraining.py, once in shuffled order and once grouped by length,
-   from the same weights, with the same samples and masks. Its loss on 1,000 held-out documents is compared, for
-   several seeds of weights, order and masks.
+   batches of 64) in shuffled order and grouped by length, from the same weights, with the same samples and masks. Its
+   loss on 1,000 validation documents is compared, for several seeds of weights, order and masks.
 """
 
 import statistics
@@ -34,7 +33,7 @@ from src.train.models import padded_vocab_size
 
 WINDOWS = (0, 8, 64)
 NODES, RANKS, GLOBAL, MICRO = 8, 8, 4096, 128
-MAX_SEQ_LEN, BATCH, HELD_OUT = 128, 64, 1000
+MAX_SEQ_LEN, BATCH, VALIDATION = 128, 64, 1000
 
 
 def dealt(lengths: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
@@ -73,23 +72,9 @@ def trained(folder: str, tokenizer: Any, seed: int, window: int, steps: int) -> 
     loader = data_c4.build_dataloader(dataset, MaskingCollator(tokenizer, 0.3, seed), BATCH)
     for _, batch in zip(range(steps), loader, strict=False):
         training.step(batch)
-    held_out = data_c4.StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="val")
-    samples, masks = [held_out[i] for i in range(held_out.size)], MaskingCollator(tokenizer, 0.15, seed=0)
+    validation = data_c4.StreamingC4(tokenizer, MAX_SEQ_LEN, folder, split="val")
+    samples, masks = [validation[i] for i in range(validation.size)], MaskingCollator(tokenizer, 0.15, seed=0)
     return training.validation_loss(masks(samples[i : i + BATCH]) for i in range(0, len(samples), BATCH))
-
-
-def compare(say: Callable[[str], None], folder: Path, seeds: int, steps: int, window: int) -> list[float]:
-    """Print the table of losses; returns the difference of each seed."""
-    texts = documents()
-    tokenizer = load_tokenizer(make_shards(folder, texts[HELD_OUT:], texts[:HELD_OUT], 4096, MAX_SEQ_LEN))
-    title = f"validation loss, {steps} steps, window {window}"
-    say(f"{'seed':>8}{'shuffled':>10}{'grouped':>10}{'difference':>12}    {title}")
-    differences = []
-    for seed in range(1, seeds + 1):
-        shuffled, grouped = (trained(str(folder / "mds"), tokenizer, seed, w, steps) for w in (0, window))
-        differences.append(grouped - shuffled)
-        say(f"{seed:8}{shuffled:10.4f}{grouped:10.4f}{differences[-1]:+12.4f}")
-    return differences
 
 
 def main(argv: list[str]) -> None:
@@ -108,8 +93,15 @@ def main(argv: list[str]) -> None:
     say(f"# {report.described(report.machine('cpu'))}")
     count(say, args.samples)
     say()
-    with tempfile.TemporaryDirectory(prefix="order-") as folder:
-        differences = compare(say, Path(folder), args.seeds, args.steps, args.window)
+    title = f"validation loss, {args.steps} steps, window {args.window}"
+    say(f"{'seed':>8}{'shuffled':>10}{'grouped':>10}{'difference':>12}    {title}")
+    texts, differences = documents(), []
+    with tempfile.TemporaryDirectory(prefix="order-") as name:
+        tokenizer = load_tokenizer(make_shards(Path(name), texts[VALIDATION:], texts[:VALIDATION], 4096, MAX_SEQ_LEN))
+        for seed in range(1, args.seeds + 1):
+            shuffled, grouped = (trained(f"{name}/mds", tokenizer, seed, w, args.steps) for w in (0, args.window))
+            differences.append(grouped - shuffled)
+            say(f"{seed:8}{shuffled:10.4f}{grouped:10.4f}{differences[-1]:+12.4f}")
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     say(f"order loss_difference={mean:.4f} standard_error={error:.4f} seeds={args.seeds} steps={args.steps}")
     say.write(args.out)

@@ -3,15 +3,17 @@
 All runs share one loop, whose losses are those of main.py's Trainer (tests/benchmarks/test_loop.py): the same batches
 in the same order for the same seed, the product's AdamW (fused, betas 0.9 and 0.98, eps 1e-6, decay 0.02) and learning
 rate schedule (warmup of 6%, linear decay to 2%), the mean loss over all masked tokens of a batch. Composer's Trainer
-itself would need a ComposerModel and a batch format for each baseline; a bare loop treats them all alike.
+would need a ComposerModel and a batch format for each baseline.
 
 A run's clock is its steps times the time of a step, which is measured before, interleaved. So other programs do not
 count, nor do evaluation, loading and masking.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -102,6 +104,9 @@ class Setup:
     """Of a run, evenly spread, the last at its end."""
 
 
+Texts = Iterable[str]
+
+
 class Text:
     """Documents as tokens, and batches of them.
 
@@ -111,12 +116,7 @@ class Text:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        train: Iterable[str],
-        validation: Iterable[str],
-        setup: Setup,
-        pack: str = "truncate",
+        self, tokenizer: PreTrainedTokenizerFast, train: Texts, validation: Texts, setup: Setup, pack: str = "truncate"
     ):
         self.tokenizer, self.setup, self.pack = tokenizer, setup, pack
         self.train = list(itertools.islice(self._samples(train), setup.documents))
@@ -124,7 +124,7 @@ class Text:
         masks, size = MaskingCollator(tokenizer, 0.15, seed=0), setup.batch
         self.evaluation = [masks(self.validation[i : i + size]) for i in range(0, len(self.validation), size)]
 
-    def _samples(self, texts: Iterable[str]) -> Iterator[Sample]:
+    def _samples(self, texts: Texts) -> Iterator[Sample]:
         tokens = Tokens("", self.tokenizer, self.setup.shape.length, self.pack)
         for number, ids in enumerate(tokens.samples(iter(texts), Stats())):
             yield {"input_ids": ids, "sample_id": number, "epoch": 0}
@@ -227,16 +227,13 @@ def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: in
 
     They are kept in ``path``; recipes that come later are timed with ours and scaled to its first seconds. Each
     variant is also checked, at its own size.
-
-    Args:
-        recipes: by name; ``ours`` among them.
     """
     known: dict[str, float] = json.loads(path.read_text())["seconds"] if path.exists() else {}
     new = [name for name in recipes if name not in known]
     if not new:
         return known
-    names, runs = ["ours", *(name for name in new if name != "ours")], {}
-    for name in names:
+    runs = {}
+    for name in dict.fromkeys(["ours", *new]):
         recipe = recipes[name]
         training = new_training(text, recipe, 1e-3, 0, 1000)
         batches, variant = [*text.batches(0, rounds + 2, recipe.masking)], training.variant  # masking is not timed
@@ -255,12 +252,10 @@ class Deadline:
     def __init__(self, hours: float):
         self.end = time.perf_counter() + 3600 * hours
 
-    def allows(self, minutes: float) -> bool:
-        """Whether work of so many minutes would end in time; says so if not."""
-        if time.perf_counter() + 60 * minutes <= self.end:
-            return True
-        print("the hours are spent; finished work is kept, and the same command goes on", flush=True)
-        return False
+    def need(self, minutes: float) -> None:
+        """Raise SystemExit if work of so many minutes would not end in time."""
+        if time.perf_counter() + 60 * minutes > self.end:
+            sys.exit("the hours are spent; finished work is kept, and the same command continues")
 
 
 class Plan:
@@ -268,7 +263,7 @@ class Plan:
 
     Args:
         recipes: by name; ``ours`` among them.
-        searched: names with a learning rate of their own; the others take that of ours.
+        searched: names whose learning rate is searched; the others take that of ours.
 
     Raises:
         SystemExit: the folder's runs have other settings.
@@ -292,11 +287,6 @@ class Plan:
         paths = {rate: self.path(name, 0, rate) for rate in self.setup.learning_rates}
         return {rate: final(json.loads(path.read_text())) for rate, path in paths.items() if path.exists()}
 
-    def best_rate(self, name: str) -> float:
-        """The learning rate of the lowest loss in the name's own search, or in that of ours."""
-        losses = self.losses(name if name in self.searched else "ours")
-        return min(losses, key=losses.__getitem__)
-
     def curves(self, name: str) -> list[dict[str, Any]]:
         """Finished runs."""
         paths = [self.path(name, seed) for seed in range(1, self.setup.seeds + 1)]
@@ -310,42 +300,45 @@ class Plan:
         runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1) for name in self.recipes]
         return [run for run in runs if not self.path(*run).exists()]
 
-    def hours_left(self) -> float:
-        """An estimate."""
-        return OVERHEAD * self.setup.minutes * sum(TUNING if run[2] else 1 for run in self.left()) / 60
+    def say_left(self) -> None:
+        left = self.left()
+        hours = OVERHEAD * self.setup.minutes * sum(TUNING if rate else 1 for _, _, rate in left) / 60
+        print(f"{len(left)} runs are left, about {hours:.1f} hours", flush=True)
 
     def run(
-        self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Training], None] = lambda *_: None
-    ) -> bool:
-        """Do what is left; returns False if the next run would not end before the deadline.
+        self, text: Text, rounds: int, deadline: Deadline, keep: Callable[[str, int, Variant], None] = lambda *_: None
+    ) -> None:
+        """Do what is left.
 
         Args:
             rounds: steps to time each recipe by.
-            keep: called with name, seed and training at the end of each whole run.
+            keep: called with name, seed and variant at the end of each whole run.
+
+        Raises:
+            SystemExit: the next run would not end before the deadline.
         """
         setup = self.setup
         seconds = time_steps(self.folder / "steps.json", text, self.recipes, rounds)
         for name, seed, searching in self.left():
             minutes = setup.minutes * (TUNING if searching else 1)
-            if not deadline.allows(OVERHEAD * minutes):
-                return False
-            rate, recipe = searching or self.best_rate(name), self.recipes[name]
+            deadline.need(OVERHEAD * minutes)
+            losses, recipe = self.losses(name if name in self.searched else "ours"), self.recipes[name]
+            rate = searching or min(losses, key=losses.__getitem__)
             steps = max(8, setup.evaluations, round(60 * minutes / seconds[name]))
             training = new_training(text, recipe, rate, seed, steps)
             points = curve(training, text, recipe, seed, steps, 1 if searching else setup.evaluations)
             found = {"arm": name, "rate": rate, "seed": seed, "steps": steps, "step_seconds": seconds[name]}
             found |= {"samples": len(text.train), "machine": report.machine(setup.device), "points": points}
+            found["parameters"] = sum(p.numel() for p in training.variant.model.parameters())
             if not searching:
-                keep(name, seed, training)
+                keep(name, seed, training.variant)
             report.write_json(self.path(name, seed, searching), found)
-            what, minutes = f"learning rate {rate:g}" if searching else f"seed {seed}", points[-1]["seconds"] / 60
             print(
-                f"{name} {what}: {steps} steps, {points[-1]['tokens']:,} tokens, validation loss {final(found):.4f}, "
-                f"{minutes:.1f} min in steps, {steps * seconds[name] / 60:.1f} by its clock; about "
-                f"{self.hours_left():.1f} hours are left",
-                flush=True,
+                f"{name} seed {seed}, learning rate {rate:g}: {steps} steps, {points[-1]['tokens']:,} tokens, "
+                f"validation loss {final(found):.4f}, {points[-1]['seconds'] / 60:.1f} min in steps, "
+                f"{steps * seconds[name] / 60:.1f} by its clock"
             )
-        return True
+            self.say_left()
 
 
 def final(found: dict[str, Any]) -> float:
@@ -353,8 +346,50 @@ def final(found: dict[str, Any]) -> float:
     return found["points"][-1]["loss"]
 
 
-def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of what ``draw`` computes from a sample drawn with replacement."""
+def table_of_runs(setup: Setup, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Learning rate, size, speed and final loss of each variant."""
+    rates, rows = setup.learning_rates, []
+    for name, runs in curves.items():
+        losses, first = [final(run) for run in runs], runs[0]
+        row = {"name": name, "masked": RECIPES[name].masking[0], "mean": statistics.mean(losses)}
+        row |= {"low": min(losses), "high": max(losses)}
+        row["edge"] = " (edge of the grid)" if len(rates) > 2 and first["rate"] in (min(rates), max(rates)) else ""
+        row["epochs"] = first["steps"] * setup.batch / first["samples"]
+        rows.append(first | row)
+    return report.table(
+        "variant | masked | learning rate | M parameters | ms per step | steps | epochs | validation loss at 15%",
+        "{name} | {masked:.0%} | {rate:g}{edge} | {parameters:M.2f} | {step_seconds:m.1f} | {steps:,} | {epochs:.2f} "
+        "| {mean:.4f} ({low:.4f} to {high:.4f})",
+        rows,
+    )
+
+
+def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -> dict[str, float]:
+    """95% interval, low and high, of what ``draw`` computes from a sample drawn with replacement."""
     rng = np.random.default_rng(0)
     values = sorted(draw(rng) for _ in range(draws))
-    return float(values[round(0.025 * (draws - 1))]), float(values[round(0.975 * (draws - 1))])
+    return {"low": float(values[round(0.025 * (draws - 1))]), "high": float(values[round(0.975 * (draws - 1))])}
+
+
+def options(description: str | None, minutes: float, folder: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of learning have, with their defaults."""
+    parser = report.parser(description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="training time of a run")
+    parser.add_argument("--hours", type=float, default=math.inf, help="start nothing that would not end in this time")
+    parser.add_argument("--rounds", type=int, default=40, help="steps that each variant is timed for")
+    report.add_device(parser)
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="of models and runs")
+    parser.add_argument("--out", type=Path, default=Path(folder) / "report", help="folder of the report")
+    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
+    return parser
+
+
+def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, page: list[str], record: dict) -> None:
+    """Write NAME-DEVICE.json and .md to the folder of the report, and print the page's paragraphs."""
+    about, command = report.machine(args.device), f"python -m benchmarks.learning.{name} {' '.join(argv)}"
+    made = f"{report.described(about)}. `{command}`"
+    record = record | {"machine": about, "command": command}
+    report.write_page(
+        args.out / f"{name}-{args.device}.json", title, f"benchmarks.learning.{name}", [made, *page], record
+    )
+    print("\n\n".join(page))

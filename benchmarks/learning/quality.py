@@ -4,23 +4,19 @@
     python -m benchmarks.learning.quality --toy      # a minute: only that all of it runs
 
 Text: Wikipedia lead paragraphs and IMDb's film reviews, cut into consecutive samples of 128 tokens, by a tokenizer of
-8,192 word pieces trained on the same text. Tasks, each with 1,000 rows to fine-tune on:
+8,192 word pieces trained on them. Tasks, each with 1,000 rows to fine-tune on: ``topics``, the topic of a paragraph,
+one of 11; ``sentences``, whether a sentence of a film review is positive (Rotten Tomatoes).
 
-    topics       the topic of a lead paragraph, one of 11
-    sentences    whether a sentence of a film review is positive (Rotten Tomatoes)
+Each text belongs to train (75%), validation (10%) or test (15%) by its hash (``texts.part_of``). Only the train part is
+pretrained on, and no sentence of Rotten Tomatoes. Learning rates are chosen on the validation set; the test set is
+scored once, by the final runs.
 
-Each text belongs to train (75%), validation (10%) or test (15%) by its hash (``texts.part_of``). Only the train part of
-paragraphs and reviews is pretrained on, and no sentence of Rotten Tomatoes. Learning rates are chosen on the validation
-set; the test set is scored once, by the final runs.
-
-ours and hf_bert have the same widths (benchmarks/variants.py) and the same training time, in steps fixed before
-(benchmarks/learning/pretraining.py), at the better of PRETRAINING_RATES by validation loss after a quarter of the time;
-untrained is ours with fresh weights. Several pretrained models of each are fine-tuned with several seeds, by
-finetune.py's own code, at the best of RATES by validation accuracy of one run, for each model and task.
-
-A difference is that of accuracies on the same test rows, averaged over all runs. Its 95% interval comes from a
-bootstrap over pretraining seeds, fine-tuning seeds and test rows, drawn alike for both models. Finished runs are kept
-in ``--folder`` and not repeated. Last line:
+ours and hf_bert have the same widths and training time, in steps fixed before (benchmarks/learning/pretraining.py), at
+the better of PRETRAINING_RATES after a quarter of the time; untrained is ours with fresh weights. Several pretrained
+models of each are fine-tuned with several seeds, by finetune.py's own code, at the best of RATES by validation accuracy
+of one run, for each model and task. A difference is that of accuracies on the same test rows, averaged over all runs.
+Its 95% interval is a bootstrap over pretraining seeds, fine-tuning seeds and test rows, drawn alike for both models.
+Finished runs are kept in ``--folder`` and not repeated. Last line:
 
     quality topics_vs_hf=… topics_vs_hf_low=… topics_vs_hf_high=… topics_vs_untrained=… … sentences_vs_hf=… …
 """
@@ -28,12 +24,12 @@ in ``--folder`` and not repeated. Last line:
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
-import math
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +37,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import train_tokenizer
 from benchmarks import report
-from benchmarks.learning.pretraining import (
-    RECIPES,
-    Deadline,
-    Plan,
-    Setup,
-    Text,
-    Training,
-    bootstrap,
-    final,
-    make_variant,
-)
-from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, part_of, wikipedia_topics, write_json_lines
-from benchmarks.variants import Shape
+from benchmarks.learning import pretraining
+from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Setup, Text
+from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, make_tokenizer, part_of, wikipedia_topics
+from benchmarks.variants import Shape, Variant
 from src.common.files import replace_folder
 from src.data.tokenizer import load_tokenizer, save_tokenizer
 from src.finetune import plan as finetuning
@@ -73,12 +59,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Settings(Setup):
-    batch: int = 16
-    vocabulary: int = 8192
-    shape: Shape = field(default_factory=lambda: Shape(4, 128, 8, 384, 0, length=128))
-    minutes: float = 6
-    seeds: int = 3
-    learning_rates: tuple[float, ...] = PRETRAINING_RATES
     finetuning_seeds: int = 5
     rows: int = 1000
     """To fine-tune on, of each task."""
@@ -88,20 +68,9 @@ class Settings(Setup):
     rates: tuple[float, ...] = RATES
 
 
-TOY = Settings(
-    batch=8,
-    documents=64,
-    vocabulary=1000,
-    shape=Shape(1, 16, 2, 32, 0, length=32),
-    minutes=0.005,
-    seeds=2,
-    learning_rates=(1e-3, 2e-3),
-    finetuning_seeds=2,
-    rows=48,
-    held_out_rows=32,
-    epochs=1,
-    rates=(1e-3, 3e-3),
-)
+SETTINGS = Settings(16, 8192, Shape(4, 128, 8, 384, 0, length=128), 6, 3, PRETRAINING_RATES)
+TOY = Settings(8, 1000, Shape(1, 16, 2, 32, 0, length=32), 0.005, 2, (1e-3, 2e-3), documents=64)
+TOY = replace(TOY, finetuning_seeds=2, rows=48, held_out_rows=32, epochs=1, rates=(1e-3, 3e-3))
 
 
 def labelled(task: str) -> list[Labelled]:
@@ -133,50 +102,32 @@ def write_tasks(folder: Path, settings: Settings) -> None:
 def read_text(folder: Path, settings: Settings) -> Text:
     """The text to pretrain on; makes the tokenizer and the tasks' files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = [*unlabelled("train")]
-    name = folder / "tokenizer"
-    if not name.exists():
-        write_json_lines(folder / "train.jsonl", train)
-        train_tokenizer.main(
-            [str(folder / "train.jsonl"), "--out", str(name), "--vocab_size", str(settings.vocabulary)]
-        )
-        (folder / "train.jsonl").unlink()
     write_tasks(folder, settings)
-    validation = [*unlabelled("validation")][::4]  # a quarter is enough
+    train = [*unlabelled("train")]
+    tokenizer = load_tokenizer(make_tokenizer(folder, train, settings.vocabulary))
     random.Random(17).shuffle(train)
-    return Text(load_tokenizer(str(name)), train, validation, settings, "chunk")
+    return Text(tokenizer, train, [*unlabelled("validation")][::4], settings, "chunk")  # a quarter is enough
 
 
 def model_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "models" / f"{name}-seed{seed}"
 
 
-def save(model: Any, text: Text, path: Path) -> None:
-    """A Hugging Face folder with the tokenizer, complete or absent."""
-    new = path.with_name(path.name + ".new")
-    model.save_pretrained(new)
-    save_tokenizer(text.tokenizer, new)
-    replace_folder(new, path)
-
-
 def pretrain(folder: Path, text: Text, settings: Settings, rounds: int, deadline: Deadline) -> Plan:
-    """Train the models that are missing.
-
-    Raises:
-        SystemExit: the hours are spent.
-    """
+    """Train the models that are missing."""
     plan = Plan(folder, settings, {name: RECIPES[name] for name in ("ours", "hf_bert")}, MODELS)
 
-    def keep(name: str, seed: int, training: Training) -> None:
-        save(training.variant.model, text, model_folder(folder, name, seed))
+    def save(name: str, seed: int, variant: Variant) -> None:
+        path = model_folder(folder, name, seed)
+        new = path.with_name(path.name + ".new")
+        variant.model.save_pretrained(new)
+        save_tokenizer(text.tokenizer, new)
+        replace_folder(new, path)
 
-    if not plan.run(text, rounds, deadline, keep):
-        sys.exit(1)
+    plan.run(text, rounds, deadline, save)
     for seed in range(1, settings.seeds + 1):
-        path = model_folder(folder, "untrained", seed)
-        if not path.exists():
-            torch.manual_seed(seed)
-            save(make_variant(text, RECIPES["ours"]).model, text, path)
+        torch.manual_seed(seed)
+        save("untrained", seed, pretraining.make_variant(text, RECIPES["ours"]))
     return plan
 
 
@@ -184,12 +135,8 @@ def finetuned(
     folder: Path, settings: Settings, name: str, seed: int, task: str, rate: float, seeds: list[int], test: bool
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Result and test predictions of each fine-tuning seed; ``test`` False: without the test set."""
-    data = LabelledData(
-        train=str(folder / f"{task}-train.csv"),
-        validation=str(folder / f"{task}-validation.csv"),
-        test=str(folder / f"{task}-test.csv") if test else None,
-        text="text",
-    )
+    train, validation, tested = (str(folder / f"{task}-{part}.csv") for part in ("train", "validation", "test"))
+    data = LabelledData(train=train, validation=validation, test=tested if test else None, text="text")
     config = FinetuneConfig(
         run_name="quality",
         folder=str(folder / "finetuning"),
@@ -212,42 +159,30 @@ def finetuned(
         yield result, predictions.read_text().splitlines() if test else []
 
 
-def need(deadline: Deadline, minutes: float) -> None:
-    if not deadline.allows(minutes):
-        sys.exit(1)
-
-
-def best_rate(folder: Path, settings: Settings, name: str, task: str, deadline: Deadline) -> float:
-    """By validation accuracy of the first pretrained model, with a seed that is used nowhere else."""
-    scores = {}
-    for rate in settings.rates:
-        need(deadline, 1.5)
-        ((result, _),) = finetuned(folder, settings, name, 1, task, rate, [0], test=False)
-        scores[rate] = result["score"]
-    return max(scores, key=scores.__getitem__)
-
-
 def finetune_all(folder: Path, settings: Settings, deadline: Deadline) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and model: learning rate, validation accuracies, and ``right``, (P, F, rows) bool, for the test rows."""
     found: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in TASKS}
-    for task in TASKS:
+    for task, name in itertools.product(TASKS, MODELS):
         with (folder / f"{task}-test.csv").open(newline="") as file:
             labels = [row["label"] for row in csv.DictReader(file)]
-        for name in MODELS:
-            rate = best_rate(folder, settings, name, task, deadline)
-            right, validation = [], []
-            for seed in range(1, settings.seeds + 1):
-                seeds = [*range(1, settings.finetuning_seeds + 1)]
-                need(deadline, 1.5 * len(seeds))
-                runs = [*finetuned(folder, settings, name, seed, task, rate, seeds, test=True)]
-                right.append([[p == label for p, label in zip(ps, labels, strict=True)] for _, ps in runs])
-                validation += [result["score"] for result, _ in runs]
-            found[task][name] = {"rate": rate, "validation": validation, "right": np.array(right)}
-            print(f"{task} {name}: learning rate {rate:g}, test accuracy {np.mean(right):.4f}", flush=True)
+        tried = {}  # validation accuracy of the first pretrained model, with a seed that is used nowhere else
+        for rate in settings.rates:
+            deadline.need(1.5)
+            ((result, _),) = finetuned(folder, settings, name, 1, task, rate, [0], test=False)
+            tried[rate] = result["score"]
+        rate = max(tried, key=tried.__getitem__)
+        right, validation, seeds = [], [], [*range(1, settings.finetuning_seeds + 1)]
+        for seed in range(1, settings.seeds + 1):
+            deadline.need(1.5 * len(seeds))
+            runs = [*finetuned(folder, settings, name, seed, task, rate, seeds, test=True)]
+            right.append([[p == label for p, label in zip(ps, labels, strict=True)] for _, ps in runs])
+            validation += [result["score"] for result, _ in runs]
+        found[task][name] = {"rate": rate, "validation": validation, "right": np.array(right)}
+        print(f"{task} {name}: learning rate {rate:g}, test accuracy {np.mean(right):.4f}", flush=True)
     return found
 
 
-def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[float, float]:
+def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> dict[str, float]:
     """95% interval of the mean of ``a`` minus that of ``b``, (P, F, rows) each.
 
     Drawn with replacement, alike for both: P pretraining seeds, for each of them F fine-tuning seeds, and rows.
@@ -260,95 +195,70 @@ def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[float, float]:
         weights = np.bincount(rng.integers(rows, size=rows), minlength=rows) / rows
         return difference[seeds].mean(axis=(0, 1)) @ weights
 
-    return bootstrap(draw)
+    return pretraining.bootstrap(draw)
 
 
-def publish(
-    plan: Plan, out: Path, settings: Settings, unigram_loss: float, found: dict[str, dict[str, Any]], command: str
+def report_all(
+    args: argparse.Namespace, argv: list[str], plan: Plan, settings: Settings, unigram_loss: float, found: dict
 ) -> str:
     """Write JSON and Markdown; returns the last line."""
-    pretrained, runs = {name: plan.curves(name) for name in plan.recipes}, []
-    for name, curves in pretrained.items():
-        losses, first = [final(curve) for curve in curves], curves[0]
-        numbers = [f"{RECIPES[name].masking[0]:.0%}", f"{first['rate']:g}", f"{1e3 * first['step_seconds']:.1f}"]
-        numbers += [f"{first['steps']:,}", f"{first['steps'] * settings.batch / first['samples']:.2f}"]
-        runs.append([name, *numbers, f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"])
     results, accuracies, differences, fields = {}, [], [], []
     for task, models in found.items():
         results[task] = {"arms": {}, "differences": {}}
+        ours = models["ours"]["right"]
         for name, model in models.items():
             each = model["right"].mean(axis=2)  # (P, F)
-            results[task]["arms"][name] = {
-                "rate": model["rate"],
-                "validation": model["validation"],
-                "test": each.tolist(),
-            }
-            numbers = [f"{model['rate']:g}", f"{np.mean(model['validation']):.4f}"]
-            numbers += [f"{each.mean():.4f} ({each.min():.4f} to {each.max():.4f})", f"{model['right'].shape[2]:,}"]
-            accuracies.append([f"{task}: {name}", *numbers])
-        for baseline, label in (("hf_bert", "hf"), ("untrained", "untrained")):
-            mean = float(models["ours"]["right"].mean() - models[baseline]["right"].mean())
-            low, high = interval(models["ours"]["right"], models[baseline]["right"])
-            results[task]["differences"][baseline] = {"mean": mean, "low": low, "high": high}
-            differences.append([f"{task}: ours - {baseline}", f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"])
-            key = f"{task}_vs_{label}"
-            fields += [f"{key}={mean:.4f}", f"{key}_low={low:.4f}", f"{key}_high={high:.4f}"]
-    about = report.machine(settings.device)
-    header = ["model", "masked", "learning rate", "ms per step", "steps", "epochs", "validation loss at 15%"]
+            arm = {"rate": model["rate"], "validation": model["validation"], "test": each.tolist()}
+            results[task]["arms"][name] = arm
+            row = {"task": task, "name": name, "mean": each.mean(), "low": each.min(), "high": each.max()}
+            row |= {"chosen_by": np.mean(model["validation"]), "rows": ours.shape[2]}
+            accuracies.append(arm | row)
+            if name != "ours":
+                difference = {"mean": float(ours.mean() - model["right"].mean()), **interval(ours, model["right"])}
+                results[task]["differences"][name] = difference
+                differences.append({"task": task, "name": name, **difference})
+                key = f"{task}_vs_{name.removesuffix('_bert')}"
+                fields += ["{0}={mean:.4f} {0}_low={low:.4f} {0}_high={high:.4f}".format(key, **difference)]
+    pretrained = {name: plan.curves(name) for name in plan.recipes}
     lines = [
-        f"{report.described(about)}. `{command}`",
-        "",
         f"Pretraining: {settings.minutes:g} minutes of training per model, {settings.seeds} seeds. Unigram baseline: "
         f"{unigram_loss:.4f}.",
-        "",
-        report.table(header, runs),
-        "",
+        pretraining.table_of_runs(settings, pretrained),
         f"Fine-tuning on {settings.rows:,} rows per task, {settings.epochs} epochs, "
         f"{settings.seeds} x {settings.finetuning_seeds} runs; accuracy on test rows:",
-        "",
-        report.table(["task: model", "learning rate", "validation", "test, mean (range of runs)", "rows"], accuracies),
-        "",
-        report.table(["difference", "mean", "95% interval"], differences),
-        "",
+        report.table(
+            "task: model | learning rate | validation | test, mean (range of runs) | rows",
+            "{task}: {name} | {rate:g} | {chosen_by:.4f} | {mean:.4f} ({low:.4f} to {high:.4f}) | {rows:,}",
+            accuracies,
+        ),
+        report.table(
+            "difference | mean | 95% interval",
+            "{task}: ours - {name} | {mean:+.4f} | {low:+.4f} to {high:+.4f}",
+            differences,
+        ),
         f"The interval draws from {settings.seeds} pretraining seeds only, so it is too narrow.",
-        "",
     ]
-    record = {"settings": dataclasses.asdict(settings), "machine": about, "command": command}
-    record |= {"unigram_loss": unigram_loss, "pretraining": pretrained, "tasks": results}
-    path = out / f"quality-{settings.device}.json"
-    report.write_page(path, "Accuracy after fine-tuning", "benchmarks.learning.quality", lines, record)
-    print("\n".join(lines[2:]))
+    record = {"settings": dataclasses.asdict(settings), "unigram_loss": unigram_loss}
+    record |= {"pretraining": pretrained, "tasks": results}
+    pretraining.publish(args, argv, "quality", "Accuracy after fine-tuning", lines, record)
     return f"quality {' '.join(fields)}"
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line asks for."""
-    return replace(TOY, device=args.device) if args.toy else Settings(minutes=args.minutes, device=args.device)
-
-
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The options of the scripts that use these models."""
-    parser = report.parser(description)
-    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="training time of a pretraining")
-    parser.add_argument("--hours", type=float, default=math.inf, help="start nothing that would not end in this time")
-    parser.add_argument("--rounds", type=int, default=40, help="steps that each model is timed for")
-    report.add_device(parser)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of models and runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality/report"), help="folder of the report")
-    parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
-    return parser
+    settings = TOY if args.toy else replace(SETTINGS, minutes=args.minutes)
+    return replace(settings, device=args.device)
 
 
 def main(argv: list[str]) -> None:
     """Do what is left, and report."""
-    args = parser_of(__doc__).parse_args(argv)
+    args = pretraining.options(__doc__, SETTINGS.minutes, "runs/quality").parse_args(argv)
     settings, deadline = settings_of(args), Deadline(args.hours)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = read_text(args.folder, settings)
     plan = pretrain(args.folder, text, settings, 2 if args.toy else args.rounds, deadline)
     found = finetune_all(args.folder, settings, deadline)
-    command = f"python -m benchmarks.learning.quality {' '.join(argv)}"
-    print(publish(plan, args.out, settings, text.unigram_loss(), found, command))
+    print(report_all(args, argv, plan, settings, text.unigram_loss(), found))
 
 
 if __name__ == "__main__":

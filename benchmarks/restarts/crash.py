@@ -6,12 +6,13 @@ Without CRASH it is main.py. SIGKILL comes when the process reaches the point fo
 """
 
 import io
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,102 +27,82 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Counter:
-    """Kills the process at the ``TIMES``-th call."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def due(self) -> bool:
-        self.calls += 1
-        return self.calls == TIMES
-
-    def __call__(self) -> None:
-        if self.due():
-            die()
-
-
-def nothing(*args: Any) -> None:
-    pass
-
-
-def around(target: Any, name: str, before: Callable[..., Any] = nothing, after: Callable[..., Any] = nothing) -> None:
-    """Call ``before`` and ``after`` around a method or function of ``target``, with its arguments."""
-    whole = getattr(target, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before(*args)
-        result = whole(*args, **kwargs)
-        after(*args)
-        return result
-
-    setattr(target, name, wrapped)
-
-
-def is_checkpoint(held: Any) -> bool:
+def is_checkpoint(held: Any, *args: Any) -> bool:
     """Composer also calls torch.save to send random states to other processes."""
     return isinstance(held, dict) and "state" in held
 
 
-def in_write(count: Counter) -> None:
-    """When half of a checkpoint is on the disk."""
-    whole = torch.save
-
-    def save(held: Any, file: Any, **options: Any) -> None:
-        if is_checkpoint(held) and count.due():
-            content = io.BytesIO()
-            whole(held, content, **options)
-            file.write(content.getbuffer()[: content.tell() // 2])
-            file.flush()
-            os.fsync(file.fileno())
-            die()
-        whole(held, file, **options)
-
-    torch.save = save
+def is_not_latest(old: Path, *args: Any) -> bool:
+    return "latest" not in old.name
 
 
-def after_write(count: Counter) -> None:
-    """Before it is flushed."""
-    around(torch, "save", after=lambda held, *_: count() if is_checkpoint(held) else None)
+def in_evaluation(model: Any, batch: Any, outputs: Any = None) -> bool:
+    """In training, ``outputs`` are given."""
+    return outputs is None
 
 
-def at_rename(old: Path, count: Counter) -> None:
-    if "latest" not in old.name:
-        count()
+def in_last_process(*args: Any) -> bool:
+    """The others wait for it."""
+    return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 
-def in_evaluation(count: Counter) -> None:
-    """Only in an evaluation: in training, ``outputs`` are given."""
-    around(MosaicBert, "eval_forward", lambda model, batch, outputs=None: count() if outputs is None else None)
+class Point(NamedTuple):
+    """A method or function at whose call the process dies."""
+
+    owner: Any
+    name: str
+    when: str
+    """``before`` or ``after`` the call, or ``in`` it."""
+    counts: Callable[..., bool] = lambda *args: True
+    """Whether a call with these arguments counts."""
 
 
-def in_backward(count: Counter) -> None:
-    """When the gradient of the loss is computed."""
-    around(torch.Tensor, "backward", lambda loss, *_: loss.register_hook(lambda gradient: count()))
-
-
-def in_all_reduce(count: Counter) -> None:
-    """Only the last process, while the others wait for it."""
-    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        around(torch.distributed, "all_reduce", lambda *_: count())
-
-
-POINTS: dict[str, Callable[[Counter], None]] = {
-    "before write": lambda count: around(checkpoint, "write", lambda *_: count()),
-    "in write": in_write,
-    "after write": after_write,
-    "before rename": lambda count: around(Path, "replace", lambda old, new: at_rename(old, count)),
-    "after rename": lambda count: around(Path, "replace", after=lambda old, new: at_rename(old, count)),
-    "before latest": lambda count: around(checkpoint.RunFolder, "point_latest", lambda *_: count()),
-    "after latest": lambda count: around(checkpoint.RunFolder, "point_latest", after=lambda *_: count()),
-    "in evaluation": in_evaluation,
-    "in backward": in_backward,
-    "in all-reduce": in_all_reduce,
+POINTS = {
+    "before write": Point(checkpoint, "write", "before"),
+    "in write": Point(torch, "save", "in", is_checkpoint),
+    "after write": Point(torch, "save", "after", is_checkpoint),  # before it is flushed
+    "before rename": Point(Path, "replace", "before", is_not_latest),
+    "after rename": Point(Path, "replace", "after", is_not_latest),
+    "before latest": Point(checkpoint.RunFolder, "point_latest", "before"),
+    "after latest": Point(checkpoint.RunFolder, "point_latest", "after"),
+    "in evaluation": Point(MosaicBert, "eval_forward", "before", in_evaluation),
+    "in backward": Point(torch.Tensor, "backward", "in"),
+    "in all-reduce": Point(torch.distributed, "all_reduce", "before", in_last_process),
 }
-"""By name, what installs a kill at that point."""
+
+
+def half_of(save: Callable[..., Any], held: Any, file: Any, **options: Any) -> None:
+    """Put half of a checkpoint on the disk."""
+    content = io.BytesIO()
+    save(held, content, **options)
+    file.write(content.getbuffer()[: content.tell() // 2])
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def install(point: Point) -> None:
+    """Let the process die at the point."""
+    whole, calls = getattr(point.owner, point.name), itertools.count(1)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        now = point.counts(*args) and next(calls) == TIMES
+        if now and point.when == "in":
+            if point.owner is torch.Tensor:
+                args[0].register_hook(lambda gradient: die())  # when the gradient of the loss is computed
+            else:
+                half_of(whole, *args, **kwargs)
+                die()
+        elif now and point.when == "before":
+            die()
+        result = whole(*args, **kwargs)
+        if now:
+            die()
+        return result
+
+    setattr(point.owner, point.name, wrapped)
 
 
 if __name__ == "__main__":
     if "CRASH" in os.environ:
-        POINTS[os.environ["CRASH"]](Counter())
+        install(POINTS[os.environ["CRASH"]])
     main.run(sys.argv[1:])

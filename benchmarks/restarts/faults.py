@@ -3,13 +3,13 @@
     python -m benchmarks.restarts.faults [--kills 40] [--seed 0] [--processes 2]
         [--out benchmarks/results/faults-cpu.txt]
 
-The run is killed once at each named point of crash.py, then ``--kills`` times at random: after a random step and a
-random delay, one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the same command is
-started again, until it ends by itself. Wikipedia leads, 2 layers of 24, dropout, accumulation, a loader worker,
-evaluation between steps; on the CPU. A launch takes 10 to 20 s, nearly all of it imports.
+The run is killed once at each named point of crash.py, then ``--kills`` times at random: after a random step and delay,
+one process, the launcher, or all at once, by SIGKILL, SIGTERM or SIGINT. Each time the same command is started again,
+until the run is finished. Wikipedia leads, 2 layers of 24, dropout, accumulation, a loader worker, evaluation between
+steps; on the CPU. A launch takes 10 to 20 s, nearly all of it imports.
 
 Prints a line per kill; then the kills, those after which the run continued, steps that the metrics file lacks or has
-twice, and losses that differ in any bit. The final weights are compared too.
+twice, losses that differ in any bit, and runs with other final weights. If there are any, the exit status is 1.
 """
 
 import itertools
@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from benchmarks import report
@@ -41,28 +42,18 @@ def make_data(folder: Path) -> list[str]:
     """Tokenizer and shards of 300 training and 90 validation documents; returns the run's options."""
     documents = list(itertools.islice(quickstart.default_documents(), 390))
     tokenizer = make_shards(folder, documents[:300], documents[300:], vocabulary=1000, max_seq_len=32)
-    shape = "{hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 3, intermediate_size: 40}"
-    return [
-        f"data_local={folder}/mds",
-        f"tokenizer_name={tokenizer}",
-        f"model.model_config={shape}",
-        "model.model_config.hidden_dropout_prob=0.1",
-        "max_seq_len=32",
-        "train_loader.num_workers=1",
-        f"max_duration={STEPS}ba",
-        f"save_interval={SAVE}ba",
-        "save_num_checkpoints_to_keep=2",
-        "save_overwrite=false",
-        "autoresume=true",
-        "eval_interval=10ba",
-        "global_train_batch_size=16",
-        "device_train_microbatch_size=4",
-        "progress_bar=false",
-    ]
+    options = f"""
+        max_seq_len=32 train_loader.num_workers=1 max_duration={STEPS}ba eval_interval=10ba progress_bar=false
+        model.model_config.hidden_size=24 model.model_config.num_hidden_layers=2
+        model.model_config.num_attention_heads=3 model.model_config.intermediate_size=40
+        model.model_config.hidden_dropout_prob=0.1 global_train_batch_size=16 device_train_microbatch_size=4
+        save_interval={SAVE}ba save_num_checkpoints_to_keep=2 save_overwrite=false autoresume=true
+    """
+    return [f"data_local={folder}/mds", f"tokenizer_name={tokenizer}", *options.split()]
 
 
 class Run:
-    """A run in a folder of its own, launched until it ends."""
+    """A run in its own folder, launched until it ends."""
 
     def __init__(self, folder: Path, options: list[str], world_size: int):
         self.folder = folder
@@ -98,24 +89,11 @@ class Run:
         return torch.cat([value.flatten() for value in model.values()])
 
 
-def processes_of(launcher: subprocess.Popen) -> list[int]:
-    """The process ids of the ranks that a launcher started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = path.read_text().rsplit(")")[1].split()[1]
-        except OSError:  # it just ended
-            continue
-        if parent == str(launcher.pid):
-            found.append(int(path.parent.name))
-    return sorted(found)
-
-
 def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
     """Send a random signal; returns what was sent to whom."""
     number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     target = draw.choice(["a process", "the launcher", "all"])
-    ranks = processes_of(launcher)
+    ranks = sorted(child.pid for child in psutil.Process(launcher.pid).children())
     if target == "all":
         os.killpg(launcher.pid, number)
     else:
@@ -123,20 +101,11 @@ def kill_at_random(launcher: subprocess.Popen, draw: random.Random) -> str:
     return f"{number.name} to {target}"
 
 
-def disturb(say: report.Printed, run: Run, kill: Callable[[], tuple[subprocess.Popen, str]]) -> bool:
-    """Launch, kill, wait for the end; returns False if the run ended before the kill."""
-    launcher, what = kill()
-    code = launcher.wait(timeout=300)
-    say(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved")
-    return code != 0
-
-
-def at_point(run: Run, point: str) -> tuple[subprocess.Popen, str]:
-    return run.launch(point), point
-
-
-def at_random(run: Run, steps: int, draw: random.Random) -> tuple[subprocess.Popen, str]:
-    started, until = time.time(), run.saved() + steps
+def disturb(run: Run, part: str | int, draw: random.Random) -> tuple[subprocess.Popen, str]:
+    """Launch, and kill at a named point, or at random some steps after the last checkpoint; returns what was done."""
+    if isinstance(part, str):
+        return run.launch(part), part
+    started, until = time.time(), run.saved() + part
     launcher, metrics = run.launch(), run.folder / "metrics.jsonl"
     while launcher.poll() is None:
         if metrics.exists() and metrics.stat().st_mtime > started and run.reached() >= until:  # not the last launch's
@@ -148,7 +117,7 @@ def at_random(run: Run, steps: int, draw: random.Random) -> tuple[subprocess.Pop
 
 def main(argv: list[str]) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--kills", type=int, default=40, help="random kills, besides one at each named point")
+    parser.add_argument("--kills", type=int, default=40, help="random kills, in addition to one at each named point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file for what is printed")
@@ -164,18 +133,18 @@ def main(argv: list[str]) -> None:
             sys.exit((whole.folder / "output.txt").read_text())
         want, weights = dict(whole.losses()), whole.weights()
 
-        plans: list[list[str | int]] = [list(POINTS)]
         steps = [draw.randint(1, STEPS // KILLS_A_RUN) for _ in range(args.kills)]
-        plans += [list[str | int](steps[start : start + KILLS_A_RUN]) for start in range(0, args.kills, KILLS_A_RUN)]
+        at_random = [steps[start : start + KILLS_A_RUN] for start in range(0, args.kills, KILLS_A_RUN)]
+        plans: list[list[Any]] = [[*POINTS], *at_random]
         kills = survived = lost = repeated = differing = other_weights = 0
         for i, plan in enumerate(plans):
             run, done = Run(folder / f"run{i}", options, args.processes), 0
             for part in plan:
                 before = run.saved()
-                if isinstance(part, str):
-                    done += disturb(say, run, lambda run=run, part=part: at_point(run, part))
-                else:
-                    done += disturb(say, run, lambda run=run, part=part: at_random(run, part, draw))
+                launcher, what = disturb(run, part, draw)
+                code = launcher.wait(timeout=300)
+                say(f"{what}: exit {code}, step {run.reached()} reached, step {run.saved()} saved")
+                done += code != 0  # else the run ended before the kill
                 if run.saved() < before:
                     sys.exit(f"a checkpoint was lost\n{(run.folder / 'output.txt').read_text()}")
             code = run.launch().wait()
@@ -188,10 +157,7 @@ def main(argv: list[str]) -> None:
             differing += sum(step in got and got[step] != loss for step, loss in want.items())
             other_weights += code != 0 or not torch.equal(run.weights(), weights)
         say(f"runs={len(plans)} of {STEPS} steps, {args.processes} processes; final weights differing: {other_weights}")
-        say(
-            f"faults kills={kills} survived={survived} batches_lost={lost} batches_repeated={repeated} "
-            f"losses_differing={differing}"
-        )
+        say(f"faults {kills=} {survived=} batches_lost={lost} batches_repeated={repeated} losses_differing={differing}")
         say.write(args.out)
         sys.exit(0 if survived == kills and not lost + repeated + differing + other_weights else 1)
 

@@ -1,20 +1,16 @@
-"""The data's way on one core: loading compared with a straightforward loader, conversion, and start-up at C4's size.
+"""Loading on one core compared with a baseline, conversion, and start-up at C4's size.
 
     python -m benchmarks.speed.loader [--rounds 7] [--gigabytes 1] [--out benchmarks/results/data-cpu.txt] [--quick]
 
-Text: 10,033 Wikipedia lead paragraphs and 33,530 film reviews (IMDb, Rotten Tomatoes) from the packages of
-requirements-data.txt, with bert-base-uncased's vocabulary. Samples are the first 128 tokens of documents.
+Text: Wikipedia leads and film reviews (benchmarks/texts.py), bert-base-uncased's vocabulary, samples of 128 tokens.
 
-1. convert_c4.py, timed by itself (without the start of Python, with that of its workers): text and tokens of the
-   documents, four times over, with 1 and 2 workers of one thread each. Then its peak memory (sum of its processes'
-   proportional set sizes, sampled) over ``--gigabytes`` of text: sentences of the same documents, recombined at random
-   to documents of 1 to 40 sentences.
-2. Loaders, each one process with one thread, in turn: ours from shards of tokens and of text, with masking, collation
-   and the layout of microbatches; and a straightforward one, which tokenizes whole documents, pads them to 128 and
-   masks them with Hugging Face's collator. Tokens per second of CPU time, which excludes what other programs take of
-   the core; ratios are medians over rounds; "on the wall" is by the clock. Each stage of ours is timed alone. How long
-   a GPU would wait at 500,000 tokens per second is calculated, for 8 workers.
-3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a process of its own.
+1. convert_c4.py: documents per second to shards of text and of tokens, by 1 and 2 workers, without the start of Python;
+   its peak memory (sum of its processes' proportional set sizes) over ``--gigabytes`` of recombined sentences.
+2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation
+   and the layout of microbatches; and a baseline, which tokenizes whole documents, pads them to 128 and
+   masks them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage
+   of ours is timed alone. From them it calculates how long a GPU of 500,000 tokens per second would wait for 8 workers.
+3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a new process.
 """
 
 import argparse
@@ -24,6 +20,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -77,9 +74,8 @@ def memory_of(process: psutil.Process) -> int:
 
 def convert(source: Path, out: Path, workers: int, *options: str) -> tuple[dict[str, float], int]:
     """Run convert_c4.py; returns the numbers of its last line, and its peak memory in bytes."""
-    command = [sys.executable, str(report.ROOT / "convert_c4.py"), "--splits", "train", "--overwrite"]
-    command += ["--out_root", str(out)]
-    command += ["--source", str(source), "--num_workers", str(workers), *options]
+    command = [sys.executable, str(report.ROOT / "convert_c4.py"), "--splits", "train", "--overwrite", *options]
+    command += ["--out_root", str(out), "--source", str(source), "--num_workers", str(workers)]
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=printed, stderr=subprocess.DEVNULL)
         peak, watched = 0, psutil.Process(process.pid)
@@ -93,25 +89,6 @@ def convert(source: Path, out: Path, workers: int, *options: str) -> tuple[dict[
         sys.exit(f"convert_c4.py failed with exit status {process.returncode}: {' '.join(command)}")
     pairs = (field.split("=") for field in lines[-1].split()[1:])
     return {name: float(value) for name, value in pairs if value.replace(".", "").isdigit()}, peak
-
-
-def seconds_of(run: Callable[[], Any], times: int = 3) -> float:
-    """CPU time, the lowest of several."""
-    spent = []
-    for _ in range(times):
-        started = time.process_time()
-        run()
-        spent.append(time.process_time() - started)
-    return min(spent)
-
-
-def linked(folder: Path, name: str) -> str:
-    """A folder of links to a dataset's files, because streaming allows one dataset per folder."""
-    links = folder.with_name(name)
-    (links / "train").mkdir(parents=True)
-    for file in (folder / "train").iterdir():
-        os.link(file, links / "train" / file.name)
-    return str(links)
 
 
 class PlainDataset(streaming.StreamingDataset):
@@ -128,82 +105,86 @@ class PlainDataset(streaming.StreamingDataset):
         )
 
 
-class Loaders:
-    """Endless loaders, which take turns; each step is a batch and returns its tokens, without padding."""
-
-    def __init__(self, text: Path, tokens: Path, tokenizer: Any):
-        order: dict[str, Any] = {"shuffle": True, "batch_size": BATCH, "num_canonical_nodes": 1}
-        datasets = [
-            data_c4.StreamingC4(tokenizer, MAX_SEQ_LEN, str(folder), split="train", **order)
-            for folder in (tokens, text)
-        ]
-        self.dataset, self.masks = datasets[0], MaskingCollator(tokenizer, RATE, seed=17)
-        plain = PlainDataset(tokenizer, local=linked(text, "text-links"), split="train", **order)
-        self.turns: dict[str, Iterator[int]] = {
-            "tokens": self.ours(datasets[0]),
-            "text": self.ours(datasets[1]),
-            "plain": self.plain(plain, DataCollatorForLanguageModeling(tokenizer, mlm_probability=RATE)),
-        }
-
-    def ours(self, dataset: data_c4.StreamingC4) -> Iterator[int]:
-        while True:
-            for batch in data_c4.build_dataloader(dataset, self.masks, BATCH):
-                (part,) = split_unpadded(batch, BATCH)
-                yield part["num_tokens"]
-
-    @staticmethod
-    def plain(dataset: PlainDataset, collator: Any) -> Iterator[int]:
-        while True:
-            for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collator):
-                yield int(batch["attention_mask"].sum())
-
-    def stages(self, batches: int) -> dict[str, float]:
-        """Seconds per token of each stage of ours, from shards of tokens, alone."""
-        samples = [[self.dataset[(i * BATCH + j) % self.dataset.size] for j in range(BATCH)] for i in range(batches)]
-        masked = [self.masks(part) for part in samples]
-        tokens = sum(num_tokens(batch)["total"] for batch in masked)
-
-        def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
-            return seconds_of(lambda: [run(x) for x in inputs]) / tokens
-
-        drawn = np.random.default_rng(0).integers(0, self.dataset.size, BATCH * batches).tolist()
-        return {
-            "reading": seconds(self.dataset.__getitem__, drawn),
-            "masking and collation": seconds(self.masks, samples),
-            "layout": seconds(lambda batch: split_unpadded(batch, BATCH), masked),
-        }
+def ours(dataset: data_c4.StreamingC4, masks: MaskingCollator) -> Iterator[int]:
+    """Endless: the tokens, without padding, of each batch."""
+    while True:
+        for batch in data_c4.build_dataloader(dataset, masks, BATCH):
+            (part,) = split_unpadded(batch, BATCH)
+            yield part["num_tokens"]
 
 
-def compare(say: Callable[[str], None], loaders: Loaders, rounds: int, batches: dict[str, int]) -> dict[str, float]:
+def plain(dataset: PlainDataset, collator: Any) -> Iterator[int]:
+    """The same of the baseline."""
+    while True:
+        for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collator):
+            yield int(batch["attention_mask"].sum())
+
+
+def time_stages(dataset: data_c4.StreamingC4, masks: MaskingCollator, batches: int) -> dict[str, float]:
+    """CPU seconds per token of each stage of ours alone, from shards of tokens: the lowest of three."""
+    samples = [[dataset[(i * BATCH + j) % dataset.size] for j in range(BATCH)] for i in range(batches)]
+    masked = [masks(part) for part in samples]
+    tokens = sum(num_tokens(batch)["total"] for batch in masked)
+    drawn = np.random.default_rng(0).integers(0, dataset.size, BATCH * batches).tolist()
+
+    def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
+        spent = []
+        for _ in range(3):
+            started = time.process_time()
+            [run(x) for x in inputs]
+            spent.append(time.process_time() - started)
+        return min(spent) / tokens
+
+    return {
+        "reading": seconds(dataset.__getitem__, drawn),
+        "masking and collation": seconds(masks, samples),
+        "layout": seconds(lambda batch: split_unpadded(batch, BATCH), masked),
+    }
+
+
+def compare(
+    say: Callable[[str], None], text: Path, tokens: Path, tokenizer: Any, rounds: int, batches: dict[str, int]
+) -> dict[str, float]:
     """Time the loaders in turn; returns fields of the last line."""
-    per_token: dict[str, list[float]] = {name: [] for name in loaders.turns}
-    on_the_wall: dict[str, list[float]] = {name: [] for name in loaders.turns}
-    for turn in loaders.turns.values():
+    order: dict[str, Any] = {"split": "train", "shuffle": True, "batch_size": BATCH, "num_canonical_nodes": 1}
+    from_tokens, from_text = (
+        data_c4.StreamingC4(tokenizer, MAX_SEQ_LEN, str(folder), **order) for folder in (tokens, text)
+    )
+    links = text.with_name("text-links")  # streaming allows one dataset per folder
+    shutil.copytree(text, links, copy_function=os.link)
+    masks, collator = MaskingCollator(tokenizer, RATE, seed=17), DataCollatorForLanguageModeling
+    turns = {
+        "tokens": ours(from_tokens, masks),
+        "text": ours(from_text, masks),
+        "plain": plain(PlainDataset(tokenizer, local=str(links), **order), collator(tokenizer, mlm_probability=RATE)),
+    }
+    per_token: dict[str, list[float]] = {name: [] for name in turns}
+    on_the_wall: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in turns.values():
         next(turn)  # opens files, makes the order
-    for _ in range(rounds):
-        for name, turn in loaders.turns.items():
-            wall, core = time.perf_counter(), time.process_time()
-            tokens = sum(itertools.islice(turn, batches[name]))
-            on_the_wall[name].append((time.perf_counter() - wall) / tokens)
-            per_token[name].append((time.process_time() - core) / tokens)
+    for _, (name, turn) in itertools.product(range(rounds), turns.items()):
+        wall, core = time.perf_counter(), time.process_time()
+        count = sum(itertools.islice(turn, batches[name]))
+        on_the_wall[name].append((time.perf_counter() - wall) / count)
+        per_token[name].append((time.process_time() - core) / count)
     rates = {name: 1 / min(times) for name, times in per_token.items()}
     ratios = {name: timing.ratios(per_token[name], per_token["plain"]) for name in ("tokens", "text")}
-    say(f"{'loader':26}{'tokens/s':>12}{'median':>12}{'on the wall':>13}{'x straightforward, median (range)':>38}")
-    for name, label in {"tokens": "ours, shards of tokens", "text": "ours, text", "plain": "straightforward"}.items():
+    say(f"{'loader':26}{'tokens/s':>12}{'median':>12}{'wall time':>13}{'x baseline, median (range)':>38}")
+    for name, label in {"tokens": "ours, shards of tokens", "text": "ours, text", "plain": "baseline"}.items():
         compared = "{:.2f} ({:.2f} to {:.2f})".format(*ratios[name]) if name in ratios else ""
         say(
             f"{label:26}{rates[name]:12,.0f}{1 / statistics.median(per_token[name]):12,.0f}"
             f"{1 / min(on_the_wall[name]):13,.0f}{compared:>38}"
         )
 
-    stages, total = loaders.stages(batches["tokens"]), min(per_token["tokens"])
+    stages, total = time_stages(from_tokens, masks, batches["tokens"]), min(per_token["tokens"])
     stages["DataLoader, threads of streaming"] = max(0.0, total - sum(stages.values()))
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages.items())
     say(f"time per token, {total * 1e6:.2f} us: {shares}")
     capacity = GPU_WORKERS / (total - stages["layout"])  # the main process makes the layout
     wait = max(0.0, 1 - capacity / GPU_TOKENS_PER_S)
     say(
-        f"calculated: {GPU_WORKERS} workers on cores of their own give {capacity:,.0f} tokens/s; a GPU that takes "
+        f"calculated: {GPU_WORKERS} workers on separate cores give {capacity:,.0f} tokens/s; a GPU that takes "
         f"{GPU_TOKENS_PER_S:,} waits {wait:.1%} of its time, and the main process makes layouts for "
         f"{stages['layout'] * GPU_TOKENS_PER_S:.1%} of it"
     )
@@ -225,23 +206,18 @@ def pretend(folder: Path, samples: int, tokenizer_folder: str) -> None:
     index = json.loads((folder / "one" / "index.json").read_text())
     (one,) = index["shards"]
     index["shards"] = []
-    (folder / "train").mkdir()
+    (folder / "train").mkdir(parents=True)
     for number in range(samples // per_shard):
         name = f"shard.{number:05}.mds"
         os.link(folder / "one" / one["raw_data"]["basename"], folder / "train" / name)
         index["shards"].append({**one, "raw_data": {**one["raw_data"], "basename": name}})
-    index[TOKENS_KEY] = {
-        "tokenizer": tokenizer_folder,
-        "fingerprint": tokenizer_fingerprint(tokenizer),
-        "vocab_size": len(tokenizer),
-        "max_seq_len": MAX_SEQ_LEN,
-        "dtype": "uint16",
-    }
+    known = {"tokenizer": tokenizer_folder, "fingerprint": tokenizer_fingerprint(tokenizer)}
+    index[TOKENS_KEY] = known | {"vocab_size": len(tokenizer), "max_seq_len": MAX_SEQ_LEN, "dtype": "uint16"}
     (folder / "train" / "index.json").write_text(json.dumps(index))
 
 
-def start(folder: str, tokenizer_folder: str) -> None:
-    """In a process of its own: print the figures of a start, as JSON."""
+def start(folder: str, tokenizer_folder: str) -> dict[str, float]:
+    """The figures of a start; for a new process."""
     tokenizer = load_tokenizer(tokenizer_folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
@@ -253,7 +229,7 @@ def start(folder: str, tokenizer_folder: str) -> None:
     next(iter(data_c4.build_dataloader(dataset, masks, BATCH)))
     first = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"samples": dataset.size, "built_s": built, "first_batch_s": first, "peak_bytes": 1024 * peak}))
+    return {"samples": dataset.size, "built_s": built, "first_batch_s": first, "peak_bytes": 1024 * peak}
 
 
 def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -292,13 +268,11 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
 
     say("")
     tokenizer = load_tokenizer(args.tokenizer)
-    summary = compare(say, Loaders(folder / "text", folder / "tokens", tokenizer), args.rounds, args.batches)
+    summary = compare(say, folder / "text", folder / "tokens", tokenizer, args.rounds, args.batches)
 
     say("")
-    (folder / "c4").mkdir()
     pretend(folder / "c4", args.samples, args.tokenizer)
-    options = ("--start", folder / "c4", "--tokenizer", args.tokenizer)
-    begun = report.own_process("benchmarks.speed.loader", *options, env=os.environ | ONE_THREAD)
+    begun = report.in_new_process(start, str(folder / "c4"), args.tokenizer)
     say(
         f"start at {begun['samples']:,} samples: dataset in {begun['built_s']:.1f} s, first batch after "
         f"{begun['first_batch_s']:.1f} s, peak memory {begun['peak_bytes'] / 2**30:.2f} GiB above the imports"
@@ -320,12 +294,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=C4_SAMPLES, help="samples at start-up")
     parser.add_argument("--out", type=Path, help="file for what is printed")
     parser.add_argument("--quick", action="store_true", help="every part in seconds; its figures mean little")
-    parser.add_argument("--start", metavar="FOLDER", help=argparse.SUPPRESS)  # the process that part 3 starts
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.update(ONE_THREAD)
-    if args.start:
-        return start(args.start, args.tokenizer)
     args.documents, args.workers, args.batches = None, (1, 2), {"tokens": 200, "text": 40, "plain": 20}
     if args.quick:
         args.documents, args.workers, args.batches = 600, (1,), {"tokens": 4, "text": 2, "plain": 2}

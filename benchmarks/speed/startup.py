@@ -2,13 +2,13 @@
 
     python -m benchmarks.speed.startup [--runs 5] [--out FILE] [YAML key=value ...]
 
-The default YAML is the quickstart's, whose data `make quickstart` makes. Each run is a process of its own, which stops
+The default YAML is the quickstart's, whose data `make quickstart` makes. Each run is a new process, which stops
 after its first step and saves nothing. The launcher's own start is not counted. Last line, of the fastest run:
 ``startup seconds=… imports=… build=… first_step=…``.
 """
 
+import contextlib
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -21,8 +21,8 @@ PARTS = ("imports", "build", "first_step")
 QUIET = ("save_folder=null", "loggers={}", "progress_bar=false", "autoresume=false")
 
 
-def child(argv: list[str]) -> None:
-    """Run main.py until its first step is done; print the seconds of PARTS."""
+def start(argv: list[str]) -> dict[str, float]:
+    """Run main.py until its first step is done, in a new process; returns the seconds of PARTS."""
     times = [time.perf_counter()]
     import main
     from src.train import builders, run
@@ -41,15 +41,13 @@ def child(argv: list[str]) -> None:
 
     builders.Trainer = OneStep
     run.print_evaluation = lambda trainer: None
-    main.run([*argv, *QUIET, "eval_interval=1000000ba"])
-    seconds = [b - a for a, b in itertools.pairwise(times)]
-    print(json.dumps(dict(zip(PARTS, seconds, strict=True))))
+    with contextlib.redirect_stdout(sys.stderr):
+        main.run([*argv, *QUIET, "eval_interval=1000000ba"])
+    return dict(zip(PARTS, (b - a for a, b in itertools.pairwise(times)), strict=True))
 
 
 def main(argv: list[str]) -> None:
     """Print the parts of each run, and the fastest."""
-    if argv[:1] == ["--child"]:
-        return child(argv[1:])
     parser = report.parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file for what is printed")
@@ -60,7 +58,7 @@ def main(argv: list[str]) -> None:
     output(f"# {report.described(report.machine('cpu'))}; {' '.join(args.run)}")
     runs = []
     for number in range(args.runs):
-        runs.append(report.own_process("benchmarks.speed.startup", "--child", *args.run))
+        runs.append(report.in_new_process(start, args.run))
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runs[-1].items())
         output(f"run {number + 1}: {sum(runs[-1].values()):.2f} s: {parts}")
     output(f"median {statistics.median(sum(run.values()) for run in runs):.2f} s")

@@ -3,24 +3,19 @@
     python -m benchmarks.speed.step [--lengths 128 512 2048] [--fill c4 1.0] [--arms …] [--rounds 15] [--out FOLDER]
     python -m benchmarks.speed.step --toy      # seconds: only that all of it runs
 
-The variants are those of benchmarks/variants.py. Before a variant is timed, its loss and gradients are compared with
-those of the same weights in a plain implementation (two layers of the same widths, on the same batch). A baseline above
-the tolerance is not timed; for MosaicBERT the run ends with exit status 1.
+The variants are those of benchmarks/variants.py. First each one's loss and gradients are compared with those of the
+same weights in a plain implementation (two layers of the same widths, the same batch). A baseline above the tolerance
+is not timed; for MosaicBERT the exit status is 1.
 
 In each round each variant makes a step (forward, loss, backward, fused AdamW) on the same batch, and the matrix
-products of our step run once more alone, on inputs of the same shapes and strides. Reported: tokens per second
-(padding not counted) from the fastest round; the median over rounds of the ratio of times to ours, and the ratio of
-FLOPs (counted as a variant runs, padding included); peak memory; and the share of our step that is not matrix products.
-Lengths: all S long (fill 1.0), or like C4's (c4): lognormal, median 250 and mean 430 tokens, cut at S, in even
-quantiles, padded to the longest of the batch.
-
-Peak memory counts weights, gradients, AdamW's moments and a step: on a CPU, what a process of its own holds above what
-it held before it made the model; on a GPU, what torch's allocator gave out.
+products of our step run once more alone, on inputs of the same shapes and strides. Reported: tokens per second (without
+padding) of the fastest round; the median ratio of times to ours; the ratio of FLOPs (counted as a variant runs, padding
+included); peak memory of weights, gradients, AdamW's moments and a step; the share of our step that is not matrix
+products. Lengths: all S (fill 1.0), or like C4's (c4): lognormal, median 250, mean 430 tokens, cut at S.
 
 Last line: ``step overhead_share=… vs_hf_128=… flop_ratio_128=… … vs_strong=… vs_modernbert=… device=… layers=…``.
 A ratio above 1 means that ours is faster. vs_hf_S is at C4's lengths (vs_hf_S_full at fill 1.0); vs_strong and
-vs_modernbert (at equal parameters) are the lowest over all lengths and fills of the run. Needs neither Composer nor
-streaming.
+vs_modernbert (at equal parameters) are the lowest of the run. Needs neither Composer nor streaming.
 """
 
 import argparse
@@ -35,7 +30,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import report, timing
-from benchmarks.variants import VARIANTS, Batch, Shape, Variant, c4_like_lengths, check, family, make_batch, step_flops
+from benchmarks.variants import (
+    FAMILIES,
+    VARIANTS,
+    Batch,
+    Shape,
+    Variant,
+    c4_like_lengths,
+    check,
+    make_batch,
+    step_flops,
+)
 
 OURS = "mosaic_bert"
 LOWEST = {"vs_strong": "hf_strong", "vs_modernbert": "modernbert"}
@@ -84,12 +89,6 @@ class Trained:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def state_bytes(self) -> int:
-        """Bytes of weights and of the optimizer's moments."""
-        tensors = [*self.variant.model.parameters()]
-        tensors += [x for state in self.optimizer.state.values() for x in state.values() if x.dim()]
-        return sum(x.nbytes for x in tensors)
-
 
 def build(names: list[str], shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Trained]:
     """The named variants, ready to train."""
@@ -97,13 +96,14 @@ def build(names: list[str], shape: Shape, device: str, dtype: torch.dtype) -> di
     first: dict[str, Trained] = {}
     trained = {}
     for name in names:
-        variant, kind = VARIANTS[name](shape, device, dtype), family(name)
-        if kind in first:
-            variant.share(first[kind].variant)
-            trained[name] = Trained(variant, first[kind].optimizer)
+        variant = VARIANTS[name](shape, device, dtype)
+        family = next(family for family in FAMILIES if name.startswith(family))
+        if family in first:
+            variant.share(first[family].variant)
+            trained[name] = Trained(variant, first[family].optimizer)
         else:
             optimizer = torch.optim.AdamW(variant.model.parameters(), lr=1e-4, fused=True)
-            trained[name] = first[kind] = Trained(variant, optimizer)
+            trained[name] = first[family] = Trained(variant, optimizer)
     return trained
 
 
@@ -115,14 +115,16 @@ def lengths_of(S: int, fill: str, tokens: int) -> torch.Tensor:
 
 
 def peak_bytes_cuda(trained: Trained, batch: Batch) -> int:
-    """Peak memory of weights, optimizer and a step, without those of other variants."""
+    """Peak memory of weights, optimizer and a step in torch's allocator, without those of other variants."""
     trained.step(batch)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     trained.step(batch)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + trained.state_bytes()
+    moments = [x for state in trained.optimizer.state.values() for x in state.values() if x.dim()]
+    own = sum(x.nbytes for x in (*trained.variant.model.parameters(), *moments))
+    return torch.cuda.max_memory_allocated() - before + own
 
 
 def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
@@ -140,30 +142,24 @@ def peak_bytes_here(make: Callable[[], Trained], batch: Batch) -> int:
     return status("VmHWM") - before
 
 
-def peak_bytes_apart(name: str, S: int, fill: str, args: argparse.Namespace) -> int:
-    """``peak_bytes_here`` of a variant in a process of its own."""
-    options = {"lengths": S, "fill": fill, "tokens": args.tokens, "layers": args.layers, "masked": args.masked}
-    arguments = [x for option, value in options.items() for x in (f"--{option}", value)]
-    return report.own_process("benchmarks.speed.step", "--peak_memory", name, *arguments, *["--toy"] * args.toy)
+def peak_bytes_cpu(name: str, shape: Shape, S: int, fill: str, tokens: int, masked: float) -> int:
+    """``peak_bytes_here`` of a variant; for a new process."""
+    batch = make_batch(lengths_of(S, fill, tokens), shape.vocabulary, masked)
+    return peak_bytes_here(lambda: build([name], shape, "cpu", torch.float32)[name], batch)
 
 
 def checked(
     name: str, trained: Trained, batch: Batch, S: int, fill: str, args: argparse.Namespace
 ) -> dict[str, Any] | None:
     """Errors, parameters, FLOPs and peak memory of a variant; None: it is wrong or does not fit, and is not timed."""
-    where = f"S={S} fill={fill} {name}"
     try:
         loss, gradients = check(VARIANTS[name], args.shape, args.device, args.dtype, batch)
         trained.step(batch)  # warm up
-    except torch.OutOfMemoryError as error:
-        if name == OURS:
-            sys.exit(f"{where}: does not fit; lower --tokens: {str(error).splitlines()[0]}")
-        print(f"{where}: does not fit: {str(error).splitlines()[0]}", flush=True)
-        return None
-    except ValueError as error:
-        if name.startswith(OURS):
-            sys.exit(f"{where}: wrong: {error}")
-        print(f"{where}: not timed: {error}", flush=True)
+    except (torch.OutOfMemoryError, ValueError) as error:
+        said = f"S={S} fill={fill} {name}: not timed: {str(error).splitlines()[0]}"
+        if name == OURS or (name.startswith(OURS) and isinstance(error, ValueError)):
+            sys.exit(said)
+        print(said, flush=True)
         return None
     row = {
         "parameters": sum(p.numel() for p in trained.variant.model.parameters()),
@@ -174,7 +170,8 @@ def checked(
     if args.device == "cuda":
         row["peak_bytes"] = peak_bytes_cuda(trained, batch)
     elif args.memory:
-        row["peak_bytes"] = peak_bytes_apart(name, S, fill, args)
+        settings = (name, args.shape, S, fill, args.tokens, args.masked)
+        row["peak_bytes"] = report.in_new_process(peak_bytes_cpu, *settings)
     return row
 
 
@@ -214,25 +211,19 @@ def measure(S: int, fill: str, trained: dict[str, Trained], args: argparse.Names
     }
 
 
-HEADER = ["variant", "M parameters", "tokens/s", "time / ours, median (range)", "FLOPs / ours", "TFLOP/s", "peak GiB"]
-HEADER += ["error of loss, gradients"]
+TITLES = (
+    "variant | M parameters | tokens/s | time / ours, median (range) | FLOPs / ours | TFLOP/s | peak GiB "
+    "| error of loss, gradients"
+)
+TIME_RATIO = "{time_ratio:.2f} ({time_ratio_low:.2f} to {time_ratio_high:.2f})"
+ROW = (
+    f"{{variant}} | {{parameters:M.1f}} | {{tokens_per_s:,.0f}} | {TIME_RATIO} | {{flop_ratio:.2f}} "
+    "| {flops_per_s:T.3g} | {peak_bytes:Gi.2f} | {loss_error:.0e}, {gradient_error:.0e}"
+)
 
 
-def cells_of(result: dict) -> list[list[str]]:
-    """A row of the table for each variant."""
-    return [
-        [
-            name,
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f} to {row['time_ratio_high']:.2f})",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['flops_per_s'] / 1e12:.3g}",
-            f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else "",
-            f"{row['loss_error']:.0e}, {row['gradient_error']:.0e}",
-        ]
-        for name, row in result["arms"].items()
-    ]
+def table(result: dict) -> str:
+    return report.table(TITLES, ROW, [{"variant": name, **row} for name, row in result["arms"].items()])
 
 
 def heading(result: dict) -> str:
@@ -251,8 +242,8 @@ def publish(folder: Path, device: str, result: dict) -> None:
     merged = {tuple(each[name] for name in SETTINGS): each for each in known}
     ordered, lines = [merged[key] for key in sorted(merged)], []
     for each in ordered:
-        lines += [f"## {heading(each)}", "", f"{report.described(each['machine'])}. `{each['command']}`", ""]
-        lines += [report.table(HEADER, cells_of(each)), ""]
+        lines += [f"## {heading(each)}", f"{report.described(each['machine'])}. `{each['command']}`"]
+        lines += [table(each)]
     report.write_page(path, "A training step", "benchmarks.speed.step", lines, ordered)
 
 
@@ -285,7 +276,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="on a CPU: measure no peak memory")
     parser.add_argument("--out", type=Path, help="folder for step-DEVICE.json and .md; other results there are kept")
     parser.add_argument("--toy", action="store_true", help="tiny; its figures mean nothing")
-    parser.add_argument("--peak_memory", choices=[*VARIANTS], help=argparse.SUPPRESS)  # the process that measures it
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device found; leave out --device to measure on the CPU")
@@ -295,12 +285,6 @@ def main(argv: list[str]) -> None:
     if args.toy:
         args.layers, args.tokens, args.rounds, args.memory = 2, 256, 2, False
         args.lengths, args.shape = [128], TOY
-    if args.peak_memory:
-        (S,), (fill,), name = args.lengths, args.fill, args.peak_memory
-        batch = make_batch(lengths_of(S, fill, args.tokens), args.shape.vocabulary, args.masked)
-        print(peak_bytes_here(lambda: build([name], args.shape, args.device, args.dtype)[name], batch))
-        return
-
     chosen = args.arms or [name for name in VARIANTS if args.device == "cuda" or name != "mosaic_bert_compiled"]
     print(f"# {report.described(report.machine(args.device))}, {args.dtype}", flush=True)
     trained = build(list(dict.fromkeys([OURS, *chosen])), args.shape, args.device, args.dtype)
@@ -309,7 +293,7 @@ def main(argv: list[str]) -> None:
         for fill in args.fill:
             result = measure(S, fill, trained, args)
             results.append({**result, "command": f"python -m benchmarks.speed.step {' '.join(argv)}"})
-            print(f"{heading(result)}\n{report.table(HEADER, cells_of(result))}", flush=True)
+            print(f"{heading(result)}\n{table(result)}", flush=True)
             if args.out is not None:
                 publish(args.out, args.device, results[-1])
     print(summary(results, args))

@@ -1,4 +1,4 @@
-"""quality.py and extrapolation.py: no text is both trained on and evaluated, and models are compared alike."""
+"""quality.py and extrapolation.py: no text is both trained on and evaluated; the pages match the results."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def rows():
     return {task: quality.labelled(task) for task in quality.TASKS}
 
 
-def test_no_row_that_is_evaluated_is_trained_on(rows):
+def test_no_evaluated_row_is_trained_on(rows):
     parts = {part: {*quality.unlabelled(part)} for part in ("train", "validation", "test")}
     assert not parts["train"] & (parts["validation"] | parts["test"]) and not parts["validation"] & parts["test"]
     topics = {row.text for row in rows["topics"]}
@@ -30,7 +30,7 @@ def test_no_row_that_is_evaluated_is_trained_on(rows):
     assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
 
 
-def test_tasks_are_what_they_are_said_to_be(rows, tmp_path):
+def test_tasks_have_their_rows_and_labels(rows, tmp_path):
     assert len({row.label for row in rows["topics"]}) == 11 and len(rows["topics"]) > 9000
     assert {row.label for row in rows["sentences"]} == {"0", "1"} and len(rows["sentences"]) == 8530
     quality.write_tasks(tmp_path, quality.TOY)
@@ -39,22 +39,26 @@ def test_tasks_are_what_they_are_said_to_be(rows, tmp_path):
     assert all(line[0] == "text,label" for line in lines.values())
 
 
-def test_the_interval_holds_rows_and_seeds():
+def test_interval_draws_rows_and_seeds():
     """Of a model that is right wherever the other one is, and in a tenth of the rest."""
     rng = np.random.default_rng(1)
     b = rng.random((3, 5, 1000)) < 0.5
     a = b | (rng.random(b.shape) < 0.1)
-    low, high = quality.interval(a, b)
+    low, high = quality.interval(a, b).values()
     assert 0 < low < (a.mean() - b.mean()) < high < 0.1
-    assert quality.interval(b, b) == (0.0, 0.0)
+    assert quality.interval(b, b) == {"low": 0.0, "high": 0.0}
     by_seed = np.zeros((3, 5, 1000), bool)
     by_seed[0] = True  # all of the difference comes from one pretraining seed
-    low, high = quality.interval(by_seed, np.zeros_like(by_seed))
+    low, high = quality.interval(by_seed, np.zeros_like(by_seed)).values()
     assert (low, high) == pytest.approx((0.0, 1.0))
 
 
-def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
-    text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], quality.TOY)
+@pytest.fixture(scope="module")
+def text(tokenizer_folder):
+    return pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text"], ["another one"], quality.TOY)
+
+
+def test_same_tokens_are_masked_at_every_length(text):
     ids = np.random.default_rng(0).integers(5, 200, 240).tolist()
     whole = extrapolation.masked_review(text, 0, ids)
     assert 10 < int((whole["labels"] >= 0).sum()) < 60
@@ -68,9 +72,8 @@ def test_at_every_length_the_same_tokens_are_masked(tokenizer_folder):
         assert (batch["labels"][:, [0, -1]] == IGNORED).all() and batch["attention_mask"].all()
 
 
-def test_the_loss_at_a_length_is_that_of_the_model(tokenizer_folder):
+def test_loss_at_a_length_is_that_of_the_model(text):
     """It depends on the length, with weights that use their context."""
-    text = pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text of its own"], ["another one"], quality.TOY)
     torch.manual_seed(0)
     variant = pretraining.make_variant(text, pretraining.RECIPES["ours"])
     variant.model.eval()
@@ -86,11 +89,10 @@ def test_the_loss_at_a_length_is_that_of_the_model(tokenizer_folder):
 
 
 @pytest.mark.slow  # a minute: 36 fine-tunings
-def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, monkeypatch):
+def test_quality_and_extrapolation_resume_and_end_with_their_lines(tmp_path, capsys, monkeypatch):
     argv = ["--toy", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="the hours are spent"):
         quality.main([*argv, "--hours", "0"])
-    assert "the hours are spent" in capsys.readouterr().out
     quality.main(argv)
     fields = " ".join(
         f"{task}_vs_{baseline}{end}={NUMBER}"
@@ -110,16 +112,14 @@ def test_both_benchmarks_run_go_on_and_end_with_their_lines(tmp_path, capsys, mo
     quality.main(argv)
     capsys.readouterr()
     extrapolation.main(argv)
-    line = (
-        f"extrapolation reviews=\\d+ loss_1x={NUMBER} loss_2x={NUMBER} loss_4x={NUMBER} loss_8x={NUMBER} hf_1x={NUMBER}"
-    )
-    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
+    losses = " ".join(f"{name}={NUMBER}" for name in ("loss_1x", "loss_2x", "loss_4x", "loss_8x", "hf_1x"))
+    assert re.fullmatch(f"extrapolation reviews=\\d+ {losses}", capsys.readouterr().out.splitlines()[-1])
     assert (tmp_path / "report" / "extrapolation-cpu.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         quality.main(argv[1:])
 
 
-def test_pages_are_what_the_results_say(monkeypatch, tmp_path):
+def test_pages_match_the_results(monkeypatch, tmp_path):
     """The committed pages are; --check finds a figure that was changed by hand."""
     publish.main(["--check"])
     (tmp_path / "docs").mkdir()
