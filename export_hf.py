@@ -9,6 +9,7 @@ model card. It appears only after another process has loaded it and computed the
 import argparse
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from src.common.errors import CheckpointError, ConfigError, ExportError
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     check_out(args.out, args.overwrite)
     source = weights.read(args.checkpoint)
     if args.onnx:
-        missing = onnx.missing_packages()
+        missing = [name for name in onnx.PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
         if not isinstance(source.config, MosaicBertConfig):

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: how the model was made, from the checkpoint and the files beside it."""
+"""The model card of an exported folder: how the model was made, from the checkpoint and the files next to it."""
 
 import json
 from pathlib import Path
@@ -42,12 +42,11 @@ model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 
 
 def model_card(source: Pretrained, auto_class: str, task: str, out: Path) -> str:
-    """The README.md of ``out``, in Markdown.
+    """The README.md of ``out``, in Markdown. A folder that is exported to itself keeps its card, which may be edited.
 
     Args:
-        source: the exported weights. An exported folder that is exported to itself keeps its card, which may be edited.
         auto_class: transformers' class to load it with.
-        task: the hub's name of what it does.
+        task: the hub's name of its task.
     """
     if source.path.resolve() == out.resolve() and (out / "README.md").exists():
         return (out / "README.md").read_text()

@@ -5,7 +5,6 @@ inputs. So ``Padded`` computes every position, with the model's layers and atten
 non-padding tokens are equal.
 """
 
-import importlib.util
 import logging
 import warnings
 from pathlib import Path
@@ -23,13 +22,9 @@ from src.bert_layers import (
 )
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""Those of requirements-onnx.txt."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """(B, S) int64 each, as BERT's tokenizers return them."""
-
-
-def missing_packages() -> list[str]:
-    """Packages of requirements-onnx.txt that are not installed."""
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 class Padded(nn.Module):
@@ -74,9 +69,8 @@ def export(model: BertPreTrainedModel, path: Path) -> None:
     """Write ``path``: inputs ``INPUTS``, outputs ``last_hidden_state`` and, with a head, ``logits``."""
     B, S = (torch.export.Dim(name, max=2**20) for name in ("batch", "length"))
     shapes = {name: {0: B, 1: S} for name in INPUTS}
-    example = tuple(
-        torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS
-    )  # three tensors: the same one three times would be one input
+    # Three tensors: the same one three times would be one input.
+    example = tuple(torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS)
     names = ["last_hidden_state"] if isinstance(model, BertModel) else ["last_hidden_state", "logits"]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's functions
     with warnings.catch_warnings():

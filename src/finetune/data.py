@@ -196,7 +196,7 @@ def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
 def read_sets(data: LabelledData) -> dict[str, list[Row]]:
     """All sets of a task by name: ``train``, ``validation`` or the names that ``data`` gives, ``test``."""
     sets, files = {"train": read_set(data.train, data)}, data.validation
-    if isinstance(files, float):
+    if isinstance(files, (int, float)):
         sets["train"], sets["validation"] = hold_out(sets["train"], files)
     else:
         named = files if isinstance(files, dict) else {"validation": files}

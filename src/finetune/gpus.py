@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL_S, REPORT_S = 0.1, 60.0
-"""Seconds between two looks at the processes, and between two reports of what the running jobs printed last."""
+POLL_S = 0.1
+"""Seconds between two looks at the processes."""
+REPORT_S = 60.0
+"""Seconds between two reports of what the running jobs printed last."""
 
 
 @dataclass(frozen=True)

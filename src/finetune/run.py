@@ -24,7 +24,7 @@ from src.common.files import PARTIAL, replace_folder, write_text
 from src.data.tokenizer import save_tokenizer
 from src.finetune.config import DEFAULT_METRICS, RunSpec
 from src.finetune.data import Encoded, classes_of, collate, count_tokens, encode, read_sets, split_batch
-from src.finetune.model import METRICS, Classifier, build_model, read_tokenizer
+from src.finetune.model import METRICS, Classifier, build_model, read_pretrained
 from src.masked_lm_loss import IGNORED
 from src.train import checkpoint, optim, weights
 from src.train.callbacks import Reseed, StopOnSilentFailure
@@ -94,8 +94,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     sets = read_sets(data)
     classes = classes_of(data, sets)
     names = data.label_names or classes
-    source = None if config.pretrained is None else weights.read(config.pretrained)
-    tokenizer = read_tokenizer(source, config.tokenizer_name)
+    source, tokenizer = read_pretrained(config)
     if spec.encoder is not None:
         source = weights.read(spec.encoder)
     network = build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)

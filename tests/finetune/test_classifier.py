@@ -9,7 +9,6 @@ import transformers
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.common.errors import CheckpointError, ConfigError
-from src.finetune import model
 from src.finetune.model import METRICS, Classifier, EntityF1, build_model
 from src.masked_lm_loss import IGNORED
 from src.train import weights
@@ -206,8 +205,6 @@ def test_refusals(tokenizer, tmp_path):
     model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="Use model hf_bert"):
         model_of("mosaic_bert", "regression", [], tokenizer, weights.read(tmp_path), model_config={})
-    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
-        model.read_tokenizer(None, None)
     assert isinstance(model_of("hf_bert", "tokens", ["a", "b"], tokenizer), transformers.BertForTokenClassification)
 
 
