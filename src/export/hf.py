@@ -109,8 +109,7 @@ def reference_outputs(model: PreTrainedModel) -> Outputs:
     Raises:
         ExportError: they are NaN or infinite, as after a training that diverged.
     """
-    longest = getattr(model.config, "max_position_embeddings", max(LENGTHS))
-    lengths = torch.tensor(LENGTHS).clamp(max=longest)
+    lengths = torch.tensor(LENGTHS).clamp(max=getattr(model.config, "max_position_embeddings", max(LENGTHS)))
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     ids = torch.randint(model.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
 
@@ -120,9 +119,7 @@ def reference_outputs(model: PreTrainedModel) -> Outputs:
 
     exact = one_by_one(copy.deepcopy(model).double())
     if not exact.isfinite().all():
-        raise ExportError(
-            "the checkpoint computes NaN or infinity; nothing was exported; export one of an earlier step"
-        )
+        raise ExportError("the checkpoint computes NaN or infinity; nothing was exported; export an earlier checkpoint")
     return Outputs(ids, mask, exact, float((exact - one_by_one(model)).abs().max()))
 
 

@@ -8,21 +8,15 @@ non-padding tokens are equal.
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.bert_layers import (
-    BertAttention,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    BertPreTrainedModel,
-)
+from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel, BertPreTrainedModel
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-"""Those of requirements-onnx.txt."""
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # requirements-onnx.txt
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """(B, S) int64 each, as BERT's tokenizers return them."""
 
@@ -51,7 +45,7 @@ class Padded(nn.Module):
 
         x = bert.embeddings(input_ids, token_type_ids, None)  # (B, S, D)
         for layer in bert.encoder.layer:
-            attention: BertAttention = layer.attention  # pyright: ignore[reportAssignmentType]
+            attention: Any = layer.attention
             q, k, v = attention.self.Wqkv(x).view(B, S, 3, N, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, S, H)
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
             out = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, S, -1)

@@ -1,16 +1,12 @@
 """Labelled files -> checked rows -> token ids -> batches.
 
-    read_set      the rows of one set; an error names the file and the row
-    read_sets     all sets of a task: train, validation, test
+    read_sets     all sets of a task; an error names the file and the row
     encode        token ids and label numbers of a set
     collate       examples -> a padded batch
 
-Nothing is cached: docs/finetune.md says what tokenizing costs.
-
-CSV and JSON are read by the standard library. pandas, pyarrow and ``datasets`` convert values ("NA", dates, "01"), drop
-or shift values of a row of the wrong length, and name no file and row in an error; ``datasets`` also writes a cache.
-``collate`` is ours: transformers' collators return equal batches, but take 20 times as long, in the training process,
-and pad on the tokenizer's side.
+The standard library reads CSV and JSON: pandas, pyarrow and ``datasets`` convert values ("NA", dates, "01"), drop or
+shift values of a row of the wrong length, and name no file and row in an error. transformers' collators return the same
+batches as ``collate``, but take 20 times as long, and pad on the tokenizer's side.
 """
 
 import csv
@@ -128,8 +124,7 @@ def read_set(pattern: str, data: LabelledData) -> list[Row]:
     """Every row of a set's files.
 
     Raises:
-        DataError: a file cannot be read, has no rows, or lacks a column, or a value does not fit ``data``; names the
-            file and row.
+        DataError: a file is missing, empty or unreadable, lacks a column, or has a value that does not fit ``data``.
     """
     columns = [name for name in (data.text, data.text_pair, data.label) if name is not None]
     rows = []
@@ -168,8 +163,8 @@ def _row(place: str, record: dict[str, Any], data: LabelledData) -> Row:
         check(fits, data.label, f"{len(words)} tags, one for each word")
         return Row(words, None, [str(tag) for tag in tags])
     pair = None if data.text_pair is None else record[data.text_pair]
-    check(isinstance(text, str), data.text, "a text")
-    check(data.text_pair is None or isinstance(pair, str), data.text_pair or "", "a text")
+    for column in filter(None, (data.text, data.text_pair)):
+        check(isinstance(record[column], str), column, "a text")
     if data.kind == "classification":
         check(is_class(label), data.label, "a class")
         return Row(text, pair, str(label))
@@ -181,26 +176,25 @@ def _row(place: str, record: dict[str, Any], data: LabelledData) -> Row:
     return Row(text, pair, number)
 
 
-def hold_out(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and validation rows, split by a hash of the text; raises DataError if there are none of one."""
-    parts: tuple[list[Row], list[Row]] = [], []
-    for row in rows:
-        texts = json.dumps([row.text] if row.pair is None else [row.text, row.pair])
-        number = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:8], "big")
-        parts[number < share * 2**64].append(row)
-    if not all(parts):
-        raise DataError(f"validation: holding out {share} of {len(rows)} rows leaves one of the two sets empty")
-    return parts
-
-
 def read_sets(data: LabelledData) -> dict[str, list[Row]]:
-    """All sets of a task by name: ``train``, ``validation`` or the names that ``data`` gives, ``test``."""
-    sets, files = {"train": read_set(data.train, data)}, data.validation
+    """All sets of a task by name: ``train``, ``validation`` or the names that ``data`` gives, ``test``.
+
+    Raises:
+        DataError: as ``read_set``; or holding out a share of the rows leaves one of the two sets empty.
+    """
+    rows, files = read_set(data.train, data), data.validation
     if isinstance(files, (int, float)):
-        sets["train"], sets["validation"] = hold_out(sets["train"], files)
+        parts: tuple[list[Row], list[Row]] = [], []
+        for row in rows:
+            texts = json.dumps([row.text] if row.pair is None else [row.text, row.pair])
+            number = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:8], "big")
+            parts[number < files * 2**64].append(row)
+        if not all(parts):
+            raise DataError(f"validation: holding out {files} of {len(rows)} rows leaves one of the two sets empty")
+        sets = {"train": parts[0], "validation": parts[1]}
     else:
         named = files if isinstance(files, dict) else {"validation": files}
-        sets |= {name: read_set(pattern, data) for name, pattern in named.items()}
+        sets = {"train": rows, **{name: read_set(pattern, data) for name, pattern in named.items()}}
     if data.test is not None:
         sets["test"] = read_set(data.test, data)
     return sets

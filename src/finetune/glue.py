@@ -21,15 +21,13 @@ def _classification(label_names: str, metrics: str, text: str, text_pair: str | 
     return {"text": text, "text_pair": text_pair, **labels, "metrics": metrics.split()}
 
 
-_SENTENCES = ("sentence1", "sentence2")
-
 TASKS: dict[str, dict[str, Any]] = {
     "cola": _classification("unacceptable acceptable", "matthews", "sentence"),
     "mnli": _classification("entailment neutral contradiction", "accuracy", "premise", "hypothesis"),
-    "mrpc": _classification("not_equivalent equivalent", "accuracy f1", *_SENTENCES),
+    "mrpc": _classification("not_equivalent equivalent", "accuracy f1", "sentence1", "sentence2"),
     "qnli": _classification("entailment not_entailment", "accuracy", "question", "sentence"),
     "qqp": _classification("not_duplicate duplicate", "accuracy f1", "question1", "question2"),
-    "rte": _classification("entailment not_entailment", "accuracy", *_SENTENCES),
+    "rte": _classification("entailment not_entailment", "accuracy", "sentence1", "sentence2"),
     "sst2": _classification("negative positive", "accuracy", "sentence"),
     "stsb": {"text": "sentence1", "text_pair": "sentence2", "kind": "regression", "metrics": ["pearson", "spearman"]},
 }

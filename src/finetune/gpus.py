@@ -1,11 +1,11 @@
 """Processes over the devices of this machine: one on each at a time, each with its own log. Imports no torch."""
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import STDOUT, Popen
 
 POLL_S = 0.1
 """Seconds between two looks at the processes."""
@@ -36,7 +36,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
         The reason for each job that failed, or was skipped because the job that it needs failed; by name.
     """
     waiting = list(jobs)
-    running: dict[str | None, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by device
+    running: dict[str | None, tuple[Job, Popen[bytes], float]] = {}  # by device
     failed: dict[str, str] = {}
     next_report = time.monotonic() + REPORT_S
     try:
@@ -74,11 +74,11 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
     return failed
 
 
-def _start(job: Job, device: str | None) -> "subprocess.Popen[bytes]":
+def _start(job: Job, device: str | None) -> "Popen[bytes]":
     environment = None if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("wb") as log:
-        return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return Popen(job.command, stdout=log, stderr=STDOUT, env=environment)
 
 
 def _last_line(log: Path) -> str:

@@ -21,8 +21,6 @@ from src.masked_lm_loss import IGNORED
 from src.train import models, weights
 from src.train.schema import Component
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
-
 
 class EntityF1(Metric):
     """Micro-averaged F1 of whole entities, as conlleval counts them (Tjong Kim Sang and De Meulder, 2003).
@@ -77,10 +75,7 @@ METRICS: dict[str, Callable[[list[str]], Metric]] = {
 
 
 class Classifier(ComposerModel):
-    """A Hugging Face model that takes ``INPUTS`` and returns ``loss`` and ``logits``, for one kind of task.
-
-    ``metrics`` are for evaluation, by name.
-    """
+    """A Hugging Face model with a head for one kind of task; ``metrics``, by name, are for evaluation."""
 
     def __init__(self, model: PreTrainedModel, kind: str, metrics: Mapping[str, Metric]):
         super().__init__()
@@ -88,18 +83,16 @@ class Classifier(ComposerModel):
 
     def forward(self, batch: Batch) -> Any:
         """Loss and logits of a padded batch (``data.collate``)."""
-        return self.model(**{name: batch[name] for name in INPUTS if name in batch})
+        return self.model(**batch)
 
     def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """() fp32, mean over the rows, or over the labelled words."""
         return outputs.loss
 
     def eval_forward(self, batch: Batch, outputs: Any | None = None) -> Any:
-        """The forward pass."""
         return self(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """Metrics by name; none in training."""
         return {} if is_train else self.val_metrics
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -107,17 +100,13 @@ class Classifier(ComposerModel):
         return logits.squeeze(-1).double() if self.kind == "regression" else logits.argmax(dim=-1)
 
     def update_metric(self, batch: Batch, outputs: Any, metric: Metric) -> None:
-        """Add a batch to a metric."""
         labels = batch["labels"].double() if self.kind == "regression" else batch["labels"]
         metric.update(self.predictions(outputs.logits), labels)
 
 
-SEQUENCES = {
-    "mosaic_bert": BertForSequenceClassification,
-    "hf_bert": transformers.BertForSequenceClassification,
-}
+TEXTS = {"mosaic_bert": BertForSequenceClassification, "hf_bert": transformers.BertForSequenceClassification}
 TOKENS = {"mosaic_bert": BertForTokenClassification, "hf_bert": transformers.BertForTokenClassification}
-HEADS = {"classification": SEQUENCES, "regression": SEQUENCES, "tokens": TOKENS}
+HEADS = {"classification": TEXTS, "regression": TEXTS, "tokens": TOKENS}
 """Model classes, by kind of task and kind of model."""
 
 
@@ -129,12 +118,11 @@ def build_model(
     classes: list[str],
     max_seq_len: int,
 ) -> PreTrainedModel:
-    """The model with a newly initialised head, on the CPU.
+    """The model with a newly initialised head for a ``kind`` of task, on the CPU.
 
     Args:
         component: ``model`` of the YAML.
         source: weights of the encoder; None for random ones.
-        kind: of the task.
         classes: their names in the saved model, in the order of their numbers; empty for regression.
 
     Raises:

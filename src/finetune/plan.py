@@ -30,13 +30,15 @@ def plan_runs(config: FinetuneConfig) -> list[RunSpec]:
     """
     config = _with_local_files(config)
     source, tokenizer = model.read_pretrained(config)
-    if source is not None:  # the file itself: pretraining that continues gives its folder's `latest` to another one
+    if source is not None:  # the file that `latest` names now: it changes when pretraining continues
         config = dataclasses.replace(config, pretrained=str(source.path.resolve()))
-    shared = to_dict(dataclasses.replace(config, tasks={}))
-    for name in NOT_IN_RUN_KEY:
-        del shared[name]
+    options = to_dict(dataclasses.replace(config, tasks={}))
+    shared = {name: value for name, value in options.items() if name not in NOT_IN_RUN_KEY}
     shared["tokenizer_name"] = tokenizer_fingerprint(tokenizer)
-    shared["pretrained"] = None if source is None else _weights_hashes(source.path)
+    if source is not None:
+        names = ("config.json", *weights.WEIGHTS)
+        files = [source.path / name for name in names] if source.path.is_dir() else [source.path]
+        shared["pretrained"] = [digest for file in files if file.exists() for digest in file_hashes(str(file))]
     specs: dict[str, list[RunSpec]] = {}
     left = selected(config)
     while left:
@@ -86,12 +88,6 @@ def _hub_model(name: str) -> Path:
         return hub.snapshot(name, "model", [[file, "*.json", "vocab.txt"] for file in weights.WEIGHTS], is_complete)
     except DataError as error:
         raise ConfigError(f"pretrained: no such file or folder, and {error}") from None
-
-
-def _weights_hashes(path: Path) -> list[str]:
-    """Hashes of a checkpoint, or of the files that define the model of a Hugging Face folder."""
-    files = [path / name for name in ("config.json", *weights.WEIGHTS)] if path.is_dir() else [path]
-    return [digest for file in files if file.exists() for digest in file_hashes(str(file))]
 
 
 def _task_settings(config: FinetuneConfig, name: str) -> dict[str, Any]:

@@ -45,10 +45,7 @@ def summarize(values: dict[str, float]) -> dict[str, Any]:
 
 
 def aggregate(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of each metric and of the score by task, and the mean score over tasks.
-
-    ``results`` are the contents of the finished runs' result.json.
-    """
+    """The summary of each metric and of the score by task, and the mean score over tasks, from runs' result.json."""
     tasks: dict[str, Any] = {}
     for task in dict.fromkeys(result["task"] for result in results):
         runs = {str(result["seed"]): result for result in results if result["task"] == task}

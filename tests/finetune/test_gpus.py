@@ -50,7 +50,8 @@ def test_one_device_runs_jobs_in_order(job):
     assert notes() == [(what, name, "None") for name in "abc" for what in ("begin", "end")]
 
 
-def test_each_device_runs_one_job_at_a_time(job):
+def test_each_device_runs_one_job_at_a_time(job, monkeypatch):
+    monkeypatch.setattr(gpus, "REPORT_S", 0.1)
     said = []
     assert gpus.run_jobs([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
     busy = set()
@@ -59,6 +60,7 @@ def test_each_device_runs_one_job_at_a_time(job):
         busy ^= {device}
     started = [line[0] for line in said if "started" in line]
     assert started == list("abcde") and "started on GPU 0" in said[0] and "started on GPU GPU-7" in said[1]
+    assert "a: no output yet" in said
 
 
 def test_a_job_waits_for_the_job_that_it_needs(job):
@@ -81,13 +83,6 @@ def test_a_failure_skips_only_the_jobs_that_need_it(job):
     assert [name for what, name, _ in notes() if what == "end"] == ["bad", "killed", "good"]
     assert any(line.startswith("bad: failed: the reason") for line in said)
     assert any(line.startswith("good: done") for line in said)
-
-
-def test_running_jobs_are_reported(job, monkeypatch):
-    monkeypatch.setattr(gpus, "REPORT_S", 0.2)
-    said = []
-    gpus.run_jobs([job("a", 0.6)], [None], said.append)
-    assert "a: no output yet" in said
 
 
 def test_an_interruption_ends_running_jobs(job):

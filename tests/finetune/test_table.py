@@ -31,6 +31,9 @@ RUNS = [
 
 
 def test_table():
+    empty = table.aggregate([])
+    assert empty == {"tasks": {}, "average": None}
+    assert table.as_text(table.table_lines(empty)) == "task  metric  n  mean  deviation  95% interval\n"
     aggregated = table.aggregate(RUNS)
     assert aggregated["average"] == pytest.approx((0.85 + 0.55) / 2)
     assert aggregated["tasks"]["cola"]["score"]["values"] == {"19": 0.5, "717": 0.6}
@@ -60,9 +63,3 @@ def test_truncation_notes():
         "ner: train: 2 of 9 rows are cut at max_seq_len; 5 labelled words are not seen",
         "ner: test: 0 of 2 rows are cut at max_seq_len; 1 labelled words are not seen",
     ]
-
-
-def test_a_table_without_runs_has_only_a_header():
-    aggregated = table.aggregate([])
-    assert aggregated == {"tasks": {}, "average": None}
-    assert table.as_text(table.table_lines(aggregated)) == "task  metric  n  mean  deviation  95% interval\n"
