@@ -45,11 +45,6 @@ def notes():
     return [tuple(line.split()[1:]) for line in sorted(Path("notes").read_text().splitlines())]
 
 
-def test_one_device_runs_jobs_in_order(job):
-    assert gpus.run_jobs([job(name, 0) for name in "abc"], [None], lambda line: None) == {}
-    assert notes() == [(what, name, "None") for name in "abc" for what in ("begin", "end")]
-
-
 def test_each_device_runs_one_job_at_a_time(job, monkeypatch):
     monkeypatch.setattr(gpus, "REPORT_S", 0.1)
     said = []
@@ -80,7 +75,7 @@ def test_a_failure_skips_only_the_jobs_that_need_it(job):
     assert failed["bad"].startswith("the reason (") and failed["bad"].endswith("log.txt)")
     assert failed["child"] == "skipped: bad, which it starts from, failed"
     assert failed["killed"].startswith("killed by signal 9; out of memory? (")
-    assert [name for what, name, _ in notes() if what == "end"] == ["bad", "killed", "good"]
+    assert notes() == [(what, name, "None") for name in ("bad", "killed", "good") for what in ("begin", "end")]
     assert any(line.startswith("bad: failed: the reason") for line in said)
     assert any(line.startswith("good: done") for line in said)
 
