@@ -337,7 +337,7 @@ def test_a_failed_run_is_reported_and_runs_that_start_from_it_are_skipped(tree, 
         assert f"FAILED {line}" in out
     assert "finetune runs=2 failed=3 average=" in out.splitlines()[-1]
     held = json.loads(Path(tree["folder"], "table.json").read_text())
-    assert list(held["failed"]) == ["bad-seed1", "bad-seed2", "child-seed1"] and list(held["tasks"]) == ["good"]
+    assert list(held["failed"]) == ["bad-seed1", "child-seed1", "bad-seed2"] and list(held["tasks"]) == ["good"]
     assert held["tasks"]["good"]["score"]["n"] == 2 and held["tasks"]["good"]["score"]["interval"]
     for name in ("table.txt", "table.md"):
         assert "FAILED bad-seed1" in Path(tree["folder"], name).read_text()
