@@ -89,12 +89,12 @@ def test_entity_f1():
         return torch.tensor([[TAGS.index(tag) if tag != "-" else IGNORED for tag in line.split()] for line in tags])
 
     labels = numbers(["- B-PER - I-PER O -", "- B-LOC O B-LOC - -"])
-    # Row 1: correct, across a piece without a label. Row 2: one ends too late, one does not exist.
-    predictions = numbers(["O B-PER O I-PER O O", "O B-LOC I-LOC B-PER O O"])
+    # Row 1: correct, across a piece without a label; one does not exist. Row 2: one ends too late, one does not exist.
+    predictions = numbers(["O B-PER O I-PER B-LOC O", "O B-LOC I-LOC B-PER O O"])
     metric = EntityF1(TAGS)
     for row in range(2):
         metric.update(predictions[row : row + 1], labels[row : row + 1])
-    assert metric.compute().item() == pytest.approx(2 * 1 / (3 + 3))
+    assert metric.compute().item() == pytest.approx(2 * 1 / (4 + 3))
     nothing = EntityF1(TAGS)
     nothing.update(numbers(["O -"]), numbers(["O -"]))
     assert nothing.compute().item() == 0

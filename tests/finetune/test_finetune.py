@@ -283,12 +283,15 @@ def test_a_runs_key_hashes_what_decides_its_result(tree, keys, tmp_path, tokeniz
     run = "max_seq_len=15 device_train_microbatch_size=4 optimizer.eps=1e-7 scheduler.t_warmup=2ba"
     model = "attention=reference model_config.num_hidden_layers=1"
     changes = [f"tasks.mine.{x}" for x in task.split()] + [f"tasks.mine.data.{x}" for x in data.split()]
-    changes += [f"tasks.mine.data.validation={{near: {tmp_path}/held-out.jsonl}}"]
     for override in [*changes, *run.split(), *(f"model.{x}" for x in model.split())]:
         assert not set(keys(override)) & set(want), override
     equal = f"run_name=other eval_batch_size=3 eval_interval=2ba save_models=false folder={tmp_path}/elsewhere"
     for override in [*equal.split(), f"tasks.mine.data.train={copy}", f"tokenizer_name={other}"]:
         assert keys(override) == want, override
+    for files in ("test=%s", "validation={near: %s}"):
+        paths = (tmp_path / "train.jsonl", copy, tmp_path / "held-out.jsonl")
+        train, same, held_out = (keys(f"tasks.mine.data.{files % path}") for path in paths)
+        assert train == same and not {*train, *want} & {*held_out}, files
 
     options = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**options, "do_lower_case": False}))
