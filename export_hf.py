@@ -9,6 +9,7 @@ model card. It appears only after another process has loaded it and computed the
 import argparse
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from src.common.errors import CheckpointError, ConfigError, ExportError
@@ -26,15 +27,6 @@ FILES = {
 """Files that an exported folder may hold, besides the source."""
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises ConfigError if ``out`` exists and may not be replaced: no ``overwrite``, or not an exported folder."""
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists; replace it with --overwrite, or choose another OUT")
-    others = [path.name for path in out.glob("*") if path.suffix != ".py" and path.name not in FILES]
-    if others:
-        raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint of main.py, its folder, or a Hugging Face folder")
@@ -43,10 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx, for any batch size and length")
     parser.add_argument("--overwrite", action="store_true", help="replace an exported folder")
     args = parser.parse_args(argv)
-    check_out(args.out, args.overwrite)
+    out: Path = args.out
+    if out.exists() and not args.overwrite:
+        raise ConfigError(f"{out} exists; replace it with --overwrite, or choose another OUT")
+    others = [path.name for path in out.glob("*") if path.suffix != ".py" and path.name not in FILES]
+    if others:
+        raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
     source = weights.read(args.checkpoint)
     if args.onnx:
-        missing = onnx.missing_packages()
+        missing = [name for name in onnx.PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
         if not isinstance(source.config, MosaicBertConfig):
@@ -57,10 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         raise CheckpointError(f"{error}: --tokenizer FOLDER") from None
     auto_class, model = hf.load_model(source)
 
-    partial = args.out.with_name(f"{args.out.name}{PARTIAL}")
+    partial = out.with_name(f"{out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        card = model_card(source, auto_class, hf.AUTO_CLASSES[auto_class][1], args.out)
+        card = model_card(source, auto_class, hf.AUTO_CLASSES[auto_class][1], out)
         hf.write_folder(model, tokenizer, card, partial)
         want = hf.reference_outputs(model)
         got, text_ids = hf.outputs_elsewhere(partial, auto_class, want.ids, want.mask)
@@ -71,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             onnx.export(model, partial / "model.onnx")  # pyright: ignore[reportArgumentType]
             got = onnx.run(partial / "model.onnx", want.ids, want.mask)
             print(f"onnx max_abs_logit_diff={want.difference(got, 'model.onnx'):.3g}")
-        replace_folder(partial, args.out)
+        replace_folder(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"export max_abs_logit_diff={difference:.3g} parameters={model.num_parameters()}")

@@ -33,7 +33,7 @@ def report(line: str) -> None:
 
 
 def finetune(config: FinetuneConfig) -> int:
-    """Do the runs that are not finished, and write the table; returns the number of failed runs."""
+    """Do the unfinished runs, and write the table; returns the number of failed runs."""
     specs = plan_runs(config)
     unfinished = [spec for spec in specs if not is_finished(spec)]
     if unfinished:
@@ -45,8 +45,7 @@ def finetune(config: FinetuneConfig) -> int:
     for spec in unfinished:
         write_text(Path(spec.folder) / SPEC_FILE, yaml.safe_dump(to_dict(spec), sort_keys=False))
         command = [sys.executable, __file__, "--run", spec.folder]
-        needs = by_encoder[spec.encoder] if spec.encoder else None
-        jobs.append(gpus.Job(spec.name, command, Path(spec.folder) / "log.txt", needs))
+        jobs.append(gpus.Job(spec.name, command, Path(spec.folder) / "log.txt", by_encoder.get(spec.encoder or "")))
     failed = gpus.run_jobs(jobs, gpus.visible_devices(torch.cuda.device_count()), report)
     finished = [json.loads((Path(spec.folder) / RESULT_FILE).read_text()) for spec in specs if is_finished(spec)]
     write_table(config, finished, failed)
@@ -55,20 +54,19 @@ def finetune(config: FinetuneConfig) -> int:
 
 def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: dict[str, str]) -> None:
     """Print the table, and write it as text, JSON and Markdown."""
-    aggregated = table.aggregate(finished)
+    aggregated, folder = table.aggregate(finished), Path(config.folder)
     lines = table.table_lines(aggregated)
     ran_on = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
     number = f"{len(finished)} of {len(finished) + len(failed)} runs"
     notes = [f"{config.run_name}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
     notes += table.truncation_notes(finished)
     notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
-    folder = Path(config.folder)
     text = table.as_text(lines) + "\n" + "\n".join(notes) + "\n"
     write_text(folder / "table.txt", text)
     write_text(folder / "table.md", table.as_markdown(lines) + "\n" + "\n\n".join(notes) + "\n")
     model = {"pretrained": config.pretrained, **to_dict(config)["model"]}
-    held = {"run_name": config.run_name, "model": model, **aggregated, "failed": failed}
-    write_text(folder / "table.json", json.dumps(held, indent=1))
+    contents = {"run_name": config.run_name, "model": model, **aggregated, "failed": failed}
+    write_text(folder / "table.json", json.dumps(contents, indent=1))
     average = "none" if aggregated["average"] is None else f"{aggregated['average']:.4f}"
     print(f"{text}finetune runs={len(finished)} failed={len(failed)} average={average} table={folder / 'table.md'}")
 

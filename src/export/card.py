@@ -1,4 +1,4 @@
-"""The model card of an exported folder: how the model was made, from the checkpoint and the files beside it."""
+"""The model card of an exported folder: how the model was made, from the checkpoint and the files next to it."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,6 @@ from src.configuration_bert import MosaicBertConfig
 from src.train import checkpoint
 from src.train.weights import Pretrained
 
-EVAL_LOSS = "metrics/eval/LanguageCrossEntropy"
-"""Key in main.py's metrics file."""
 MOSAIC_BERT = """\
 A [MosaicBERT](https://arxiv.org/abs/2312.17482): a BERT with ALiBi instead of position embeddings, gated linear units,
 and no computation on padding. `trust_remote_code=True` lets transformers use the source in this folder, which needs
@@ -42,12 +40,11 @@ model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 
 
 def model_card(source: Pretrained, auto_class: str, task: str, out: Path) -> str:
-    """The README.md of ``out``, in Markdown.
+    """The README.md of ``out``, in Markdown. A folder that is exported to itself keeps its card, which may be edited.
 
     Args:
-        source: the exported weights. An exported folder that is exported to itself keeps its card, which may be edited.
         auto_class: transformers' class to load it with.
-        task: the hub's name of what it does.
+        task: the hub's name of its task.
     """
     if source.path.resolve() == out.resolve() and (out / "README.md").exists():
         return (out / "README.md").read_text()
@@ -73,10 +70,11 @@ def model_card(source: Pretrained, auto_class: str, task: str, out: Path) -> str
 
 def validation_loss(config: Path, step: int) -> str | None:
     """The last evaluation up to a step, from the metrics file that a run's config names; None if there is none."""
+    key = "metrics/eval/LanguageCrossEntropy"
     run = yaml.safe_load(config.read_text()) if config.exists() else {}
     path = run.get("loggers", {}).get("metrics_file", {}).get("path")
     if path is None or not Path(path).exists():
         return None
     lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
-    found = [line for line in lines if EVAL_LOSS in line and line["batch"] <= step]
-    return f"{found[-1][EVAL_LOSS]:.4f} nats per masked token, at step {found[-1]['batch']:,}" if found else None
+    found = [line for line in lines if key in line and line["batch"] <= step]
+    return f"{found[-1][key]:.4f} nats per masked token, at step {found[-1]['batch']:,}" if found else None

@@ -32,7 +32,6 @@ AUTO_CLASSES = {
 
 LENGTHS = (1, 7, 33, 127, 2)
 """Lengths of the random sequences that outputs are compared on."""
-
 TEXT = "Paris is the capital of France; naloxone is a drug. 東京 éà 123"
 """Text that the tokenizers are compared on."""
 
@@ -50,26 +49,17 @@ with torch.no_grad():
 """What a user of the folder does, in a process without this repository."""
 
 
-def auto_class_of(source: Pretrained) -> str:
-    """transformers' auto class for the head that the weights have."""
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in source.state)
-
-    if has("classifier."):
-        return f"AutoModelFor{'Sequence' if has('bert.pooler.') else 'Token'}Classification"
-    return "AutoModelForMaskedLM" if has("cls.") else "AutoModel"
-
-
 def load_model(source: Pretrained) -> tuple[str, PreTrainedModel]:
-    """The auto class and the model of the weights, on the CPU."""
-    auto_class = auto_class_of(source)
+    """transformers' auto class for the head that the weights have, and the model, on the CPU."""
+    heads = {name.split(".")[0] for name in source.state}
+    auto_class = "AutoModelForMaskedLM" if "cls" in heads else "AutoModel"
+    if "classifier" in heads:
+        has_pooler = any(name.startswith("bert.pooler.") for name in source.state)
+        auto_class = f"AutoModelFor{'Sequence' if has_pooler else 'Token'}Classification"
     is_mosaic = isinstance(source.config, MosaicBertConfig)
     model_class = getattr(bert_layers if is_mosaic else transformers, AUTO_CLASSES[auto_class][0])
     # Trained with attention dropout, the model keeps the attention that supports it on every device.
-    options: dict[str, Any] = {}
-    if is_mosaic and source.config.attention_probs_dropout_prob:
-        options["attention"] = "torch"
+    options: dict[str, Any] = {"attention": "torch"} if is_mosaic and source.config.attention_probs_dropout_prob else {}
     return auto_class, weights.load_pretrained(source, model_class, **options)
 
 
@@ -85,7 +75,7 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, car
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the checkpoint computes for a batch of several lengths; the reference for what was exported."""
+    """The checkpoint's outputs for a batch of several lengths: the reference for what was exported."""
 
     ids: Tensor
     """(B, S) int64."""
@@ -100,10 +90,9 @@ class Outputs:
         """Largest difference of ``got``, (B, S, n) or (B, n), from ``exact``.
 
         Raises:
-            ExportError: it is more than rounding explains, which is measured on this model, or NaN.
+            ExportError: it is NaN, or larger than this model's rounding explains.
         """
-        if got.dim() == 3:
-            got = got[self.mask.bool()]
+        got = got[self.mask.bool()] if got.dim() == 3 else got
         worst, largest = float((self.exact - got).abs().max()), float(self.exact.abs().max())
         if not worst <= max(8 * self.rounding, 1e-5 * largest):
             raise ExportError(
@@ -120,11 +109,9 @@ def reference_outputs(model: PreTrainedModel) -> Outputs:
     Raises:
         ExportError: they are NaN or infinite, as after a training that diverged.
     """
-    config = model.config
-    longest = getattr(config, "max_position_embeddings", max(LENGTHS))
-    lengths = torch.tensor([min(length, longest) for length in LENGTHS])
+    lengths = torch.tensor(LENGTHS).clamp(max=getattr(model.config, "max_position_embeddings", max(LENGTHS)))
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    ids = torch.randint(config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    ids = torch.randint(model.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
 
     def one_by_one(model: Any) -> Tensor:
         outputs = [model(row[kept.bool()][None])[0][0] for row, kept in zip(ids, mask, strict=True)]
@@ -132,22 +119,20 @@ def reference_outputs(model: PreTrainedModel) -> Outputs:
 
     exact = one_by_one(copy.deepcopy(model).double())
     if not exact.isfinite().all():
-        raise ExportError(
-            "the checkpoint computes NaN or infinity; nothing was exported; export one of an earlier step"
-        )
+        raise ExportError("the checkpoint computes NaN or infinity; nothing was exported; export an earlier checkpoint")
     return Outputs(ids, mask, exact, float((exact - one_by_one(model)).abs().max()))
 
 
 def outputs_elsewhere(folder: Path, auto_class: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[int]]:
-    """Outputs of a batch and the token ids of TEXT, from a process that loads ``folder`` as its users will.
+    """Outputs for a batch, and the token ids of TEXT, from a process that loads ``folder`` as its users will.
 
     Raises:
         ExportError: it does not load.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "batch.pt"
+        file = f"{scratch}/batch.pt"
         torch.save((ids, mask, TEXT), file)
-        command = [sys.executable, "-c", USER_SCRIPT, str(folder.resolve()), auto_class, str(file)]
+        command = [sys.executable, "-c", USER_SCRIPT, str(folder.resolve()), auto_class, file]
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:

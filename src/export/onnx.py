@@ -5,31 +5,20 @@ inputs. So ``Padded`` computes every position, with the model's layers and atten
 non-padding tokens are equal.
 """
 
-import importlib.util
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from src.bert_layers import (
-    BertAttention,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    BertPreTrainedModel,
-)
+from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel, BertPreTrainedModel
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # requirements-onnx.txt
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """(B, S) int64 each, as BERT's tokenizers return them."""
-
-
-def missing_packages() -> list[str]:
-    """Packages of requirements-onnx.txt that are not installed."""
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 class Padded(nn.Module):
@@ -56,7 +45,7 @@ class Padded(nn.Module):
 
         x = bert.embeddings(input_ids, token_type_ids, None)  # (B, S, D)
         for layer in bert.encoder.layer:
-            attention: BertAttention = layer.attention  # pyright: ignore[reportAssignmentType]
+            attention: Any = layer.attention
             q, k, v = attention.self.Wqkv(x).view(B, S, 3, N, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, N, S, H)
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
             out = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, S, -1)
@@ -74,9 +63,8 @@ def export(model: BertPreTrainedModel, path: Path) -> None:
     """Write ``path``: inputs ``INPUTS``, outputs ``last_hidden_state`` and, with a head, ``logits``."""
     B, S = (torch.export.Dim(name, max=2**20) for name in ("batch", "length"))
     shapes = {name: {0: B, 1: S} for name in INPUTS}
-    example = tuple(
-        torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS
-    )  # three tensors: the same one three times would be one input
+    # Three tensors: the same one three times would be one input.
+    example = tuple(torch.ones(2, 5, dtype=torch.int64) for _ in INPUTS)
     names = ["last_hidden_state"] if isinstance(model, BertModel) else ["last_hidden_state", "logits"]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's functions
     with warnings.catch_warnings():

@@ -1,12 +1,12 @@
-"""The settings of a fine-tuning: frozen dataclasses, from one YAML and ``key=value`` overrides. Imports no torch.
+"""The settings of fine-tuning: frozen dataclasses, from one YAML and ``key=value`` overrides. Imports no torch.
 
     load("yamls/finetune_glue.yaml", ["pretrained=runs/mine/checkpoints", "only=[rte]"]) -> FinetuneConfig
 
-As src/train/config.py: all faults are reported in one error, and defaults stand only here.
+One error reports all faults. This is the only place with defaults.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ KNOWN_METRICS = {
     "tokens": ["accuracy", "macro_f1", "entity_f1"],
 }
 """By kind of task; model.py defines them."""
-
 DEFAULT_METRICS = {"classification": ["accuracy"], "regression": ["pearson", "spearman"], "tokens": ["accuracy"]}
 
 
@@ -175,18 +174,17 @@ def selected(config: FinetuneConfig) -> dict[str, TaskConfig]:
 def _check(config: FinetuneConfig, faults: list[str]) -> None:
     """Add to ``faults`` the values of the right type that make no sense."""
 
-    def expect(ok: bool, path: str, value: Any, what: str) -> None:
+    def expect(ok: bool, path: str, what: str, value: Any) -> None:
         if not ok:
             faults.append(f"{path}: expected {what}, got {value!r}")
 
-    expect(config.max_seq_len > 2, "max_seq_len", config.max_seq_len, "more than the 2 special tokens of a text")
-    expect(config.eval_batch_size > 0, "eval_batch_size", config.eval_batch_size, "a positive number")
-    size = config.device_train_microbatch_size
-    expect(size is None or size > 0, "device_train_microbatch_size", size, "a positive number")
-    interval = config.eval_interval
-    expect(bool(INTERVAL.fullmatch(interval)), "eval_interval", interval, "a number with ba, sp, tok, ep, sec or dur")
-    expect(bool(config.tasks), "tasks", config.tasks, "at least one task")
-    expect(config.only != [], "only", config.only, "at least one task, or null for all")
+    size, interval = config.device_train_microbatch_size, config.eval_interval
+    expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a text", config.max_seq_len)
+    expect(config.eval_batch_size > 0, "eval_batch_size", "a positive number", config.eval_batch_size)
+    expect(size is None or size > 0, "device_train_microbatch_size", "a positive number", size)
+    expect(bool(INTERVAL.fullmatch(interval)), "eval_interval", "a number with ba, sp, tok, ep, sec or dur", interval)
+    expect(bool(config.tasks), "tasks", "at least one task", config.tasks)
+    expect(config.only != [], "only", "at least one task, or null for all", config.only)
     for name in config.only or []:
         if name not in config.tasks:
             faults.append(f"only: unknown task {name!r}; {nearest(name, list(config.tasks))}")
@@ -194,54 +192,45 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
         faults.append("glue_folder: has no effect without a task of GLUE")
     for name, task in config.tasks.items():
         path = f"tasks.{name}"
-        expect(
-            bool(NAME.fullmatch(name)), "tasks", name, "a name of letters, digits, '_', '.' and '-'; it names folders"
-        )
+        names_folder = bool(NAME.fullmatch(name))
+        expect(names_folder, "tasks", "a name of letters, digits, '_', '.' and '-'; it names folders", name)
         for key in ("lr", "batch_size", "epochs"):
-            expect(getattr(task, key) > 0, f"{path}.{key}", getattr(task, key), "a positive number")
-        different = task.seeds and len(set(task.seeds)) == len(task.seeds) and min(task.seeds) >= 0
-        expect(bool(different), f"{path}.seeds", task.seeds, "one or more different seeds, none negative")
+            expect(getattr(task, key) > 0, f"{path}.{key}", "a positive number", getattr(task, key))
+        different = task.seeds != [] and len(set(task.seeds)) == len(task.seeds) and min(task.seeds) >= 0
+        expect(different, f"{path}.seeds", "one or more different seeds, none negative", task.seeds)
         if task.data is not None:
-            _check_data(task.data, f"{path}.data", faults)
+            faults += [f"{path}.data.{fault}" for fault in _data_faults(task.data)]
         elif name not in glue.TASKS:
             hint = nearest(name, list(glue.TASKS))
             faults.append(f"{path}: not a task of GLUE ({hint}); a task on your own files needs a section 'data'")
-        _check_start(config, name, faults)
-
-
-def _check_start(config: FinetuneConfig, name: str, faults: list[str]) -> None:
-    chain, path = [name], f"tasks.{name}.starts_from"
-    while (start := config.tasks[chain[-1]].starts_from) is not None:
-        if start not in config.tasks:
-            if len(chain) == 1:  # else the other task reports it
-                faults.append(f"{path}: unknown task {start!r}; {nearest(start, list(config.tasks))}")
-            return
+        chain = [name]
+        while (start := config.tasks[chain[-1]].starts_from) in config.tasks and start not in chain:
+            chain.append(start)
         if start in chain:
-            faults.append(f"{path}: circular: {' <- '.join([*chain, start])}")
-            return
-        chain.append(start)
+            faults.append(f"{path}.starts_from: circular: {' <- '.join([*chain, start])}")
+        elif start is not None and len(chain) == 1:  # else the other task reports it
+            faults.append(f"{path}.starts_from: unknown task {start!r}; {nearest(start, list(config.tasks))}")
 
 
-def _check_data(data: LabelledData, path: str, faults: list[str]) -> None:
-    known = KNOWN_METRICS[data.kind]
+def _data_faults(data: LabelledData) -> Iterator[str]:
+    known, files, labels = KNOWN_METRICS[data.kind], data.validation, data.labels
     for metric in data.metrics or []:
         if metric not in known:
-            faults.append(f"{path}.metrics: {metric!r} is no metric of {data.kind}; {nearest(metric, known)}")
+            yield f"metrics: {metric!r} is no metric of {data.kind}; {nearest(metric, known)}"
     if data.metrics == []:
-        faults.append(f"{path}.metrics: expected at least one, or null for the default")
-    if isinstance(data.validation, float) and not 0 < data.validation < 1:
-        faults.append(f"{path}.validation: expected a share between 0 and 1, got {data.validation!r}")
-    if isinstance(data.validation, dict):
-        for name, files in data.validation.items():
-            if not isinstance(files, str) or not isinstance(name, str) or not NAME.fullmatch(name) or name == "test":
-                faults.append(f"{path}.validation.{name}: expected a name other than test, and a file; got {files!r}")
-        if not data.validation:
-            faults.append(f"{path}.validation: expected at least one file")
+        yield "metrics: expected at least one, or null for the default"
+    if isinstance(files, float) and not 0 < files < 1:
+        yield f"validation: expected a share between 0 and 1, got {files!r}"
+    if files == {}:
+        yield "validation: expected at least one file"
+    for name, file in files.items() if isinstance(files, dict) else ():
+        if not isinstance(file, str) or not isinstance(name, str) or not NAME.fullmatch(name) or name == "test":
+            yield f"validation.{name}: expected a name other than test, and a file; got {file!r}"
     if data.kind == "tokens" and data.text_pair is not None:
-        faults.append(f"{path}.text_pair: has no effect with kind tokens, which takes one text")
-    if data.kind == "regression" and (data.labels is not None or data.label_names is not None):
-        faults.append(f"{path}.labels: regression has no classes")
-    if data.label_names is not None and (data.labels is None or len(data.labels) != len(data.label_names)):
-        faults.append(f"{path}.label_names: needs labels, and as many of them")
-    if data.labels is not None and (len(data.labels) < 2 or len(set(data.labels)) < len(data.labels)):
-        faults.append(f"{path}.labels: expected two or more different classes, got {data.labels!r}")
+        yield "text_pair: has no effect with kind tokens, which takes one text"
+    if data.kind == "regression" and (labels is not None or data.label_names is not None):
+        yield "labels: regression has no classes"
+    if data.label_names is not None and (labels is None or len(labels) != len(data.label_names)):
+        yield "label_names: needs labels, and as many of them"
+    if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+        yield f"labels: expected two or more different classes, got {labels!r}"

@@ -16,48 +16,38 @@ from src.bert_layers import BertForSequenceClassification, BertForTokenClassific
 from src.common.errors import CheckpointError, ConfigError
 from src.data.microbatches import Batch
 from src.data.tokenizer import load_tokenizer
+from src.finetune.config import FinetuneConfig
 from src.masked_lm_loss import IGNORED
 from src.train import models, weights
 from src.train.schema import Component
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class EntityF1(Metric):
     """Micro-averaged F1 of whole entities, as conlleval counts them (Tjong Kim Sang and De Meulder, 2003).
 
     An entity is a sequence of tags B-X I-X ...; an I-X after another tag also begins one. It is correct if its type,
-    first word and last word are. Ours, because torchmetrics has none.
+    first word and last word are. torchmetrics has none.
     """
 
     full_state_update = False
-    correct: Tensor
-    predicted: Tensor
-    actual: Tensor
+    counts: Tensor
+    """(3,) int64: correct, predicted and actual entities."""
 
     def __init__(self, classes: list[str]):
         super().__init__()
         self.classes = classes
-        for name in ("correct", "predicted", "actual"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", default=torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch of tag numbers, (B, S) each; positions with the label IGNORED do not count."""
         for predicted, label in zip(predictions, labels, strict=True):
             counted = label != IGNORED
             ours, theirs = self.entities(predicted[counted]), self.entities(label[counted])
-            self.correct += len(ours & theirs)
-            self.predicted += len(ours)
-            self.actual += len(theirs)
+            self.counts += self.counts.new_tensor([len(ours & theirs), len(ours), len(theirs)])
 
     def compute(self) -> Tensor:
         """() fp32; 0 if there is no entity."""
-        return 2 * self.correct / (self.predicted + self.actual).clamp(min=1)
+        return 2 * self.counts[0] / self.counts[1:].sum().clamp(min=1)
 
     def entities(self, numbers: Tensor) -> set[tuple[str, int, int]]:
         """(type, first word, word after the last) of each entity in the tags (words,)."""
@@ -85,34 +75,24 @@ METRICS: dict[str, Callable[[list[str]], Metric]] = {
 
 
 class Classifier(ComposerModel):
-    """A Hugging Face model with a head as a ComposerModel, trained on the loss that it returns.
-
-    Args:
-        model: takes ``INPUTS`` by name, and returns ``loss`` and ``logits``.
-        kind: of the task.
-        metrics: for evaluation, by name.
-    """
+    """A Hugging Face model with a head for one kind of task; ``metrics``, by name, are for evaluation."""
 
     def __init__(self, model: PreTrainedModel, kind: str, metrics: Mapping[str, Metric]):
         super().__init__()
-        self.model = model
-        self.kind = kind
-        self.val_metrics = dict(metrics)
+        self.model, self.kind, self.val_metrics = model, kind, dict(metrics)
 
     def forward(self, batch: Batch) -> Any:
         """Loss and logits of a padded batch (``data.collate``)."""
-        return self.model(**{name: batch[name] for name in INPUTS if name in batch})
+        return self.model(**batch)
 
     def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """() fp32, mean over the rows, or over the labelled words."""
         return outputs.loss
 
     def eval_forward(self, batch: Batch, outputs: Any | None = None) -> Any:
-        """The forward pass."""
         return self(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """Metrics by name; none in training."""
         return {} if is_train else self.val_metrics
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -120,21 +100,13 @@ class Classifier(ComposerModel):
         return logits.squeeze(-1).double() if self.kind == "regression" else logits.argmax(dim=-1)
 
     def update_metric(self, batch: Batch, outputs: Any, metric: Metric) -> None:
-        """Add a batch to a metric."""
         labels = batch["labels"].double() if self.kind == "regression" else batch["labels"]
         metric.update(self.predictions(outputs.logits), labels)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
-# ----------------------------------------------------------------------------------------------------------------------
-
-SEQUENCES = {
-    "mosaic_bert": BertForSequenceClassification,
-    "hf_bert": transformers.BertForSequenceClassification,
-}
+TEXTS = {"mosaic_bert": BertForSequenceClassification, "hf_bert": transformers.BertForSequenceClassification}
 TOKENS = {"mosaic_bert": BertForTokenClassification, "hf_bert": transformers.BertForTokenClassification}
-HEADS = {"classification": SEQUENCES, "regression": SEQUENCES, "tokens": TOKENS}
+HEADS = {"classification": TEXTS, "regression": TEXTS, "tokens": TOKENS}
 """Model classes, by kind of task and kind of model."""
 
 
@@ -146,12 +118,11 @@ def build_model(
     classes: list[str],
     max_seq_len: int,
 ) -> PreTrainedModel:
-    """The model with a newly initialised head, on the CPU.
+    """The model with a newly initialised head for a ``kind`` of task, on the CPU.
 
     Args:
         component: ``model`` of the YAML.
         source: weights of the encoder; None for random ones.
-        kind: of the task.
         classes: their names in the saved model, in the order of their numbers; empty for regression.
 
     Raises:
@@ -160,8 +131,7 @@ def build_model(
     if kind == "regression":
         head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     else:
-        names = dict(enumerate(classes))
-        head = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        head = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
         head["problem_type"] = "single_label_classification" if kind == "classification" else None
     options = models.read_options(component)
     model_class: type[PreTrainedModel] = HEADS[kind][component.name]
@@ -184,10 +154,11 @@ def build_model(
     return model
 
 
-def read_tokenizer(source: weights.Pretrained | None, name: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer that the weights were trained with; for random weights the named one."""
-    if source is not None:
-        return weights.load_tokenizer(source, name)
-    if name is None:
+def read_pretrained(config: FinetuneConfig) -> tuple[weights.Pretrained | None, PreTrainedTokenizerFast]:
+    """The weights to start from, None for random ones, and the tokenizer that they were trained with."""
+    if config.pretrained is not None:
+        source = weights.read(config.pretrained)
+        return source, weights.load_tokenizer(source, config.tokenizer_name)
+    if config.tokenizer_name is None:
         raise ConfigError("tokenizer_name: missing; it is required with pretrained: null")
-    return load_tokenizer(name)
+    return None, load_tokenizer(config.tokenizer_name)

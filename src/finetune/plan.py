@@ -1,4 +1,4 @@
-"""The runs of a fine-tuning, tasks times seeds, in order; and their checks before anything is trained."""
+"""The runs, tasks times seeds, in order, and the checks before anything is trained."""
 
 import dataclasses
 import hashlib
@@ -26,19 +26,19 @@ def plan_runs(config: FinetuneConfig) -> list[RunSpec]:
     """The runs of the selected tasks; a task comes after the one that it starts from.
 
     Raises:
-        ValueError: a file, the model or the tokenizer is missing or does not fit; the error says which.
+        ValueError: a file, the model or the tokenizer is missing or does not fit.
     """
     config = _with_local_files(config)
-    source = None
-    if config.pretrained is not None:
-        source = weights.read(config.pretrained)
-        # The file itself: pretraining that continues gives its folder's `latest` to another one.
+    source, tokenizer = model.read_pretrained(config)
+    if source is not None:  # the file that `latest` names now: it changes when pretraining continues
         config = dataclasses.replace(config, pretrained=str(source.path.resolve()))
-    shared = to_dict(dataclasses.replace(config, tasks={}))
-    for name in NOT_IN_RUN_KEY:
-        del shared[name]
-    shared["tokenizer_name"] = tokenizer_fingerprint(model.read_tokenizer(source, config.tokenizer_name))
-    shared["pretrained"] = None if source is None else _weights_hashes(source.path)
+    options = to_dict(dataclasses.replace(config, tasks={}))
+    shared = {name: value for name, value in options.items() if name not in NOT_IN_RUN_KEY}
+    shared["tokenizer_name"] = tokenizer_fingerprint(tokenizer)
+    if source is not None:
+        names = ("config.json", *weights.WEIGHTS)
+        files = [source.path / name for name in names] if source.path.is_dir() else [source.path]
+        shared["pretrained"] = [digest for file in files if file.exists() for digest in file_hashes(str(file))]
     specs: dict[str, list[RunSpec]] = {}
     left = selected(config)
     while left:
@@ -90,23 +90,16 @@ def _hub_model(name: str) -> Path:
         raise ConfigError(f"pretrained: no such file or folder, and {error}") from None
 
 
-def _weights_hashes(path: Path) -> list[str]:
-    """Hashes of a checkpoint, or of the files that define the model of a Hugging Face folder."""
-    files = [path / name for name in ("config.json", *weights.WEIGHTS)] if path.is_dir() else [path]
-    return [digest for file in files if file.exists() for digest in file_hashes(str(file))]
-
-
 def _task_settings(config: FinetuneConfig, name: str) -> dict[str, Any]:
     """What decides a task's results except the seed: its options, and hashes in place of file names."""
+
+    def hashed(files: Any) -> Any:
+        if isinstance(files, dict):
+            return {label: file_hashes(pattern) for label, pattern in files.items()}
+        return file_hashes(files) if isinstance(files, str) else files  # no file, or a share of the training set
+
     settings = to_dict(config.tasks[name])
-    data = settings["data"]
-    validation = data["validation"]
-    data["train"] = file_hashes(data["train"])
-    if isinstance(validation, dict):
-        data["validation"] = {label: file_hashes(files) for label, files in validation.items()}
-    elif isinstance(validation, str):
-        data["validation"] = file_hashes(validation)
-    data["test"] = None if data["test"] is None else file_hashes(data["test"])
+    settings["data"] |= {split: hashed(settings["data"][split]) for split in ("train", "validation", "test")}
     del settings["seeds"], settings["starts_from"]
     return settings
 
@@ -118,25 +111,18 @@ def is_finished(spec: RunSpec) -> bool:
 
 
 def check_runs(specs: list[RunSpec]) -> None:
-    """Find faults in data, models and options now, not after hours of other runs.
-
-    Raises:
-        ValueError: one of them; the error says which.
-    """
+    """Raises ValueError for faults in data, model and options now, not after hours of other runs."""
     config = specs[0].config
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
-    source = None if config.pretrained is None else weights.read(config.pretrained)
-    tokenizer = model.read_tokenizer(source, config.tokenizer_name)
+    source, tokenizer = model.read_pretrained(config)
     build("scheduler", optim.SCHEDULERS, config.scheduler)
     build("optimizer", optim.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
-    built = set()
+    classes = {}
     for spec in {spec.task: spec for spec in specs}.values():
-        data = spec.data
         try:
-            classes = classes_of(data, read_sets(data))
+            classes[spec.data.kind] = classes_of(spec.data, read_sets(spec.data))
         except DataError as error:
             raise DataError(f"tasks.{spec.task}: {error}") from None
-        if data.kind not in built:
-            model.build_model(config.model, tokenizer, source, data.kind, classes, config.max_seq_len)
-            built.add(data.kind)
+    for kind, names in classes.items():
+        model.build_model(config.model, tokenizer, source, kind, names, config.max_seq_len)

@@ -1,4 +1,4 @@
-"""One fine-tuning run, a task with a seed: one Composer Trainer on one device, and its result in a file."""
+"""One run, a task with a seed: one Composer Trainer on one device, and its result in a file."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ from src.common.files import PARTIAL, replace_folder, write_text
 from src.data.tokenizer import save_tokenizer
 from src.finetune.config import DEFAULT_METRICS, RunSpec
 from src.finetune.data import Encoded, classes_of, collate, count_tokens, encode, read_sets, split_batch
-from src.finetune.model import METRICS, Classifier, build_model, read_tokenizer
+from src.finetune.model import METRICS, Classifier, build_model, read_pretrained
 from src.masked_lm_loss import IGNORED
 from src.train import checkpoint, optim, weights
 from src.train.callbacks import Reseed, StopOnSilentFailure
@@ -35,11 +35,9 @@ SPEC_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FOLDER = "run.yaml", "result.j
 """In a run's folder: what its process reads, and what it writes."""
 
 
-def data_spec(
-    encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, shuffle_seed: int | None = None
-) -> DataSpec:
-    """Batches of all examples, the last one smaller; in order, or shuffled by the seed and the epoch."""
-    order = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+def data_spec(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int | None) -> DataSpec:
+    """Batches of all examples, the last one smaller; shuffled by the seed and the epoch, or in order without a seed."""
+    order = None if seed is None else torch.Generator().manual_seed(seed)
     loader = DataLoader(
         encoded.examples,  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
@@ -66,7 +64,7 @@ def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators:
         train_dataloader=train,
         eval_dataloader=evaluators,
         eval_interval=config.eval_interval,
-        max_duration=f"{steps}ba",  # in steps, so that progress is known within an epoch
+        max_duration=f"{steps}ba",  # in steps: Composer knows the progress within an epoch
         precision=config.precision,
         device_train_microbatch_size=config.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,  # each row, or labelled word, of a batch has the same weight
@@ -77,10 +75,7 @@ def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators:
 
 
 def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
-    """Do a run. Its result is written to ``spec.folder`` last, so a run with a result is complete.
-
-    Returns:
-        ``metrics`` by set and name, ``score`` (their mean without the test set), and what they were measured on.
+    """Do a run, and return its result, which is written to ``spec.folder`` last: a run with a result is complete.
 
     Raises:
         ValueError: data, model or options do not fit.
@@ -94,8 +89,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     sets = read_sets(data)
     classes = classes_of(data, sets)
     names = data.label_names or classes
-    source = None if config.pretrained is None else weights.read(config.pretrained)
-    tokenizer = read_tokenizer(source, config.tokenizer_name)
+    source, tokenizer = read_pretrained(config)
     if spec.encoder is not None:
         source = weights.read(spec.encoder)
     network = build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)
@@ -103,11 +97,10 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     model = Classifier(network, data.kind, {name: METRICS[name](classes) for name in metrics})
 
     encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
-    train = data_spec(encoded["train"], tokenizer, task.batch_size, shuffle_seed=spec.seed)
-    held_out = {
-        name: data_spec(part, tokenizer, config.eval_batch_size) for name, part in encoded.items() if name != "train"
-    }
-    evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in held_out.items()}
+    train = data_spec(encoded["train"], tokenizer, task.batch_size, spec.seed)
+    size = config.eval_batch_size
+    others = {name: data_spec(encoded[name], tokenizer, size, None) for name in encoded if name != "train"}
+    evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in others.items()}
     test = evaluators.pop("test", None)
     trainer = build_trainer(spec, model, train, list(evaluators.values()))
     try:
@@ -119,10 +112,10 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
             f"out of memory ({first_line(error)}). Lower device_train_microbatch_size (the loss stays the same) or "
             "eval_batch_size, or set model.gradient_checkpointing: true"
         ) from None
-    for name, part in held_out.items():
+    for name, part in others.items():
         write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.txt", model, trainer.predict(part), part, names)
     found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
-    values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in held_out}
+    values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in others}
     trainer.close()
     for name, metric in itertools.product(values, metrics):
         if not math.isfinite(values[name][metric]):
@@ -161,9 +154,6 @@ def write_predictions(path: Path, model: Classifier, outputs: list[Any], part: D
     lines = []
     for output, batch in zip(outputs, part.dataloader, strict=True):
         for predicted, label in zip(model.predictions(output["logits"]), batch["labels"], strict=True):
-            if model.kind == "regression":
-                lines.append(f"{predicted.item():.6g}\n")
-            else:
-                shown = predicted[label != IGNORED] if label.ndim else predicted[None]
-                lines.append(" ".join(names[n] for n in shown.tolist()) + "\n")
+            shown = (predicted[label != IGNORED] if label.ndim else predicted[None]).tolist()
+            lines.append(" ".join(f"{x:.6g}" if model.kind == "regression" else names[x] for x in shown) + "\n")
     write_text(path, lines)

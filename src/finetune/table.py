@@ -8,11 +8,10 @@ from typing import Any
 HEADER = ("task", "metric", "n", "mean", "deviation", "95% interval")
 
 
-def t_quantile(freedom: int, share: float = 0.95) -> float:
-    """The t with ``share`` of Student's distribution of ``freedom`` degrees between -t and t, by bisection.
+def t_quantile(freedom: int) -> float:
+    """The t for which 95% of Student's distribution of ``freedom`` degrees lies between -t and t, by bisection.
 
-    The share is a finite sum in cos(atan(t / sqrt(freedom))): Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4. Ours,
-    because scipy is no dependency of either stack.
+    Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4. Ours, because scipy is no dependency of either stack.
     """
 
     def share_within(t: float) -> float:
@@ -27,7 +26,7 @@ def t_quantile(freedom: int, share: float = 0.95) -> float:
     low, high = 0.0, 1e3
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if share_within(middle) < share else (low, middle)
+        low, high = (middle, high) if share_within(middle) < 0.95 else (low, middle)
     return low
 
 
@@ -46,11 +45,7 @@ def summarize(values: dict[str, float]) -> dict[str, Any]:
 
 
 def aggregate(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of each metric and of the score by task, and the mean score over tasks.
-
-    Args:
-        results: of finished runs, the contents of their result.json.
-    """
+    """The summary of each metric and of the score by task, and the mean score over tasks, from runs' result.json."""
     tasks: dict[str, Any] = {}
     for task in dict.fromkeys(result["task"] for result in results):
         runs = {str(result["seed"]): result for result in results if result["task"] == task}
@@ -64,12 +59,11 @@ def aggregate(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table_lines(aggregated: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The lines below HEADER. A score has a line of its own if it is the mean of several metrics."""
-    lines = []
+    """HEADER and the lines below it. A score has its own line if it is the mean of several metrics."""
+    lines: list[tuple[str, ...]] = [HEADER]
     for task, found in aggregated["tasks"].items():
-        scored = [name for name in found["metrics"] if not name.endswith("(test)")]
-        entries = {**found["metrics"], **({"score": found["score"]} if len(scored) > 1 else {})}
-        for name, entry in entries.items():
+        several = sum(not name.endswith("(test)") for name in found["metrics"]) > 1
+        for name, entry in {**found["metrics"], **({"score": found["score"]} if several else {})}.items():
             deviation = "" if entry["deviation"] is None else f"{entry['deviation']:.4f}"
             interval = "" if entry["interval"] is None else "{:.4f} to {:.4f}".format(*entry["interval"])
             lines.append((task, name, str(entry["n"]), f"{entry['mean']:.4f}", deviation, interval))
@@ -92,12 +86,10 @@ def truncation_notes(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def as_text(lines: Sequence[tuple[str, ...]]) -> str:
     """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(HEADER, *lines, strict=True)]
-    padded = [map(str.ljust, line, widths) for line in (HEADER, *lines)]
-    return "".join("  ".join(line).rstrip() + "\n" for line in padded)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in lines)
 
 
 def as_markdown(lines: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table."""
-    cells = [HEADER, ("---",) * len(HEADER), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ("---",) * len(HEADER), *lines[1:]))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,24 @@ def exported(trained, tmp_path_factory):
     return out, printed.getvalue()
 
 
+@pytest.fixture(scope="module")
+def computed(trained):
+    """Ids and mask of a batch; the checkpoint's logits and last hidden states for it."""
+    model, batch = load_pretrained(trained, BertForMaskedLM), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        return ids, mask, model(ids, mask).logits, model.bert(ids, mask).last_hidden_state
+
+
+def run_as_user(script, folder, values, tmp_path):
+    """Run a script in a process with nothing of this repository; it reads ``folder`` and a file with ``values``."""
+    torch.save(values, tmp_path / "values.pt")
+    environment = {"HF_HOME": f"{tmp_path}/hf", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, folder, tmp_path / "values.pt"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "all the same" in done.stdout, done.stderr
+
+
 @pytest.fixture
 def loaded_here(monkeypatch):
     """Load folders in this process, because another one takes seconds."""
@@ -59,11 +76,8 @@ def test_what_a_folder_holds(exported, trained):
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mosaic_bert" and config["auto_map"]["AutoModel"] == "bert_layers.BertModel"
     names = {path.name for path in out.iterdir()}
-    assert (
-        {"model.safetensors", "tokenizer.json", "attention.py"}
-        < names
-        <= export_hf.FILES | {path.name for path in Path(bert_layers.__file__).parent.glob("*.py")}
-    )
+    source = {path.name for path in Path(bert_layers.__file__).parent.glob("*.py")}
+    assert {"model.safetensors", "tokenizer.json", "attention.py"} < names <= export_hf.FILES | source
     assert not [path for path in out.parent.iterdir() if path != out]
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
 
@@ -103,30 +117,29 @@ for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassifi
     assert other(ids, mask).logits.shape[-1] == 5 and type(other).__module__.startswith("transformers_modules.")
     torch.testing.assert_close(other.bert(ids, mask).last_hidden_state, states, **same)
 
-try:  # never another model, silently
-    AutoModel.from_pretrained(folder, trust_remote_code=False)
-    raise SystemExit("loaded without its source")
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-
-try:  # nor inside transformers' own BERT
-    AutoModelForQuestionAnswering.from_pretrained(folder, **load)
-    raise SystemExit("a head that is not there")
-except ValueError as error:
-    assert "MosaicBertConfig" in str(error), error
+# Without its source, or with a head that it lacks, no other model is loaded silently.
+for auto_class, trust, said in (
+    (AutoModel, False, "trust_remote_code"),
+    (AutoModelForQuestionAnswering, True, "MosaicBertConfig"),
+):
+    try:
+        auto_class.from_pretrained(folder, trust_remote_code=trust)
+        raise SystemExit(f"loaded by {auto_class}")
+    except ValueError as error:
+        assert said in str(error), error
 
 
 def source(folder):
     return {name for name in os.listdir(folder) if name.endswith(".py")}
 
 
-# What was fine-tuned from the folder and saved is a folder that loads by itself.
+# A model that was fine-tuned from the folder and saved is a folder that needs nothing else.
 tuned = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **load).eval()
 tuned.save_pretrained("tuned")
 assert source("tuned") == source(folder)
 again = AutoModelForSequenceClassification.from_pretrained("tuned", **load)
 assert torch.equal(again(ids, mask).logits, tuned(ids, mask).logits)
-base = AutoModel.from_pretrained("tuned", **load)  # by each way to it, not by that of its class alone
+base = AutoModel.from_pretrained("tuned", **load)  # by the other auto classes, too
 assert torch.equal(base(ids, mask).pooler_output, tuned.bert(ids, mask).pooler_output)
 
 tokenizer = AutoTokenizer.from_pretrained(folder, **load)
@@ -158,24 +171,10 @@ print("all the same")
 """
 
 
-def test_the_folder_where_only_torch_and_transformers_are(exported, trained, tmp_path):
+def test_the_folder_needs_only_torch_and_transformers(exported, computed, tmp_path):
     """Every auto class, the fill-mask pipeline, and sentence-transformers: vectors alone as in a padded batch."""
-    model = load_pretrained(trained, BertForMaskedLM)
-    batch = batch_of()
-    ids, mask = batch["input_ids"], batch["attention_mask"]
     texts = ["paris is the [MASK] of france", "water", "a longer text, of more words than the two before it"]
-    states = model.bert(ids, mask).last_hidden_state
-    torch.save((ids, mask, model(ids, mask).logits, states, texts), tmp_path / "want.pt")
-    environment = {
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", USER, exported[0], tmp_path / "want.pt"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "all the same" in done.stdout
+    run_as_user(USER, exported[0], (*computed, texts), tmp_path)
 
 
 PLACED = """
@@ -193,19 +192,13 @@ print("all the same")
 """
 
 
-def test_accelerate_places_it(exported, trained, tmp_path):
+def test_accelerate_places_the_model(exported, computed, tmp_path):
     pytest.importorskip("accelerate")
-    model, batch = load_pretrained(trained, BertForMaskedLM), batch_of()
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    torch.save((ids, mask, model(ids, mask).logits), tmp_path / "want.pt")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PLACED, exported[0], tmp_path / "want.pt"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "all the same" in done.stdout, done.stderr
+    run_as_user(PLACED, exported[0], computed[:3], tmp_path)
 
 
-def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_path, capsys):
-    """With the name that the config's class had, and source that computes garbage under transformers 5."""
+def test_an_older_folder_is_exported_again_in_place(exported, tmp_path, capsys):
+    """With the earlier name of the config's class, and source that fails."""
     old = tmp_path / "old"
     shutil.copytree(exported[0], old)
     config = json.loads((old / "config.json").read_text())
@@ -221,16 +214,15 @@ def test_a_folder_exported_before_is_exported_again_in_its_place(exported, tmp_p
     assert (old / "README.md").read_text() == (exported[0] / "README.md").read_text()  # which tells of the training
 
 
-def test_what_is_exported_can_be_exported_again_and_begun_with(exported, trained):
-    """The way back: the same weights, the same tokenizer."""
-    there, back = load_pretrained(trained, BertForMaskedLM), weights.read(exported[0])
-    for name, weight in load_pretrained(back, BertForMaskedLM).state_dict().items():
-        assert torch.equal(weight, there.state_dict()[name])
+def test_an_exported_folder_is_read_with_the_same_weights_and_tokenizer(exported, trained):
+    back = weights.read(exported[0])
+    got, want = (dict(load_pretrained(source, BertForMaskedLM).state_dict()) for source in (back, trained))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
     weights.check_tokenizer(weights.read(trained), weights.load_tokenizer(back))
-    assert hf.auto_class_of(back) == "AutoModelForMaskedLM"
+    assert hf.load_model(back)[0] == "AutoModelForMaskedLM"
 
 
-def test_a_classifier_in_place_of_an_older_export(exported, trained, tokenizer_folder, tmp_path, capsys, loaded_here):
+def test_a_classifier_replaces_an_older_export(exported, trained, tokenizer_folder, tmp_path, capsys, loaded_here):
     names = {0: "bad", 1: "so-so", 2: "good"}
     model = load_pretrained(trained, BertForSequenceClassification, id2label=names, label2id={})
     model.save_pretrained(tmp_path / "tuned")
@@ -248,32 +240,22 @@ def test_a_classifier_in_place_of_an_older_export(exported, trained, tokenizer_f
     again = load_pretrained(out, BertForSequenceClassification)
     assert again.config.id2label == names and torch.equal(again.classifier.weight, model.classifier.weight)
     assert "pipeline_tag: text-classification" in (out / "README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.name not in ("tuned", "out")] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "out"}
 
 
-@pytest.mark.parametrize(
-    ("model_class", "auto_class"),
-    [
-        (BertForMaskedLM, "AutoModelForMaskedLM"),
-        (BertForSequenceClassification, "AutoModelForSequenceClassification"),
-        (BertForTokenClassification, "AutoModelForTokenClassification"),
-        (BertModel, "AutoModel"),
-    ],
-)
-def test_the_class_follows_the_weights(model_class, auto_class, tmp_path):
+@pytest.mark.parametrize("head", ["", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+def test_the_auto_class_follows_the_weights(head, tmp_path):
     """Attention dropout keeps the implementation that has it."""
+    model_class = getattr(bert_layers, f"Bert{head or 'Model'}")
     model = model_of(model_class, dtype=torch.float32, attention_probs_dropout_prob=0.1, attention="torch")
     model.config.attention = "auto"
     model.save_pretrained(tmp_path)
     found, loaded = hf.load_model(weights.read(tmp_path))
-    assert found == auto_class and type(loaded) is model_class and loaded.config.attention == "torch"
-
-
-# The check
+    assert found == f"AutoModel{head}" and type(loaded) is model_class and loaded.config.attention == "torch"
 
 
 @pytest.mark.parametrize("cls", [BertForMaskedLM, BertForSequenceClassification, BertModel])
-def test_rounding_passes_and_more_does_not(cls):
+def test_only_rounding_is_accepted(cls):
     model = model_of(cls, dtype=torch.float32).eval()
     want = hf.reference_outputs(model)
     with torch.no_grad():
@@ -287,7 +269,7 @@ def test_rounding_passes_and_more_does_not(cls):
             want.difference(got, "it")
 
 
-def test_a_folder_that_computes_something_else_does_not_appear(trained, tmp_path, monkeypatch, loaded_here):
+def test_a_folder_with_other_outputs_is_not_exported(trained, tmp_path, monkeypatch, loaded_here):
     write = hf.write_folder
 
     def damaged(model, tokenizer, card, folder):
@@ -302,7 +284,7 @@ def test_a_folder_that_computes_something_else_does_not_appear(trained, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refusals_before_any_work(trained, tmp_path, monkeypatch):
+def test_refusals_leave_no_folder(trained, tmp_path, monkeypatch):
     shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt")
     with pytest.raises(ValueError, match="next to the checkpoint; name the tokenizer: --tokenizer FOLDER"):
         export_hf.main([str(tmp_path / "alone.pt"), str(tmp_path / "out")])
@@ -321,25 +303,20 @@ def test_refusals_before_any_work(trained, tmp_path, monkeypatch):
 
 def test_padded_computes_what_the_model_does():
     """With two segments; padding to either side, and holes in the mask."""
+    batch = batch_of()
+    right, full = batch["input_ids"], batch["attention_mask"]
+    holes = full.clone()
+    holes[:, 3] = 0
     for cls in (BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel):
         model = model_of(cls, dtype=torch.float32, num_labels=3).eval()
-        batch = batch_of()
-        right, full = batch["input_ids"], batch["attention_mask"]
-        holes = full.clone()
-        holes[:, 3] = 0
         for ids, mask in ((right, full), (right.flip(1), full.flip(1)), (right, holes)):
             with torch.no_grad():
-                want = model(ids, mask, ids % 2)
-                states, *head = onnx.Padded(model)(ids, mask, ids % 2)
-            if head:
-                torch.testing.assert_close(head[0], want[0], rtol=1e-5, atol=1e-5)
-            else:
-                torch.testing.assert_close(states, want[0], rtol=1e-5, atol=1e-5)
+                want, got = model(ids, mask, ids % 2)[0], onnx.Padded(model)(ids, mask, ids % 2)[-1]
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_onnx(trained, tmp_path, capsys):
-    """Other numbers of sequences and other lengths than it was exported with."""
+def test_onnx_takes_any_batch_size_and_length(trained, tmp_path, capsys):
     export_hf.main([str(trained), str(tmp_path / "out"), "--onnx"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("onnx max_abs_logit_diff=") and lines[-1].startswith("export max_abs_logit_diff=")
@@ -353,8 +330,7 @@ def test_onnx(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_baseline_too(token_shards, tokenizer_folder, tmp_path):
-    """A checkpoint of hf_bert becomes a folder of Hugging Face's own class, without source."""
+def test_the_baseline_is_exported_as_transformers_bert(token_shards, tokenizer_folder, tmp_path):
     main.main(["yamls/hf_bert.yaml", *tiny_run(token_shards, tokenizer_folder, tmp_path)])
     export_hf.main([str(tmp_path / "checkpoints"), str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("*.py"))

@@ -1,7 +1,6 @@
 """Folders written under one version of torch and transformers, read under another: the same numbers.
 
-Slow, and not part of `make test-slow`: it installs the versions, 7 GB for each torch that is not here, into .matrix/,
-which a second run takes as it is.  make test-versions
+Not part of `make test-slow`, but `make test-versions`: it installs the versions into .matrix/, once, 7 GB per torch.
 """
 
 import json
@@ -27,12 +26,7 @@ from pathlib import Path
 
 SHAPE = dict(vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, intermediate_size=64)
 SHAPE |= dict(initializer_range=0.2, hidden_dropout_prob=0.0, num_labels=3)
-CLASSES = {
-    "AutoModel": "BertModel",
-    "AutoModelForMaskedLM": "BertForMaskedLM",
-    "AutoModelForSequenceClassification": "BertForSequenceClassification",
-    "AutoModelForTokenClassification": "BertForTokenClassification",
-}
+HEADS = ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 random = numpy.random.RandomState(0)
 lengths = torch.tensor([9, 1, 17, 4, 17])
 mask = (torch.arange(17) < lengths[:, None]).long()
@@ -55,30 +49,25 @@ def numbers(model, auto_class):
     return {**found, "loss": loss, **gradients}
 """
 
-WRITE = (
-    COMMON
-    + """
+WRITE = """
 from src import bert_layers
 from src.configuration_bert import MosaicBertConfig
 
-for auto_class, name in CLASSES.items():
-    model = getattr(bert_layers, name)(MosaicBertConfig(**SHAPE)).eval()
+for head in HEADS:
+    model = getattr(bert_layers, f"Bert{head or 'Model'}")(MosaicBertConfig(**SHAPE)).eval()
     random = numpy.random.RandomState(1)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             p.copy_(torch.from_numpy(random.normal(0, 0.2, p.shape)) + ("orm.weight" in name))
-    model.save_pretrained(Path(sys.argv[1], auto_class))
+    model.save_pretrained(Path(sys.argv[1], f"AutoModel{head}"))
 """
-)
 """Writes a folder of each class, with weights that do not depend on the versions."""
 
-READ = (
-    COMMON
-    + """
+READ = """
 reference = Path(sys.argv[1])
 for folder in map(Path, sys.argv[2:]):
     worst = dict.fromkeys(("weights", "outputs", "gradients", "again"), 0.0)
-    for auto_class in CLASSES:
+    for auto_class in (f"AutoModel{head}" for head in HEADS):
         load = getattr(transformers, auto_class).from_pretrained
         model = load(folder / auto_class, trust_remote_code=True)
         assert "transformers_modules" in type(model).__module__ and not model.training
@@ -91,7 +80,7 @@ for folder in map(Path, sys.argv[2:]):
         for name, x in got.items():
             kind = {"w": "weights", "d": "gradients"}.get(name[:2].strip(), "outputs")
             worst[kind] = max(worst[kind], float((x - want[name]).detach().abs().max()))
-        # Saved again in half precision: a folder that loads by itself, in the dtype of its weights or as asked.
+        # Saved again in half precision: it loads in the dtype of its weights, or in the given dtype.
         model.half().save_pretrained(reference / "again")
         low = load(reference / "again", trust_remote_code=True, dtype="auto")
         slopes = (low if auto_class == "AutoModel" else low.bert).encoder.alibi.slopes
@@ -101,7 +90,6 @@ for folder in map(Path, sys.argv[2:]):
         worst["again"] = max(worst["again"], *(float((got[name] - x).detach().abs().max()) for name, x in want.items()))
     print("CELL", json.dumps({"folder": str(folder), **worst}), flush=True)
 """
-)
 """Loads the folders as a user does and prints, for each, the largest differences from the first that was read."""
 
 
@@ -111,10 +99,10 @@ def run(command, **environment):
     return done.stdout
 
 
-def install(folder, *arguments):
+def install(folder, python, *packages):
     """Packages of a version in ``folder``, made once."""
     if not (folder / ".installed").exists():
-        run([*arguments])
+        run([python, "-m", "pip", "install", "-q", *packages])
         (folder / ".installed").touch()
 
 
@@ -126,10 +114,9 @@ def environment(torch_version, transformers_version):
         python = str(base / "bin" / "python")
         if not base.exists():
             run([sys.executable, "-m", "venv", str(base)])
-        install(base, python, "-m", "pip", "install", "-q", f"torch=={torch_version}", "transformers==4.57.6")
+        install(base, python, f"torch=={torch_version}", "transformers==4.57.6")
     overlay = MATRIX / f"transformers-{transformers_version}"
-    target = ["--target", str(overlay), f"transformers=={transformers_version}"]
-    install(overlay, sys.executable, "-m", "pip", "install", "-q", *target)
+    install(overlay, sys.executable, "--target", str(overlay), f"transformers=={transformers_version}")
     return python, str(overlay)
 
 
@@ -143,12 +130,12 @@ def test_what_one_version_writes_another_reads(tmp_path):
     folders = {}
     for versions, (python, overlay) in pythons.items():
         folders[versions] = tmp_path / "-".join(versions)
-        run([python, "-c", WRITE, folders[versions]], PYTHONPATH=f"{overlay}:{Path.cwd()}", **common)
+        run([python, "-c", COMMON + WRITE, folders[versions]], PYTHONPATH=f"{overlay}:{Path.cwd()}", **common)
     (tmp_path / "reference").mkdir()
     cells = []
     for versions, (python, overlay) in pythons.items():
         cache = {"HF_MODULES_CACHE": str(tmp_path / "modules" / "-".join(versions)), "PYTHONPATH": overlay}
-        out = run([python, "-c", READ, tmp_path / "reference", *folders.values()], **cache, **common)
+        out = run([python, "-c", COMMON + READ, tmp_path / "reference", *folders.values()], **cache, **common)
         read = [json.loads(line.removeprefix("CELL ")) for line in out.splitlines() if line.startswith("CELL ")]
         assert len(read) == len(VERSIONS)
         cells += [(written, versions, cell) for written, cell in zip(VERSIONS, read, strict=True)]

@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.common.errors import CheckpointError, ConfigError
-from src.finetune import model
 from src.finetune.model import METRICS, Classifier, EntityF1, build_model
 from src.masked_lm_loss import IGNORED
 from src.train import weights
@@ -26,13 +24,8 @@ def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
     return metric.compute().item()
 
 
-@pytest.fixture
-def two_classes():
-    return torch.tensor([0, 1, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 1, 1, 1, 0])
-
-
-def test_metrics_of_two_classes(two_classes):
-    predictions, labels = two_classes
+def test_metrics_of_two_classes():
+    predictions, labels = torch.tensor([0, 1, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 1, 1, 1, 0])
     p, y = predictions.numpy(), labels.numpy()
     right, wrong = ((p == 1) & (y == 1)).sum(), ((p == 1) & (y == 0)).sum()
     missed, negative = ((p == 0) & (y == 1)).sum(), ((p == 0) & (y == 0)).sum()
@@ -41,13 +34,8 @@ def test_metrics_of_two_classes(two_classes):
     other = 2 * negative / (2 * negative + wrong + missed)
     norm = np.sqrt(float((right + wrong) * (right + missed) * (negative + wrong) * (negative + missed)))
     matthews = (right * negative - wrong * missed) / norm
-    for name, want in (
-        ("accuracy", (p == y).mean()),
-        ("f1", f1),
-        ("macro_f1", (f1 + other) / 2),
-        ("matthews", matthews),
-    ):
-        assert measure(name, predictions, labels) == pytest.approx(want, abs=1e-6), name
+    want = {"accuracy": (p == y).mean(), "f1": f1, "macro_f1": (f1 + other) / 2, "matthews": matthews}
+    assert {name: measure(name, predictions, labels) for name in want} == pytest.approx(want, abs=1e-6)
 
 
 def test_metrics_of_three_classes():
@@ -71,7 +59,7 @@ def test_correlations():
     assert want < 0.99 and measure("spearman", predictions, labels) == pytest.approx(want, abs=1e-6)
 
 
-def test_words_that_are_not_labelled_do_not_count():
+def test_words_without_a_label_do_not_count():
     labels = torch.tensor([[0, IGNORED, 1], [1, IGNORED, IGNORED]])
     predictions = torch.tensor([[0, 1, 0], [1, 0, 0]])
     assert measure("accuracy", predictions, labels, sizes=(1, 1)) == pytest.approx(2 / 3)
@@ -101,12 +89,12 @@ def test_entity_f1():
         return torch.tensor([[TAGS.index(tag) if tag != "-" else IGNORED for tag in line.split()] for line in tags])
 
     labels = numbers(["- B-PER - I-PER O -", "- B-LOC O B-LOC - -"])
-    # Row 1: correct, across a piece without a label. Row 2: one ends too late, one does not exist.
-    predictions = numbers(["O B-PER O I-PER O O", "O B-LOC I-LOC B-PER O O"])
+    # Row 1: correct, across a piece without a label; one does not exist. Row 2: one ends too late, one does not exist.
+    predictions = numbers(["O B-PER O I-PER B-LOC O", "O B-LOC I-LOC B-PER O O"])
     metric = EntityF1(TAGS)
     for row in range(2):
         metric.update(predictions[row : row + 1], labels[row : row + 1])
-    assert metric.compute().item() == pytest.approx(2 * 1 / (3 + 3))
+    assert metric.compute().item() == pytest.approx(2 * 1 / (4 + 3))
     nothing = EntityF1(TAGS)
     nothing.update(numbers(["O -"]), numbers(["O -"]))
     assert nothing.compute().item() == 0
@@ -118,20 +106,21 @@ def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **opti
 
 
 @pytest.mark.parametrize("name", ["mosaic_bert", "hf_bert"])
-@pytest.mark.parametrize("kind", ["classification", "regression", "tokens"])
-def test_heads(name, kind, tokenizer):
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        ("classification", torch.tensor([2, 1])),
+        ("regression", torch.tensor([0.5, -3.0])),
+        ("tokens", torch.tensor([[IGNORED, 2, 1, IGNORED], [IGNORED, 0, IGNORED, IGNORED]])),
+    ],
+)
+def test_heads(name, kind, labels, tokenizer):
     """The class, the shape, the loss, and the names of the classes in the saved model."""
     torch.manual_seed(0)
     model = model_of(name, kind, [] if kind == "regression" else ["no", "yes", "O"], tokenizer)
-    classes = {"tokens": "TokenClassification"}.get(kind, "SequenceClassification")
-    assert type(model).__name__ == f"BertFor{classes}"
+    assert type(model).__name__ == f"BertFor{'Token' if kind == 'tokens' else 'Sequence'}Classification"
     assert isinstance(model, (BertForSequenceClassification, BertForTokenClassification)) == (name == "mosaic_bert")
     ids = torch.tensor([[2, 9, 10, 3], [2, 11, 3, 0]])
-    labels = {
-        "classification": torch.tensor([2, 1]),
-        "regression": torch.tensor([0.5, -3.0]),
-        "tokens": torch.tensor([[IGNORED, 2, 1, IGNORED], [IGNORED, 0, IGNORED, IGNORED]]),
-    }[kind]
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
     output = Classifier(model.eval(), kind, {})(batch)
     if kind == "regression":
@@ -149,14 +138,14 @@ def test_predictions():
     assert Classifier(torch.nn.Module(), "classification", {}).predictions(logits).tolist() == [1, 0]
     numbers = Classifier(torch.nn.Module(), "regression", {}).predictions(logits[:, :1])
     torch.testing.assert_close(numbers, torch.tensor([0.1, 0.8]).double())
-    # In bf16, as under autocast, the metric still gets fp64: Pearson's sums lose digits otherwise.
+    # The metric gets fp64, also from bf16 logits: Pearson's sums lose digits in lower precision.
     model, found = Classifier(torch.nn.Module(), "regression", {}), []
     metric = SimpleNamespace(update=lambda *values: found.extend(values))
-    model.update_metric({"labels": torch.tensor([1.0])}, SimpleNamespace(logits=logits[:1, :1].bfloat16()), metric)  # pyright: ignore
+    model.update_metric({"labels": torch.tensor([1.0])}, SimpleNamespace(logits=logits[:1, :1].bfloat16()), metric)
     assert [x.dtype for x in found] == [torch.float64] * 2
 
 
-def test_the_encoder_comes_from_the_folder_and_the_head_is_new(tokenizer, tmp_path):
+def test_the_encoder_is_loaded_and_the_head_is_new(tokenizer, tmp_path):
     for name in ("mosaic_bert", "hf_bert"):
         torch.manual_seed(0)
         before = model_of(name, "classification", ["a", "b"], tokenizer)
@@ -164,55 +153,60 @@ def test_the_encoder_comes_from_the_folder_and_the_head_is_new(tokenizer, tmp_pa
         source = weights.read(tmp_path / name)
         for kind, classes in (("classification", ["x", "y"]), ("regression", []), ("tokens", ["O", "B-X", "I-X"])):
             after = model_of(name, kind, classes, tokenizer, source, model_config={})
-            for key, weight in after.bert.state_dict().items():  # pyright: ignore
-                torch.testing.assert_close(weight, before.bert.state_dict()[key], rtol=0, atol=0)  # pyright: ignore
-            assert after.classifier.weight.std() > 0  # pyright: ignore
+            got, want = after.bert.state_dict(), before.bert.state_dict()
+            torch.testing.assert_close(dict(got), {key: want[key] for key in got}, rtol=0, atol=0)
+            assert after.classifier.weight.std() > 0
             if kind == "classification":
-                assert not torch.equal(after.classifier.weight, before.classifier.weight)  # pyright: ignore
+                assert not torch.equal(after.classifier.weight, before.classifier.weight)
 
 
-def test_attention_dropout(tokenizer):
-    """It acts in training with an implementation that has it; the others refuse it."""
-    dropped = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
-    model = model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=dropped, attention="torch")
+DROPPED = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+
+
+def test_attention_dropout_acts_in_training(tokenizer):
+    model = model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=DROPPED, attention="torch")
     ids = torch.arange(5, 25)[None]
     torch.manual_seed(1)
     first, second = model.train()(ids).logits, model(ids).logits
     assert not torch.equal(first, second)
     torch.testing.assert_close(model.eval()(ids).logits, model(ids).logits, rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="model.mosaic_bert: attention 'triton'"):
-        model_of("mosaic_bert", "classification", ["a", "b"], tokenizer, model_config=dropped, attention="triton")
 
 
-def test_refusals(tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="unexpected 'kernel' .did you mean 'kernels'"):
-        build_model(Component("mosaic_bert", {"kernel": 1}), tokenizer, None, "regression", [], 32)
-    with pytest.raises(ConfigError, match="model: unknown 'bert'"):
-        build_model(Component("bert", {}), tokenizer, None, "regression", [], 32)
-    with pytest.raises(ConfigError, match="model.model_config.attention: it is model.attention"):
-        model_of("mosaic_bert", "regression", [], tokenizer, model_config={**SHAPE, "attention": "torch"})
-    with pytest.raises(ConfigError, match="unexpected 'hiden_size'"):
-        model_of("mosaic_bert", "regression", [], tokenizer, model_config={"hiden_size": 8})
-    with pytest.raises(ConfigError, match="max_seq_len: 64 is more than the model's 40 positions"):
-        model_of(
+@pytest.mark.parametrize(
+    ("name", "options", "fault"),
+    [
+        ("bert", {}, "model: unknown 'bert'"),
+        ("mosaic_bert", {"kernel": 1}, "unexpected 'kernel' .did you mean 'kernels'"),
+        (
+            "mosaic_bert",
+            {"model_config": {"attention": "torch"}},
+            "model.model_config.attention: it is model.attention",
+        ),
+        ("mosaic_bert", {"model_config": {"hiden_size": 8}}, "unexpected 'hiden_size'"),
+        ("mosaic_bert", {"model_config": DROPPED, "attention": "triton"}, "model.mosaic_bert: attention 'triton'"),
+        (
             "hf_bert",
-            "regression",
-            [],
-            tokenizer,
-            max_seq_len=64,
-            model_config={**SHAPE, "max_position_embeddings": 40},
-        )
-    assert model_of("mosaic_bert", "regression", [], tokenizer, max_seq_len=10_000)  # ALiBi has no limit
+            {"model_config": {**SHAPE, "max_position_embeddings": 31}},
+            "max_seq_len: 32 is more than the .* 31",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, options, fault, tokenizer):
+    with pytest.raises(ConfigError, match=fault):
+        model_of(name, "regression", [], tokenizer, **options)
+
+
+def test_mosaic_bert_has_no_limit_of_length(tokenizer):
+    assert model_of("mosaic_bert", "regression", [], tokenizer, max_seq_len=10_000)
+
+
+def test_weights_of_hf_bert_are_refused(tokenizer, tmp_path):
     model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="Use model hf_bert"):
         model_of("mosaic_bert", "regression", [], tokenizer, weights.read(tmp_path), model_config={})
-    with pytest.raises(ConfigError, match="tokenizer_name: missing"):
-        model.read_tokenizer(None, None)
-    assert isinstance(model_of("hf_bert", "tokens", ["a", "b"], tokenizer), transformers.BertForTokenClassification)
 
 
-def test_gradient_checkpointing(tokenizer):
-    """The same gradients as without."""
+def test_gradient_checkpointing_gives_the_same_gradients(tokenizer):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)

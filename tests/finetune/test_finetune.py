@@ -1,6 +1,7 @@
-"""Plans, runs and tables with tiny models, in this process; the last test starts processes, as test_gpus.py does."""
+"""Plans, runs and tables with tiny models, in this process; the last test starts processes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from composer import Trainer
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -22,18 +22,16 @@ from src.bert_layers import BertForTokenClassification
 from src.common.errors import ConfigError, TrainingError
 from src.finetune import gpus, model, plan, run
 from src.finetune.config import load
-from src.finetune.data import Encoded, read_sets
+from src.finetune.data import Encoded
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
 from src.train.weights import load_pretrained
+from tests.finetune.test_classifier import SHAPE
 from tests.finetune.test_glue import snapshot_in, write_task
 from tests.finetune.test_labelled_data import write as write_rows
 
 WORDS = "river city war music state water".split()
-MODEL_OF = {
-    "mosaic_bert": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
-    "hf_bert": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
-}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS = {"kind": "tokens", "text": "words", "label": "tags"}
 
 
 def rows(number, seed=0):
@@ -57,20 +55,16 @@ def rows(number, seed=0):
 def tree(tmp_path, tokenizer_folder):
     """A config of one task on 30 rows."""
     train, held_out = (write_rows(tmp_path / f"{n}.jsonl", rows(30, i)) for i, n in enumerate(("train", "held-out")))
+    data = {"train": train, "validation": held_out, "text": "text"}
     return {
         "run_name": "test",
         "folder": str(tmp_path / "out"),
         "pretrained": None,
-        "model": {"name": "mosaic_bert", "model_config": {**MODEL_OF["mosaic_bert"], **NO_DROPOUT}},
+        "model": {"name": "mosaic_bert", "model_config": {**SHAPE, **NO_DROPOUT}},
         "tokenizer_name": tokenizer_folder,
         "max_seq_len": 16,
         "precision": "fp32",
-        "tasks": {
-            "mine": {
-                **{"lr": 3e-3, "batch_size": 8, "epochs": 1, "seeds": [1]},
-                "data": {"train": train, "validation": held_out, "text": "text"},
-            }
-        },
+        "tasks": {"mine": {"lr": 3e-3, "batch_size": 8, "epochs": 1, "seeds": [1], "data": data}},
         "optimizer": {"name": "adamw"},
         "scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"},
     }
@@ -78,51 +72,67 @@ def tree(tmp_path, tokenizer_folder):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Runs happen in this process: the names of those that did."""
+    """Runs happen in this process: the names of those that succeeded."""
     done = []
 
-    def run_jobs(queue, devices, report):
-        failed = {}
-        for job in queue:
-            assert job.command[:2] == [sys.executable, finetune.__file__]
-            if job.needs in failed:
-                failed[job.name] = f"skipped: {job.needs} failed"
-                continue
+    class InThisProcess:
+        def __init__(self, command, stdout, **options):
+            assert command[:3] == [sys.executable, finetune.__file__, "--run"]
+            self.returncode = 0
             try:
-                finetune.main(job.command[2:])
-                done.append(job.name)
+                finetune.main(command[2:])
+                done.append(Path(command[3]).name.rpartition("-")[0])
             except (TrainingError, ValueError) as error:
-                failed[job.name] = str(error)
-        return failed
+                self.returncode = 1
+                stdout.write(str(error).encode())
+
+        def poll(self):
+            return self.returncode
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
-    monkeypatch.setattr(gpus, "run_jobs", run_jobs)
+    monkeypatch.setattr(gpus, "POLL_S", 0)
+    monkeypatch.setattr(gpus, "Popen", InThisProcess)
     monkeypatch.setattr("finetune.die_with_parent", lambda: None)
     return done
 
 
 @pytest.fixture
-def go(tree, write, here):
-    """Change the config, run it, and return the results of its runs by name."""
+def config_of(tree, write):
+    """The config with overrides."""
+    return lambda *overrides: load(write(tree), overrides)
+
+
+@pytest.fixture
+def keys(config_of):
+    return lambda *overrides: [spec.key for spec in plan.plan_runs(config_of(*overrides))]
+
+
+@pytest.fixture
+def spec_of(config_of):
+    """The only run of a config; its folder exists."""
+
+    def spec_of(*overrides):
+        (spec,) = plan.plan_runs(config_of(*overrides))
+        Path(spec.folder).mkdir(parents=True, exist_ok=True)
+        return spec
+
+    return spec_of
+
+
+def result_of(spec):
+    return json.loads((Path(spec.folder) / RESULT_FILE).read_text())
+
+
+@pytest.fixture
+def go(config_of, here):
+    """Do the runs of the config, and return their results by name."""
 
     def go(*overrides):
-        config = load(write(tree), overrides)
+        config = config_of(*overrides)
         finetune.finetune(config)
-        specs = plan.plan_runs(config)
-        return {
-            spec.name: json.loads((Path(spec.folder) / RESULT_FILE).read_text())
-            for spec in specs
-            if plan.is_finished(spec)
-        }
+        return {spec.name: result_of(spec) for spec in plan.plan_runs(config) if plan.is_finished(spec)}
 
     return go
-
-
-def data_of(tree):
-    """The task's data as the config has it."""
-    data = load_tree(tree).tasks["mine"].data
-    assert data is not None
-    return data
 
 
 def losses_in(folder):
@@ -132,25 +142,35 @@ def losses_in(folder):
     return [line["loss/train/total"] for line in lines if "loss/train/total" in line]
 
 
+@pytest.fixture
+def losses(tree, go, tmp_path):
+    """Losses of a new run, in a new folder."""
+    numbers = itertools.count()
+
+    def losses(*overrides):
+        tree["folder"] = str(tmp_path / f"new{next(numbers)}")
+        go(*overrides)
+        return losses_in(tree["folder"])
+
+    return losses
+
+
 LEARNING = {
     "classification": ("mosaic_bert", {}),
     "pairs": ("hf_bert", {"text_pair": "second", "metrics": ["accuracy", "f1", "macro_f1", "matthews"]}),
     "regression": ("mosaic_bert", {"kind": "regression", "label": "number"}),
-    "tokens": (
-        "mosaic_bert",
-        {"kind": "tokens", "text": "words", "label": "tags", "metrics": ["accuracy", "entity_f1"]},
-    ),
+    "tokens": ("mosaic_bert", {**TOKENS, "metrics": ["accuracy", "entity_f1"]}),
 }
 
 
 @pytest.mark.parametrize("what", LEARNING)
 def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
-    """On held-out rows, far better than chance; and what a run writes. The test set is not part of the score."""
+    """On the validation set, far better than chance. The test set is not part of the score."""
     model, options = LEARNING[what]
     data = tree["tasks"]["mine"]["data"]
     data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
     data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
-    tree["model"] |= {"name": model, "model_config": {**MODEL_OF[model], **NO_DROPOUT}}
+    tree["model"]["name"] = model
     result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}")["mine-seed1"]
     assert result["score"] > 0.8
     metrics = result["metrics"]["validation"]
@@ -158,23 +178,18 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
     assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
     assert result["rows"] == {"train": 200, "validation": 30, "test": 9} and result["steps"] == 4 * 13
 
-    (folder,) = (path.parent for path in Path(tree["folder"]).glob("*/result.json"))
-    held_out = rows(30, 1)
-    predicted = (folder / "predictions" / "validation.txt").read_text().splitlines()
+    (file,) = Path(tree["folder"]).glob("*/predictions/validation.txt")
+    pairs = list(zip(file.read_text().splitlines(), rows(30, 1), strict=True))
     if what == "regression":
-        errors = [float(p) - row["number"] for p, row in zip(predicted, held_out, strict=True)]
-        assert sum(e * e for e in errors) / 30 < 0.5
-    elif what == "tokens":
-        pairs = [(p.split(), row["tags"]) for p, row in zip(predicted, held_out, strict=True)]
-        right = sum(a == b for tags, want in pairs for a, b in zip(tags, want, strict=True))
-        assert right / sum(len(want) for _, want in pairs) == pytest.approx(metrics["accuracy"])
+        assert sum((float(p) - row["number"]) ** 2 for p, row in pairs) / 30 < 0.5
     else:
-        right = [p == row["label"] for p, row in zip(predicted, held_out, strict=True)]
-        assert sum(right) / 30 == pytest.approx(metrics["accuracy"])
+        tags = [(p.split(), row["tags"] if what == "tokens" else [row["label"]]) for p, row in pairs]
+        right = [a == b for predicted, want in tags for a, b in zip(predicted, want, strict=True)]
+        assert sum(right) / len(right) == pytest.approx(metrics["accuracy"])
 
 
 def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
-    tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
+    tree["tasks"]["mine"]["data"] |= TOKENS
     go()
     (folder,) = Path(tree["folder"]).glob("mine-*")
     model = load_pretrained(folder / MODEL_FOLDER, BertForTokenClassification)
@@ -190,7 +205,7 @@ def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatc
     folder = tmp_path / MODEL_FOLDER
     (tmp_path / f"{MODEL_FOLDER}.partial").mkdir()  # of a run that was killed
     (tmp_path / f"{MODEL_FOLDER}.partial" / "old").touch()
-    network = BertForSequenceClassification(BertConfig(vocab_size=64, **MODEL_OF["hf_bert"]))
+    network = BertForSequenceClassification(BertConfig(vocab_size=64, **SHAPE))
     run.save_model(network, tokenizer, folder)
     names = sorted(path.name for path in folder.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} < set(names) and "old" not in names
@@ -204,7 +219,7 @@ def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatc
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
-def test_order_of_rows(tokenizer):
+def test_the_order_of_rows_follows_seed_and_epoch(tokenizer):
     """A function of seed and epoch; each row once per epoch, the last batch smaller; evaluation in file order."""
     examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
 
@@ -221,48 +236,34 @@ def test_order_of_rows(tokenizer):
 
 
 def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkeypatch):
-    seeds, build = [], data_spec
+    seeds = []
 
-    def recorded(encoded, tokenizer, batch_size, shuffle_seed=None):
-        seeds.append((len(encoded.examples), shuffle_seed))
-        return build(encoded, tokenizer, batch_size, shuffle_seed)
+    def recorded(encoded, tokenizer, batch_size, seed):
+        seeds.append((len(encoded.examples), seed))
+        return data_spec(encoded, tokenizer, batch_size, seed)
 
     monkeypatch.setattr(run, "data_spec", recorded)
     tree["tasks"]["mine"]["data"]["validation"] = 0.3
-    go("tasks.mine.seeds=[7]")
-    sizes = {seed: size for size, seed in seeds}
-    assert set(sizes) == {None, 7} and len(seeds) == 2
-    assert sizes[7] + sizes[None] == 30 and sizes[7] == len(read_sets(data_of(tree))["train"])
+    sizes = go("tasks.mine.seeds=[7]")["mine-seed7"]["rows"]
+    assert seeds == [(sizes["train"], 7), (sizes["validation"], None)] and sum(sizes.values()) == 30
 
 
-@pytest.mark.parametrize("kind", ["classification", "tokens"])
-def test_the_loss_does_not_depend_on_the_microbatch(kind, tree, go, tmp_path):
+@pytest.mark.parametrize("data", [{}, TOKENS], ids=["classification", "tokens"])
+def test_the_loss_does_not_depend_on_the_microbatch(data, tree, losses, spec_of):
     """Nor the result on evaluation batches: every row, or labelled word, has the same weight."""
-    if kind == "tokens":
-        tree["tasks"]["mine"]["data"] |= {"kind": "tokens", "text": "words", "label": "tags"}
-    want = go()
-    expected = losses_in(tree["folder"])
-    tree["folder"] = str(tmp_path / "other")
-    got = go("device_train_microbatch_size=3", "eval_batch_size=7", "eval_interval=1ba")
-    assert losses_in(tree["folder"]) == pytest.approx(expected, rel=1e-5) and len(expected) == 4
-    assert got["mine-seed1"]["metrics"] == want["mine-seed1"]["metrics"]
+    tree["tasks"]["mine"]["data"] |= data
+    expected = losses()
+    want = result_of(spec_of())
+    options = ["device_train_microbatch_size=3", "eval_batch_size=7", "eval_interval=1ba"]
+    assert losses(*options) == pytest.approx(expected, rel=1e-5) and len(expected) == 4
+    assert result_of(spec_of(*options))["metrics"] == want["metrics"]
 
 
-def test_the_same_seed_gives_the_same_run(tree, go, tmp_path):
+def test_the_same_seed_gives_the_same_run(tree, losses):
     tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
-    go("tasks.mine.seeds=[1,2]")
-    one, two = map(losses_in, sorted((tmp_path / "out").glob("mine-*")))
-    tree["folder"] = str(tmp_path / "again")
-    go("eval_interval=1ba")  # evaluation moves no random state of training
-    assert losses_in(tree["folder"]) == one != two
-
-
-def test_attention_dropout_acts(tree, go, tmp_path):
-    go("model.attention=torch")
-    without = losses_in(tree["folder"])
-    tree["folder"] = str(tmp_path / "dropped")
-    go("model.attention=torch", "model.model_config.attention_probs_dropout_prob=0.5")
-    assert losses_in(tree["folder"]) != without
+    want = losses()
+    assert losses("eval_interval=1ba") == want  # evaluation changes no random state of training
+    assert losses("tasks.mine.seeds=[2]") != want
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,67 +271,48 @@ def test_attention_dropout_acts(tree, go, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def keys(config):
-    return [spec.key for spec in plan.plan_runs(config)]
-
-
-def test_what_changes_a_run_changes_its_key(tree, write, tmp_path, tokenizer_folder):
-    """Everything that decides the result; of files their contents, not their names."""
+def test_a_runs_key_hashes_what_decides_its_result(tree, keys, tmp_path, tokenizer_folder):
+    """Of files their contents, not their names."""
     tree["tasks"]["mine"]["seeds"] = [1, 2]
-    path = write(tree)
-    want = keys(load(path))
+    want = keys()
     assert len(set(want)) == 2
-    for override in (
-        "tasks.mine.lr=1e-3",
-        "tasks.mine.batch_size=4",
-        "tasks.mine.epochs=2",
-        "tasks.mine.weight_decay=0.5",
-        "tasks.mine.seeds=[3,4]",
-        "tasks.mine.data.text=second",
-        "tasks.mine.data.text_pair=second",
-        "tasks.mine.data.validation=0.2",
-        "tasks.mine.data.metrics=[f1]",
-        "max_seq_len=15",
-        "device_train_microbatch_size=4",
-        "optimizer.eps=1e-7",
-        "scheduler.t_warmup=2ba",
-        "model.model_config.num_hidden_layers=1",
-        "model.attention=reference",
-    ):
-        assert not set(keys(load(path, [override]))) & set(want), override
     copy = shutil.copy(tmp_path / "train.jsonl", tmp_path / "copy.jsonl")
-    for override in (
-        f"folder={tmp_path}/elsewhere",
-        "run_name=other",
-        "eval_batch_size=3",
-        "eval_interval=2ba",
-        "save_models=false",
-        f"tasks.mine.data.train={copy}",
-    ):
-        assert keys(load(path, [override])) == want, override
-
     other = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    assert keys(load(path, [f"tokenizer_name={other}"])) == want
+    task = "lr=1e-3 batch_size=4 epochs=2 weight_decay=0.5 seeds=[3,4]"
+    data = f"text=second text_pair=second validation=0.2 metrics=[f1] test={copy} train={tmp_path}/held-out.jsonl"
+    run = "max_seq_len=15 device_train_microbatch_size=4 optimizer.eps=1e-7 scheduler.t_warmup=2ba"
+    model = "attention=reference model_config.num_hidden_layers=1"
+    changes = [f"tasks.mine.{x}" for x in task.split()] + [f"tasks.mine.data.{x}" for x in data.split()]
+    for override in [*changes, *run.split(), *(f"model.{x}" for x in model.split())]:
+        assert not set(keys(override)) & set(want), override
+    equal = f"run_name=other eval_batch_size=3 eval_interval=2ba save_models=false folder={tmp_path}/elsewhere"
+    for override in [*equal.split(), f"tasks.mine.data.train={copy}", f"tokenizer_name={other}"]:
+        assert keys(override) == want, override
+    for files in ("test=%s", "validation={near: %s}"):
+        paths = (tmp_path / "train.jsonl", copy, tmp_path / "held-out.jsonl")
+        train, same, held_out = (keys(f"tasks.mine.data.{files % path}") for path in paths)
+        assert train == same and not {*train, *want} & {*held_out}, files
+
     options = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**options, "do_lower_case": False}))
-    assert not set(keys(load(path, [f"tokenizer_name={other}"]))) & set(want)
+    assert not set(keys(f"tokenizer_name={other}")) & set(want)
     with (tmp_path / "held-out.jsonl").open("a") as file:
         file.write(json.dumps(rows(1)[0]) + "\n")
-    assert not set(keys(load(path))) & set(want)
+    assert not set(keys()) & set(want)
 
 
-def test_other_weights_are_another_run(tree, write, trained, tmp_path):
-    """By their contents, wherever they lie."""
+def test_other_weights_are_another_run(tree, keys, trained, tmp_path):
+    """By their contents, not their path."""
     del tree["model"]["model_config"]
     copy = shutil.copytree(trained, tmp_path / "copy", symlinks=True)
-    want = keys(load(write(tree), [f"pretrained={trained}"]))
-    assert keys(load(write(tree), [f"pretrained={copy}"])) == want
+    want = keys(f"pretrained={trained}")
+    assert keys(f"pretrained={trained}/latest-rank0.pt") == keys(f"pretrained={copy}") == want
     (copy / "latest-rank0.pt").unlink()
     (copy / "latest-rank0.pt").symlink_to("ep0-ba2-rank0.pt")
-    assert keys(load(write(tree), [f"pretrained={copy}"])) != want
+    assert keys(f"pretrained={copy}") != want
 
 
-def test_finished_runs_are_not_run_again(tree, go, here, capsys):
+def test_finished_runs_are_skipped(tree, go, here, capsys):
     go("tasks.mine.seeds=[1,2]", "save_models=false")
     assert here == ["mine-seed1", "mine-seed2"]
     table = Path(tree["folder"], "table.md").read_text()
@@ -343,32 +325,28 @@ def test_finished_runs_are_not_run_again(tree, go, here, capsys):
     assert here[3:] == ["mine-seed2"]
 
 
-def test_a_failed_run_is_named_and_takes_down_what_starts_from_it(tree, write, here, capsys):
-    data = tree["tasks"]["mine"].pop("data")
+def test_a_failed_run_is_reported_and_runs_that_start_from_it_are_skipped(tree, write, here, capsys):
+    task = tree["tasks"].pop("mine")
     tree["tasks"] = {
-        "bad": {**tree["tasks"]["mine"], "data": data, "lr": 1e30, "seeds": [1, 2]},
-        "child": {**tree["tasks"]["mine"], "data": data, "starts_from": "bad"},
-        "good": {**tree["tasks"]["mine"], "data": data, "seeds": [1, 2]},
+        "bad": {**task, "lr": 1e30, "seeds": [1, 2]},
+        "child": {**task, "starts_from": "bad"},
+        "good": {**task, "seeds": [1, 2]},
     }
     with pytest.raises(SystemExit) as end:
         finetune.main([write(tree)])
     assert end.value.code == 1 and here == ["good-seed1", "good-seed2"]
     out = capsys.readouterr().out
-    for line in (
-        "FAILED bad-seed1: the loss is",
-        "FAILED bad-seed2: ",
-        "FAILED child-seed1: skipped: bad-seed1",
-    ):
-        assert line in out
+    for line in ("bad-seed1: the loss is", "bad-seed2: ", "child-seed1: skipped: bad-seed1"):
+        assert f"FAILED {line}" in out
     assert "finetune runs=2 failed=3 average=" in out.splitlines()[-1]
     held = json.loads(Path(tree["folder"], "table.json").read_text())
-    assert list(held["failed"]) == ["bad-seed1", "bad-seed2", "child-seed1"] and list(held["tasks"]) == ["good"]
+    assert list(held["failed"]) == ["bad-seed1", "child-seed1", "bad-seed2"] and list(held["tasks"]) == ["good"]
     assert held["tasks"]["good"]["score"]["n"] == 2 and held["tasks"]["good"]["score"]["interval"]
     for name in ("table.txt", "table.md"):
         assert "FAILED bad-seed1" in Path(tree["folder"], name).read_text()
 
 
-def test_a_task_starts_from_anothers_encoder(tree, go, here):
+def test_a_task_starts_from_the_encoder_of_another(tree, go, here, config_of):
     """Of its first seed, with a new head; that model is saved although save_models is false."""
     shared = tree["tasks"].pop("mine")
     number = {**shared["data"], "kind": "regression", "label": "number"}
@@ -378,39 +356,31 @@ def test_a_task_starts_from_anothers_encoder(tree, go, here):
     }
     go("save_models=false", "only=[late]")
     assert here == ["first-seed5", "first-seed6", "late-seed1"]
-    specs = {spec.name: spec for spec in plan.plan_runs(load_tree(tree, "save_models=false"))}
+    specs = {spec.name: spec for spec in plan.plan_runs(config_of("save_models=false"))}
     saved = [name for name, spec in specs.items() if (Path(spec.folder) / MODEL_FOLDER).exists()]
     assert saved == ["first-seed5"] and specs["late-seed1"].encoder == f"{specs['first-seed5'].folder}/{MODEL_FOLDER}"
 
-    kept = []
     result = run.train_and_evaluate(dataclasses.replace(specs["late-seed1"], save_model=True))
-    for spec in (specs["first-seed5"], specs["late-seed1"]):
-        kept.append(load_pretrained(Path(spec.folder) / MODEL_FOLDER, model.HEADS["regression"]["mosaic_bert"]))
-    for (name, before), after in zip(
-        kept[0].bert.state_dict().items(), kept[1].bert.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(after, before, rtol=0, atol=1e-6, msg=name)
-    assert kept[1].classifier.weight.shape == (1, 24) and result["steps"] == 4
+    first, late = (
+        load_pretrained(Path(specs[name].folder) / MODEL_FOLDER, model.HEADS["regression"]["mosaic_bert"])
+        for name in ("first-seed5", "late-seed1")
+    )
+    torch.testing.assert_close(dict(late.bert.state_dict()), dict(first.bert.state_dict()), rtol=0, atol=1e-6)
+    assert late.classifier.weight.shape == (1, 24) and result["steps"] == 4
 
     tree["tasks"]["first"]["lr"] = 1e-3  # another start is another run
-    assert plan.plan_runs(load_tree(tree))[-1].key != specs["late-seed1"].key
+    assert plan.plan_runs(config_of())[-1].key != specs["late-seed1"].key
 
 
-def load_tree(tree, *overrides):
-    path = Path(tree["folder"]).parent / "tree.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return load(str(path), overrides)
-
-
-def test_the_yaml_of_glue(tree, tmp_path, here):
+def test_finetune_glue_yaml(tree, tmp_path, here):
     """Shrunk, on files as on the hub: MNLI's two validation sets, and a task that starts from it."""
     for task in ("rte", "mnli", "stsb"):
         write_task(tmp_path / "glue", task)
     small = [f"tasks.{task}={{batch_size: 4, epochs: 1, seeds: [1]}}" for task in ("rte", "mnli", "stsb")]
-    model = [f"model.model_config.{name}={value}" for name, value in MODEL_OF["mosaic_bert"].items()]
+    model = [f"model.model_config.{name}={value}" for name, value in SHAPE.items()]
     where = [f"folder={tree['folder']}", f"glue_folder={tmp_path}/glue", f"tokenizer_name={tree['tokenizer_name']}"]
-    options = ["pretrained=null", "precision=fp32", "only=[rte,stsb]", *small, *model, *where]
-    config = load("yamls/finetune_glue.yaml", options)
+    options = ["pretrained=null", "precision=fp32", *small, *model, *where]
+    config = load("yamls/finetune_glue.yaml", [*options, "only=[rte,stsb]"])
     assert finetune.finetune(config) == 0
     assert here == ["mnli-seed1", "rte-seed1", "stsb-seed1"]
     held = json.loads(Path(tree["folder"], "table.json").read_text())["tasks"]
@@ -421,49 +391,39 @@ def test_the_yaml_of_glue(tree, tmp_path, here):
     }
     table = Path(tree["folder"], "table.txt").read_text()
     assert "3 tasks" in table and "mnli     score" in table
-    assert keys(dataclasses.replace(config, only=["mnli"])) == keys(config)[:1]
+    alone = plan.plan_runs(dataclasses.replace(config, only=["mnli"]))
+    assert [spec.key for spec in alone] == [plan.plan_runs(config)[0].key]
     model = json.loads(next(Path(tree["folder"]).glob("mnli-*/model/config.json")).read_text())
     assert list(model["id2label"].values()) == ["entailment", "neutral", "contradiction"]
 
 
-def test_the_yaml_of_own_files(tree, trained, tmp_path, here):
+def test_finetune_own_yaml(tree, trained, here):
     """Shrunk, from a checkpoint of main.py: its shape and its tokenizer; a tenth of the rows held out."""
-    rows_file = tree["tasks"]["mine"]["data"]["train"]
-    options = [
-        f"tasks.mine.data.train={rows_file}",
-        "tasks.mine.seeds=[1]",
-        "tasks.mine.epochs=1",
-        f"folder={tmp_path}/out",
-    ]
-    config = load("yamls/finetune_own.yaml", [f"pretrained={trained}", *options])
+    train = f"tasks.mine.data.train={tree['tasks']['mine']['data']['train']}"
+    options = [f"pretrained={trained}", train, "tasks.mine={seeds: [1], epochs: 1}", f"folder={tree['folder']}"]
+    config = load("yamls/finetune_own.yaml", options)
     assert finetune.finetune(config) == 0
     (spec,) = plan.plan_runs(config)
     model = json.loads((Path(spec.folder) / MODEL_FOLDER / "config.json").read_text())
     assert (model["hidden_size"], model["id2label"]) == (24, {"0": "dry", "1": "wet"})
     assert (Path(spec.folder) / MODEL_FOLDER / "tokenizer.json").exists()
-    result = json.loads((Path(spec.folder) / RESULT_FILE).read_text())
-    assert sum(result["rows"].values()) == 30 and 0 < result["rows"]["validation"] < 10
-    assert (
-        plan.plan_runs(load("yamls/finetune_own.yaml", [f"pretrained={trained}/latest-rank0.pt", *options]))[0].key
-        == spec.key
-    )
+    rows = result_of(spec)["rows"]
+    assert sum(rows.values()) == 30 and 0 < rows["validation"] < 10
 
 
-def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
-    """From the hub's cache; the error names what is missing."""
+def test_a_model_of_the_hub_comes_from_its_cache(tree, config_of, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     tree |= {"model": {"name": "hf_bert"}, "pretrained": "somebody/bert"}
     with pytest.raises(ConfigError, match="pretrained: no such file or folder, and somebody/bert: not cached"):
-        plan.plan_runs(load(write(tree)))
+        plan.plan_runs(config_of())
     folder = snapshot_in(tmp_path / "cache", "models--somebody--bert")
-    source = BertConfig(vocab_size=len(tokenizer), **MODEL_OF["hf_bert"])
-    BertForSequenceClassification(source).save_pretrained(folder)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del tree["tokenizer_name"]
-    (spec,) = plan.plan_runs(load(write(tree)))
+    (spec,) = plan.plan_runs(config_of())
     assert spec.config.pretrained == str(folder)
     with pytest.raises(ConfigError, match="pretrained: ./none: no such file or folder"):
-        plan.plan_runs(load(write(tree), ["pretrained=./none"]))
+        plan.plan_runs(config_of("pretrained=./none"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -486,7 +446,7 @@ def test_a_model_of_the_hub(tree, write, tmp_path, tokenizer, monkeypatch):
         ("tokenizer_name=null", "tokenizer_name: missing"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_runs(override, fault, tree, write, here, tmp_path):
+def test_faults_are_reported_before_anything_runs(override, fault, tree, write, here, tmp_path):
     if "label" in override:
         write_rows(tmp_path / "held-out.jsonl", [{**rows(1)[0], "number": 77}])
     with pytest.raises(ValueError) as error:
@@ -494,31 +454,22 @@ def test_what_is_wrong_is_said_before_anything_runs(override, fault, tree, write
     assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
 
 
-def spec_of(tree, *overrides):
-    (spec,) = plan.plan_runs(load_tree(tree, *overrides))
-    Path(spec.folder).mkdir(parents=True)
-    return spec
-
-
-def test_too_little_memory(tree, monkeypatch):
+def test_out_of_memory_says_what_to_lower(spec_of, monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(Trainer, "fit", full)
     with pytest.raises(TrainingError, match="out of memory .CUDA out of memory. Tried to allocate 2 GiB.. Lower dev"):
-        run.train_and_evaluate(spec_of(tree))
+        run.train_and_evaluate(spec_of())
 
 
-def test_a_metric_that_is_no_number(tree, monkeypatch):
+def test_a_metric_that_is_not_finite_fails_the_run(tree, spec_of, monkeypatch):
     """The correlation of equal numbers."""
     tree["tasks"]["mine"]["data"] |= {"kind": "regression", "label": "number"}
-    monkeypatch.setattr(
-        "src.finetune.model.Classifier.predictions", lambda self, logits: torch.zeros(len(logits), dtype=torch.float64)
-    )
-    spec = spec_of(tree)
+    monkeypatch.setattr(model.Classifier, "predictions", lambda self, logits: torch.zeros(len(logits)).double())
     with pytest.raises(TrainingError, match="pearson on validation is not finite: the model predicts the same"):
-        run.train_and_evaluate(spec)
-    assert not plan.is_finished(spec)
+        run.train_and_evaluate(spec_of())
+    assert not plan.is_finished(spec_of())
 
 
 def test_usage(monkeypatch, capsys, tree, write):
@@ -532,10 +483,9 @@ def test_usage(monkeypatch, capsys, tree, write):
 
 @pytest.mark.slow
 def test_processes(tree, write, monkeypatch):
-    """A failed run, a finished one, a second start in one folder, an interruption."""
+    """A failed run, a finished run, another process in the same folder, an interruption."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by other tests' Trainers
-    data = tree["tasks"]["mine"]["data"]
-    tree["tasks"]["bad"] = {**tree["tasks"]["mine"], "data": data, "lr": 1e30}
+    tree["tasks"]["bad"] = {**tree["tasks"]["mine"], "lr": 1e30}
     command = [sys.executable, "finetune.py", write(tree)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
@@ -551,7 +501,5 @@ def test_processes(tree, write, monkeypatch):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(30) == 1
     assert process.stderr is not None and "interrupted; finished runs are kept" in process.stderr.read()
-    left = subprocess.run(
-        ["pgrep", "-f", f"{finetune.__file__} --run {tree['folder']}"], capture_output=True, text=True
-    )
-    assert left.stdout == ""
+    pattern = f"{finetune.__file__} --run {tree['folder']}"
+    assert subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout == ""

@@ -19,15 +19,17 @@ def note(what):
 note("begin")
 time.sleep(seconds)
 note("end")
-if code:
+if code > 0:
     print("first words")
     print("the reason\\n")
-sys.exit(code)
+    sys.exit(code)
+os.kill(os.getpid(), -code)
 """
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
+    """Makes a job that notes when it begins and ends; a negative ``code`` is the signal that it dies of."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -43,12 +45,8 @@ def notes():
     return [tuple(line.split()[1:]) for line in sorted(Path("notes").read_text().splitlines())]
 
 
-def test_one_device_takes_one_after_another(job):
-    assert gpus.run_jobs([job(name, 0) for name in "abc"], [None], lambda line: None) == {}
-    assert notes() == [(what, name, "None") for name in "abc" for what in ("begin", "end")]
-
-
-def test_each_device_has_one_at_a_time(job):
+def test_each_device_runs_one_job_at_a_time(job, monkeypatch):
+    monkeypatch.setattr(gpus, "REPORT_S", 0.1)
     said = []
     assert gpus.run_jobs([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
     busy = set()
@@ -57,9 +55,10 @@ def test_each_device_has_one_at_a_time(job):
         busy ^= {device}
     started = [line[0] for line in said if "started" in line]
     assert started == list("abcde") and "started on GPU 0" in said[0] and "started on GPU GPU-7" in said[1]
+    assert "a: no output yet" in said
 
 
-def test_a_job_waits_for_what_it_needs(job):
+def test_a_job_waits_for_the_job_that_it_needs(job):
     said = []
     queue = [job("late", 0, needs="long"), job("long"), job("free", 0, needs="finished before")]
     assert gpus.run_jobs(queue, ["0", "1"], said.append) == {}
@@ -68,60 +67,37 @@ def test_a_job_waits_for_what_it_needs(job):
     assert order.index(("end", "long")) < order.index(("begin", "late"))
 
 
-def test_a_failure_takes_down_only_what_needs_it(job):
+def test_a_failure_skips_only_the_jobs_that_need_it(job):
     said = []
-    queue = [job("bad", 0, code=3), job("child", needs="bad"), job("grandchild", needs="child"), job("good", 0)]
-    failed = gpus.run_jobs(queue, [None], said.append)
-    assert list(failed) == ["bad", "child", "grandchild"]
+    queue = [job("bad", 0, code=3), job("child", needs="bad"), job("grandchild", needs="child")]
+    failed = gpus.run_jobs([*queue, job("killed", 0, code=-9), job("good", 0)], [None], said.append)
+    assert list(failed) == ["bad", "child", "grandchild", "killed"]
     assert failed["bad"].startswith("the reason (") and failed["bad"].endswith("log.txt)")
     assert failed["child"] == "skipped: bad, which it starts from, failed"
-    assert [name for what, name, _ in notes() if what == "end"] == ["bad", "good"]
+    assert failed["killed"].startswith("killed by signal 9; out of memory? (")
+    assert notes() == [(what, name, "None") for name in ("bad", "killed", "good") for what in ("begin", "end")]
     assert any(line.startswith("bad: failed: the reason") for line in said)
     assert any(line.startswith("good: done") for line in said)
 
 
-def test_a_killed_job(tmp_path):
-    command = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
-    failed = gpus.run_jobs([gpus.Job("a", command, tmp_path / "log.txt")], [None], lambda line: None)
-    assert failed["a"].startswith("killed by signal 9; out of memory?")
-
-
-def test_what_runs_is_looked_at(job, monkeypatch):
-    monkeypatch.setattr(gpus, "REPORT_S", 0.2)
-    said = []
-    gpus.run_jobs([job("a", 0.6)], [None], said.append)
-    assert "a: no output yet" in said
-
-
-STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(30)"
-)
-
-
-def test_an_interruption_ends_what_runs(job, tmp_path, monkeypatch):
-    """Also a job that ignores SIGTERM."""
-    monkeypatch.setattr(gpus, "END_S", 0.5)
-    stubborn = gpus.Job("a", [sys.executable, "-S", "-c", STUBBORN], tmp_path / "a.txt")
-
+def test_an_interruption_ends_running_jobs(job):
     def interrupt(line):
         if "b: started" in line:
-            while "deaf" not in (tmp_path / "a.txt").read_text():
-                time.sleep(0.01)
             raise KeyboardInterrupt
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        gpus.run_jobs([stubborn, job("b", 30)], ["0", "1"], interrupt)
+        gpus.run_jobs([job("a", 30), job("b", 30)], ["0", "1"], interrupt)
     assert time.monotonic() - started < 10
     left = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert STUBBORN not in left and NOTE.strip().splitlines()[0] not in left
+    assert NOTE.strip().splitlines()[0] not in left
 
 
 @pytest.mark.parametrize(
     ("visible", "count", "devices"),
     [(None, 2, ["0", "1"]), ("2, 3", 2, ["2", "3"]), ("GPU-ab", 1, ["GPU-ab"]), ("", 0, [None]), (None, 0, [None])],
 )
-def test_devices(visible, count, devices, monkeypatch):
+def test_visible_devices(visible, count, devices, monkeypatch):
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

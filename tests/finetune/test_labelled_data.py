@@ -1,8 +1,9 @@
 """Files -> checked rows -> ids and batches: every row is kept, and an error names the file and the row."""
 
 import csv
-import dataclasses
 import json
+import os
+import re
 
 import numpy as np
 import pyarrow
@@ -13,13 +14,16 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from src.common.errors import DataError
 from src.finetune.config import LabelledData
-from src.finetune.data import Row, classes_of, collate, count_tokens, encode, hold_out, read_set, read_sets, split_batch
+from src.finetune.data import Row, classes_of, collate, count_tokens, encode, read_set, read_sets, split_batch
 from src.masked_lm_loss import IGNORED
 
 ROWS = [
     {"text": '"no", he said twice', "label": "neg"},
     {"text": "ein schöner Film, 100%", "label": "pos"},
     {"text": "", "label": "neg"},
+    {"text": "NA", "label": "01"},
+    {"text": "1.10", "label": "2020-01-01"},
+    {"text": "null", "label": "true"},
 ]
 PAIRS = LabelledData(train="", validation="", text="a", text_pair="b")
 WORDS = LabelledData(train="", validation="", text="words", label="tags", kind="tokens")
@@ -35,7 +39,7 @@ def write(path, rows):
     elif path.suffix == ".tsv":
         path.write_text("".join("\t".join(map(str, line)) + "\n" for line in (rows[0], *(r.values() for r in rows))))
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("\n".join(["", *map(json.dumps, rows), ""]))  # an empty line is no row
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
@@ -47,40 +51,30 @@ def data_of(path, **options):
     return LabelledData(**{"train": str(path), "validation": str(path), "text": "text", **options})
 
 
-def texts_in(pattern):
-    return [row.text for row in read_set(str(pattern), data_of(pattern))]
+def rows_in(path, **options):
+    return read_set(str(path), data_of(path, **options))
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"])
-def test_each_format_gives_the_same_rows(name, tmp_path):
-    path = write(tmp_path / name, ROWS)
-    assert read_set(path, data_of(path)) == [Row(row["text"], None, row["label"]) for row in ROWS]
+@pytest.mark.parametrize("form", ["csv", "tsv", "json", "jsonl", "parquet", "csv CSV", "jsonl json"])
+def test_each_format_gives_the_same_rows(form, tmp_path):
+    """No value is converted. Also with a suffix in capitals, and with an object per line in .json."""
+    name = f"b.{form.split()[-1]}"
+    os.rename(write(tmp_path / f"a.{form.split()[0]}", ROWS), tmp_path / name)
+    assert rows_in(tmp_path / name) == [Row(row["text"], None, row["label"]) for row in ROWS]
 
 
-def test_spellings_of_a_format(tmp_path):
-    """A suffix in capitals; .json with an object per line; values that look like something else."""
-    upper = tmp_path / "A.CSV"
-    upper.write_bytes((tmp_path / write(tmp_path / "a.csv", ROWS)).read_bytes())
-    lines = tmp_path / "a.json"
-    lines.write_text("\n".join(["", *map(json.dumps, ROWS)]))
-    assert texts_in(upper) == texts_in(lines) == [row["text"] for row in ROWS]
-    odd = write(tmp_path / "odd.csv", [{"text": text, "label": "01"} for text in ("NA", "null", "2020-01-01", "1.10")])
-    assert texts_in(odd) == ["NA", "null", "2020-01-01", "1.10"] and read_set(odd, data_of(odd))[0].label == "01"
-
-
-def test_a_pattern_is_read_by_name(tmp_path):
-    for i in (2, 0, 1):
+def test_files_of_a_pattern_are_read_by_name(tmp_path):
+    for i in (2, 0, 3, 5, 1, 4):
         write(tmp_path / f"train-{i}.jsonl", [ROWS[i]])
     write(tmp_path / "other.jsonl", ROWS)
-    assert texts_in(tmp_path / "train-*.jsonl") == [row["text"] for row in ROWS]
+    assert [row.text for row in rows_in(tmp_path / "train-*.jsonl")] == [row["text"] for row in ROWS]
 
 
 def test_numbers_as_classes_and_as_numbers(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x", "label": value} for value in (10, 2, -1)])
     assert classes_of(data_of(path), read_sets(data_of(path))) == ["-1", "2", "10"]
-    assert [row.label for row in read_set(path, data_of(path, kind="regression"))] == [10.0, 2.0, -1.0]
-    table = write(tmp_path / "a.csv", [{"text": "x", "label": "2.5"}])
-    assert read_set(table, data_of(table, kind="regression"))[0].label == 2.5
+    assert [row.label for row in rows_in(path, kind="regression")] == [10.0, 2.0, -1.0]
+    assert rows_in(write(tmp_path / "a.csv", [{"text": "x", "label": "2.5"}]), kind="regression")[0].label == 2.5
 
 
 def test_words_are_lists_or_split_at_white_space(tmp_path):
@@ -91,84 +85,78 @@ def test_words_are_lists_or_split_at_white_space(tmp_path):
         assert read_set(path, WORDS) == [Row(row["words"], None, row["tags"]) for row in rows]
 
 
-REGRESSION = {"kind": "regression"}
-TOKENS = {"kind": "tokens"}
+REGRESSION, TOKENS = {"kind": "regression"}, {"kind": "tokens"}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "fault", "options"),
+    ("suffix", "content", "fault", "options"),
     [
-        ("a.txt", "x", "a.txt: expected a file name that ends in .csv, .tsv, .json, .jsonl, .parquet", {}),
-        ("a.csv", "text,lable\nx,1\n", "a.csv:2: no column 'label'; did you mean 'lable'?", {}),
-        ("a.csv", "text,label\nx,1\na,b,2\n", "a.csv:3: expected 2 values, as in the header, got 3", {}),
-        ("a.csv", "text,label\nx\n", "a.csv:2: expected 2 values, as in the header, got 1", {}),
-        ("a.csv", 'text,label\n"x"y,1\n', "a.csv:2: ", {}),
-        ("a.csv", "text,label\nx,\n", "a.csv:2: column 'label': expected a class, got ''", {}),
-        ("a.csv", "text,label\n", "a.csv: no rows", {}),
-        ("a.csv", b"text,label\n\xff,1\n", "a.csv: not UTF-8", {}),
-        *(
-            (
-                "a.csv",
-                f"text,label\nx,{value}\n",
-                f"a.csv:2: column 'label': expected a number, got '{value}'",
-                REGRESSION,
-            )
-            for value in ("nan", "inf", "much")
-        ),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"', "a.jsonl:2: not JSON", {}),
-        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: expected an object with columns, got [1]", {}),
-        ("a.jsonl", '{"text": null, "label": 1}\n', "a.jsonl:1: column 'text': expected a text, got None", {}),
-        ("a.jsonl", '{"text": "x", "label": null}\n', "a.jsonl:1: column 'label': expected a class, got None", {}),
-        ("a.jsonl", '{"text": "x", "label": 0.5}\n', "a.jsonl:1: column 'label': expected a class, got 0.5", {}),
-        (
-            "a.jsonl",
-            '{"text": ["a", "b"], "label": ["O"]}',
-            "a.jsonl:1: column 'label': expected 2 tags, one for",
-            TOKENS,
-        ),
-        ("a.jsonl", '{"text": ["a"], "label": [""]}', "a.jsonl:1: column 'label': expected 1 tags, one for", TOKENS),
-        ("a.jsonl", '{"text": [], "label": []}', "a.jsonl:1: column 'text': expected words, got []", TOKENS),
-        ("a.json", "[{]", "a.json: not JSON", {}),
-        ("a.json", '[{"text": "x", "label": 1}, 2]', "a.json:2: expected an object with columns, got 2", {}),
-        ("a.parquet", "x", "a.parquet: cannot be read as parquet", {}),
+        ("txt", "x", ": expected a file name that ends in .csv, .tsv, .json, .jsonl, .parquet", {}),
+        ("csv", "text,lable\nx,1\n", ":2: no column 'label'; did you mean 'lable'?", {}),
+        ("csv", "text,label\nx,1\na,b,2\n", ":3: expected 2 values, as in the header, got 3", {}),
+        ("csv", "text,label\nx\n", ":2: expected 2 values, as in the header, got 1", {}),
+        ("csv", 'text,label\n"x"y,1\n', ":2: ", {}),
+        ("csv", "text,label\nx,\n", ":2: column 'label': expected a class, got ''", {}),
+        ("csv", "text,label\n", ": no rows", {}),
+        ("csv", b"text,label\n\xff,1\n", ": not UTF-8", {}),
+        ("csv", "text,label\nx,nan\n", ":2: column 'label': expected a number, got 'nan'", REGRESSION),
+        ("csv", "text,label\nx,inf\n", ":2: column 'label': expected a number, got 'inf'", REGRESSION),
+        ("csv", "text,label\nx,much\n", ":2: column 'label': expected a number, got 'much'", REGRESSION),
+        ("csv", "text,label\nx,1\n", ":2: no column 'pair'", {"text_pair": "pair"}),
+        ("jsonl", '{"text": "x", "label": 1}\n{"text": "y"', ":2: not JSON", {}),
+        ("jsonl", '{"text": "x", "label": 1}\n[1]\n', ":2: expected an object with columns, got [1]", {}),
+        ("jsonl", b'{"text": "\xff", "label": 1}', ": not UTF-8", {}),
+        ("jsonl", '{"text": null, "label": 1}\n', ":1: column 'text': expected a text, got None", {}),
+        ("jsonl", '{"text": "x", "label": 1, "pair": 2}', ":1: column 'pair': expected a text", {"text_pair": "pair"}),
+        ("jsonl", '{"text": "x", "label": null}\n', ":1: column 'label': expected a class, got None", {}),
+        ("jsonl", '{"text": "x", "label": 0.5}\n', ":1: column 'label': expected a class, got 0.5", {}),
+        ("jsonl", '{"text": ["a", "b"], "label": ["O"]}', ":1: column 'label': expected 2 tags, one for", TOKENS),
+        ("jsonl", '{"text": ["a"], "label": [""]}', ":1: column 'label': expected 1 tags, one for", TOKENS),
+        ("jsonl", '{"text": [], "label": []}', ":1: column 'text': expected words, got []", TOKENS),
+        ("json", "[{]", ": not JSON", {}),
+        ("json", '[{"text": "x", "label": 1}, 2]', ":2: expected an object with columns, got 2", {}),
+        ("parquet", "x", ": cannot be read as parquet", {}),
+        ("parquet", ROWS, ": no column 'txt'; did you mean 'text'", {"text": "txt"}),
+        ("*", "", ": no such file", {}),
     ],
 )
-def test_a_fault_names_file_and_row(name, content, fault, options, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as error:
-        read_set(str(path), data_of(path, **options))
-    assert fault in str(error.value)
+def test_a_fault_names_file_and_row(suffix, content, fault, options, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    if isinstance(content, list):
+        write(path, content)
+    elif content:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=re.escape(f"a.{suffix}{fault}")):
+        rows_in(path, **options)
 
 
-def test_files_and_columns_that_are_missing(tmp_path):
-    with pytest.raises(DataError, match="csv: no such file"):
-        read_set(str(tmp_path / "*.csv"), data_of("x"))
-    parquet = write(tmp_path / "a.parquet", ROWS)
-    with pytest.raises(DataError, match="a.parquet: no column 'txt'; did you mean 'text'"):
-        read_set(parquet, data_of(parquet, text="txt"))
+def classes(train, validation="ab", **options):
+    sets = {"train": train, "validation": validation}
+    data = data_of("train.csv", **options)
+    return classes_of(data, {name: [Row("x", None, label) for label in labels] for name, labels in sets.items()})
 
 
-def test_classes(tmp_path):
-    def classes(train, validation="ab", **options):
-        sets = {"train": train, "validation": validation}
-        data = LabelledData(train="train.csv", validation="", text="text", **options)
-        return classes_of(data, {name: [Row("x", None, label) for label in labels] for name, labels in sets.items()})
-
+def test_classes_are_those_of_the_training_set_or_as_listed():
     assert classes("bab") == ["a", "b"] and classes("ab", labels=["b", "a", "c"]) == ["b", "a", "c"]
-    for arguments, options, fault in (
-        (("ab", "abc"), {}, "validation: class 'c' is not in the training set"),
-        (("ab",), {"labels": ["a", "c"]}, "train: class 'b' is not in labels"),
-        (("aa", "a"), {}, "train.csv: all rows have the class 'a'; expected two"),
-        (("abc",), {"metrics": ["f1"]}, "f1 needs 2 classes, got 3"),
-        (("ab",), {"metrics": ["entity_f1"]}, "entity_f1 expects the tags B-X, I-X and O, got 'a'"),
-    ):
-        with pytest.raises(DataError, match=fault):
-            classes(*arguments, **options)
 
 
-def test_held_out_rows(tmp_path):
-    """A share of them, the same at each call, copies on one side, none lost."""
+@pytest.mark.parametrize(
+    ("train", "validation", "options", "fault"),
+    [
+        ("ab", "abc", {}, "validation: class 'c' is not in the training set"),
+        ("ab", "ab", {"labels": ["a", "c"]}, "train: class 'b' is not in labels"),
+        ("aa", "a", {}, "train.csv: all rows have the class 'a'; expected two"),
+        ("abc", "ab", {"metrics": ["f1"]}, "f1 needs 2 classes, got 3"),
+        ("ab", "ab", {"metrics": ["entity_f1"]}, "entity_f1 expects the tags B-X, I-X and O, got 'a'"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(train, validation, options, fault):
+    with pytest.raises(DataError, match=fault):
+        classes(train, validation, **options)
+
+
+def test_the_held_out_share(tmp_path):
+    """The same rows at each call; copies of a text stay together; no row is lost."""
     texts = [f"text {i % 400}" for i in range(800)]
     path = write(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
     sets = read_sets(data_of(path, validation=0.25))
@@ -176,18 +164,19 @@ def test_held_out_rows(tmp_path):
     assert 60 < len(set(held_out)) < 140 and not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(texts)
     assert read_sets(data_of(path, validation=0.25)) == sets
-    with pytest.raises(DataError, match="leaves one of the two sets empty"):
-        hold_out(sets["validation"][:1], 0.5)
+    path = write(tmp_path / "one.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match="holding out 0.5 of 1 rows leaves one of the two sets empty"):
+        read_sets(data_of(path, validation=0.5))
 
 
-def test_sets_by_name(tmp_path):
+def test_validation_sets_by_name(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     sets = read_sets(data_of(path, validation={"near": path, "far": path}, test=path))
     assert list(sets) == ["train", "near", "far", "test"]
 
 
-def test_encoding(tmp_path, tokenizer):
-    """The tokenizer's own ids; pairs have segments; what is too long is cut, and counted."""
+def test_pairs_have_segments_and_are_cut(tmp_path, tokenizer):
+    """The same ids as the tokenizer's; the number of cut rows."""
     rows = [{"a": "the city " * n, "b": "a river", "label": n % 2} for n in (1, 30)]
     path = write(tmp_path / "a.jsonl", rows)
     encoded = encode(read_set(path, PAIRS), ["0", "1"], "classification", tokenizer, 32)
@@ -198,27 +187,23 @@ def test_encoding(tmp_path, tokenizer):
     assert [example["labels"] for example in encoded.examples] == [1, 0]
     assert [len(example["input_ids"]) for example in encoded.examples][1] == 32 and encoded.cut == 1
     assert {1} < set(encoded.examples[1]["token_type_ids"].tolist())  # the second text keeps a part
-    single = encode(
-        read_set(path, dataclasses.replace(PAIRS, text_pair=None)), ["0", "1"], "classification", tokenizer, 32
-    )
+    single = encode(rows_in(path, text="a"), ["0", "1"], "classification", tokenizer, 32)
     assert "token_type_ids" not in single.examples[0]
 
 
 def test_many_rows_are_encoded_in_order(tmp_path, tokenizer, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [{"text": f"river {i}", "label": i / 7} for i in range(10)])
-    rows = read_set(path, data_of(path, kind="regression"))
-    want = encode(rows, [], "regression", tokenizer, 16)
     monkeypatch.setattr("src.finetune.data.ROWS_AT_ONCE", 3)
-    got = encode(rows, [], "regression", tokenizer, 16)
-    assert [e["labels"] for e in got.examples] == [i / 7 for i in range(10)] == [e["labels"] for e in want.examples]
-    for a, b in zip(want.examples, got.examples, strict=True):
-        np.testing.assert_array_equal(a["input_ids"], b["input_ids"])
+    path = write(tmp_path / "a.jsonl", [{"text": f"river {i}", "label": i / 7} for i in range(10)])
+    encoded = encode(rows_in(path, kind="regression"), [], "regression", tokenizer, 16)
+    assert [example["labels"] for example in encoded.examples] == [i / 7 for i in range(10)]
+    want = [tokenizer(f"river {i}")["input_ids"] for i in range(10)]
+    assert [example["input_ids"].tolist() for example in encoded.examples] == want
 
 
-def test_a_word_is_labelled_at_its_first_piece(tmp_path, tokenizer):
+def test_a_word_is_labelled_at_its_first_piece(tokenizer):
     words = ["Unbelievableness", "of", "\u200b", "Paris-based", "rivers"]
-    path = write(tmp_path / "a.jsonl", [{"words": words, "tags": ["A", "B", "C", "B", "A"]}])
-    encoded = encode(read_set(path, WORDS), ["A", "B", "C"], "tokens", tokenizer, 64)
+    rows, classes = [Row(words, None, ["A", "B", "C", "B", "A"])], ["A", "B", "C"]
+    encoded = encode(rows, classes, "tokens", tokenizer, 64)
     (example,) = encoded.examples
     pieces = [tokenizer.tokenize(word) for word in words]
     want = [IGNORED]
@@ -227,14 +212,10 @@ def test_a_word_is_labelled_at_its_first_piece(tmp_path, tokenizer):
     assert example["labels"].tolist() == [*want, IGNORED] and len(pieces[0]) > 1 and not pieces[2]
     assert tokenizer.convert_ids_to_tokens(example["input_ids"])[1:-1] == [p for parts in pieces for p in parts]
     assert (encoded.unread, encoded.cut) == (1, 0)
-    short = encode(read_set(path, WORDS), ["A", "B", "C"], "tokens", tokenizer, len(pieces[0]) + 3)
+    short = encode(rows, classes, "tokens", tokenizer, len(pieces[0]) + 3)
     assert (short.unread, short.cut) == (3, 1) and (short.examples[0]["labels"] >= 0).sum() == 2
-
-
-def test_a_row_without_any_piece(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", [{"words": ["\u200b"], "tags": ["A"]}])
-    with pytest.raises(DataError, match="row 1: the tokenizer makes no word piece"):
-        encode(read_set(path, WORDS), ["A"], "tokens", tokenizer, 64)
+    with pytest.raises(DataError, match="row 2: the tokenizer makes no word piece"):
+        encode([*rows, Row(["\u200b"], None, ["A"])], classes, "tokens", tokenizer, 64)
 
 
 LABELS = {"classification": 2, "regression": 0.5, "tokens": np.array([IGNORED, 3, 3, 3])}

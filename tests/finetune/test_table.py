@@ -3,16 +3,10 @@ import pytest
 from src.finetune import table
 
 
-@pytest.mark.parametrize(
-    ("freedom", "t"),
-    # Tables of Student's t, two-sided 5%.
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (9, 2.2622), (10, 2.2281), (30, 2.0423)],
-)
-def test_t_quantile(freedom, t):
-    assert table.t_quantile(freedom) == pytest.approx(t, abs=5e-5)
-
-
-def test_t_quantile_nears_the_normal_distributions():
+def test_t_quantile():
+    """Against tables of Student's t, two-sided 5%, and the normal distribution's."""
+    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 30: 2.0423}
+    assert {n: table.t_quantile(n) for n in known} == pytest.approx(known, abs=5e-5)
     assert table.t_quantile(100_000) == pytest.approx(1.95996, abs=1e-4)
 
 
@@ -37,10 +31,13 @@ RUNS = [
 
 
 def test_table():
+    empty = table.aggregate([])
+    assert empty == {"tasks": {}, "average": None}
+    assert table.as_text(table.table_lines(empty)) == "task  metric  n  mean  deviation  95% interval\n"
     aggregated = table.aggregate(RUNS)
     assert aggregated["average"] == pytest.approx((0.85 + 0.55) / 2)
     assert aggregated["tasks"]["cola"]["score"]["values"] == {"19": 0.5, "717": 0.6}
-    lines = table.table_lines(aggregated)
+    header, *lines = table.table_lines(aggregated)
     assert lines == [
         ("mnli", "accuracy (matched)", "1", "0.8400", "", ""),
         ("mnli", "accuracy (mismatched)", "1", "0.8600", "", ""),
@@ -49,30 +46,20 @@ def test_table():
         ("cola", "matthews (test)", "2", "0.1000", "0.0000", "0.1000 to 0.1000"),
         ("2 tasks", "mean score", "", "0.7000", "", ""),
     ]
-    text = table.as_text(lines).splitlines()
+    text = table.as_text([header, *lines]).splitlines()
     assert text[0].split("  ")[0] == "task" and len({line.find(" 0.") for line in text[1:4]}) == 1
-    markdown = table.as_markdown(lines).splitlines()
+    markdown = table.as_markdown([header, *lines]).splitlines()
     assert markdown[0] == "| task | metric | n | mean | deviation | 95% interval |"
     assert markdown[1] == "| --- | --- | --- | --- | --- | --- |" and len(markdown) == 8
     assert markdown[5] == "| cola | matthews | 2 | 0.5500 | 0.0707 | -0.0853 to 1.1853 |"
 
 
-def test_what_a_model_did_not_see():
-    results_of = {"task": "ner", "rows": {"train": 9, "dev": 3, "test": 2}}
-    some = {**results_of, "cut": {"train": 2, "dev": 0, "test": 0}, "unread_words": {"train": 5, "dev": 0, "test": 1}}
-    none = {
-        **results_of,
-        "task": "x",
-        "cut": dict.fromkeys(some["rows"], 0),
-        "unread_words": dict.fromkeys(some["rows"], 0),
-    }
-    assert table.truncation_notes([some, none, some]) == [
+def test_truncation_notes():
+    rows = {"train": 9, "dev": 3, "test": 2}
+    none = dict.fromkeys(rows, 0)
+    cut = {"cut": {"train": 2, "dev": 0, "test": 0}, "unread_words": {"train": 5, "dev": 0, "test": 1}}
+    some = {"task": "ner", "rows": rows, **cut}
+    assert table.truncation_notes([some, {"task": "x", "rows": rows, "cut": none, "unread_words": none}, some]) == [
         "ner: train: 2 of 9 rows are cut at max_seq_len; 5 labelled words are not seen",
         "ner: test: 0 of 2 rows are cut at max_seq_len; 1 labelled words are not seen",
     ]
-
-
-def test_no_run():
-    aggregated = table.aggregate([])
-    assert aggregated == {"tasks": {}, "average": None} and table.table_lines(aggregated) == []
-    assert table.as_text([]).split("\n")[0].startswith("task")
