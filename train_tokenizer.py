@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     for file in partial.iterdir():
         sync(file)
     replace_folder(partial, args.out)
-    if other is not None:
+    if args.compare is not None and other is not None:
         with contextlib.closing(texts(Stats())) as again:  # ends the progress bar's line
             compare(again, tokenizer, args.compare, other)
     print(f"tokenizer vocab_size={size} documents={stats.documents} seconds={time.perf_counter() - started:.1f}")

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -189,21 +190,31 @@ class ExactEvalDataset(IterableDataset):
 class Loader(DataLoader):
     """torch's DataLoader, in which a time-out, a dead worker and a worker's DataError raise a DataError of one line."""
 
+    workers: frozenset[Any] = frozenset()
+
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
-            yield from super().__iter__()
-        except DataError as error:  # torch raises a worker's with its traceback as the message
-            last = str(error).splitlines()[-1]
-            raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
-        except RuntimeError as error:
-            died = str(error).startswith("DataLoader worker ")  # errors of our code start with "Caught"
-            if not died and not str(error).startswith("DataLoader timed out "):
-                raise
-            for source in self.dataset.sources.values():  # pyright: ignore[reportAttributeAccessIssue]
-                if source.complete:
-                    check_shards(source.folder, True)  # raises if a lost shard is the reason
-            hint = "a worker died; out of memory?" if died else "raise the loader's 'timeout' if loading is slow"
-            raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
+        earlier = active_children()
+        batches = super().__iter__()
+        self.workers = frozenset(active_children()).difference(earlier) or self.workers  # persistent ones live on
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(batches, None)
+            except DataError as error:  # torch raises a worker's with its traceback as the message
+                last = str(error).splitlines()[-1]
+                raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+            except RuntimeError as error:
+                died = any(worker.exitcode for worker in self.workers)  # None: alive, 0: done
+                if not died and not 0 < self.timeout <= time.monotonic() - asked:
+                    raise
+                for source in self.dataset.sources.values():  # pyright: ignore[reportAttributeAccessIssue]
+                    if source.complete:
+                        check_shards(source.folder, True)  # raises if a lost shard is the reason
+                hint = "a worker died; out of memory?" if died else "raise the loader's 'timeout' if loading is slow"
+                raise DataError(f"no batch came: {first_line(error)}; {hint}") from error
+            if batch is None:
+                return
+            yield batch
 
 
 def build_dataloader(

@@ -9,6 +9,7 @@ A source is a sequence of files. A ``Span`` is a part of a file, a unit of work 
 """
 
 import gzip
+import io
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -299,7 +300,7 @@ def _lines(span: Span) -> Rows:
         yield place(), BadText(f"the rest of the file cannot be decompressed ({error})")
 
 
-def _skip_line(lines: IO[bytes]) -> int:
+def _skip_line(lines: gzip.GzipFile | io.BufferedReader) -> int:
     """Read to the end of the line, at most 1 MB at a time; returns the number of bytes."""
     skipped, piece = 0, b""
     while not piece.endswith(b"\n") and (piece := lines.readline(1 << 20)):
