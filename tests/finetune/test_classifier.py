@@ -202,7 +202,7 @@ def test_mosaic_bert_has_no_limit_of_length(tokenizer):
 
 def test_weights_of_hf_bert_are_refused(tokenizer, tmp_path):
     model_of("hf_bert", "regression", [], tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="Use model hf_bert"):
+    with pytest.raises(CheckpointError, match="use model hf_bert"):
         model_of("mosaic_bert", "regression", [], tokenizer, weights.read(tmp_path), model_config={})
 
 
