@@ -29,7 +29,6 @@ PAGES = ("step", "time_to_loss", "quality", "extrapolation")
 """Files NAME-DEVICE.md that docs/results.md holds, in its order."""
 TEXTS = {
     "data-cpu.txt": "Loader, conversion, a large dataset's start",
-    "startup-cpu.txt": "From the first line to the first step",
     "order-cpu.txt": "Order by length",
     "faults-cpu.txt": "Killed and started again",
 }
