@@ -82,5 +82,4 @@ bench-full: setup  ## All that benchmarks/results holds, and the pages made of i
 	$(BIN)/python -m benchmarks.restarts.faults --kills 40 --out benchmarks/results/faults-cpu.txt
 	$(BIN)/python -m benchmarks.learning.time_to_loss --ablate --beyond --out benchmarks/results
 	$(BIN)/python -m benchmarks.learning.quality --out benchmarks/results
-	$(BIN)/python -m benchmarks.learning.extrapolation --out benchmarks/results
 	$(BIN)/python -m benchmarks.publish
