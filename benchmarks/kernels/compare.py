@@ -228,7 +228,7 @@ def kept_bytes(function: Callable[..., Any], *args: Any, ignored: tuple[Tensor, 
     return out, total
 
 
-def saved(T: int, device: str) -> dict[str, tuple[int, int]]:
+def saved(T: int, device: str) -> dict[str, list[int]]:
     """Bytes saved by ours and by plain PyTorch for one sequence of T tokens in bf16; base widths, dropout 0.1."""
     config = MosaicBertConfig(hidden_dropout_prob=0.1, attention="triton", kernels="triton")
     D, N, p, layer = config.hidden_size, config.num_attention_heads, 0.1, BertLayer(config).to(device).train()
@@ -256,21 +256,18 @@ def saved(T: int, device: str) -> dict[str, tuple[int, int]]:
         x = plain_norm(output.dense(mixed), x, output.LayerNorm)
         return plain_norm(mlp.wo(plain_geglu(mlp.gated_layers(x))), x, p=0.0)
 
-    def norm(x: Tensor, residual: Tensor) -> Tensor:
+    def ours_norm(x: Tensor, residual: Tensor) -> Tensor:
         return layer_norm_triton.layer_norm(x, mlp.layernorm.weight, mlp.layernorm.bias, 1e-12, residual, p, key)
 
-    def attention(qkv: Tensor) -> Tensor:
-        return A.attention(*qkv.unbind(1), layout, slopes, impl="triton")
-
-    def rows(*shape: int) -> Tensor:
-        return torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-
-    x = rows(D)
+    x, residual, qkv, packed = (
+        torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for shape in ((D,), (D,), (3, N, D // N), (8 * D,))
+    )
     key = draw_key(x)
     parts: dict[str, tuple[Implementation, Implementation, tuple[Tensor, ...]]] = {
-        "attention": (attention, plain_attention, (rows(3, N, D // N),)),
-        "LayerNorm(residual + dropout(x))": (norm, plain_norm, (x, rows(D))),
-        "dropout(gelu(gate) * up)": (lambda x: geglu_triton.geglu(x, p, key), plain_geglu, (rows(8 * D),)),
+        "attention": (lambda qkv: A.attention(*qkv.unbind(1), layout, slopes, impl="triton"), plain_attention, (qkv,)),
+        "LayerNorm(residual + dropout(x))": (ours_norm, plain_norm, (x, residual)),
+        "dropout(gelu(gate) * up)": (lambda x: geglu_triton.geglu(x, p, key), plain_geglu, (packed,)),
         "a whole layer": (lambda x: layer(x, layout, slopes), plain_layer, (x,)),
     }
     found = {}
@@ -278,8 +275,7 @@ def saved(T: int, device: str) -> dict[str, tuple[int, int]]:
         for name, (ours, plain, inputs) in parts.items():
             # Autocast keeps a cast copy of each of the layer's weights. It does not grow with T, so it is subtracted.
             casts = sum(2 * w.numel() for w in parameters if w.ndim == 2) if name == "a whole layer" else 0
-            each = [kept_bytes(function, *inputs, ignored=ignored)[1] - casts for function in (ours, plain)]
-            found[name] = each[0], each[1]
+            found[name] = [kept_bytes(function, *inputs, ignored=ignored)[1] - casts for function in (ours, plain)]
     return found
 
 
@@ -296,8 +292,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for kernels-CARD.json")
     parser.add_argument("--saved", action="store_true", help="only print what is saved for the backward")
     args = parser.parse_args(argv)
-    anywhere = args.toy or (args.saved and not torch.cuda.is_available())
-    device = report.device_of(parser, anywhere)
+    device = report.device_of(parser, args.toy or (args.saved and not torch.cuda.is_available()))
     reason = A.MISSING["triton"](device)
     if reason is not None:
         parser.error(f"{reason}; set TRITON_INTERPRET=1 for --toy and --saved")

@@ -230,13 +230,6 @@ def cut(batch: Batch, text: Text, room: int) -> Batch:
     return rows
 
 
-def review_losses(variant: Variant, text: Text, reviews: list[Batch], room: int) -> NDArray[np.float64]:
-    """(reviews,) losses, each summed over the review's masked tokens."""
-    with torch.no_grad():
-        batches = (cut(review, text, room) for review in reviews)
-        return np.array([sum(variant.run(part).item() for part in variant.parts(batch)) for batch in batches])
-
-
 def change(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> dict[str, float]:
     """Mean and 95% interval of a difference per masked token; ``difference`` and ``masked`` are sums, (reviews,)."""
 
@@ -263,11 +256,9 @@ def extrapolate(folder: Path, text: Text, settings: Settings) -> dict[str, Any]:
             weights = type(variant.model).from_pretrained(model_folder(folder, name, seed)).state_dict()
             variant.model.load_state_dict(weights)
             variant.model.eval()
-            by_seed.append([review_losses(variant, text, reviews, length - 2) for length in some])
+            by_seed.append([[variant.evaluate(cut(each, text, length - 2)) for each in reviews] for length in some])
         sums[name] = dict(zip(some, np.array(by_seed).transpose(1, 0, 2), strict=True))
-    means = {
-        name: {n: (each.sum(axis=1) / masked.sum()).tolist() for n, each in by.items()} for name, by in sums.items()
-    }
+    means = {name: {n: (x.sum(axis=1) / masked.sum()).tolist() for n, x in by.items()} for name, by in sums.items()}
     ours = {length: each.mean(axis=0) for length, each in sums["ours"].items()}
     differences = {
         f"{n}x": change(ours[s] - ours[trained], masked) for n, s in zip(TIMES, lengths, strict=True) if n > 1

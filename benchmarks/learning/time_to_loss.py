@@ -64,7 +64,6 @@ SEARCHED = (*RECIPES, "no_alibi", "no_glu")
 """Names whose learning rate is searched."""
 CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
-
 SETTINGS = Setup(
     batch=8,
     vocabulary=2560,  # as many as 6 x 128 is of 12 x 768, of base's 30,528

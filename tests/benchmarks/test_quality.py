@@ -81,7 +81,7 @@ def test_loss_at_a_length_is_that_of_the_model(text):
         for p in variant.model.parameters():
             p.mul_(50 if p.dim() == 2 else 1)
     review = quality.masked_review(text, 0, np.random.default_rng(0).integers(5, 200, 240).tolist())
-    short, long = (quality.review_losses(variant, text, [review], room)[0] for room in (30, 240))
+    short, long = (variant.evaluate(quality.cut(review, text, room)) for room in (30, 240))
     batch = quality.cut(review, text, 240)
     logits = variant.model(batch["input_ids"], batch["attention_mask"]).logits[0]
     want = torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
@@ -104,8 +104,7 @@ def test_quality_resumes_and_ends_with_its_line(tmp_path, capsys, monkeypatch):
     assert re.fullmatch(f"quality {fields} {losses}", capsys.readouterr().out.splitlines()[-1])
     report = json.loads((tmp_path / "report" / "quality-cpu.json").read_text())
     assert np.array(report["tasks"]["topics"]["arms"]["ours"]["test"]).shape == (2, 2)
-    lengths = [32, 62, 122, 242]
-    assert list(report["extrapolation"]["losses"]["ours"]) == [str(length) for length in lengths]
+    assert list(report["extrapolation"]["losses"]["ours"]) == ["32", "62", "122", "242"]
     assert report["extrapolation"]["reviews"] > 0 and set(report["extrapolation"]["differences"]) == {"2x", "4x", "8x"}
 
     def again(*args, **options):
