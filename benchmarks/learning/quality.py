@@ -222,7 +222,7 @@ def masked_review(text: Text, number: int, ids: list[int]) -> Batch:
 
 def cut(batch: Batch, text: Text, room: int) -> Batch:
     """Consecutive samples of ``room`` tokens with unmasked [CLS] and [SEP] around each: (n, room + 2)."""
-    ends = {"input_ids": (text.tokenizer.cls_token_id, text.tokenizer.sep_token_id)}
+    ends: dict[str, Any] = {"input_ids": (text.tokenizer.cls_token_id, text.tokenizer.sep_token_id)}
     ends |= {"attention_mask": (1, 1), "labels": (IGNORED, IGNORED)}
     rows = {name: F.pad(x.view(-1, room), (1, 1)) for name, x in batch.items()}
     for name, (first, last) in ends.items():
