@@ -77,11 +77,9 @@ bench: setup  ## A look at the speed of this machine, into runs/bench
 bench-full: setup  ## All that benchmarks/results holds, and the pages made of it
 	$(BIN)/python -m benchmarks.speed.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.speed.loader --out benchmarks/results/data-cpu.txt
-	$(BIN)/python -m benchmarks.speed.startup --out benchmarks/results/startup-cpu.txt
 	$(BIN)/python -m benchmarks.learning.order --out benchmarks/results/order-cpu.txt
 	$(BIN)/python -m benchmarks.speed.scaling --out benchmarks/results
 	$(BIN)/python -m benchmarks.restarts.faults --kills 40 --out benchmarks/results/faults-cpu.txt
 	$(BIN)/python -m benchmarks.learning.time_to_loss --ablate --beyond --out benchmarks/results
 	$(BIN)/python -m benchmarks.learning.quality --out benchmarks/results
-	$(BIN)/python -m benchmarks.learning.extrapolation --out benchmarks/results
 	$(BIN)/python -m benchmarks.publish

@@ -25,11 +25,10 @@ ROOT = report.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- measured: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DEVICES = ("cuda", "cpu")
-PAGES = ("step", "time_to_loss", "quality", "extrapolation")
+PAGES = ("step", "time_to_loss", "quality")
 """Files NAME-DEVICE.md that docs/results.md holds, in its order."""
 TEXTS = {
     "data-cpu.txt": "Loader, conversion, a large dataset's start",
-    "startup-cpu.txt": "From the first line to the first step",
     "order-cpu.txt": "Order by length",
     "faults-cpu.txt": "Killed and started again",
 }
@@ -141,6 +140,7 @@ def quality(found: dict[str, Any], path: str) -> list[str]:
 
 def extrapolation(found: dict[str, Any], path: str) -> list[str]:
     """Loss above the training length."""
+    found = found["extrapolation"] | {"machine": found["machine"]}
     (trained, hf), *_ = found["losses"]["hf_bert"].items()
     differences = [{}, *found["differences"].values()]
     titles = f"tokens | MosaicBERT's loss | difference to {trained} | 95% interval"
@@ -153,7 +153,7 @@ def extrapolation(found: dict[str, Any], path: str) -> list[str]:
         f"Above the training length: the same models, pretrained at {trained} tokens, on {found['reviews']} film "
         f"reviews, the same {found['masked']:,} masked tokens at each length. HF BERT has a loss of "
         f"{statistics.fmean(hf):.4f} at {trained}, where its positions end; commit {found['machine']['commit']}, "
-        f"`python -m benchmarks.learning.extrapolation` ([how]({path}.md)).",
+        f"`python -m benchmarks.learning.quality` ([how]({path}.md)).",
         report.table(titles, row, rows),
     ]
 
@@ -269,7 +269,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "taken away": partial(of, "time_to_loss", partial(changes, TAKEN_AWAY, "taken away")),
     "changed": partial(of, "time_to_loss", partial(changes, CHANGED, "changed")),
     "quality": partial(of, "quality", quality),
-    "extrapolation": partial(of, "extrapolation", extrapolation),
+    "extrapolation": partial(of, "quality", extrapolation),
     **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
 }
 

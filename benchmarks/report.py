@@ -1,14 +1,13 @@
-"""What all benchmarks share: the machine's description, options, tables, pictures, files of results."""
+"""What all benchmarks share: the machine's description, options, tables, files of results."""
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import platform
 import shutil
 import string
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.metadata import version
@@ -139,28 +138,3 @@ def table(titles: str, row: str, rows: Iterable[Mapping[str, Any]]) -> str:
     cells = [[cell(template, values) for template in row.split(" | ")] for values in rows]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-@contextlib.contextmanager
-def picture(path: Path, panels: int) -> Iterator[Any]:
-    """matplotlib axes side by side, written to ``path`` at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (6.5 * panels, 5)
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", sharey=True, squeeze=False)
-    yield axes[0]
-    for each in axes[0]:
-        each.grid(alpha=0.3)
-    axes[0][0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_seeds(axes: Any, name: str, x: Any, values: Any) -> None:
-    """The mean of ``values`` (seeds, points) as a line, their range as a band."""
-    (line,) = axes.plot(x, values.mean(axis=0), label=name)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.25)

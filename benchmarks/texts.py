@@ -72,18 +72,3 @@ def make_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> str:
         write_json_lines(source, texts)
         train_tokenizer.main([str(source), "--out", str(tokenizer), "--vocab_size", str(vocabulary)])
     return str(tokenizer)
-
-
-def make_shards(
-    folder: Path, train: Iterable[str], validation: Iterable[str], vocabulary: int, max_seq_len: int
-) -> str:
-    """Shards of the documents' first tokens in FOLDER/mds, splits train and val; returns their tokenizer's folder."""
-    import convert_c4  # it needs streaming, which the kernels' benchmarks do without
-
-    tokenizer = make_tokenizer(folder, train, vocabulary)
-    write_json_lines(folder / "val.jsonl", validation)
-    for split in ("train", "val"):
-        tokens = ["--tokenizer", tokenizer, "--max_seq_len", str(max_seq_len), "--pack", "truncate"]
-        out = ["--out_root", str(folder / "mds"), "--splits", split, "--num_workers", "1"]
-        convert_c4.main([*out, "--source", str(folder / f"{split}.jsonl"), *tokens])
-    return tokenizer

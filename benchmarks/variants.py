@@ -124,6 +124,11 @@ class Variant:
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             return self.loss_sum(part)
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """The loss summed over all of the batch's masked tokens."""
+        return sum(self.run(part).item() for part in self.parts(batch))
+
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradient of the mean loss over all of the batch's masked tokens; returns that loss, ()."""
         M = max(1, int((batch["labels"] >= 0).sum()))
@@ -235,9 +240,6 @@ class MosaicBertPadded(MosaicBert):
         labels = part["masked_labels"]
         return [{**part, "input_ids": part["input_ids"].flatten(), "labels": labels, "layout": PaddedLayout(bias)}]
 
-    def counted(self) -> Variant:
-        return self
-
 
 class HFBert(Variant):
     """Hugging Face's BERT, unchanged."""
@@ -327,7 +329,6 @@ VARIANTS: dict[str, Callable[..., Variant]] = {
 
 FAMILIES = ("mosaic_bert", "hf", "modernbert_same_shape", "modernbert")
 """Variants whose names begin alike are the same model, and share its parameters."""
-
 
 TOLERANCE = {torch.float32: (2e-6, 5e-5), torch.bfloat16: (1e-3, 4e-2)}
 """Highest relative error, by rounding alone, of the loss and of all gradients together. Measured on a CPU over all

@@ -31,7 +31,7 @@ import pytest
 
 for arguments in ("--collect-only", "--collect-only -m gpu", "tests/model/test_geglu_triton.py::test_large_gates"):
     assert pytest.main(["-p", "no:cacheprovider", *arguments.split()]) == 0
-for name in ("kernels.compare", "speed.step", "kernels.tune", "kernels.saved_bytes", "kernels.aot"):
+for name in ("kernels.compare", "speed.step", "kernels.tune", "kernels.aot"):
     module = importlib.import_module(f"benchmarks.{name}")
     with contextlib.suppress(SystemExit):
         module.main(["--toy" if name == "kernels.compare" else "--help"])
@@ -48,7 +48,7 @@ def test_kernels_need_only_torch_triton_transformers_and_pytest(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"^tests/([\w/.]+)::", done.stdout, re.MULTILINE)) == MODEL
     assert re.search(r"^\d+/\d+ tests collected", done.stdout, re.MULTILINE) and "\n1 passed" in done.stdout
-    for module in ("speed.step", "kernels.tune", "kernels.aot", "kernels.saved_bytes"):
+    for module in ("speed.step", "kernels.tune", "kernels.aot"):
         assert f"python -m benchmarks.{module} " in done.stdout
     (last,) = re.findall("^kernels device=.*", done.stdout, re.MULTILINE)
     # Each case and peer is checked before it is timed. Newer torch runs FlexAttention on a CPU, 2.7 has no backward.

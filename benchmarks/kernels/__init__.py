@@ -1,1 +1,1 @@
-"""Kernels: compare (with SDPA, FlexAttention, torch.compile), tune (tiles), aot (registers, spills), saved_bytes."""
+"""Kernels: compare (with SDPA, FlexAttention, torch.compile), tune (tiles), aot (registers, spills)."""

@@ -3,6 +3,7 @@
     python -m benchmarks.kernels.compare [--tokens 65536] [--rounds 20]
         [--cases attention layer_norm geglu head] [--out FOLDER]
     TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --toy      # a CPU, toy sizes: only that all of it runs
+    TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --saved    # any machine: bytes saved for the backward
 
 Baselines: plain torch; torch.compile of it; FlexAttention (compiled, document mask, ALiBi as score_mod); padded SDPA
 with a bias in memory; flash-attn where it is installed. Every output and gradient is compared with the same computation
@@ -12,6 +13,9 @@ backward, in interleaved rounds, each after the L2 cache was overwritten: minimu
 
 Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``. A baseline that does not run
 here is left out, and its reason is printed. Needs neither Composer nor streaming.
+
+--saved: what autograd saves per token of one sequence, ours and plain PyTorch's. Storages count once; parameters and a
+part's inputs do not count.
 """
 
 import math
@@ -32,9 +36,12 @@ from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
 from src import geglu_triton, layer_norm_triton, torch_ops
+from src.bert_layers import BertLayer
 from src.bert_padding import unpack_heads, unpad_layout
+from src.configuration_bert import MosaicBertConfig
 from src.flash_attn_triton import tile_tables
 from src.masked_lm_loss import masked_lm_head_loss, masked_lm_loss
+from src.triton_common import draw_key
 
 Implementation = Callable[..., Tensor]
 
@@ -204,6 +211,78 @@ def check(case: Case, dtype: torch.dtype) -> tuple[dict[str, tuple[Implementatio
     return right, refused
 
 
+def kept_bytes(function: Callable[..., Any], *args: Any, ignored: tuple[Tensor, ...] = ()) -> tuple[Any, int]:
+    """Result, and bytes that its backward keeps; storages count once, those of ``args`` and ``ignored`` do not."""
+    seen = {x.untyped_storage().data_ptr() for x in (*args, *ignored) if isinstance(x, Tensor)}
+    total = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal total
+        pointer = x.untyped_storage().data_ptr()
+        total += 0 if pointer in seen else x.untyped_storage().nbytes()
+        seen.add(pointer)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = function(*args)
+    return out, total
+
+
+def saved(T: int, device: str) -> dict[str, list[int]]:
+    """Bytes saved by ours and by plain PyTorch for one sequence of T tokens in bf16; base widths, dropout 0.1."""
+    config = MosaicBertConfig(hidden_dropout_prob=0.1, attention="triton", kernels="triton")
+    D, N, p, layer = config.hidden_size, config.num_attention_heads, 0.1, BertLayer(config).to(device).train()
+    layout = unpad_layout(torch.tensor([T], device=device))
+    layout, slopes = replace(layout, tables=tile_tables(layout)), A.alibi_slopes(N).to(device)
+    parameters, position = tuple(layer.parameters()), torch.arange(T, device=device)
+    ignored = (*parameters, layout.cu_seqlens, slopes, *layout.tables.values())
+    block, output, mlp = layer.attention.self, layer.attention.output, layer.mlp
+
+    def plain_attention(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.transpose(0, 1).transpose(1, 2).unbind(0)  # (N, T, H)
+        bias = -slopes[:, None, None] * (position[:, None] - position).abs()
+        probs = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + bias).softmax(dim=-1).to(v.dtype)
+        return (probs @ v).transpose(0, 1)
+
+    def plain_norm(x: Tensor, residual: Tensor, norm: Any = mlp.layernorm, p: float = p) -> Tensor:
+        return F.layer_norm(residual.float() + F.dropout(x, p), (D,), norm.weight, norm.bias).to(x.dtype)
+
+    def plain_geglu(packed: Tensor) -> Tensor:
+        gate, up = packed.chunk(2, dim=-1)
+        return F.dropout(F.gelu(gate) * up, p)
+
+    def plain_layer(x: Tensor) -> Tensor:
+        mixed = plain_attention(block.Wqkv(x).unflatten(-1, (3, N, -1))).flatten(1)
+        x = plain_norm(output.dense(mixed), x, output.LayerNorm)
+        return plain_norm(mlp.wo(plain_geglu(mlp.gated_layers(x))), x, p=0.0)
+
+    def ours_attention(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return A.attention(q, k, v, layout, slopes, impl="triton")
+
+    def ours_norm(x: Tensor, residual: Tensor) -> Tensor:
+        return layer_norm_triton.layer_norm(x, mlp.layernorm.weight, mlp.layernorm.bias, 1e-12, residual, p, key)
+
+    x, residual, qkv, packed = (
+        torch.randn(T, *shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for shape in ((D,), (D,), (3, N, D // N), (8 * D,))
+    )
+    key = draw_key(x)
+    parts: dict[str, tuple[Implementation, Implementation, tuple[Tensor, ...]]] = {
+        "attention": (ours_attention, plain_attention, (qkv,)),
+        "LayerNorm(residual + dropout(x))": (ours_norm, plain_norm, (x, residual)),
+        "dropout(gelu(gate) * up)": (lambda x: geglu_triton.geglu(x, p, key), plain_geglu, (packed,)),
+        "a whole layer": (lambda x: layer(x, layout, slopes), plain_layer, (x,)),
+    }
+    found = {}
+    with torch.autocast(device, torch.bfloat16):
+        for name, (ours, plain, inputs) in parts.items():
+            # Autocast keeps a cast copy of each of the layer's weights. It does not grow with T, so it is subtracted.
+            casts = sum(2 * w.numel() for w in parameters if w.ndim == 2) if name == "a whole layer" else 0
+            found[name] = [kept_bytes(function, *inputs, ignored=ignored)[1] - casts for function in (ours, plain)]
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Check, measure, print; returns the exit status."""
     parser = report.parser(__doc__)
@@ -215,12 +294,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", nargs="+", choices=known, default=known)
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, through Triton's interpreter")
     parser.add_argument("--out", type=Path, help="folder for kernels-CARD.json")
+    parser.add_argument("--saved", action="store_true", help="only print what is saved for the backward")
     args = parser.parse_args(argv)
-    device = report.device_of(parser, args.toy)
+    device = report.device_of(parser, args.toy or (args.saved and not torch.cuda.is_available()))
     reason = A.MISSING["triton"](device)
     if reason is not None:
-        parser.error(f"{reason}; set TRITON_INTERPRET=1 for --toy")
+        parser.error(f"{reason}; set TRITON_INTERPRET=1 for --toy and --saved")
     torch.manual_seed(0)
+    if args.saved:
+        found = [(T, *item) for T in (64, 256) for item in saved(T, device).items()]
+        rows = [{"name": name, "T": T, "ours": ours / T, "plain": plain / T} for T, name, (ours, plain) in found]
+        row = "{name} | {T} | {ours:,.0f} | {plain:,.0f}"
+        print(report.table("saved, bytes per token | T | ours | plain PyTorch", row, rows))
+        return 0
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = torch.float32 if args.toy else getattr(torch, args.dtype)
     tokens, rounds, lengths = (200, 1, [64]) if args.toy else (args.tokens, args.rounds, args.lengths)

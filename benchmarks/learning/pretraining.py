@@ -183,10 +183,9 @@ class Training:
         """Nats per masked token."""
         self.variant.model.eval()
         total = masked = 0.0
-        with torch.no_grad():
-            for batch in batches:
-                total += sum(self.variant.run(part).item() for part in self.variant.parts(batch))
-                masked += int((batch["labels"] >= 0).sum())
+        for batch in batches:
+            total += self.variant.evaluate(batch)
+            masked += int((batch["labels"] >= 0).sum())
         self.variant.model.train()
         return total / masked
 
@@ -389,7 +388,6 @@ def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, pa
     about, command = report.machine(args.device), f"python -m benchmarks.learning.{name} {' '.join(argv)}"
     made = f"{report.described(about)}. `{command}`"
     record = record | {"machine": about, "command": command}
-    report.write_page(
-        args.out / f"{name}-{args.device}.json", title, f"benchmarks.learning.{name}", [made, *page], record
-    )
+    path = args.out / f"{name}-{args.device}.json"
+    report.write_page(path, title, f"benchmarks.learning.{name}", [made, *page], record)
     print("\n\n".join(page))

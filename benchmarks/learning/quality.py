@@ -1,4 +1,4 @@
-"""Accuracy after fine-tuning: MosaicBERT compared with Hugging Face's BERT and with fresh weights.
+"""Accuracy after fine-tuning, and loss above the training length: MosaicBERT, Hugging Face's BERT, fresh weights.
 
     python -m benchmarks.learning.quality [--minutes 6] [--hours 2] [--out FOLDER]
     python -m benchmarks.learning.quality --toy      # a minute: only that all of it runs
@@ -16,9 +16,17 @@ the better of PRETRAINING_RATES after a quarter of the time; untrained is ours w
 models of each are fine-tuned with several seeds, by finetune.py's own code, at the best of RATES by validation accuracy
 of one run, for each model and task. A difference is that of accuracies on the same test rows, averaged over all runs.
 Its 95% interval is a bootstrap over pretraining seeds, fine-tuning seeds and test rows, drawn alike for both models.
-Finished runs are kept in ``--folder`` and not repeated. Last line:
+Finished runs are kept in ``--folder`` and not repeated.
+
+Above the training length: the loss of the pretrained models on IMDb's reviews of the test part with at least 8 x 126
+tokens. The first 8 x 126 tokens of each are cut into consecutive samples of 126, 252, 504 and 1008, with [CLS] and
+[SEP] around each. The same tokens are masked (15%) at every length; only the visible context differs. Hugging Face's
+BERT has no positions above the training length. The 95% interval of a difference is a bootstrap over reviews.
+
+Last line (loss_2x: at twice the training length):
 
     quality topics_vs_hf=… topics_vs_hf_low=… topics_vs_hf_high=… topics_vs_untrained=… … sentences_vs_hf=… …
+    loss_1x=… loss_2x=… loss_4x=… loss_8x=… hf_loss_1x=…
 """
 
 import argparse
@@ -27,6 +35,7 @@ import dataclasses
 import itertools
 import json
 import random
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,19 +44,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.learning import pretraining
 from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Setup, Text
 from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, make_tokenizer, part_of, wikipedia_topics
-from benchmarks.variants import Shape, Variant
+from benchmarks.variants import Batch, Shape, Variant
 from src.common.files import replace_folder
+from src.data.cutting import encode_prefix
+from src.data.masking import MaskingCollator
 from src.data.tokenizer import load_tokenizer, save_tokenizer
 from src.finetune import plan as finetuning
 from src.finetune.config import FinetuneConfig, LabelledData, TaskConfig
 from src.finetune.run import PREDICTIONS_FOLDER, RESULT_FILE
 from src.finetune.run import train_and_evaluate as finetune_once
+from src.masked_lm_loss import IGNORED
 from src.train.schema import Component
 
 MODELS = {"ours": "mosaic_bert", "hf_bert": "hf_bert", "untrained": "mosaic_bert"}
@@ -55,6 +68,8 @@ MODELS = {"ours": "mosaic_bert", "hf_bert": "hf_bert", "untrained": "mosaic_bert
 TASKS = ("topics", "sentences")
 PRETRAINING_RATES = (1e-3, 3e-3)
 RATES = (3e-4, 1e-3, 3e-3)
+TIMES = (1, 2, 4, 8)
+"""Lengths of ``extrapolate``, as multiples of the training length."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +213,61 @@ def interval(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> dict[str, float]:
     return pretraining.bootstrap(draw)
 
 
+def masked_review(text: Text, number: int, ids: list[int]) -> Batch:
+    """The review as one sequence, (1, content), masked by its number."""
+    masks = MaskingCollator(text.tokenizer, 0.15, seed=0)
+    batch = masks([{"input_ids": np.array(ids, np.uint16), "sample_id": number, "epoch": 0}])
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def cut(batch: Batch, text: Text, room: int) -> Batch:
+    """Consecutive samples of ``room`` tokens with unmasked [CLS] and [SEP] around each: (n, room + 2)."""
+    ends: dict[str, Any] = {"input_ids": (text.tokenizer.cls_token_id, text.tokenizer.sep_token_id)}
+    ends |= {"attention_mask": (1, 1), "labels": (IGNORED, IGNORED)}
+    rows = {name: F.pad(x.view(-1, room), (1, 1)) for name, x in batch.items()}
+    for name, (first, last) in ends.items():
+        rows[name][:, 0], rows[name][:, -1] = first, last
+    return rows
+
+
+def change(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> dict[str, float]:
+    """Mean and 95% interval of a difference per masked token; ``difference`` and ``masked`` are sums, (reviews,)."""
+
+    def draw(rng: np.random.Generator) -> float:
+        picked = rng.integers(len(masked), size=len(masked))
+        return difference[picked].sum() / masked[picked].sum()
+
+    return {"mean": float(difference.sum() / masked.sum()), **pretraining.bootstrap(draw)}
+
+
+def extrapolate(folder: Path, text: Text, settings: Settings) -> dict[str, Any]:
+    """Losses of the seeds by model and length, and differences of ours to the training length."""
+    trained = settings.shape.length
+    lengths = [times * (trained - 2) + 2 for times in TIMES]
+    content = lengths[-1] - 2
+    texts = [review.text for review in film_reviews("imdb") if part_of(review.text) == "test"][: settings.documents]
+    encoded = [encode_prefix(text.tokenizer, review, content) for review in texts]
+    reviews = [masked_review(text, i, ids) for i, ids in enumerate(ids for ids in encoded if len(ids) == content)]
+    masked = np.array([int((review["labels"] >= 0).sum()) for review in reviews])
+    sums: dict[str, dict[int, NDArray[np.float64]]] = {}  # (seeds, reviews) by model and length
+    for name, some in (("ours", lengths), ("hf_bert", [trained])):
+        variant, by_seed = pretraining.make_variant(text, RECIPES[name]), []
+        for seed in range(1, settings.seeds + 1):
+            weights = type(variant.model).from_pretrained(model_folder(folder, name, seed)).state_dict()
+            variant.model.load_state_dict(weights)
+            variant.model.eval()
+            by_seed.append([[variant.evaluate(cut(each, text, length - 2)) for each in reviews] for length in some])
+        sums[name] = dict(zip(some, np.array(by_seed).transpose(1, 0, 2), strict=True))
+    means = {name: {n: (x.sum(axis=1) / masked.sum()).tolist() for n, x in by.items()} for name, by in sums.items()}
+    ours = {length: each.mean(axis=0) for length, each in sums["ours"].items()}
+    differences = {
+        f"{n}x": change(ours[s] - ours[trained], masked) for n, s in zip(TIMES, lengths, strict=True) if n > 1
+    }
+    return {"losses": means, "differences": differences, "reviews": len(reviews), "masked": int(masked.sum())}
+
+
 def report_all(
-    args: argparse.Namespace, argv: list[str], plan: Plan, settings: Settings, unigram_loss: float, found: dict
+    args: argparse.Namespace, argv: list[str], plan: Plan, settings: Settings, text: Text, found: dict, above: dict
 ) -> str:
     """Write JSON and Markdown; returns the last line."""
     results, accuracies, differences, fields = {}, [], [], []
@@ -219,7 +287,14 @@ def report_all(
                 differences.append({"task": task, "name": name, **difference})
                 key = f"{task}_vs_{name.removesuffix('_bert')}"
                 fields += ["{0}={mean:.4f} {0}_low={low:.4f} {0}_high={high:.4f}".format(key, **difference)]
-    pretrained = {name: plan.curves(name) for name in plan.recipes}
+    (hf,) = above["losses"]["hf_bert"].values()
+    rows = [
+        {"times": n, "tokens": length, "mean": statistics.mean(each), "low": min(each), "high": max(each)}
+        | {"change": above["differences"].get(f"{n}x", {})}
+        for n, (length, each) in zip(TIMES, above["losses"]["ours"].items(), strict=True)
+    ]
+    fields += [*(f"loss_{row['times']}x={row['mean']:.4f}" for row in rows), f"hf_loss_1x={statistics.mean(hf):.4f}"]
+    pretrained, unigram_loss = {name: plan.curves(name) for name in plan.recipes}, text.unigram_loss()
     lines = [
         f"Pretraining: {settings.minutes:g} minutes of training per model, {settings.seeds} seeds. Unigram baseline: "
         f"{unigram_loss:.4f}.",
@@ -237,28 +312,31 @@ def report_all(
             differences,
         ),
         f"The interval draws from {settings.seeds} pretraining seeds only, so it is too narrow.",
+        f"Above the training length: {above['reviews']} reviews, {above['masked']:,} masked tokens at each length; "
+        f"hf_bert, whose positions end there: {statistics.mean(hf):.4f}.",
+        report.table(
+            "times | tokens | ours, mean (range of seeds) | difference to 1x (95% interval)",
+            "{times}x | {tokens} | {mean:.4f} ({low:.4f} to {high:.4f}) "
+            "| {change[mean]:+.4f} ({change[low]:+.4f} to {change[high]:+.4f})",
+            rows,
+        ),
     ]
     record = {"settings": dataclasses.asdict(settings), "unigram_loss": unigram_loss}
-    record |= {"pretraining": pretrained, "tasks": results}
+    record |= {"pretraining": pretrained, "tasks": results, "extrapolation": above}
     pretraining.publish(args, argv, "quality", "Accuracy after fine-tuning", lines, record)
     return f"quality {' '.join(fields)}"
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that a command line asks for."""
-    settings = TOY if args.toy else replace(SETTINGS, minutes=args.minutes)
-    return replace(settings, device=args.device)
 
 
 def main(argv: list[str]) -> None:
     """Do what is left, and report."""
     args = pretraining.options(__doc__, SETTINGS.minutes, "runs/quality").parse_args(argv)
-    settings, deadline = settings_of(args), Deadline(args.hours)
+    settings, deadline = TOY if args.toy else replace(SETTINGS, minutes=args.minutes), Deadline(args.hours)
+    settings = replace(settings, device=args.device)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = read_text(args.folder, settings)
     plan = pretrain(args.folder, text, settings, 2 if args.toy else args.rounds, deadline)
     found = finetune_all(args.folder, settings, deadline)
-    print(report_all(args, argv, plan, settings, text.unigram_loss(), found))
+    print(report_all(args, argv, plan, settings, text, found, extrapolate(args.folder, text, settings)))
 
 
 if __name__ == "__main__":

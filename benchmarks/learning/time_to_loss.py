@@ -64,7 +64,6 @@ SEARCHED = (*RECIPES, "no_alibi", "no_glu")
 """Names whose learning rate is searched."""
 CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
 
-
 SETTINGS = Setup(
     batch=8,
     vocabulary=2560,  # as many as 6 x 128 is of 12 x 768, of base's 30,528
@@ -165,15 +164,23 @@ def minutes_to(curves: Curves, loss: float) -> str:
 
 
 def draw(path: Path, curves: dict[str, Curves]) -> None:
-    """Loss over time and over tokens."""
-    with report.picture(path, 2) as panels:
-        axes = (("time", 60, "minutes of training"), ("tokens", 1e6, "million tokens"))
-        for panel, (axis, unit, label) in zip(panels, axes, strict=True):
-            for name, runs in curves.items():
-                losses = np.array([[point["loss"] for point in run["points"]] for run in runs])
-                report.draw_seeds(panel, name, positions(runs, axis) / unit, losses)
-            panel.set(xlabel=label)
-        panels[0].set(ylabel="validation loss at 15% masking (nats)")
+    """Loss over time and over tokens: the mean of the seeds as a line, their range as a band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    axes = (("time", 60, "minutes of training"), ("tokens", 1e6, "million tokens"))
+    for panel, (axis, unit, label) in zip(panels, axes, strict=True):
+        for name, runs in curves.items():
+            losses, x = np.array([[p["loss"] for p in run["points"]] for run in runs]), positions(runs, axis) / unit
+            (line,) = panel.plot(x, losses.mean(axis=0), label=name)
+            panel.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=line.get_color(), alpha=0.25)
+        panel.set(xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="validation loss at 15% masking (nats)")
+    panels[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def effect(ours: Curves, runs: Curves) -> dict[str, float]:

@@ -36,11 +36,6 @@ def is_not_latest(old: Path, *args: Any) -> bool:
     return "latest" not in old.name
 
 
-def in_evaluation(model: Any, batch: Any, outputs: Any = None) -> bool:
-    """In training, ``outputs`` are given."""
-    return outputs is None
-
-
 def in_last_process(*args: Any) -> bool:
     """The others wait for it."""
     return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -65,7 +60,8 @@ POINTS = {
     "after rename": Point(Path, "replace", "after", is_not_latest),
     "before latest": Point(checkpoint.RunFolder, "point_latest", "before"),
     "after latest": Point(checkpoint.RunFolder, "point_latest", "after"),
-    "in evaluation": Point(MosaicBert, "eval_forward", "before", in_evaluation),
+    # In training, outputs are given.
+    "in evaluation": Point(MosaicBert, "eval_forward", "before", lambda model, batch, outputs=None: outputs is None),
     "in backward": Point(torch.Tensor, "backward", "in"),
     "in all-reduce": Point(torch.distributed, "all_reduce", "before", in_last_process),
 }

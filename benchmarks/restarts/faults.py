@@ -28,9 +28,10 @@ from typing import Any
 import psutil
 import torch
 
+import convert_c4
 from benchmarks import report
 from benchmarks.restarts.crash import POINTS
-from benchmarks.texts import make_shards
+from benchmarks.texts import make_tokenizer, write_json_lines
 from scripts import quickstart
 from src.train import checkpoint
 
@@ -41,7 +42,12 @@ KILLS_A_RUN = 8
 def make_data(folder: Path) -> list[str]:
     """Tokenizer and shards of 300 training and 90 validation documents; returns the run's options."""
     documents = list(itertools.islice(quickstart.default_documents(), 390))
-    tokenizer = make_shards(folder, documents[:300], documents[300:], vocabulary=1000, max_seq_len=32)
+    tokenizer = make_tokenizer(folder, documents[:300], 1000)
+    write_json_lines(folder / "val.jsonl", documents[300:])
+    for split in ("train", "val"):
+        tokens = ["--tokenizer", tokenizer, "--max_seq_len", "32", "--pack", "truncate", "--num_workers", "1"]
+        source = ["--splits", split, "--source", str(folder / f"{split}.jsonl")]
+        convert_c4.main(["--out_root", str(folder / "mds"), *source, *tokens])
     options = f"""
         max_seq_len=32 train_loader.num_workers=1 max_duration={STEPS}ba eval_interval=10ba progress_bar=false
         model.model_config.hidden_size=24 model.model_config.num_hidden_layers=2

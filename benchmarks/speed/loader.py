@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,19 +106,10 @@ class PlainDataset(streaming.StreamingDataset):
         )
 
 
-def ours(dataset: data_c4.StreamingC4, masks: MaskingCollator) -> Iterator[int]:
-    """Endless: the tokens, without padding, of each batch."""
+def tokens_of(make: Callable[[], Any], count: Callable[[Any], int]) -> Iterator[int]:
+    """Endless: the tokens, without padding, of each batch of a loader that ``make`` returns for each epoch."""
     while True:
-        for batch in data_c4.build_dataloader(dataset, masks, BATCH):
-            (part,) = split_unpadded(batch, BATCH)
-            yield part["num_tokens"]
-
-
-def plain(dataset: PlainDataset, collator: Any) -> Iterator[int]:
-    """The same of the baseline."""
-    while True:
-        for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=collator):
-            yield int(batch["attention_mask"].sum())
+        yield from map(count, make())
 
 
 def time_stages(dataset: data_c4.StreamingC4, masks: MaskingCollator, batches: int) -> dict[str, float]:
@@ -154,10 +146,15 @@ def compare(
     shutil.copytree(text, links, copy_function=os.link)
     masks, collator = MaskingCollator(tokenizer, RATE, seed=17), DataCollatorForLanguageModeling
     turns = {
-        "tokens": ours(from_tokens, masks),
-        "text": ours(from_text, masks),
-        "plain": plain(PlainDataset(tokenizer, local=str(links), **order), collator(tokenizer, mlm_probability=RATE)),
+        name: tokens_of(
+            partial(data_c4.build_dataloader, dataset, masks, BATCH),
+            lambda batch: split_unpadded(batch, BATCH)[0]["num_tokens"],
+        )
+        for name, dataset in (("tokens", from_tokens), ("text", from_text))
     }
+    plain, collate = PlainDataset(tokenizer, local=str(links), **order), collator(tokenizer, mlm_probability=RATE)
+    load = partial(DataLoader, plain, batch_size=BATCH, collate_fn=collate)
+    turns["plain"] = tokens_of(load, lambda batch: int(batch["attention_mask"].sum()))
     per_token: dict[str, list[float]] = {name: [] for name in turns}
     on_the_wall: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():

@@ -159,8 +159,9 @@ def main(argv: list[str]) -> None:
     """Measure, calculate, print."""
     parser = report.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=[*TABLES], default=[*TABLES])
-    lengths = "of the part length"
-    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=[*LENGTHS], help=lengths)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", choices=LENGTHS, default=[*LENGTHS], help="in the part length"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu_tokens_per_s", type=float, default=400_000, help="default: an H100's goal")
     parser.add_argument("--out", type=Path, help="folder for scaling-cpu.json; other parts there are kept")

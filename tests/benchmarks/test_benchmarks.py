@@ -14,7 +14,7 @@ import torch
 from benchmarks import report
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
-from benchmarks.speed import scaling, startup, step
+from benchmarks.speed import scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert as ComposerMosaicBert
@@ -236,19 +236,6 @@ def test_scaling_ends_with_its_line(tmp_path, capsys):
     assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
     scaling.main(["--toy", "--parts", "gpus", "--out", str(tmp_path)])
     assert set(json.loads((tmp_path / "scaling-cpu.json").read_text())) == {"length", "gpus", "sizes"}
-
-
-@pytest.mark.slow  # a process that imports Composer
-def test_startup_is_the_sum_of_its_parts(overrides, tmp_path, capsys):
-    """The run that is measured trains one step and leaves nothing behind."""
-    startup.main(["--runs", "1", "--out", str(tmp_path / "startup.txt"), "yamls/quickstart.yaml", *overrides])
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line == (tmp_path / "startup.txt").read_text().splitlines()[-1]
-    found = re.fullmatch(r"startup seconds=(\S+) imports=(\S+) build=(\S+) first_step=(\S+)", line)
-    assert found is not None
-    whole, *parts = map(float, found.groups())
-    assert whole == pytest.approx(sum(parts), abs=0.03) and min(parts) > 0
-    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_all_reduce_overlaps_with_long_backward_passes():

@@ -1,4 +1,4 @@
-"""quality.py and extrapolation.py: no text is both trained on and evaluated; the pages match the results."""
+"""quality.py: no text is both trained on and evaluated; the pages match the results."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import publish, texts
-from benchmarks.learning import extrapolation, pretraining, quality
+from benchmarks.learning import pretraining, quality
 from src.data.tokenizer import load_tokenizer
 from src.masked_lm_loss import IGNORED
 
@@ -60,10 +60,10 @@ def text(tokenizer_folder):
 
 def test_same_tokens_are_masked_at_every_length(text):
     ids = np.random.default_rng(0).integers(5, 200, 240).tolist()
-    whole = extrapolation.masked_review(text, 0, ids)
+    whole = quality.masked_review(text, 0, ids)
     assert 10 < int((whole["labels"] >= 0).sum()) < 60
     for room in (30, 60, 120, 240):
-        batch = extrapolation.cut(whole, text, room)
+        batch = quality.cut(whole, text, room)
         assert batch["input_ids"].shape == (240 // room, room + 2)
         for name, x in batch.items():
             torch.testing.assert_close(x[:, 1:-1].reshape(1, -1), whole[name], rtol=0, atol=0)
@@ -80,16 +80,16 @@ def test_loss_at_a_length_is_that_of_the_model(text):
     with torch.no_grad():
         for p in variant.model.parameters():
             p.mul_(50 if p.dim() == 2 else 1)
-    review = extrapolation.masked_review(text, 0, np.random.default_rng(0).integers(5, 200, 240).tolist())
-    short, long = (extrapolation.losses(variant, text, [review], room)[0] for room in (30, 240))
-    batch = extrapolation.cut(review, text, 240)
+    review = quality.masked_review(text, 0, np.random.default_rng(0).integers(5, 200, 240).tolist())
+    short, long = (variant.evaluate(quality.cut(review, text, room)) for room in (30, 240))
+    batch = quality.cut(review, text, 240)
     logits = variant.model(batch["input_ids"], batch["attention_mask"]).logits[0]
     want = torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum").item()
     assert long == pytest.approx(want, rel=1e-5) and abs(short - long) > 1e-3 * long
 
 
 @pytest.mark.slow  # a minute: 36 fine-tunings
-def test_quality_and_extrapolation_resume_and_end_with_their_lines(tmp_path, capsys, monkeypatch):
+def test_quality_resumes_and_ends_with_its_line(tmp_path, capsys, monkeypatch):
     argv = ["--toy", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match="the hours are spent"):
         quality.main([*argv, "--hours", "0"])
@@ -100,9 +100,12 @@ def test_quality_and_extrapolation_resume_and_end_with_their_lines(tmp_path, cap
         for baseline in ("hf", "untrained")
         for end in ("", "_low", "_high")
     )
-    assert re.fullmatch(f"quality {fields}", capsys.readouterr().out.splitlines()[-1])
+    losses = " ".join(f"{name}={NUMBER}" for name in ("loss_1x", "loss_2x", "loss_4x", "loss_8x", "hf_loss_1x"))
+    assert re.fullmatch(f"quality {fields} {losses}", capsys.readouterr().out.splitlines()[-1])
     report = json.loads((tmp_path / "report" / "quality-cpu.json").read_text())
     assert np.array(report["tasks"]["topics"]["arms"]["ours"]["test"]).shape == (2, 2)
+    assert list(report["extrapolation"]["losses"]["ours"]) == ["32", "62", "122", "242"]
+    assert report["extrapolation"]["reviews"] > 0 and set(report["extrapolation"]["differences"]) == {"2x", "4x", "8x"}
 
     def again(*args, **options):
         raise AssertionError("finished work is repeated")
@@ -110,11 +113,6 @@ def test_quality_and_extrapolation_resume_and_end_with_their_lines(tmp_path, cap
     monkeypatch.setattr(quality, "finetune_once", again)
     monkeypatch.setattr(pretraining, "curve", again)
     quality.main(argv)
-    capsys.readouterr()
-    extrapolation.main(argv)
-    losses = " ".join(f"{name}={NUMBER}" for name in ("loss_1x", "loss_2x", "loss_4x", "loss_8x", "hf_1x"))
-    assert re.fullmatch(f"extrapolation reviews=\\d+ {losses}", capsys.readouterr().out.splitlines()[-1])
-    assert (tmp_path / "report" / "extrapolation-cpu.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         quality.main(argv[1:])
 

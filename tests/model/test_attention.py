@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels.saved_bytes import kept_bytes
+from benchmarks.kernels.compare import kept_bytes
 from src import attention as A
 from src.bert_padding import unpad_layout
 

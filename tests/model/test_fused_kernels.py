@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels.saved_bytes import kept_bytes
+from benchmarks.kernels.compare import kept_bytes
 from src.geglu_triton import _forward_op as geglu_op
 from src.geglu_triton import geglu
 from src.layer_norm_triton import _forward_op as layer_norm_op

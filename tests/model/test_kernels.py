@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.kernels.saved_bytes import count, kept_bytes
+from benchmarks.kernels.compare import kept_bytes, saved
 from src import attention, flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops, triton_common
 from src.bert_layers import BertLayer
 from src.bert_padding import Layout
@@ -228,7 +228,7 @@ class Syncs(TorchDispatchMode):
 
 def test_memory_kept_for_the_backward_is_linear_in_tokens():
     """Attention, LayerNorm, gated unit and a whole layer, in bf16; plain torch also keeps the probabilities."""
-    a, b = count(8, DEVICE), count(24, DEVICE)
+    a, b = saved(8, DEVICE), saved(24, DEVICE)
     D, N, I = 768, 12, 3072  # noqa: E741
     per_token = {
         "attention": 2 * D + 4 * N,  # output and log-sum-exp; inputs (q, k, v) do not count

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels.saved_bytes import kept_bytes
+from benchmarks.kernels.compare import kept_bytes
 from src import masked_lm_loss
 from src.masked_lm_loss import masked_lm_head_loss
 from tests.model.test_kernels import DEVICE, assert_within_budget
