@@ -1,4 +1,4 @@
-"""Each folder's docstring names its files, and no file of the product is long."""
+"""Docstrings and docs name what exists, and no file of the product is long."""
 
 import ast
 import re
@@ -23,3 +23,12 @@ def test_a_folder_names_its_files(folder):
 def test_no_file_of_the_product_is_long():
     for path in [*Path().glob("*.py"), *Path("src").rglob("*.py"), *Path("scripts").glob("*.py")]:
         assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_every_test_that_a_page_or_docstring_names_exists():
+    tests = list(Path("tests").rglob("test_*.py"))
+    known = {path.name for path in tests} | {path.stem for path in tests}
+    known |= {name for path in tests for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    for path in [Path("README.md"), *Path("docs").glob("*.md"), *Path("src").rglob("*.py")]:
+        named = set(re.findall(r"\btest_\w+(?:\.py)?", path.read_text()))
+        assert named <= known, (path, named - known)

@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.parquet
 
 from src.common.errors import DataError, first_line
-from src.convert.stats import Stats
+from src.convert.stats import QUOTED, Stats
 
 Document = dict[str, str]
 """``text``, and ``timestamp`` and ``url`` if the source has them."""
@@ -225,7 +225,9 @@ def read(span: Span, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Docume
             continue
         if not skip_bad:
             raise BadText(f"{place}: {fault}")
-        stats.add(Stats(bad=1, first_bad=[f"{place}: {fault}"]))
+        stats.bad += 1
+        if len(stats.first_bad) < QUOTED:
+            stats.first_bad.append(f"{place}: {fault}")
 
 
 def _parse_text(line: bytes) -> Document:
@@ -285,13 +287,13 @@ def _lines(span: Span) -> Rows:
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
             if span.start:  # the line that crosses the start belongs to the span before
-                lines.seek(span.start - 1)
-                offset += _skip_line(lines) - 1
+                offset = lines.seek(span.start - 1)
+                offset += _skip_line(lines, stop - offset)
             while offset < stop and (line := lines.readline(MAX_LINE)):
                 number += 1
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     yield place(), BadText(f"line longer than {MAX_LINE:,} bytes; divide it into several documents")
-                    offset += _skip_line(lines)
+                    offset += _skip_line(lines, math.inf)
                 else:
                     yield place(), line
                 offset += len(line)
@@ -300,10 +302,10 @@ def _lines(span: Span) -> Rows:
         yield place(), BadText(f"the rest of the file cannot be decompressed ({error})")
 
 
-def _skip_line(lines: gzip.GzipFile | io.BufferedReader) -> int:
-    """Read to the end of the line, at most 1 MB at a time; returns the number of bytes."""
+def _skip_line(lines: gzip.GzipFile | io.BufferedReader, limit: float) -> int:
+    """Read to the end of the line, or past ``limit`` bytes, 1 MB at a time; returns the number of bytes."""
     skipped, piece = 0, b""
-    while not piece.endswith(b"\n") and (piece := lines.readline(1 << 20)):
+    while skipped < limit and not piece.endswith(b"\n") and (piece := lines.readline(1 << 20)):
         skipped += len(piece)
     return skipped
 

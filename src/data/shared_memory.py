@@ -15,6 +15,9 @@ from typing import IO
 
 SHARED = Path("/dev/shm")
 
+_owned: list[tuple[int, str, IO[str]]] = []
+"""Of this process's datasets: prefix, folder of the lock files, open record."""
+
 
 def own_shared_memory(prefix: int, lock_folder: str) -> None:
     """Record that this process, the first of its node, owns a dataset's segments, and lock files in ``lock_folder``."""
@@ -26,7 +29,7 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     json.dump({"locks": lock_folder, "locals": _segment(prefix, "locals").stat().st_ino}, record)
     record.flush()
     made.rename(_segment(prefix, "owner"))  # nobody sees it unlocked or empty
-    atexit.register(_disown, prefix, lock_folder, record)
+    _owned.append((prefix, lock_folder, record))
 
 
 def remove_stale_shared_memory() -> list[int]:
@@ -58,8 +61,10 @@ def _locks(prefix: int, folder: str) -> list[Path]:
     return [Path(folder) / f"{prefix:06}_{name}_filelock" for name in ("barrier", "cache")]
 
 
-def _disown(prefix: int, lock_folder: str, record: IO[str]) -> None:
-    with contextlib.suppress(OSError):
-        if os.fstat(record.fileno()).st_ino == _segment(prefix, "owner").stat().st_ino:
-            for leftover in [_segment(prefix, "owner"), *_locks(prefix, lock_folder)]:
-                leftover.unlink(missing_ok=True)
+@atexit.register  # at import, so it runs after streaming has removed the segments
+def _disown() -> None:
+    for prefix, lock_folder, record in _owned:
+        with contextlib.suppress(OSError):
+            if os.fstat(record.fileno()).st_ino == _segment(prefix, "owner").stat().st_ino:
+                for leftover in [_segment(prefix, "owner"), *_locks(prefix, lock_folder)]:
+                    leftover.unlink(missing_ok=True)

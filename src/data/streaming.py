@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
+from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from src.common.errors import DataError, first_line
@@ -97,10 +98,12 @@ class RepairedDataset(StreamingDataset):
         source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
         path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
         try:
-            if not source.complete:
-                with alone_on_node():
-                    if not path.exists():  # else another process of the node has fetched it
-                        os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+            if not source.complete and not path.exists():
+                # Not under ``alone_on_node``: its holder may wait for the other processes of the node.
+                if World.detect().is_local_leader:
+                    os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+                else:
+                    wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
             lengths = np.memmap(path, "<u2", "r")
         except Exception as error:  # each object store has errors of its own
             raise DataError(

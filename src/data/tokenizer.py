@@ -49,10 +49,11 @@ def _from_pretrained(name: str, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # OSError, AttributeError, TypeError and others, depending on the file
-        raise DataError(
-            f"tokenizer {name!r}: transformers {transformers.__version__} cannot read it ({first_line(error)}). "
-            "A tokenizer saved by transformers 5 may need transformers 5 (the current stack)"
-        ) from None
+        hint = "A tokenizer saved by transformers 5 may need transformers 5 (the current stack)"
+        if isinstance(error, OSError):
+            hint = "Are all of its files there?"
+        reason = f"transformers {transformers.__version__} cannot read it ({first_line(error)})"
+        raise DataError(f"tokenizer {name!r}: {reason}. {hint}") from None
 
 
 def _from_cache_or_hub(name: str) -> Any:

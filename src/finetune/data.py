@@ -49,7 +49,11 @@ def matching_files(pattern: str) -> list[str]:
 
 def file_hashes(pattern: str) -> list[str]:
     """SHA-256 of each of the files, in hex."""
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in matching_files(pattern)]
+    hashes = []
+    for path in matching_files(pattern):
+        with open(path, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
 
 
 def _check_columns(place: str, columns: Sequence[str], known: list[str]) -> None:

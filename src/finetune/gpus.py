@@ -54,7 +54,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
                     report(f"{job.name}: started on {'the CPU' if free[0] is None else f'GPU {free[0]}'}, {job.log}")
             time.sleep(POLL_S)
             is_due = time.monotonic() > next_report
-            next_report += REPORT_S * is_due
+            next_report = time.monotonic() + REPORT_S if is_due else next_report
             for device, (job, process, started) in list(running.items()):
                 code = process.poll()
                 if code is not None:
@@ -70,6 +70,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
     finally:
         for _, process, _ in running.values():
             process.kill()
+        for _, process, _ in running.values():
             process.wait()
     return failed
 

@@ -177,7 +177,11 @@ class RunFolder:
         partial = folder.with_name(f"{TOKENIZER}{PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(tokenizer, partial)
-        replace_folder(partial, folder)
+        if tokenizer_fingerprint(load_tokenizer(str(partial))) == fingerprint:
+            replace_folder(partial, folder)
+        else:
+            log.warning("%s: not kept, because it gives other ids once saved. Name the tokenizer at each use", folder)
+            shutil.rmtree(partial)
 
 
 def find(path: str | None, resume: bool) -> tuple[RunFolder | None, str | None]:

@@ -59,7 +59,10 @@ KINDS = {
 
 
 def read_options(component: Component) -> ModelOptions:
-    """The options of ``model``; raises ConfigError for an unknown name or option."""
+    """The options of ``model``; raises ConfigError for an unknown name or option, or an ill-typed ``model_config``."""
+    given = component.options.get("model_config")
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"model.model_config: expected keys and values, got {given!r}")
     return build("model", {name: kind.options for name, kind in KINDS.items()}, component)
 
 

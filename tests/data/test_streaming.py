@@ -2,7 +2,11 @@
 
 import gc
 import itertools
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -52,6 +56,40 @@ def test_shard_evicted_while_awaited_is_fetched_again(token_shards, opened, tmp_
     thread.join(timeout=20)
     fetch(0)  # if it still waits, so the process can exit
     assert {sample["sample_id"] for sample in got} == set(range(91))
+
+
+TWO_DATASETS = """
+import sys
+import torch.distributed as dist
+from src.data.tokenizer import load_tokenizer
+from src.data_c4 import StreamingC4
+dist.init_process_group("gloo")
+options = {"max_seq_len": 32, "remote": sys.argv[2], "batch_size": 4}
+tokenizer = load_tokenizer(sys.argv[1])
+grouped = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
+train = StreamingC4(tokenizer, local=sys.argv[3], split="train", **grouped, **options)
+val = StreamingC4(tokenizer, local=sys.argv[3], split="val", **options)
+print(train.size, val.size)
+dist.barrier()
+"""
+
+
+def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokenizer_folder, tmp_path):
+    """A lock that both processes take while one waits for the other would hang them."""
+    command = [sys.executable, "-c", TWO_DATASETS, tokenizer_folder, token_shards, str(tmp_path / "cache")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    try:
+        assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [[b"300", b"91"]] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_datasets_of_a_node_are_made_in_turn(token_shards, opened):

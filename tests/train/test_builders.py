@@ -99,6 +99,8 @@ def test_vocabulary_is_the_tokenizers_rounded_up_to_a_multiple_of_64(tokenizer):
         ("mosaic_bert", SHAPE, {"kernels": "nope"}, "unknown kernels 'nope'; expected one of auto, triton, torch"),
         ("mosaic_bert", {"attention": "torch"}, {}, "model.model_config.attention: it is model.attention"),
         ("mosaic_bert", {"hidden_size": 10}, {}, "not a multiple"),
+        ("mosaic_bert", "abc", {}, "model.model_config: expected keys and values, got 'abc'"),
+        ("hf_bert", 5, {}, "model.model_config: expected keys and values, got 5"),
     ],
 )
 def test_model_refuses_settings_without_effect(name, model_config, options, message, tokenizer):

@@ -407,6 +407,19 @@ def test_shared_memory_of_dead_runs_is_removed_and_of_live_ones_kept(tmp_path, m
         live.kill()
 
 
+def test_the_record_of_shared_memory_outlives_its_segments(tmp_path):
+    """A process that is killed while it ends leaves a record as long as it leaves a segment."""
+    (tmp_path / "000003_locals").touch()
+    ending = (
+        "import atexit, os, pathlib, signal; from src.data import shared_memory\n"
+        f"shared_memory.SHARED = pathlib.Path({str(tmp_path)!r})\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGKILL)\n"  # as streaming's, when it makes a dataset
+        "shared_memory.own_shared_memory(3, '.')"
+    )
+    subprocess.run([sys.executable, "-c", ending], check=False)
+    assert (tmp_path / "000003_owner").exists()
+
+
 def test_run_records_and_locks_its_shared_memory(options):
     trainer = trainer_of([*options, *UNSAVED])
     prefix = trainer.state.train_dataloader.dataset.shared_memory_prefix  # pyright: ignore
