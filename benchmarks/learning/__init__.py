@@ -1,4 +1,1 @@
-"""Learning: time_to_loss (with ablations), quality (fine-tuning, longer lengths), order (grouping by length).
-
-pretraining is their training loop.
-"""
+"""Learning: pretraining (the loop), time_to_loss (with ablations), quality (with longer lengths), order (by length)."""
