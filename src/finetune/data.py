@@ -78,15 +78,20 @@ def _read_separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterat
 
 def _read_json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """A list of objects, or one object per line."""
-    text, place = Path(path).read_text(encoding="utf-8-sig"), path
+    place = path
     try:
-        if text[:4096].lstrip().startswith("["):
-            yield from enumerate(json.loads(text), start=1)
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            place = f"{path}:{number}"
-            if line.strip():
-                yield number, json.loads(line)
+        with open(path, encoding="utf-8-sig") as file:
+            is_list = file.read(4096).lstrip().startswith("[")
+            file.seek(0)
+            if is_list:
+                yield from enumerate(json.loads(file.read()), start=1)
+                return
+            for number, line in enumerate(file, start=1):
+                place = f"{path}:{number}"
+                if line.strip():
+                    yield number, json.loads(line)
+    except UnicodeDecodeError:  # a ValueError too, with a message of its own in ``read_set``
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {error}") from None
 

@@ -54,7 +54,8 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
                     report(f"{job.name}: started on {'the CPU' if free[0] is None else f'GPU {free[0]}'}, {job.log}")
             time.sleep(POLL_S)
             is_due = time.monotonic() > next_report
-            next_report = time.monotonic() + REPORT_S if is_due else next_report
+            if is_due:
+                next_report = time.monotonic() + REPORT_S
             for device, (job, process, started) in list(running.items()):
                 code = process.poll()
                 if code is not None:
