@@ -52,7 +52,7 @@ def _from_pretrained(name: str, **options: Any) -> Any:
         hint = "A tokenizer saved by transformers 5 may need transformers 5 (the current stack)"
         if isinstance(error, OSError):
             hint = "Are all of its files there?"
-        reason = f"transformers {transformers.__version__} cannot read it ({first_line(error)})"
+        reason = f"transformers {transformers.__version__} cannot read it ({first_line(error)[:200]})"
         raise DataError(f"tokenizer {name!r}: {reason}. {hint}") from None
 
 

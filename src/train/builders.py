@@ -76,8 +76,10 @@ def build_trainer(config: RunConfig) -> Trainer:
         if found is not None:
             there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
             check.compare(there, found)  # first: it names settings, check_fits only shapes
-        if start is not None and Path(start).is_file():  # else Composer downloads it, or says that it does not exist
+        if start is not None and Path(start).is_file():
             checkpoint.check_fits(start, model)
+        else:  # Composer may find one: in an object store, or by a name with {rank}
+            checkpoint.check_on_load(start or f"{config.save_folder}", model)
         try:
             trainer = Trainer(
                 run_name=config.run_name,

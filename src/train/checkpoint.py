@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,20 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def check_fits(path: str, model: torch.nn.Module) -> None:
     """Raise CheckpointError if a checkpoint's weights differ from a model's in name or shape, or as ``read``."""
-    there = {name: tuple(weight.shape) for name, weight in read(path).get("model", {}).items()}
+    _compare(path, read(path).get("model", {}), model)
+
+
+def check_on_load(path: str, model: torch.nn.Module) -> None:
+    """Make the model's ``load_state_dict`` raise as ``check_fits``, for a checkpoint that only Composer can find."""
+
+    def check(module: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+        _compare(path, {name.removeprefix(prefix): weight for name, weight in weights.items()}, module)
+
+    model.register_load_state_dict_pre_hook(check)
+
+
+def _compare(path: str, weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    there = {name: tuple(weight.shape) for name, weight in weights.items()}
     here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differing:
@@ -109,7 +123,7 @@ class RunFolder:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
-        holder = self.path / ".lock.holder"  # a second file: opening a FileLock's own file empties it
+        holder = self.path / ".lock.holder"  # a file of its own: filelock may empty the lock's
         try:
             self._lock.acquire(timeout=timeout)
         except Timeout:
@@ -177,10 +191,16 @@ class RunFolder:
         partial = folder.with_name(f"{TOKENIZER}{PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(tokenizer, partial)
-        if tokenizer_fingerprint(load_tokenizer(str(partial))) == fingerprint:
+        fault = None
+        try:
+            if tokenizer_fingerprint(load_tokenizer(str(partial))) != fingerprint:
+                fault = "it gives other ids"
+        except ValueError as error:
+            fault = str(error)
+        if fault is None:
             replace_folder(partial, folder)
         else:
-            log.warning("%s: not kept, because it gives other ids once saved. Name the tokenizer at each use", folder)
+            log.warning("%s: not kept, because once saved: %s. Name the tokenizer at each use", folder, fault)
             shutil.rmtree(partial)
 
 

@@ -322,6 +322,7 @@ def test_checkpoints_may_hold_composers_classes(tmp_path):
         ("--evla", "--evla: expected a YAML and at most one of"),
         ("load_path=none.pt", "none.pt"),
         ("load_path=latest-rank0.pt model.model_config.hidden_size=48", "the checkpoint is of another model"),
+        ("load_path=latest-rank{rank}.pt model.model_config.hidden_size=48", "the checkpoint is of another model"),
         ("pretrained=. model.model_config.num_attention_heads=4", "num_attention_heads: 3 there, 4 here"),
         (
             "pretrained=. model.model_config.num_hidden_layers=1",

@@ -10,6 +10,7 @@ import finetune
 import main
 from src.common.errors import ConfigError
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from src.train import checkpoint
 from src.train.checkpoint import TOKENIZER
 from src.train.weights import read
 from tests.runs import QUICKSTART, UNSAVED, losses_of
@@ -33,8 +34,9 @@ def test_moved_checkpoint_is_evaluated_and_resumed(capsys, moved):
     want = capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match="original': there is no such folder"):
         main.main([QUICKSTART, "--eval", *options, f"load_path={folder}/latest-rank0.pt"])
-    main.main([QUICKSTART, "--eval", *options, NULL, f"load_path={folder}/latest-rank0.pt"])
-    assert capsys.readouterr().out.splitlines()[-1] == want
+    for path, tokenizer in (("latest-rank0.pt", "null"), ("latest-rank{rank}.pt", f"{folder}/{TOKENIZER}")):
+        main.main([QUICKSTART, "--eval", *options, f"tokenizer_name={tokenizer}", f"load_path={folder}/{path}"])
+        assert capsys.readouterr().out.splitlines()[-1] == want
     main.main([QUICKSTART, "--validate", *options, NULL, f"pretrained={folder}"])
     losses, _ = losses_of([*options, NULL, *UNSAVED, f"pretrained={folder}"])
     assert len(losses) == 4
@@ -72,3 +74,16 @@ def test_tokenizer_is_written_before_the_first_step(overrides, tokenizer, tmp_pa
     losses_of(options)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
     assert {path.name for path in folder.parent.iterdir() if TOKENIZER in path.name} == {TOKENIZER}
+
+
+def test_tokenizer_that_cannot_be_read_back_is_not_kept(tokenizer, tmp_path, monkeypatch, caplog):
+    def save(tokenizer, folder):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+
+    monkeypatch.setattr(checkpoint, "save_tokenizer", save)
+    folder = checkpoint.RunFolder(str(tmp_path))
+    folder.keep_tokenizer(tokenizer)
+    folder.close()
+    assert "not kept, because once saved" in caplog.text
+    assert not [path for path in tmp_path.iterdir() if TOKENIZER in path.name]
