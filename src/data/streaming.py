@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -99,11 +100,12 @@ class RepairedDataset(StreamingDataset):
         path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
         try:
             if not source.complete and not path.exists():
-                # Not under ``alone_on_node``: its holder may wait for the other processes of the node.
+                # Not under ``alone_on_node``: its holder may wait for the other processes of the node. They wait for as
+                # long as the file takes; if the leader fails, the launcher ends them.
                 if World.detect().is_local_leader:
                     os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
                 else:
-                    wait_for_file_to_exist(str(path), TICK, stream.download_timeout, f"{path} did not come")
+                    wait_for_file_to_exist(str(path), TICK, math.inf, "")
             lengths = np.memmap(path, "<u2", "r")
         except Exception as error:  # each object store has errors of its own
             raise DataError(

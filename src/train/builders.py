@@ -23,6 +23,7 @@ from src.common.errors import CheckpointError, ConfigError
 from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
+from src.data.streaming import alone_on_node
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
@@ -53,7 +54,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     check_device(config)
     meet(config.dist_timeout)
     if dist.get_local_rank() == 0:
-        shared_memory.remove_stale_shared_memory()
+        with alone_on_node():
+            shared_memory.remove_stale_shared_memory()
     folder, found = checkpoint.find(local_save_folder(config), config.autoresume)
     with contextlib.ExitStack() as on_error:
         if folder is not None:

@@ -60,11 +60,15 @@ def test_shard_evicted_while_awaited_is_fetched_again(token_shards, opened, tmp_
 
 TWO_DATASETS = """
 import sys
+import time
 import torch.distributed as dist
 from src.data.tokenizer import load_tokenizer
 from src.data_c4 import StreamingC4
 dist.init_process_group("gloo")
-options = {"max_seq_len": 32, "remote": sys.argv[2], "batch_size": 4}
+open_lengths = StreamingC4.open_lengths
+if dist.get_rank() == 0:
+    StreamingC4.open_lengths = lambda *args: time.sleep(2) or open_lengths(*args)
+options = {"max_seq_len": 32, "remote": sys.argv[2], "batch_size": 4, "download_timeout": 1}
 tokenizer = load_tokenizer(sys.argv[1])
 grouped = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
 train = StreamingC4(tokenizer, local=sys.argv[3], split="train", **grouped, **options)
@@ -75,7 +79,7 @@ dist.barrier()
 
 
 def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokenizer_folder, tmp_path):
-    """A lock that both processes take while one waits for the other would hang them."""
+    """A lock that both take while one waits for the other would hang them. The first takes longer than any timeout."""
     command = [sys.executable, "-c", TWO_DATASETS, tokenizer_folder, token_shards, str(tmp_path / "cache")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
