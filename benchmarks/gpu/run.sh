@@ -51,13 +51,13 @@ has xdist && select+=(-n 12)
 has pytest_timeout && select+=(--timeout 100)
 if [ "$TOY" = 1 ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 # the compiler takes minutes on a CPU
-    select=(-m "not slow and not gpu" -k "large_scores or strided or waits or spent") toy=(--toy) lengths=() rounds=()
+    select=(-m "not slow and not gpu" -k "large_scores or strided or never_synchronizes") toy=(--toy) lengths=() rounds=()
 fi
 step=(benchmarks.speed.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4)
 
 run environment 40 benchmarks.gpu.parts environment
 part tests 150 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" -vv --durations=10 \
-    tests/model/test_{gpu,attention,flash_attn_triton,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
+    tests/model/test_{gpu,attention,flash_attn_triton,fused_kernels,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
 run model 60 benchmarks.gpu.parts model
 run curve 90 benchmarks.gpu.parts curve
 run profile 50 benchmarks.gpu.parts profile

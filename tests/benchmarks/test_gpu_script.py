@@ -6,11 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import convert_c4
 from benchmarks import publish
+
+
+def test_the_gpu_script_runs_all_tests_of_the_kernels():
+    names = re.search(r"tests/model/test_\{([\w,]+)\}\.py", Path("benchmarks/gpu/run.sh").read_text())
+    named = {Path(f"tests/model/test_{name}.py") for name in names[1].split(",")}
+    files = set(Path("tests/model").glob("test_*.py"))
+    assert {path for path in files if re.search("DEVICE|cuda", path.read_text())} <= named <= files
 
 
 @pytest.mark.slow  # minutes: each part is a process of its own
@@ -34,7 +42,8 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
     assert done.stdout.splitlines()[-1].startswith("gpu card=1_thread") and " parts=12 failed=0 " in done.stdout
     assert parts["environment"]["results"]["commit"] == "abc123"
     assert all(part["status"] == "0" and part["results"] for name, part in parts.items() if name != "tests")
-    assert " passed" in parts["tests"]["last_line"] and parts["step"]["last_line"].startswith("step overhead_share=")
+    assert "5 passed, 1 skipped" in parts["tests"]["last_line"]  # of flash_attn_triton, fused_kernels and kernels
+    assert parts["step"]["last_line"].startswith("step overhead_share=")
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     shutil.copy(out / "gpu.json", tmp_path / "results" / "gpu-toy.json")
