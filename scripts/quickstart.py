@@ -76,15 +76,14 @@ def report(out: Path, own_text: bool) -> None:
     import torch
 
     from scripts import plot_curves
-    from src.data.tokenizer import load_tokenizer
-    from src.train import checkpoint, config, models
+    from src.train import checkpoint, config, models, weights
 
     run = config.load(str(out / "checkpoints" / "config.yaml"))
     lines = plot_curves.read_metrics(str(out))
     eval_loss = [line[plot_curves.EVAL_LOSS] for line in lines if plot_curves.EVAL_LOSS in line][-1]
     seconds, tokens = lines[-1]["seconds"], lines[-1]["token"]
 
-    tokenizer = load_tokenizer(str(out / "checkpoints" / checkpoint.TOKENIZER))
+    tokenizer = weights.load_tokenizer(weights.read(str(out / "checkpoints")))
     entropy = unigram_baseline(run, tokenizer)
     level = (entropy, "unigram baseline")
     plot_curves.draw({"quickstart": lines}, out / "loss-curve.png", axes=("token",), level=level)
