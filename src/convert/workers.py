@@ -23,7 +23,7 @@ def run(function: Callable[[Any, Count], None], tasks: Iterable[Any], num_worker
     task from ``tasks`` only when a worker is free.
 
     Raises:
-        OSError: a worker was killed, for example because memory ran out.
+        OSError: a worker died, for example because memory ran out; with its signal or exit code.
         Exception: the first error of ``function``. The other tasks are cancelled.
     """
     tasks = iter(tasks)
@@ -40,10 +40,11 @@ def run(function: Callable[[Any, Count], None], tasks: Iterable[Any], num_worker
     context.set_forkserver_preload(["streaming", "transformers.models.auto.tokenization_auto"])
     theirs, ours = context.Pipe(duplex=False)
     documents, counted = context.Value("q", 0), 0
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (function, documents, theirs))
+    pool, processes = ProcessPoolExecutor(num_workers, context, _start_worker, (function, documents, theirs)), set()
     try:
         pending = {pool.submit(_call, task) for task in itertools.islice(tasks, num_workers)}
         while pending:
+            processes.update(multiprocessing.active_children())
             done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
             total = documents.get_obj().value  # without the lock, which a killed worker may still hold
             count(total - counted)
@@ -52,9 +53,14 @@ def run(function: Callable[[Any, Count], None], tasks: Iterable[Any], num_worker
                 future.result()
             pending |= {pool.submit(_call, task) for task in itertools.islice(tasks, len(done))}
     except BrokenProcessPool:
+        pool.shutdown()
+        codes = {process.exitcode for process in processes} - {None, 0}
+        codes = codes - {-signal.SIGTERM} or codes  # by which the pool ended the others
+        ends = [f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes]
+        memory = "; out of memory? Try fewer --num_workers" if -signal.SIGKILL in codes else ""
         raise OSError(
-            "a worker process was killed; out of memory? Try fewer --num_workers. Completed work is kept: run the same "
-            "command again to continue"
+            f"a worker process died ({', '.join(ends)}){memory}. Completed work is kept: run the same command again to "
+            "continue"
         ) from None
     finally:
         ours.close()  # ends the workers, see _start_worker

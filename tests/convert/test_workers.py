@@ -34,8 +34,12 @@ def wait(folder, task, counted):
     time.sleep(60)
 
 
-def kill(task, counted):
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill(number, task, counted):
+    os.kill(os.getpid(), number)
+
+
+def leave(task, counted):
+    os._exit(3)
 
 
 def interrupt_itself(task, counted):
@@ -64,7 +68,14 @@ def test_each_task_runs_once_when_a_worker_is_free(num_workers, tmp_path):
     [
         (fail, ValueError, "^no good"),
         (fail_strangely, RuntimeError, "Local: no good"),
-        (kill, OSError, r"was killed; out of memory\? Try fewer --num_workers\. Completed work is kept"),
+        (
+            partial(kill, signal.SIGKILL),
+            OSError,
+            r"died \(killed by SIGKILL\); out of memory\? Try fewer --num_workers\. Completed work is kept",
+        ),
+        (partial(kill, signal.SIGSEGV), OSError, r"died \(killed by SIGSEGV\)\. Completed work is kept"),
+        (partial(kill, signal.SIGTERM), OSError, r"died \(killed by SIGTERM\)\. Completed work is kept"),
+        (leave, OSError, r"died \(exit code 3\)\. Completed work is kept"),
     ],
 )
 def test_the_first_error_of_a_worker_is_raised(task, error, message):
