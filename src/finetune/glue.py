@@ -1,8 +1,8 @@
 """GLUE (Wang et al., 2018, arXiv 1804.07461): its tasks and their files. Imports no torch.
 
 The files are those of nyu-mll/glue on the Hugging Face Hub, ``rte/train-00000-of-00001.parquet`` and so on, from there
-or from a folder. WNLI is left out, as in BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its
-metrics, GLUE's the mean over tasks.
+or from a folder. A folder may also hold ``rte/train.tsv`` or another of SUFFIXES, with the same columns. WNLI is left
+out, as in BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its metrics, GLUE's the mean over tasks.
 """
 
 from pathlib import Path
@@ -33,6 +33,8 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """By name on the hub: arguments of LabelledData, without the files."""
 
+SUFFIXES = ".parquet", ".csv", ".tsv", ".json", ".jsonl"
+
 SPLITS = {"mnli": {"matched": "validation_matched", "mismatched": "validation_mismatched"}}
 """Validation sets by name, each with its split, of tasks that have several."""
 
@@ -45,11 +47,13 @@ def _patterns(task: str) -> dict[str, str]:
 
 def task_files(task: str, folder: Path) -> dict[str, Any]:
     """``train`` and ``validation`` of LabelledData, from ``folder``; raises DataError if a file is missing."""
-    patterns = _patterns(task)
-    for pattern in patterns.values():
-        if not any(folder.glob(pattern)):
-            raise DataError(f"{folder}: no {pattern} as in {REPOSITORY}")
-    sets = {name: str(folder / pattern) for name, pattern in patterns.items()}
+    sets = {}
+    for name, pattern in _patterns(task).items():
+        split = pattern.removesuffix("-*.parquet")
+        there = [name for name in (pattern, *(f"{split}{suffix}" for suffix in SUFFIXES)) if any(folder.glob(name))]
+        if not there:
+            raise DataError(f"{folder}: no {pattern} as in {REPOSITORY}, nor {split} with {', '.join(SUFFIXES)}")
+        sets[name] = str(folder / there[0])
     train = sets.pop("train")
     return {"train": train, "validation": sets if task in SPLITS else sets["validation"]}
 

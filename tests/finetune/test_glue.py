@@ -1,5 +1,7 @@
 """GLUE's tasks by name, on files as on the hub."""
 
+import json
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -52,6 +54,17 @@ def test_each_task_reads_the_hubs_files(task, tmp_path):
         assert rows[1][:2] == (*texts, None)[:2] and len(rows) == (12 if name == "train" else 6)
     assert len(classes_of(data, sets)) == {"mnli": 3, "stsb": 0}.get(task, 2)
     assert set(data.metrics or []) <= set(KNOWN_METRICS[data.kind])
+
+
+def test_a_folder_may_hold_other_forms(tmp_path):
+    (tmp_path / "rte").mkdir()
+    with pytest.raises(DataError, match="no rte/train-.*parquet as in nyu-mll/glue, nor rte/train with .parquet, .csv"):
+        data_of("rte", tmp_path)
+    (tmp_path / "rte" / "train.tsv").write_text("sentence1\tsentence2\tlabel\na\tb\t0\n")
+    row = {"sentence1": "c", "sentence2": "d", "label": 1}
+    (tmp_path / "rte" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    sets = read_sets(data_of("rte", tmp_path))
+    assert {name: rows[0][:2] for name, rows in sets.items()} == {"train": ("a", "b"), "validation": ("c", "d")}
 
 
 def test_the_definition():
