@@ -28,7 +28,7 @@ endif
 .PHONY: help setup quickstart test test-slow test-versions gpu lint bench bench-full
 .DEFAULT_GOAL := help
 
-help:  ## Say what there is
+help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 20
 
 setup: $(VENV)/.installed  ## Install everything into .venv (once; a second call does nothing): STACK=current, or pinned
@@ -68,13 +68,13 @@ lint: setup  ## Check style and types
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck docs/slurm.sbatch .ci/run benchmarks/gpu/*.sh
 
-bench: setup  ## A look at the speed of this machine, into runs/bench
+bench: setup  ## Measure this machine in minutes, into runs/bench
 	$(BIN)/python -m benchmarks.speed.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
 	$(BIN)/python -m benchmarks.speed.loader --quick --out runs/bench/data-cpu.txt
 	$(BIN)/python -m benchmarks.speed.scaling --parts length gpus --lengths 128 512 2048 --rounds 2 --out runs/bench
 	$(BIN)/python -m benchmarks.learning.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
 
-bench-full: setup  ## All that benchmarks/results holds, and the pages made of it
+bench-full: setup  ## Measure everything in benchmarks/results again (hours), and rewrite the pages
 	$(BIN)/python -m benchmarks.speed.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.speed.loader --out benchmarks/results/data-cpu.txt
 	$(BIN)/python -m benchmarks.learning.order --out benchmarks/results/order-cpu.txt

@@ -55,7 +55,7 @@ def model_card(source: Pretrained, auto_class: str, task: str, out: Path) -> str
         time = checkpoint.read(str(source.path))["timestamp"]["Timestamp"]
         rows["trained for"] = f"{time['batch']:,} steps, {time['sample']:,} sequences, {time['token']:,} tokens"
         run_config = source.path.with_name("config.yaml")
-        rows["validation loss"] = validation_loss(run_config, time["batch"]) or "not found beside the checkpoint"
+        rows["validation loss"] = validation_loss(run_config, time["batch"]) or "not found next to the checkpoint"
         text = run_config.read_text() if run_config.exists() else yaml.safe_dump(source.settings, sort_keys=False)
         run = f"\nThe run: its data, recipe and machine.\n\n```yaml\n{text}```\n"
     return CARD.format(

@@ -2,7 +2,7 @@
 
 The files are those of nyu-mll/glue on the Hugging Face Hub, ``rte/train-00000-of-00001.parquet`` and so on, from there
 or from a folder. A folder may also hold ``rte/train.tsv`` or another of SUFFIXES, with the same columns. WNLI is left
-out, as in BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its metrics, GLUE's the mean over tasks.
+out, as in BERT (Devlin et al., 2019, section 4.1). A task's score is the mean of its metrics, GLUE's that of its tasks.
 """
 
 from pathlib import Path
