@@ -20,8 +20,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.speed.scaling import TABLES
 from benchmarks.speed.step import TIME_RATIO
+from src.common.environment import ROOT
 
-ROOT = report.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- measured: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DEVICES = ("cuda", "cpu")

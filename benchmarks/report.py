@@ -4,9 +4,7 @@ import argparse
 import json
 import multiprocessing
 import platform
-import shutil
 import string
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -17,34 +15,14 @@ from typing import Any
 import torch
 import transformers
 
+from src.common.environment import commit, device_name
 from src.common.files import write_text
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def commit() -> str:
-    """The commit of this code, by git, else as benchmarks/gpu/prepare.sh wrote it for a machine without git."""
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        if said:
-            return said
-    written = ROOT / ".gpu" / "commit"
-    return written.read_text().strip() if written.exists() else "unknown"
 
 
 def machine(device: str) -> dict[str, Any]:
     """Device, versions, commit and date of a measurement."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        threads = torch.get_num_threads()
-        name = f"{threads} thread{'s' * (threads > 1)} of {(models or [platform.machine()])[0]}"
     return {
-        "device": name,
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **({"triton": version("triton")} if device == "cuda" else {}),

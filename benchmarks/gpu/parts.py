@@ -34,6 +34,7 @@ from benchmarks.speed import step
 from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch, to_device
 from src import layer_norm_triton
 from src.bert_padding import Layout
+from src.common.environment import ROOT
 from src.data.microbatches import Batch, split_unpadded
 from src.flash_attn_triton import tile_tables
 
@@ -211,7 +212,7 @@ def profile(out: Path) -> None:
 
 def trainer(out: Path) -> None:
     """Some steps of the reference recipe at two microbatch sizes; step_monitor logs the tokens per second."""
-    here, environment, rows = report.ROOT / ".gpu", dict(os.environ), []
+    here, environment, rows = ROOT / ".gpu", dict(os.environ), []
     if subprocess.run([sys.executable, "-c", "import composer"], capture_output=True).returncode:
         environment["PYTHONPATH"] = str(out / "site")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", out / "site"]

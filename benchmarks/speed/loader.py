@@ -42,6 +42,7 @@ from transformers import DataCollatorForLanguageModeling
 from benchmarks import report, timing
 from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
+from src.common.environment import ROOT
 from src.data.masking import MaskingCollator
 from src.data.microbatches import num_tokens, split_unpadded
 from src.data.shards import TOKENS_KEY
@@ -75,7 +76,7 @@ def memory_of(process: psutil.Process) -> int:
 
 def convert(source: Path, out: Path, workers: int, *options: str) -> tuple[dict[str, float], int]:
     """Run convert_c4.py; returns the numbers of its last line, and its peak memory in bytes."""
-    command = [sys.executable, str(report.ROOT / "convert_c4.py"), "--splits", "train", "--overwrite", *options]
+    command = [sys.executable, str(ROOT / "convert_c4.py"), "--splits", "train", "--overwrite", *options]
     command += ["--out_root", str(out), "--source", str(source), "--num_workers", str(workers)]
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=printed, stderr=subprocess.DEVNULL)

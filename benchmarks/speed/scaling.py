@@ -29,6 +29,7 @@ import yaml
 from benchmarks import report, timing
 from benchmarks.speed import step
 from benchmarks.variants import VARIANTS, Shape, Variant, check, make_batch, step_flops
+from src.common.environment import ROOT
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SMALL = Shape(layers=4, hidden=256, heads=8, width=1024, vocabulary=4096, dropout=0.0, length=max(LENGTHS))
@@ -93,7 +94,7 @@ def gpus(parameters: int, tokens_per_s: float) -> list[dict]:
 
 def shape_of(name: str) -> Shape:
     """The size of a YAML's model, with base's vocabulary."""
-    config = yaml.safe_load((report.ROOT / "yamls" / f"{name}.yaml").read_text())["model"]["model_config"]
+    config = yaml.safe_load((ROOT / "yamls" / f"{name}.yaml").read_text())["model"]["model_config"]
     fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     return Shape(*(config[field] for field in fields))
 

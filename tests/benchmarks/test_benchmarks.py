@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
+from benchmarks.report import in_new_process
 from benchmarks.speed import scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
 from src.hf_bert import HFBert
@@ -140,7 +140,7 @@ def test_peak_memory_of_making_and_two_steps():
 def test_memory_of_a_step_is_at_least_that_of_its_tensors():
     """In a process of its own, as the benchmark measures it: weights, gradients, two moments, logits."""
     shape = Shape(layers=1)
-    peak = report.in_new_process(step.peak_bytes_cpu, "hf_bert", shape, 512, "1.0", 512, 0.3)
+    peak = in_new_process(step.peak_bytes_cpu, "hf_bert", shape, 512, "1.0", 512, 0.3)
     least = 4 * (4 * parameters("hf_bert", shape) + 512 * shape.vocabulary)
     assert least < peak < 2 * least
 
@@ -252,16 +252,6 @@ def test_large_has_its_published_size():
     with torch.device("meta"):
         model = VARIANTS["mosaic_bert"](shape, "meta").model
     assert sum(p.numel() for p in model.bert.parameters()) == pytest.approx(434e6, rel=1e-3)
-
-
-def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert report.commit() == "unknown"  # git finds no repository
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.commit() == "unknown"
-    (tmp_path / ".gpu").mkdir()
-    (tmp_path / ".gpu" / "commit").write_text("abc123\n")
-    assert report.commit() == "abc123"
 
 
 @pytest.mark.slow  # half a minute: it converts, loads and starts in processes of their own, as users do

@@ -348,9 +348,13 @@ def test_user_mistake_ends_in_one_message(changes, message, overrides, trained, 
 
 def test_training_works_without_git(monkeypatch, tmp_path):
     run = load(QUICKSTART)
-    monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert "# commit: unknown" in describe(run)  # git finds no repository
+    monkeypatch.setenv("PATH", "")
     assert "# commit: unknown" in describe(run)
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu" / "commit").write_text("abc123\n")
+    assert "# commit: abc123" in describe(run)
 
 
 def test_global_batch_must_divide_by_devices(overrides, monkeypatch):
