@@ -157,10 +157,7 @@ def make_runs(golden: Golden) -> None:
     like_quickstart = shape(128, 4, 8, 384)
     golden.train("continued", "continue_512", *SMALL, f"pretrained={checkpoint}", *like_quickstart)
 
-    labelled = out / "labelled.jsonl"
-    if not labelled.exists():
-        shutil.copy(before / "labelled.jsonl", labelled)
-    options = [f"pretrained={checkpoint}", f"folder={out}/own", f"tasks.mine.data.train={labelled}"]
+    options = [f"pretrained={checkpoint}", f"folder={out}/own", f"tasks.mine.data.train={before}/labelled.jsonl"]
     options += ["tasks.mine.seeds=[17, 18]", "tasks.mine.epochs=1"]
     golden.run("finetune.py", "yamls/finetune_own.yaml", *options)
     for result in sorted((out / "own").rglob("result.json")):

@@ -50,9 +50,7 @@ def test_the_current_stack_has_what_composer_and_streaming_list():
     assert all(name in text for name in lacking)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The Makefile, with a stand-in for Python
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

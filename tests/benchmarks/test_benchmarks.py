@@ -29,9 +29,7 @@ def batch():
 
 
 EVERY = {name: variant for name, variant in (VARIANTS | ABLATIONS).items() if name != "mosaic_bert_compiled"}
-
-
-CASES = [*((name, torch.float32) for name in EVERY)]
+CASES = [(name, torch.float32) for name in EVERY]
 CASES += [(name, torch.bfloat16) for name in ("mosaic_bert", "mosaic_bert_padded", "hf_strong", "modernbert")]
 
 

@@ -285,9 +285,7 @@ def test_merged_parts_are_the_same_split(tmp_path, many):
         merge()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Statistics and filters
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):

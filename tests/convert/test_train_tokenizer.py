@@ -3,7 +3,6 @@ import sys
 from collections import Counter
 
 import pytest
-from streaming import MDSWriter
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
@@ -66,15 +65,6 @@ def test_a_small_text_gives_a_smaller_vocabulary(tmp_path, capsys):
 def test_continuing_characters_do_not_split_words():
     inside = [c for c in "aé1,.日'-" if train_tokenizer.continues_words(c)]
     assert inside == ["a", "é", "1"]
-
-
-def test_a_split_of_shards_is_a_source(source, tmp_path):
-    with MDSWriter(out=str(tmp_path / "mds"), columns={"text": "str"}) as writer:
-        for document in iter_documents(source):
-            writer.write(document)
-    train(source, tmp_path / "a")
-    train(str(tmp_path / "mds"), tmp_path / "b")
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
 
 
 def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):

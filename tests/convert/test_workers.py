@@ -71,11 +71,11 @@ def test_each_task_runs_once_when_a_worker_is_free(num_workers, tmp_path):
         (
             partial(kill, signal.SIGKILL),
             OSError,
-            r"died \(killed by SIGKILL\); out of memory\? Try fewer --num_workers\. Completed work is kept",
+            r"killed by SIGKILL\); out of memory\? Try .*\. Completed work is kept",
         ),
-        (partial(kill, signal.SIGSEGV), OSError, r"died \(killed by SIGSEGV\)\. Completed work is kept"),
-        (partial(kill, signal.SIGTERM), OSError, r"died \(killed by SIGTERM\)\. Completed work is kept"),
-        (leave, OSError, r"died \(exit code 3\)\. Completed work is kept"),
+        (partial(kill, signal.SIGSEGV), OSError, r"killed by SIGSEGV\)\. Completed work"),
+        (partial(kill, signal.SIGTERM), OSError, r"killed by SIGTERM\)\. Completed work"),
+        (leave, OSError, r"exit code 3\)\. Completed work"),
     ],
 )
 def test_the_first_error_of_a_worker_is_raised(task, error, message):

@@ -2,9 +2,7 @@
 
 import gc
 import itertools
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +15,7 @@ from streaming.base.spanner import Spanner
 import convert_c4
 from src.data.shards import Locator, OpenShards
 from src.data.streaming import alone_on_node
+from tests.runs import environment, free_port
 
 
 def test_locator_equals_streamings_spanner():
@@ -81,14 +80,9 @@ dist.barrier()
 def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokenizer_folder, tmp_path):
     """A lock that both take while one waits for the other would hang them. The first takes longer than any timeout."""
     command = [sys.executable, "-c", TWO_DATASETS, tokenizer_folder, token_shards, str(tmp_path / "cache")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE)
-        for rank in "01"
-    ]
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environments = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for env in environments]
     try:
         assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [[b"300", b"91"]] * 2
     finally:

@@ -266,9 +266,7 @@ def test_the_same_seed_gives_the_same_run(tree, losses):
     assert losses("tasks.mine.seeds=[2]") != want
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Plans
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_runs_key_hashes_what_decides_its_result(tree, keys, tmp_path, tokenizer_folder):
@@ -426,9 +424,7 @@ def test_a_model_of_the_hub_comes_from_its_cache(tree, config_of, tmp_path, toke
         plan.plan_runs(config_of("pretrained=./none"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Failures
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

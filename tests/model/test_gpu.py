@@ -20,10 +20,7 @@ from src.data.microbatches import split_unpadded
 from src.flash_attn_triton import tile_tables
 from tests.model.test_bert_layers import batch_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 DEVICE = "cuda"
 V = 1024
