@@ -51,7 +51,7 @@ def write_text(out: Path, source: str | None) -> None:
     """Write documents to ``OUT/text/c4-train.00000-of-00001.json.gz`` and ``c4-validation.…``, as C4 does.
 
     Raises:
-        ValueError: too few documents.
+        ValueError: one of the two sets is empty.
     """
     folder = out / "text"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,11 @@ def write_text(out: Path, source: str | None) -> None:
     for file in files.values():
         file.close()
     if not all(counts.values()):
-        raise ValueError(f"{sum(counts.values())} documents are too few for a training and a validation set")
+        empty = " and ".join(split for split, count in counts.items() if not count)
+        raise ValueError(
+            f"none of {sum(counts.values())} documents is for {empty}; the hash of its text puts one in {HELD_OUT} "
+            "into the validation set. Give more text"
+        )
     print(f"text train={counts['train']} validation={counts['validation']} folder={folder}")
 
 

@@ -1,6 +1,6 @@
 """What every folder may import.
 
 errors       the errors that a user can cause     files    atomic writes, locks
-environment  commit, versions, device             signals  processes that end with their parent
+environment  commit, versions, device             signals  how processes end, alone or with their parent
 hub          Hugging Face Hub repositories as folders
 """

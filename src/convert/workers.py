@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any
 
+from src.common.signals import how_it_ended
+
 Count = Callable[[int], Any]
 """Called by a task from time to time, with the number of documents done since the last call."""
 
@@ -56,11 +58,10 @@ def run(function: Callable[[Any, Count], None], tasks: Iterable[Any], num_worker
         pool.shutdown()
         codes = {process.exitcode for process in processes} - {None, 0}
         codes = codes - {-signal.SIGTERM} or codes  # by which the pool ended the others
-        ends = [f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in codes]
-        memory = "; out of memory? Try fewer --num_workers" if -signal.SIGKILL in codes else ""
+        how = ", ".join(map(how_it_ended, codes)) or "unknown cause"
+        hint = " Try fewer --num_workers." if -signal.SIGKILL in codes else ""
         raise OSError(
-            f"a worker process died ({', '.join(ends)}){memory}. Completed work is kept: run the same command again to "
-            "continue"
+            f"a worker process died ({how}).{hint} Completed work is kept: run the same command again to continue"
         ) from None
     finally:
         ours.close()  # ends the workers, see _start_worker

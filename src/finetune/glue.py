@@ -50,7 +50,7 @@ def task_files(task: str, folder: Path) -> dict[str, Any]:
     sets = {}
     for name, pattern in _patterns(task).items():
         split = pattern.removesuffix("-*.parquet")
-        there = [name for name in (pattern, *(f"{split}{suffix}" for suffix in SUFFIXES)) if any(folder.glob(name))]
+        there = [files for files in (pattern, *(f"{split}{suffix}" for suffix in SUFFIXES)) if any(folder.glob(files))]
         if not there:
             raise DataError(f"{folder}: no {pattern} as in {REPOSITORY}, nor {split} with {', '.join(SUFFIXES)}")
         sets[name] = str(folder / there[0])

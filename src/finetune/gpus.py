@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT, Popen
 
+from src.common.signals import how_it_ended
+
 POLL_S = 0.1
 """Seconds between two looks at the processes."""
 REPORT_S = 60.0
@@ -62,8 +64,8 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
                     del running[device]
                     result = "done"
                     if code != 0:
-                        reason = f"killed by signal {-code}{'; out of memory?' if code == -9 else ''}"
-                        failed[job.name] = f"{_last_line(job.log) if code > 0 else reason} ({job.log})"
+                        reason = _last_line(job.log) if code > 0 else how_it_ended(code)
+                        failed[job.name] = f"{reason} ({job.log})"
                         result = f"failed: {failed[job.name]}"
                     report(f"{job.name}: {result} ({time.monotonic() - started:.0f} s)")
                 elif is_due:
