@@ -115,6 +115,14 @@ class StreamingC4(RepairedDataset):
             sample["stream"] = self.stream_of(sample_id)
         return sample
 
+    def filler(self) -> Sample:
+        """[CLS][SEP], which has nothing to mask."""
+        ids = np.array([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
+        sample = Sample(input_ids=ids, sample_id=-1, epoch=0)
+        if self.num_streams > 1:
+            sample["stream"] = 0
+        return sample
+
     def ids(self, sample_id: int, turn: int | None = None, retry: int = 7) -> NDArray[Any]:
         """A sample's ids (length,). Of a text that is too long: its beginning, or part ``turn`` of it."""
         columns, dtype = super().get_item(sample_id, retry), self.token_dtypes[self.stream_of(sample_id)]
@@ -158,8 +166,8 @@ class StreamingC4(RepairedDataset):
 class ExactEvalDataset(IterableDataset):
     """Evaluation: each sample exactly once, for any number of ranks and workers and any batch size. Epoch is 0.
 
-    Iterating a StreamingDataset repeats samples to fill the last batches, so this one indexes it. A rank with one
-    sample less than others yields [CLS][SEP], which has nothing to mask: all ranks have the same number of batches.
+    It indexes the dataset, in its own order. A rank with one sample less than others yields the dataset's ``filler``:
+    all ranks have the same number of batches.
 
     Args:
         batch_size: of the DataLoader, whose workers take whole batches in turn.
@@ -174,17 +182,16 @@ class ExactEvalDataset(IterableDataset):
         return -(-self.dataset.size // self.world_size)
 
     def __iter__(self) -> Iterator[Sample]:
-        worker, tokenizer = get_worker_info(), self.dataset.tokenizer
+        worker = get_worker_info()
         mine, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for i in range(len(self)):
             if i // self.batch_size % workers != mine:
                 continue
             index = i * self.world_size + self.rank
             if index < self.dataset.size:
-                ids = self.dataset.ids(index)
+                yield Sample(input_ids=self.dataset.ids(index), sample_id=index, epoch=0)
             else:
-                ids = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id])
-            yield Sample(input_ids=ids, sample_id=index, epoch=0)
+                yield self.dataset.filler()
 
 
 class Loader(DataLoader):

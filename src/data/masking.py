@@ -23,7 +23,8 @@ class Sample(TypedDict):
     """Ids (length,), [CLS] and [SEP] included, any integer type."""
     sample_id: int
     """Position in the dataset, the same for any shuffle and world size; mixed datasets follow each other. The k-th draw
-    of a sample within an epoch (from 0) adds k * dataset size, so every draw is masked differently."""
+    of a sample within an epoch (from 0) adds k * dataset size, so every draw is masked differently. -1: a filler, which
+    is not counted (``streaming.RepairedDataset``)."""
     epoch: int
     """Pass over the data, from 0. Seed, epoch and sample id decide what is masked."""
     stream: NotRequired[int]
@@ -68,7 +69,8 @@ class MaskingCollator:
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch. With
         ``rate=None``, in place of labels: ``mask_u`` (B, S) float64, 2 where nothing may be masked, and ``replacement``
-        (B, S) int64, the id of a position if it is masked. With mixed datasets also ``stream`` (B, 1) int64.
+        (B, S) int64, the id of a position if it is masked. With mixed datasets also ``stream`` (B, 1) int64; with a
+        filler ``filler`` (B, 1) bool.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
@@ -102,6 +104,8 @@ class MaskingCollator:
             labels[masked] = ids[masked]
             inputs[masked] = self._replacements(ids[masked], bits[masked])
             fields = {"input_ids": pad(inputs, self.pad_token_id), "labels": pad(labels, IGNORED)}
+        if (sample_ids < 0).any():
+            fields["filler"] = torch.from_numpy(sample_ids < 0)[:, None]
         if "stream" in samples[0]:
             fields["stream"] = torch.tensor([[sample.get("stream", 0)] for sample in samples])
         return {**fields, "attention_mask": torch.from_numpy(is_token.astype(np.int64))}

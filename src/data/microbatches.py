@@ -17,24 +17,37 @@ from src.masked_lm_loss import IGNORED
 Batch = dict[str, Any]
 
 
+class MaskedCount(int):
+    """A number of masked tokens, as Composer weights a microbatch's loss: by count / count of the global batch.
+
+    0 / 0 is 0, so a global batch without masked tokens has the loss 0, and a rank without any counts none.
+    """
+
+    def __truediv__(self, total: float) -> float:
+        return int(self) / total if self else 0.0
+
+
+def sequence_lengths(batch: Batch) -> Tensor:
+    """(B,) int64: tokens of each sequence of a padded batch, 0 for a filler, which is not counted."""
+    lengths = batch["attention_mask"].sum(dim=1)
+    return lengths.where(~batch["filler"].squeeze(1), 0) if "filler" in batch else lengths
+
+
 def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
     """Cut a padded batch (B, S) into padded microbatches, each as long as its longest sequence.
 
     Adds counts as Python ints, which are read without waiting for a GPU: ``num_samples``, ``num_tokens``, and
-    ``num_masked``, the tokens with a loss. If the batch has none, the first microbatch counts 1: Composer divides by
-    their sum, and the loss is 0.
+    ``num_masked``, the tokens with a loss. Fillers are not counted.
     """
     microbatches = []
     for start in range(0, len(batch["input_ids"]), microbatch_size):
         rows = slice(start, start + microbatch_size)
-        lengths = batch["attention_mask"][rows].sum(dim=1)
-        part: Batch = {name: x[rows, : int(lengths.max())] for name, x in batch.items()}
-        part["num_samples"] = len(lengths)
-        part["num_tokens"] = int(lengths.sum())
-        part["num_masked"] = int((part["labels"] >= 0).sum())
+        longest = int(batch["attention_mask"][rows].sum(dim=1).max())
+        part: Batch = {name: x[rows, :longest] for name, x in batch.items()}
+        counts, tokens = num_samples(part), num_tokens(part)
+        part |= {"num_samples": counts, "num_tokens": tokens["total"], "num_masked": int(tokens["loss_generating"])}
+        part.pop("filler", None)
         microbatches.append(part)
-    if not any(part["num_masked"] for part in microbatches):
-        microbatches[0]["num_masked"] = 1
     return microbatches
 
 
@@ -73,16 +86,16 @@ def split_unpadded(
 
 
 def num_samples(batch: Batch) -> int:
-    """Sequences of a batch or microbatch."""
-    return batch["num_samples"] if "num_samples" in batch else len(batch["input_ids"])
+    """Sequences of a batch or microbatch, without fillers."""
+    return batch["num_samples"] if "num_samples" in batch else int((sequence_lengths(batch) > 0).sum())
 
 
 def num_tokens(batch: Batch) -> dict[str, int]:
     """Tokens of a batch or microbatch ("total"), and tokens with a loss ("loss_generating")."""
     if "num_tokens" in batch:
-        return {"total": batch["num_tokens"], "loss_generating": batch["num_masked"]}
+        return {"total": batch["num_tokens"], "loss_generating": MaskedCount(batch["num_masked"])}
     masked = int((batch["labels"] >= 0).sum()) if "labels" in batch else 0  # a scheduled rate makes labels later
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": masked}
+    return {"total": int(sequence_lengths(batch).sum()), "loss_generating": MaskedCount(masked)}
 
 
 def fullest_batch(tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int) -> Batch:

@@ -17,15 +17,19 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
+from streaming.base.partition import algos
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
+from src.data.order import filling_worker, partition
 from src.data.shards import LENGTHS, Locator, OpenShards, check_index, check_shards, hash_algorithm
 from src.data.source import Source
 
 log = logging.getLogger(__name__)
+
+algos["exact"] = partition
 
 
 def alone_on_node() -> FileLock:
@@ -64,7 +68,8 @@ class RepairedDataset(StreamingDataset):
                 check_shards(source.folder, source.complete, verify if leads or verify == "off" else "size")
         try:
             with alone_on_node() if leads else contextlib.nullcontext():
-                super().__init__(streams=[Stream(**vars(source)) for source in self.sources.values()], **kwargs)
+                streams = [Stream(**vars(source)) for source in self.sources.values()]
+                super().__init__(streams=streams, partition_algo="exact", **kwargs)
         except Exception as error:  # each object store has errors of its own
             remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
             if isinstance(error, ValueError) or not remotes:
@@ -88,6 +93,7 @@ class RepairedDataset(StreamingDataset):
         self._paths = [os.path.join(shard.dirname, shard.split, shard.raw_data.basename) for shard in shards]
         self.failure: BaseException | None = None
         self._prepared, self._fetched_again = set[int](), set[int]()
+        self._fills = False
 
     def own_shared_memory(self) -> None:
         """Record that this process, the first of its node, owns the dataset's shared memory."""
@@ -186,6 +192,25 @@ class RepairedDataset(StreamingDataset):
         if hasattr(self, "_event"):  # made by the first iteration
             self._event.set()
         return error
+
+    def __iter__(self) -> Iterator[Any]:
+        """This worker's samples of the next epoch, and perhaps ``filler()`` (``filling_worker``)."""
+        yield from super().__iter__()
+        if self._fills:
+            yield self.filler()
+
+    def filler(self) -> Any:
+        """A sample with nothing to learn, which is not counted."""
+        raise NotImplementedError
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """Sample ids of this worker for an epoch that resumes at ``sample_in_epoch``, -1 where there is no sample."""
+        world, left = self._parallel_worker_world, self.epoch_size - sample_in_epoch
+        place = world.rank_of_node * world.num_nodes + world.node  # samples go to nodes first, as in ``partition``
+        assert self.batch_size is not None
+        worker = filling_worker(left, place, world.num_ranks, world.workers_per_rank, self.batch_size)
+        self._fills = worker == world.worker_of_rank
+        return super()._get_work(epoch, sample_in_epoch)
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         """Sample ids as their shards become ready. After a failure, streaming ends the epoch here without an error

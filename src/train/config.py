@@ -60,8 +60,8 @@ class TrainLoaderConfig(LoaderConfig):
     """The training data."""
 
     num_canonical_nodes: int = dataclasses.field(kw_only=True)
-    """Nodes that the order of samples is computed for. It decides the order, so it is required. Keep it when the number
-    of nodes changes: it must be a multiple or a divisor of that number (streaming's requirement)."""
+    """Nodes that the order of samples is computed for. It decides the order, so it is required; any number of nodes
+    then sees the same global batches. A node reads fewest shards if it is a multiple of the number of nodes."""
     shuffle: bool = True
     """Random order, a different one each epoch."""
     shuffle_seed: int | None = None

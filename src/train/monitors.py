@@ -16,7 +16,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch.distributed.tensor import DTensor
 
 from src.common.files import write_text
-from src.data.microbatches import num_tokens
+from src.data.microbatches import num_tokens, sequence_lengths
 from src.data_c4 import StreamingC4
 
 
@@ -42,8 +42,7 @@ class StreamShares(Callback):
         logger.log_metrics({f"data/sample_share/{name}": share for name, share in dataset.shares.items()})
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        lengths = state.batch["attention_mask"].sum(dim=1)
-        self.tokens.index_add_(0, state.batch["stream"][:, 0], lengths)
+        self.tokens.index_add_(0, state.batch["stream"][:, 0], sequence_lengths(state.batch))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % self.STEPS == 0:

@@ -50,7 +50,7 @@ def validate(config: RunConfig) -> str:
     batch = collator([dataset[i] for i in picked])
     tokens = num_tokens(batch)["total"]
     per_sample = tokens / len(picked)
-    epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch may repeat samples to be full
+    epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch has what is left
     steps = total_steps(config, epoch, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
     warmup, decay = schedule_shares(scheduler, config, steps, epoch, per_sample)

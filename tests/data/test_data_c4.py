@@ -68,9 +68,10 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
         assert len(batches[-1]) == len(loader)
     assert len({len(b) for b in batches}) == 1  # else ranks wait for each other
     samples = [s for rank in batches for batch in rank for s in batch]
-    ids = [s["sample_id"] for s in samples if s["sample_id"] < 91]
+    ids = [s["sample_id"] for s in samples if s["sample_id"] >= 0]
     assert sorted(ids) == list(range(91))
-    fillers = [s for s in samples if s["sample_id"] >= 91]
+    fillers = [s for s in samples if s["sample_id"] < 0]
+    assert len(fillers) == -91 % world_size
     assert all(s["input_ids"].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id] for s in fillers)
 
 

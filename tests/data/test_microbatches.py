@@ -46,9 +46,24 @@ def test_tile_tables_are_made_on_request():
     assert split_unpadded(batch_of(LENGTHS), 100)[0]["tables"] == {}
 
 
-def test_batch_without_masked_tokens_counts_one():
+def test_batch_without_masked_tokens_weighs_nothing():
+    """Composer divides a microbatch's count by that of the global batch, which may have no masked token at all."""
+    for masked in ([0, 0], [0, 3]):
+        counts = [num_tokens({"num_tokens": 9, "num_masked": count})["loss_generating"] for count in masked]
+        assert [count / (sum(masked) / 2) for count in counts] == [0.0, 2.0 * (sum(masked) > 0)]
     parts = split_unpadded(batch_of([2, 2], rate=0.0), 1)
-    assert [p["num_masked"] for p in parts] == [1, 0] and len(parts[0]["labels"]) == 0
+    assert [p["num_masked"] for p in parts] == [0, 0] and len(parts[0]["labels"]) == 0
+
+
+@pytest.mark.parametrize("split", [split_padded, split_unpadded])
+def test_filler_is_not_counted(split):
+    batch = batch_of([5, 30, 2])
+    filled = {**batch, "filler": torch.tensor([[False], [False], [True]])}
+    assert num_samples(filled) == 2 and num_tokens(filled)["total"] == 35
+    parts = split(filled, 2)
+    assert [part["num_samples"] for part in parts] == [2, 0] and [part["num_tokens"] for part in parts] == [35, 0]
+    assert all("filler" not in part for part in parts)
+    assert [len(part["input_ids"].flatten()) for part in parts][1] == 2  # it is computed all the same
 
 
 def test_padded_microbatches_are_as_long_as_their_longest_sequence():
