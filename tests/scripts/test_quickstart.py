@@ -85,10 +85,12 @@ def test_unigram_baseline_is_that_of_the_evaluations_targets(token_shards, token
     run = load("yamls/quickstart.yaml", options)
     datasets = {s: data_c4.StreamingC4(tokenizer, 32, local=token_shards, split=s) for s in ("train", "val")}
     special = set(tokenizer.all_special_ids)
-    seen = [i for n in range(300) for i in datasets["train"][n]["input_ids"].tolist() if i not in special]
+    seen = [
+        i for n in range(datasets["train"].size) for i in datasets["train"][n]["input_ids"].tolist() if i not in special
+    ]
     collate = MaskingCollator(tokenizer, 0.15, run.seed)
     targets = []
-    for n in range(91):
+    for n in range(datasets["val"].size):
         labels = collate([datasets["val"][n]])["labels"]
         targets += labels[labels >= 0].tolist()
     words = len(tokenizer) - len(special)

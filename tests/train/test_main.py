@@ -26,7 +26,7 @@ from src.train.config import load
 from src.train.run import describe
 from src.train.validate import memory, schedule_shares, total_steps
 from src.train.weights import load_pretrained
-from tests.conftest import MAX_SEQ_LEN, YAMLS
+from tests.conftest import MAX_SEQ_LEN, TRAIN, YAMLS
 from tests.runs import QUICKSTART, UNSAVED, evaluation, fit, flat, logged, trainer_of, weights_of
 
 
@@ -132,8 +132,9 @@ def test_validate_describes_the_run(overrides, capsys, tmp_path):
     shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
     model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
-    assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
-    assert "190, 10.13 epochs" in printed["steps"]
+    assert f"{TRAIN} samples of " in printed["training data"] and "16 samples" in printed["global batch"]
+    steps = 10 * -(-TRAIN // 16)
+    assert f"{steps}, {16 * steps / TRAIN:.2f} epochs" in printed["steps"]
     assert "10.0% warmup, 30.0% decay" in printed["schedule"]
     assert "MFLOP per token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
@@ -212,8 +213,8 @@ def test_loss_falls(overrides):
 
 
 def test_resume_from_copied_checkpoint_continues_losses_and_metrics(overrides, tmp_path):
-    """Two epochs of 300 samples. ``latest`` is a file here, not a link."""
-    options = [*overrides, "global_train_batch_size=100", "device_train_microbatch_size=50", "max_duration=6ba"]
+    """Two epochs of three batches. ``latest`` is a file here, not a link."""
+    options = [*overrides, "global_train_batch_size=104", "device_train_microbatch_size=52", "max_duration=6ba"]
     _, want, weights = fit([*options, f"save_folder={tmp_path}/a"])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
