@@ -19,7 +19,7 @@ from src.bert_layers import BertForMaskedLM
 from src.common import environment
 from src.common.errors import ConfigError
 from src.configuration_bert import MosaicBertConfig
-from src.data.masking import MaskingCollator
+from src.data.masking import EVALUATION_SEED, MaskingCollator
 from src.data_c4 import StreamingC4
 from src.train import builders, checkpoint, data, models, optim, processes
 from src.train.config import load
@@ -64,7 +64,7 @@ def test_evaluation_is_exact(overrides, token_shards, text_shards, tokenizer):
     want = evaluation(fit(options)[0])
     assert want["LanguagePerplexity"] == pytest.approx(np.exp(want["LanguageCrossEntropy"]))
     dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
-    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
+    batch = MaskingCollator(tokenizer, 0.15, EVALUATION_SEED)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
     assert want["MaskedTokens"] == (batch["labels"] >= 0).sum()
     for change in (
         ["device_eval_batch_size=7"],
@@ -90,6 +90,24 @@ def test_evaluation_sets_by_name(overrides, text_shards):
     assert set(values) == {"eval", *sets} and len(watch.losses) == 4
     assert values["same"] == values["eval"] and values["text"] == pytest.approx(values["eval"], rel=1e-6)
     assert len({values["eval"], values["training"], values["harder"]}) == 3
+
+
+def test_evaluations_masks_do_not_depend_on_the_seed(overrides, tokenizer):
+    """Else losses of two seeds would be of different masked tokens. Those of training do."""
+
+    def labels(seed):
+        sets = "eval_loaders.harder={split: val, mlm_probability: 0.5}"
+        config = load(QUICKSTART, [*overrides, f"seed={seed}", sets, "train_loader.shuffle=false"])
+        train = data.build_train_data(config, tokenizer)
+        evaluators = data.build_evaluators(config, tokenizer, train)
+        assert [evaluator.label for evaluator in evaluators] == ["eval", "harder"]
+        masked = [batch["labels"] for evaluator in evaluators for batch in evaluator.dataloader.dataloader]
+        return next(iter(train.dataloader))["labels"], masked
+
+    (train, masked), (other_train, other_masked) = labels(17), labels(18)
+    assert not torch.equal(train, other_train)
+    assert all(torch.equal(a, b) for a, b in zip(masked, other_masked, strict=True))
+    assert not torch.equal(masked[0], masked[len(masked) // 2])
 
 
 def test_step_monitor(overrides, tmp_path):
@@ -203,7 +221,8 @@ def test_scheduled_masking_in_workers(overrides, tmp_path):
     assert got.losses == want.losses and torch.equal(weights, same)
     _, other, _ = fit([*options, "mlm_probability={initial: 0.3, final: 0.1}"])
     assert other.losses[0] == want.losses[0] and other.losses[1:] != want.losses[1:]
-    assert sum("masking/rate" in line for line in logged(tmp_path)) == 4
+    rates = [line["masking/rate"] for line in logged(tmp_path) if "masking/rate" in line]
+    assert rates == pytest.approx([0.3, 0.25, 0.2, 0.15])
 
 
 def test_loss_falls(overrides):
