@@ -108,14 +108,14 @@ def report(out: Path, own_text: bool) -> None:
 def unigram_baseline(run: Any, tokenizer: Any) -> float:
     """``unigram_loss`` on the run's validation set, masked as its evaluation masks it."""
     from src import data_c4
-    from src.data.masking import MaskingCollator
+    from src.data.masking import EVALUATION_SEED, MaskingCollator
     from src.data.unigram import unigram_loss
 
     def dataset(loader: Any) -> data_c4.StreamingC4:
         return data_c4.StreamingC4(tokenizer, run.max_seq_len, local=loader.local, split=loader.split)
 
     train, batch_size = dataset(run.train_loader), run.device_eval_batch_size
-    collator = MaskingCollator(tokenizer, run.eval_loader.mlm_probability, run.seed)
+    collator = MaskingCollator(tokenizer, run.eval_loader.mlm_probability, EVALUATION_SEED)
     validation = data_c4.ExactEvalDataset(dataset(run.eval_loader), batch_size, rank=0, world_size=1)
     batches = data_c4.build_dataloader(validation, collator, batch_size)
     return unigram_loss((train[i]["input_ids"] for i in range(train.size)), batches, tokenizer)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import ConfigError, DataError, first_line
 from src.data.cutting import encode_crop, encode_prefix
-from src.data.masking import MaskingCollator, Sample
+from src.data.masking import EVALUATION_SEED, MaskingCollator, Sample
 from src.data.microbatches import Batch, num_tokens
 from src.data.order import group_lengths, occurrences
 from src.data.shards import check_shards, check_tokens, token_description
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 
     exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)
-    collator = MaskingCollator(tokenizer, args.mlm_probability, seed=17)
+    collator = MaskingCollator(tokenizer, args.mlm_probability, EVALUATION_SEED)
     batches = tokens = padded = masked = 0
     started = time.perf_counter()
     for batch in build_dataloader(exact, collator, args.batch_size):

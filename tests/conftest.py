@@ -27,6 +27,9 @@ else:
 
 MAX_SEQ_LEN = 32
 
+TRAIN, VALIDATION = 307, 89
+"""Training and validation samples: primes, so every last batch, part of a rank and part of a worker is ragged."""
+
 YAMLS = sorted(path for path in Path("yamls").glob("*.yaml") if not path.stem.startswith("finetune"))
 """Of pretraining."""
 
@@ -89,21 +92,39 @@ def release_shared_memory(monkeypatch):
                 OPENED.remove(memory)
 
 
+def awkward(i, text, more):
+    """Every third document cut to a few words, and 4 of 23 of one character, one word, no known word, many words."""
+    kinds = {
+        5: chr(ord("a") + i // 23),
+        9: max(text.split(), key=len),
+        14: "".join(filter(str.isalnum, text))[:150],  # WordPiece gives [UNK] for words of more than 100 characters
+        19: " ".join(more),
+    }
+    return kinds.get(i % 23, " ".join(text.split()[: i % 11 + 2]) if i % 3 == 1 else text)
+
+
 @pytest.fixture(scope="session")
 def documents():
-    """391 lead paragraphs of Wikipedia: no batch size or worker count of the tests divides that."""
+    """Lead paragraphs of Wikipedia, some made ``awkward``; the training samples first. No two are equal."""
     from scripts import quickstart
 
-    return list(itertools.islice(quickstart.default_documents(), 391))
+    size = TRAIN + VALIDATION
+    leads = list(itertools.islice(quickstart.default_documents(), size + 8))
+    documents = [awkward(i, leads[i], leads[i : i + 8]) for i in range(size)]
+    assert len(set(documents)) == size
+    return documents
 
 
 @pytest.fixture(scope="session")
 def c4_folder(documents, tmp_path_factory):
-    """The documents in C4's format: 300 for training, 91 for validation."""
+    """The documents in C4's format, and a text of nothing or of blanks, which conversion drops, after every 50th."""
     folder = tmp_path_factory.mktemp("c4")
-    for name, part in (("train.00000-of-01024", documents[:300]), ("validation.00000-of-00008", documents[300:])):
+    parts = {"train.00000-of-01024": documents[:TRAIN], "validation.00000-of-00008": documents[TRAIN:]}
+    for name, part in parts.items():
+        dropped = {i: " \n" * (i // 50) for i in range(9, len(part), 50)}
+        texts = [text for i in range(len(part)) for text in (part[i], dropped.get(i)) if text is not None]
         with gzip.open(folder / f"c4-{name}.json.gz", "wt") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in part)
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     return folder
 
 

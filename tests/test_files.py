@@ -1,7 +1,9 @@
 """Atomic writes of files and folders, and locks."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,35 @@ def test_atomic_write_is_complete_or_changes_nothing(tmp_path):
     assert path.read_bytes() == "ä".encode() and [p.name for p in path.parent.iterdir()] == ["file.txt"]
     write_text(path, (part for part in ("a", "b")))
     assert path.read_text() == "ab"
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Records what is flushed to the disk and what is renamed, in order, by name."""
+    done, fsync = [], os.fsync
+
+    def recorded(descriptor):
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def renaming(name):
+        act = getattr(Path, name)
+        return lambda path, target: done.append((name, path.name, Path(target).name)) or act(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, renaming(name))
+    return done
+
+
+def test_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, disk):
+    write_text(tmp_path / "new" / "x.txt", "a")
+    assert disk == [("fsync", "x.txt.partial"), ("replace", "x.txt.partial", "x.txt"), ("fsync", "new")]
+
+
+def test_name_of_a_replaced_folder_is_flushed_to_the_disk(tmp_path, disk):
+    replace_folder(folder(tmp_path / "new", "new"), folder(tmp_path / "out", "old"))
+    assert disk == [("rename", "out", ".out.replaced"), ("rename", "new", "out"), ("fsync", tmp_path.name)]
 
 
 def test_lock_is_held_by_one_process(tmp_path):

@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from src.data.microbatches import Batch
 from src.masked_lm_loss import IGNORED
 
+EVALUATION_SEED = 17
+"""Seed of evaluation's masks, whatever the run's seed: runs of any seeds are compared on the same masked tokens."""
+
 
 class Sample(TypedDict):
     """What a dataset yields, before padding and masking."""

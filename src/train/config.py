@@ -140,7 +140,7 @@ class RunConfig:
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     """Dtype of matrix products. ``amp_*`` need a GPU."""
     seed: int = 17
-    """Seed of weights, order, masks and dropout."""
+    """Seed of weights, order, dropout and the masks of training. Evaluation masks alike for every seed."""
     eval_loaders: dict[str, EvalLoaderConfig] = field(default_factory=dict)
     """More validation sets, by name. Their metrics are ``metrics/<name>/…``; eval_loader's are ``metrics/eval/…``."""
     eval_interval: str | int = "1ep"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from src import data_c4
 from src.attention import resolve
 from src.common.errors import ConfigError
-from src.data.masking import MaskingCollator
+from src.data.masking import EVALUATION_SEED, MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
 from src.flash_attn_triton import tile_tables
 from src.train import processes
@@ -39,7 +39,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
-    """The validation sets, each sample once; a set's label is in the names of its metrics: metrics/eval/…."""
+    """The validation sets: each sample once, the same masks for any ``seed``. Metrics are named by the set's label."""
     # streaming allows one dataset per folder. Evaluation only indexes it, so sets on the same folder share one.
     streams = {(stream.local, stream.split): name for name, stream in config.train_loader.streams.items()}
     datasets: dict[Any, Any] = {}
@@ -54,7 +54,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size)
         once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
-        collator = MaskingCollator(tokenizer, loader.mlm_probability, config.seed)
+        collator = MaskingCollator(tokenizer, loader.mlm_probability, EVALUATION_SEED)
         spec = _data_spec(config, once, collator, loader, batch_size)
         evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
     return evaluators

@@ -14,6 +14,7 @@ from src.convert.stats import Stats
 from src.data.cutting import PIECE, encode_prefix, pieces
 from src.data.shards import TOKENS_KEY
 from src.data.tokenizer import tokenizer_fingerprint
+from tests.conftest import TRAIN
 from tests.convert.splits import TEXTS, bytes_of, convert, json_of, names_in, rows_of, texts_of, tokens_of
 
 
@@ -33,7 +34,7 @@ def test_text(tmp_path, source, capsys):
 def test_c4_splits(tmp_path, c4_folder, documents):
     names = ["train", "val", "val_small"]
     convert_c4.main(["--out_root", str(tmp_path), "--splits", *names, "--source", str(c4_folder), "--limit", "95"])
-    for name, want in zip(names, (documents[:95], documents[300:], documents[300:]), strict=True):
+    for name, want in zip(names, (documents[:95], documents[TRAIN:], documents[TRAIN:]), strict=True):
         assert texts_of(tmp_path / name) == want
 
 

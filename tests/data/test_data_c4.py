@@ -22,7 +22,9 @@ from src.data.shards import LENGTHS
 from src.data.source import Source
 from src.data.tokenizer import load_tokenizer
 from src.data_c4 import ExactEvalDataset, StreamingC4
-from tests.conftest import MAX_SEQ_LEN
+from tests.conftest import MAX_SEQ_LEN, TRAIN, VALIDATION
+
+SAMPLES = TRAIN + VALIDATION
 
 
 @pytest.fixture
@@ -34,12 +36,12 @@ def test_text_and_token_shards_give_the_same_samples_and_masks(
     text_shards, token_shards, opened, tokenizer, collate, documents
 ):
     text, tokens = opened(text_shards, "val"), opened(token_shards, "val")
-    assert text.size == tokens.size == 91
-    for i in (0, 1, 45, 90):
-        want = tokenizer(documents[300 + i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
+    assert text.size == tokens.size == VALIDATION
+    for i in range(VALIDATION):
+        want = tokenizer(documents[TRAIN + i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
         for dataset in (text, tokens):
             assert dataset[i]["input_ids"].tolist() == want and dataset[i]["sample_id"] == i
-    a, b = (collate([dataset[i] for i in range(91)]) for dataset in (text, tokens))
+    a, b = (collate([dataset[i] for i in range(VALIDATION)]) for dataset in (text, tokens))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -52,7 +54,7 @@ def test_epochs_count_up_in_workers_too(num_workers, token_shards, opened):
         samples = [sample for batch in loader for sample in batch]
         assert {sample["epoch"] for sample in samples} == {epoch}
         orders.append([sample["sample_id"] for sample in samples])
-    assert set(orders[0]) == set(orders[1]) == set(range(91)) and orders[0] != orders[1]
+    assert set(orders[0]) == set(orders[1]) == set(range(VALIDATION)) and orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -69,9 +71,9 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
     assert len({len(b) for b in batches}) == 1  # else ranks wait for each other
     samples = [s for rank in batches for batch in rank for s in batch]
     ids = [s["sample_id"] for s in samples if s["sample_id"] >= 0]
-    assert sorted(ids) == list(range(91))
+    assert sorted(ids) == list(range(VALIDATION))
     fillers = [s for s in samples if s["sample_id"] < 0]
-    assert len(fillers) == -91 % world_size
+    assert len(fillers) == -VALIDATION % world_size
     assert all(s["input_ids"].tolist() == [tokenizer.cls_token_id, tokenizer.sep_token_id] for s in fillers)
 
 
@@ -85,7 +87,7 @@ def test_random_crop_moves_with_sample_and_epoch_except_in_evaluation(text_shard
         for i, ids in samples.items():
             want = encode_crop(tokenizer, documents[i], MAX_SEQ_LEN - 2, i + epoch)
             assert ids == [tokenizer.cls_token_id, *want, tokenizer.sep_token_id]
-    longer = [i for i in range(300) if len(epochs[0][i]) == MAX_SEQ_LEN]
+    longer = [i for i in range(TRAIN) if len(epochs[0][i]) == MAX_SEQ_LEN]
     assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # a few texts repeat themselves
     for i, sample in enumerate(ExactEvalDataset(dataset, 20, rank=0, world_size=1)):  # after three epochs of training
         want = tokenizer(documents[i], truncation=True, max_length=MAX_SEQ_LEN)["input_ids"]
@@ -97,7 +99,7 @@ def test_random_crop_moves_with_sample_and_epoch_except_in_evaluation(text_shard
 
 @pytest.fixture
 def mixed(text_shards, token_shards, tokenizer):
-    """Opens a mixture of 91 documents as tokens and 300 others as text, of given weights."""
+    """Opens a mixture of the validation samples as tokens and the training samples as text, of given weights."""
 
     def mixed(of_tokens, of_text, **options):
         tokens, text = Source(token_shards, split="val", **of_tokens), Source(text_shards, split="train", **of_text)
@@ -110,9 +112,9 @@ def mixed(text_shards, token_shards, tokenizer):
 @pytest.mark.parametrize(
     ("weights", "draws"),
     [
-        (({}, {}), (91, 300)),
-        (({"proportion": 3}, {"proportion": 1}), (293, 98)),
-        (({"repeat": 2.5}, {"choose": 10}), (227, 10)),
+        (({}, {}), (VALIDATION, TRAIN)),
+        (({"proportion": 3}, {"proportion": 1}), (0.75 * SAMPLES, 0.25 * SAMPLES)),
+        (({"repeat": 2.5}, {"choose": 10}), (2.5 * VALIDATION, 10)),
     ],
 )
 def test_datasets_are_mixed_by_weight(weights, draws, mixed, opened, text_shards, token_shards):
@@ -121,7 +123,7 @@ def test_datasets_are_mixed_by_weight(weights, draws, mixed, opened, text_shards
     drawn = np.bincount([sample["stream"] for sample in samples])
     assert abs(drawn - draws).max() <= 1 and drawn.sum() == dataset.epoch_size  # a proportion is rounded at random
     assert dataset.shares == pytest.approx({"tokens": drawn[0] / drawn.sum(), "text": drawn[1] / drawn.sum()})
-    alone = [(opened(token_shards, "val"), 0), (opened(text_shards), 91)]
+    alone = [(opened(token_shards, "val"), 0), (opened(text_shards), VALIDATION)]
     for sample in samples:
         part, first = alone[sample["stream"]]
         want = part[sample["sample_id"] % dataset.size - first]["input_ids"]
@@ -138,9 +140,11 @@ def test_each_draw_of_a_sample_is_masked_differently(mixed, collate):
     epochs = [list(dataset), list(dataset)]
     for epoch, samples in enumerate(epochs):
         ids = [sample["sample_id"] for sample in samples]
-        assert len(set(ids)) == len(ids) == 3 * 91 + 150 and {sample["epoch"] for sample in samples} == {epoch}
-        of_one = sorted((s for s in samples if s["sample_id"] % 391 == 7), key=lambda s: s["sample_id"])
-        assert [s["sample_id"] for s in of_one] == [7, 7 + 391, 7 + 2 * 391]
+        assert len(set(ids)) == len(ids) == 3 * VALIDATION + TRAIN // 2 and {sample["epoch"] for sample in samples} == {
+            epoch
+        }
+        of_one = sorted((s for s in samples if s["sample_id"] % SAMPLES == 7), key=lambda s: s["sample_id"])
+        assert [s["sample_id"] for s in of_one] == [7, 7 + SAMPLES, 7 + 2 * SAMPLES]
         labels = collate(of_one)["labels"]
         assert not torch.equal(labels[0], labels[1]) and not torch.equal(labels[1], labels[2])
     halves = [{s["sample_id"] for s in samples if s["stream"] == 1} for samples in epochs]
@@ -151,11 +155,12 @@ def test_each_draw_of_a_sample_is_masked_differently(mixed, collate):
 def test_masks_of_repeats_do_not_depend_on_workers(num_workers, mixed, collate):
     dataset = mixed({"repeat": 2}, {}, shuffle=False, batch_size=10)
     batches = list(data_c4.build_dataloader(dataset, collate, 10, num_workers))
-    samples = [dataset[i] for i in [*range(91), *range(391, 391 + 91), *range(91, 391)]]  # shard after shard
+    first, again, text = range(VALIDATION), range(SAMPLES, SAMPLES + VALIDATION), range(VALIDATION, SAMPLES)
+    samples = [dataset[i] for i in [*first, *again, *text]]  # shard after shard
     for i, batch in enumerate(batches):
         want = collate(samples[10 * i : 10 * i + 10])
         assert all(torch.equal(batch[name], want[name]) for name in want)
-    assert sum(len(batch["labels"]) for batch in batches) == 2 * 91 + 300
+    assert sum(len(batch["labels"]) for batch in batches) == 2 * VALIDATION + TRAIN
 
 
 def test_occurrences_are_counted_per_id():
@@ -189,9 +194,9 @@ GROUPED = {"shuffle": True, "num_canonical_nodes": 1, "length_window": 3}
 
 @pytest.fixture
 def with_lengths(token_shards, tmp_path):
-    """The 300 training documents with made-up lengths: the real ones are nearly all 32."""
+    """The training documents with made-up lengths, which spread wider than the real ones."""
     shutil.copytree(Path(token_shards) / "train", tmp_path / "train")
-    lengths = np.random.default_rng(0).integers(3, 500, 300).astype("<u2")
+    lengths = np.random.default_rng(0).integers(3, 500, TRAIN).astype("<u2")
     lengths.tofile(tmp_path / "train" / LENGTHS)
     return tmp_path, lengths
 
@@ -211,8 +216,8 @@ def test_grouped_batches_are_the_same_for_any_number_of_processes(canonical, wit
     options = {**GROUPED, "num_canonical_nodes": canonical}
     dataset = opened(folder, **options)
     want = global_batches(dataset, 24, 1, 1, 1)
-    whole = want[: 300 // 24]
-    assert np.unique(whole).size == whole.size == 288 and set(want.ravel()) == {-1, *range(300)}
+    whole = want[: TRAIN // 24]
+    assert np.unique(whole).size == whole.size == 288 and set(want.ravel()) == {-1, *range(TRAIN)}
     plain = global_batches(opened(folder, **{**options, "length_window": 0}), 24, 1, 1, 1)
     for window in range(0, 12, 3):  # a window holds what streaming's shuffle put there
         assert set(want[window : window + 3].ravel()) == set(plain[window : window + 3].ravel())
@@ -255,7 +260,7 @@ def test_epoch_resumes_where_it_stopped(option, num_workers, with_lengths, text_
     dataset, rest = loader(num_workers)
     dataset.load_state_dict(state)
     got = list(rest)
-    assert len(want) == 15 and len(got) == 11
+    assert len(want) == -(-TRAIN // 20) and len(got) == len(want) - 4
     assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
 
 
@@ -265,7 +270,7 @@ def test_grouping_without_lengths_is_refused(with_lengths, text_shards, opened):
     folder, _ = with_lengths
     path = folder / "train" / LENGTHS
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match="lengths.bin has 299 lengths for 300 samples"):
+    with pytest.raises(DataError, match=f"lengths.bin has {TRAIN - 1} lengths for {TRAIN} samples"):
         opened(folder, **GROUPED)
     path.unlink()
     with pytest.raises(DataError, match="train: lengths.bin cannot be read or fetched .*Convert again"):
@@ -275,7 +280,7 @@ def test_grouping_without_lengths_is_refused(with_lengths, text_shards, opened):
 def test_lengths_are_fetched_into_the_cache(with_lengths, opened, tmp_path):
     folder, lengths = with_lengths
     dataset = opened(tmp_path / "cache", remote=str(folder), **GROUPED, batch_size=20)
-    assert np.array_equal(dataset.lengths[0], lengths) and len(list(dataset)) == 300
+    assert np.array_equal(dataset.lengths[0], lengths) and len(list(dataset)) == TRAIN
 
 
 # Script
@@ -289,7 +294,7 @@ def test_script_prints_what_training_sees(token_shards, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     data_c4.main([shards, shards])
     for printed in (done.stdout, capsys.readouterr().out):
-        assert "[MASK]" in printed and "91 samples of tokens" in printed
+        assert "[MASK]" in printed and f"{VALIDATION} samples of tokens" in printed
         last = dict(field.split("=") for field in printed.splitlines()[-1].split()[1:])
         assert last["batches"] == "3" and 0 <= float(last["padding_share"]) < 1 and float(last["tokens_per_s"]) > 0
 

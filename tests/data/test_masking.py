@@ -66,6 +66,45 @@ def test_masks_have_the_right_shares(tokenizer):
     assert abs(chi2 - len(counts)) < 6 * (2 * len(counts)) ** 0.5
 
 
+def mixed(x):
+    """SplitMix64 with Python's integers, which do not overflow."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3])
+def test_each_position_follows_from_the_definition(rate, tokenizer):
+    """Masked where u < rate; then [MASK], a random word or kept: one position after another."""
+    seed, epoch, first = 23, 4, 1000
+    samples = samples_of([60, 3, 500, 500], tokenizer, first, epoch)
+    batch = MaskingCollator(tokenizer, rate, seed)(samples)
+    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    drawn = []
+    for i, sample in enumerate(samples):
+        for position, word in enumerate(sample["input_ids"].tolist()):
+            bits = mixed(mixed(mixed(mixed(seed) ^ epoch) ^ (first + i)) + position * 0x9E3779B97F4A7C15)
+            want, label = word, IGNORED
+            if (bits >> 11) / 2**53 < rate and word not in tokenizer.all_special_ids:
+                second, label = mixed(bits ^ (2**64 - 1)), word
+                choice, at = (second >> 32) / 2**32, (second % 2**32) * len(words) >> 32
+                want = tokenizer.mask_token_id if choice < 0.8 else words[at] if choice < 0.9 else word
+                drawn.append(at)
+            assert (batch["input_ids"][i, position].item(), batch["labels"][i, position].item()) == (want, label)
+    assert len(drawn) > 100
+
+
+def test_random_words_are_of_the_whole_vocabulary(tokenizer):
+    """The first and the last one too: 20,000 draws of 995."""
+    collate = MaskingCollator(tokenizer, 1.0, seed=17)
+    batch = collate(samples_of([2000] * 110, tokenizer))
+    replaced = (batch["labels"] >= 0) & (batch["input_ids"] != tokenizer.mask_token_id)
+    random = batch["input_ids"][replaced & (batch["input_ids"] != batch["labels"])]
+    words = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    assert np.array_equal(np.unique(random), words)
+
+
 def test_special_tokens_inside_a_text_are_never_masked(tokenizer):
     ids = np.array([tokenizer.cls_token_id, *[tokenizer.unk_token_id, tokenizer.sep_token_id, 50] * 20])
     batch = MaskingCollator(tokenizer, 0.9, seed=1)([{"input_ids": ids, "sample_id": 0, "epoch": 0}])

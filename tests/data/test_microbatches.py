@@ -38,6 +38,14 @@ def test_microbatches_hold_the_batch(microbatch_size):
     assert num_samples(batch) == 5
 
 
+def test_tokens_of_a_padded_batch_do_not_count_padding():
+    batch = batch_of(LENGTHS)
+    masked = int((batch["labels"] >= 0).sum())
+    assert num_tokens(batch) == {"total": sum(LENGTHS), "loss_generating": masked}
+    del batch["labels"]  # a scheduled rate makes them later
+    assert num_tokens(batch) == {"total": sum(LENGTHS), "loss_generating": 0}
+
+
 def test_tile_tables_are_made_on_request():
     for part in split_unpadded(batch_of(LENGTHS), 2, tile_tables):
         want = tile_tables(Layout.from_batch(part))

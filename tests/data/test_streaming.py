@@ -15,6 +15,7 @@ from streaming.base.spanner import Spanner
 import convert_c4
 from src.data.shards import Locator, OpenShards
 from src.data.streaming import alone_on_node
+from tests.conftest import TRAIN, VALIDATION
 from tests.runs import environment, free_port
 
 
@@ -42,7 +43,7 @@ def test_cache_limit_is_kept_and_every_sample_read(text_shards, opened, tmp_path
             ids.append(sample["sample_id"])
             here = sum(sizes[path.name] for path in cache.rglob("*.mds"))
             assert here <= 8 * largest  # two threads may each be fetching one that is not counted yet
-        assert set(ids) == set(range(300))
+        assert set(ids) == set(range(TRAIN))
 
 
 def test_shard_evicted_while_awaited_is_fetched_again(token_shards, opened, tmp_path, monkeypatch):
@@ -54,7 +55,7 @@ def test_shard_evicted_while_awaited_is_fetched_again(token_shards, opened, tmp_
     thread.start()
     thread.join(timeout=20)
     fetch(0)  # if it still waits, so the process can exit
-    assert {sample["sample_id"] for sample in got} == set(range(91))
+    assert {sample["sample_id"] for sample in got} == set(range(VALIDATION))
 
 
 TWO_DATASETS = """
@@ -84,7 +85,7 @@ def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokeniz
     environments = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
     ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for env in environments]
     try:
-        assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [[b"300", b"91"]] * 2
+        assert [rank.communicate(timeout=120)[0].decode() for rank in ranks] == [f"{TRAIN} {VALIDATION}\n"] * 2
     finally:
         for rank in ranks:
             rank.kill()

@@ -10,15 +10,16 @@ import torch
 import main
 from src.common.errors import ConfigError
 from src.data.shards import LENGTHS
+from tests.conftest import TRAIN, VALIDATION
 from tests.runs import QUICKSTART, fit, logged
 
 
 @pytest.fixture
 def options(overrides, token_shards, text_shards, tmp_path):
-    """300 documents with lengths, 91 drawn twice each, in batches of 16."""
+    """Training documents with lengths, and validation documents drawn twice each, in batches of 16."""
     shutil.copytree(Path(token_shards) / "train", tmp_path / "train")
     shutil.copytree(Path(token_shards) / "val", tmp_path / "held-out")
-    for split, samples in (("train", 300), ("held-out", 91)):
+    for split, samples in (("train", TRAIN), ("held-out", VALIDATION)):
         np.random.default_rng(samples).integers(3, 32, samples).astype("<u2").tofile(tmp_path / split / LENGTHS)
     streams = f"{{c4: {{local: {tmp_path}}}, own: {{local: {tmp_path}, split: held-out, repeat: 2}}}}"
     return [*overrides, f"train_loader.streams={streams}", "callbacks.lr_monitor={}"]
@@ -27,13 +28,17 @@ def options(overrides, token_shards, text_shards, tmp_path):
 def test_share_of_each_dataset_is_logged_by_name(options, tmp_path, capsys):
     main.main([QUICKSTART, *options, "max_duration=1ep"])
     shares = {name: value for line in logged(tmp_path) for name, value in line.items() if name.startswith("data/")}
-    assert shares["data/sample_share/own"] == pytest.approx(182 / 482)
+    draws = 2 * VALIDATION
+    share = draws / (draws + TRAIN)
+    assert shares["data/sample_share/own"] == pytest.approx(share)
     assert shares["data/token_share/c4"] + shares["data/token_share/own"] == pytest.approx(1)
-    assert shares["data/token_share/own"] == pytest.approx(182 / 482, abs=0.03)  # nearly all samples have full length
+    assert shares["data/token_share/own"] == pytest.approx(share, abs=0.05)
     main.main([QUICKSTART, *options, "max_duration=1ep", "--validate"])
     printed = capsys.readouterr().out
-    assert "c4 62.2% (300 draws of 300 samples), own 37.8% (182 draws of 91 samples)" in printed
-    assert "31, 1.03 epochs" in printed
+    assert f"c4 {1 - share:.1%} ({TRAIN} draws of {TRAIN} samples)" in printed
+    assert f"own {share:.1%} ({draws} draws of {VALIDATION} samples)" in printed
+    steps = -(-(TRAIN + draws) // 16)
+    assert f"{steps}, {16 * steps / (TRAIN + draws):.2f} epochs" in printed
 
 
 @pytest.mark.parametrize("rate", ["0.3", "{initial: 0.3, final: 0.2}"])

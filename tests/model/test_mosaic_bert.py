@@ -55,6 +55,17 @@ def test_metrics_are_sums_in_fp64():
     assert values[2].item() == 2**24 / count and values[3].item() == count and values[3].dtype == torch.int64
 
 
+def test_metrics_are_summed_over_ranks():
+    """The other rank's loss sum, correct and masked tokens are 6 each. A mean would keep the ratios, not the count."""
+    for name, metric in MODELS["mosaic_bert"]().get_metrics(is_train=False).items():
+        metric.update(torch.tensor(4.0), torch.tensor(1), torch.tensor(2))
+        metric.distributed_available_fn = lambda: True
+        metric.dist_sync_fn = lambda state, group: [state, torch.full_like(state, 6)]
+        cross_entropy = torch.tensor(10 / 8, dtype=torch.float64)
+        want = {"LanguageCrossEntropy": 10 / 8, "MaskedAccuracy": 7 / 8, "MaskedTokens": 8}
+        assert metric.compute().item() == want.get(name, cross_entropy.exp().item())
+
+
 def test_hf_bert_loss_is_that_of_masked_tokens():
     torch.manual_seed(0)
     model = MODELS["hf_bert"]().eval()

@@ -1,16 +1,83 @@
 """Callbacks and loggers in small runs: failures that stop a run, the memory probe, console lines."""
 
+import random
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import main
 from src import data_c4
 from src.common.errors import ConfigError, TrainingError
+from src.data.masking import MaskingCollator, mask_batch
 from src.mosaic_bert import MosaicBert
-from src.train.callbacks import MemoryProbe
+from src.train import callbacks
+from src.train.callbacks import MemoryProbe, Reseed, ScheduledMasking, StopOnSilentFailure
+from src.train.config import MaskingSchedule
+from tests.conftest import TRAIN
 from tests.runs import DROPOUT, QUICKSTART, fit, trainer_of
+
+
+def test_reseeding_depends_on_seed_step_and_rank(monkeypatch):
+    """Each generator: torch's, numpy's and Python's."""
+
+    def draws(seed, step, rank):
+        monkeypatch.setattr(callbacks.dist, "get_global_rank", lambda: rank)
+        state = SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)))
+        Reseed(seed).batch_start(state, None)
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    want = draws(17, 3, 0)
+    for other in ((18, 3, 0), (17, 4, 0), (17, 3, 1)):
+        assert all(a != b for a, b in zip(want, draws(*other), strict=True))
+    assert draws(17, 3, 0) == want
+
+
+def test_scheduled_rate_follows_the_elapsed_share_of_the_run(tokenizer):
+    ids = np.array([tokenizer.cls_token_id, *range(50, 250), tokenizer.sep_token_id])
+    batch = MaskingCollator(tokenizer, None, seed=17)([{"input_ids": ids, "sample_id": 0, "epoch": 0}])
+    logged = []
+    for elapsed, rate in ((0.0, 0.4), (0.125, 0.35), (0.5, 0.2), (0.75, 0.1)):
+        share = SimpleNamespace(value=elapsed)
+        state = SimpleNamespace(batch=batch, get_elapsed_duration=lambda share=share: share)
+        masking = ScheduledMasking(MaskingSchedule(initial=0.4, final=0.0))
+        masking.batch_start(state, SimpleNamespace(log_metrics=logged.append))
+        assert logged.pop()["masking/rate"] == pytest.approx(rate)
+        assert torch.equal(state.batch["labels"], mask_batch(batch, rate)["labels"])
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf"])
+def test_loss_that_is_not_finite_is_an_error(loss):
+    state = SimpleNamespace(
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])],
+        timestamp=SimpleNamespace(batch=SimpleNamespace(value=7)),
+        callbacks=[],
+        total_loss_dict={"loss/train/total": float(loss)},
+    )
+    check = StopOnSilentFailure()
+    for value in (1.0, float(loss), 2.0):  # of three microbatches
+        state.loss = torch.tensor(value)
+        check.after_loss(state, None)
+    with pytest.raises(TrainingError, match=f"the loss is {loss} at step 7 on ranks 0, learning rate 0.5"):
+        check.batch_end(state, None)
+    state.total_loss_dict["loss/train/total"], state.loss = 3.0, torch.tensor(3.0)
+    check.after_loss(state, None)
+    check.batch_end(state, None)
+
+
+@pytest.mark.parametrize(("done", "whole"), [(20, True), (19, False), (0, False)])
+def test_lost_batch_is_an_error(done, whole):
+    """One is enough."""
+    state = SimpleNamespace(
+        dataloader_len=SimpleNamespace(value=20),
+        previous_timestamp=SimpleNamespace(batch_in_epoch=SimpleNamespace(value=done)),
+        timestamp=SimpleNamespace(epoch=SimpleNamespace(value=2)),
+    )
+    with nullcontext() if whole else pytest.raises(TrainingError, match=f"epoch 2 ended after {done} of 20 batches"):
+        StopOnSilentFailure().epoch_end(state, None)
 
 
 def test_nan_loss_stops_the_run(overrides, tmp_path):
@@ -35,7 +102,7 @@ def test_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
     """Of a stream that stops without an exception."""
     whole = data_c4.Loader.__iter__
     monkeypatch.setattr(data_c4.Loader, "__iter__", lambda self: (b for i, b in enumerate(whole(self)) if i < 3))
-    with pytest.raises(TrainingError, match="epoch 1 ended after 3 of 19 batches"):
+    with pytest.raises(TrainingError, match=f"epoch 1 ended after 3 of {-(-TRAIN // 16)} batches"):
         fit([*overrides, "max_duration=1ep", "eval_interval=0"])
 
 

@@ -19,14 +19,14 @@ from src.bert_layers import BertForMaskedLM
 from src.common import environment
 from src.common.errors import ConfigError
 from src.configuration_bert import MosaicBertConfig
-from src.data.masking import MaskingCollator
+from src.data.masking import EVALUATION_SEED, MaskingCollator
 from src.data_c4 import StreamingC4
 from src.train import builders, checkpoint, data, models, optim, processes
 from src.train.config import load
 from src.train.run import describe
 from src.train.validate import memory, schedule_shares, total_steps
 from src.train.weights import load_pretrained
-from tests.conftest import MAX_SEQ_LEN, YAMLS
+from tests.conftest import MAX_SEQ_LEN, TRAIN, YAMLS
 from tests.runs import QUICKSTART, UNSAVED, evaluation, fit, flat, logged, trainer_of, weights_of
 
 
@@ -64,7 +64,7 @@ def test_evaluation_is_exact(overrides, token_shards, text_shards, tokenizer):
     want = evaluation(fit(options)[0])
     assert want["LanguagePerplexity"] == pytest.approx(np.exp(want["LanguageCrossEntropy"]))
     dataset = StreamingC4(tokenizer, MAX_SEQ_LEN, local=token_shards, split="val")
-    batch = MaskingCollator(tokenizer, 0.15, seed=17)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
+    batch = MaskingCollator(tokenizer, 0.15, EVALUATION_SEED)([{**dataset[i], "epoch": 0} for i in range(dataset.size)])
     assert want["MaskedTokens"] == (batch["labels"] >= 0).sum()
     for change in (
         ["device_eval_batch_size=7"],
@@ -90,6 +90,24 @@ def test_evaluation_sets_by_name(overrides, text_shards):
     assert set(values) == {"eval", *sets} and len(watch.losses) == 4
     assert values["same"] == values["eval"] and values["text"] == pytest.approx(values["eval"], rel=1e-6)
     assert len({values["eval"], values["training"], values["harder"]}) == 3
+
+
+def test_evaluations_masks_do_not_depend_on_the_seed(overrides, tokenizer):
+    """Else losses of two seeds would be of different masked tokens. Those of training do."""
+
+    def labels(seed):
+        sets = "eval_loaders.harder={split: val, mlm_probability: 0.5}"
+        config = load(QUICKSTART, [*overrides, f"seed={seed}", sets, "train_loader.shuffle=false"])
+        train = data.build_train_data(config, tokenizer)
+        evaluators = data.build_evaluators(config, tokenizer, train)
+        assert [evaluator.label for evaluator in evaluators] == ["eval", "harder"]
+        masked = [batch["labels"] for evaluator in evaluators for batch in evaluator.dataloader.dataloader]
+        return next(iter(train.dataloader))["labels"], masked
+
+    (train, masked), (other_train, other_masked) = labels(17), labels(18)
+    assert not torch.equal(train, other_train)
+    assert all(torch.equal(a, b) for a, b in zip(masked, other_masked, strict=True))
+    assert not torch.equal(masked[0], masked[len(masked) // 2])
 
 
 def test_step_monitor(overrides, tmp_path):
@@ -132,8 +150,9 @@ def test_validate_describes_the_run(overrides, capsys, tmp_path):
     shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40}
     model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
-    assert "300 samples of " in printed["training data"] and "16 samples" in printed["global batch"]
-    assert "190, 10.13 epochs" in printed["steps"]
+    assert f"{TRAIN} samples of " in printed["training data"] and "16 samples" in printed["global batch"]
+    steps = 10 * -(-TRAIN // 16)
+    assert f"{steps}, {16 * steps / TRAIN:.2f} epochs" in printed["steps"]
     assert "10.0% warmup, 30.0% decay" in printed["schedule"]
     assert "MFLOP per token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
@@ -202,7 +221,8 @@ def test_scheduled_masking_in_workers(overrides, tmp_path):
     assert got.losses == want.losses and torch.equal(weights, same)
     _, other, _ = fit([*options, "mlm_probability={initial: 0.3, final: 0.1}"])
     assert other.losses[0] == want.losses[0] and other.losses[1:] != want.losses[1:]
-    assert sum("masking/rate" in line for line in logged(tmp_path)) == 4
+    rates = [line["masking/rate"] for line in logged(tmp_path) if "masking/rate" in line]
+    assert rates == pytest.approx([0.3, 0.25, 0.2, 0.15])
 
 
 def test_loss_falls(overrides):
@@ -212,8 +232,8 @@ def test_loss_falls(overrides):
 
 
 def test_resume_from_copied_checkpoint_continues_losses_and_metrics(overrides, tmp_path):
-    """Two epochs of 300 samples. ``latest`` is a file here, not a link."""
-    options = [*overrides, "global_train_batch_size=100", "device_train_microbatch_size=50", "max_duration=6ba"]
+    """Two epochs of three batches. ``latest`` is a file here, not a link."""
+    options = [*overrides, "global_train_batch_size=104", "device_train_microbatch_size=52", "max_duration=6ba"]
     _, want, weights = fit([*options, f"save_folder={tmp_path}/a"])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
 

@@ -207,9 +207,15 @@ def test_incomplete_head_is_refused(tmp_path, folder):
     refused("missing: cls.predictions", load_pretrained, part, BertForMaskedLM)  # is never newly initialised
 
 
-def test_settings_that_change_no_shape_are_compared(folder):
-    other = model_of(num_attention_heads=2, dtype=torch.float32)
-    refused("num_attention_heads: 3 there, 2 here", load_weights, other, read(folder))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_attention_heads": 2}, "num_attention_heads: 3 there, 2 here"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps: 1e-12 there, 1e-05 here"),
+    ],
+)
+def test_settings_that_change_no_shape_are_compared(setting, message, folder):
+    refused(message, load_weights, model_of(dtype=torch.float32, **setting), read(folder))
 
 
 def test_one_message_has_all_faults_and_counts_long_lists(folder):
