@@ -25,7 +25,7 @@ ifneq ($(or $(INSTALLED),$(STACK)),$(STACK))
 $(error $(VENV) holds the $(INSTALLED) stack. Delete it first (rm -r $(VENV)), or name another folder: make setup STACK=$(STACK) VENV=.venv-$(STACK))
 endif
 
-.PHONY: help setup quickstart test test-slow test-versions gpu lint bench bench-full
+.PHONY: help setup quickstart test test-slow test-versions mutants gpu lint bench bench-full
 .DEFAULT_GOAL := help
 
 help:  ## List the commands
@@ -57,6 +57,9 @@ test-slow: setup  ## Run the tests that take longer: launchers, whole runs
 
 test-versions: setup  ## Compare exported folders across versions of torch and transformers (installs 15 GB into .matrix)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m versions -s
+
+mutants: setup  ## Put faults into critical lines, one at a time: the tests must see each (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --jobs 2
 
 gpu: setup  ## Fill .gpu/ for a machine with a GPU, and say what to run there (docs/gpu.md)
 	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh

@@ -17,7 +17,7 @@ from src import data_c4
 from src.common.errors import DataError
 from src.data.cutting import encode_crop
 from src.data.masking import MaskingCollator
-from src.data.order import occurrences
+from src.data.order import group_lengths, occurrences
 from src.data.shards import LENGTHS
 from src.data.source import Source
 from src.data.tokenizer import load_tokenizer
@@ -229,6 +229,16 @@ def test_grouped_batches_are_the_same_for_any_number_of_processes(canonical, wit
         assert all(set(a.ravel()) == set(b.ravel()) for a, b in zip(resumed[:7], whole[5:], strict=True))
     other = global_batches(dataset, 24, 1, 1, 1, epoch=1)
     assert not np.array_equal(other[:12], whole) and np.unique(other[:12]).size == 288
+
+
+def test_batches_of_a_window_are_permuted():
+    """Else each window would begin with its shortest samples."""
+    lengths = np.random.default_rng(0).integers(3, 500, 480)
+    orders = [group_lengths(lengths, 1, 16, 30, np.random.default_rng(seed)).reshape(30, 16) for seed in (1, 2)]
+    assert not np.array_equal(*orders)
+    for order in orders:
+        shortest = lengths[order].min(axis=1)
+        assert (np.diff(lengths[order]) >= 0).all() and (np.diff(shortest) < 0).any()
 
 
 def test_grouping_balances_the_tokens_of_ranks(with_lengths, opened):

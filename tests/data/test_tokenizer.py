@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import models, pre_tokenizers, processors
 from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer
 
@@ -141,6 +141,20 @@ def test_fingerprint_changes_with_the_vocabulary_only(tokenizer, tokenizer_folde
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
     again.add_tokens(["naloxone"])
     assert tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "post_processor", "model"])
+def test_fingerprint_changes_with_whatever_changes_ids(part, tokenizer):
+    before, backend = tokenizer_fingerprint(tokenizer), tokenizer.backend_tokenizer
+    words = list(backend.get_vocab())
+    changed = {
+        "normalizer": BertNormalizer(lowercase=False),
+        "pre_tokenizer": pre_tokenizers.Whitespace(),
+        "post_processor": processors.TemplateProcessing(single="$A", special_tokens=[]),
+        "model": models.WordPiece({word: i for i, word in enumerate(reversed(words))}, unk_token="[UNK]"),
+    }
+    setattr(backend, part, changed[part])
+    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def test_fingerprint_is_the_same_for_both_versions_of_transformers(tokenizer, token_shards):

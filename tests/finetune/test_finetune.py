@@ -259,6 +259,20 @@ def test_the_loss_does_not_depend_on_the_microbatch(data, tree, losses, spec_of)
     assert result_of(spec_of(*options))["metrics"] == want["metrics"]
 
 
+def test_each_seed_has_its_own_head(tree, spec_of, monkeypatch):
+    heads, build = [], run.build_model
+
+    def recorded(*args):
+        heads.append(build(*args).classifier.weight.clone())
+        raise TrainingError("built")
+
+    monkeypatch.setattr(run, "build_model", recorded)
+    for seed in (1, 2, 1):
+        with pytest.raises(TrainingError, match="built"):
+            run.train_and_evaluate(spec_of(f"tasks.mine.seeds=[{seed}]"))
+    assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
+
+
 def test_the_same_seed_gives_the_same_run(tree, losses):
     tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
     want = losses()

@@ -55,6 +55,16 @@ def test_torch_equals_reference(lengths, tile_elements, dtype, tolerance, monkey
     torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_bias_is_exact_at_long_distances(impl):
+    """Alone, as queries are zero. Other slopes than powers of two, distances over 256: neither is exact in bf16."""
+    qkv, layout, slopes = make([600], N=12)
+    with torch.no_grad():
+        qkv[:, 0] = 0
+        out = A.attention(*qkv.unbind(1), layout, slopes, impl=impl)
+        torch.testing.assert_close(out, by_definition(qkv, layout.cu_seqlens, slopes.double()), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_torch_gradients_are_derivatives(dropout_p, monkeypatch):
     """Of the forward with the same dropout masks."""

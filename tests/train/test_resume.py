@@ -325,6 +325,14 @@ def test_settings_are_compared_by_default():
     assert settings(dataclasses.replace(run, max_seq_len=64)) != compared
 
 
+@pytest.mark.parametrize("name", ["train_loader.shuffle_seed", "train_loader.num_canonical_nodes"])
+def test_settings_restored_by_streaming_cannot_be_allowed(name):
+    """By their section neither."""
+    for allow in ([name], ["train_loader"]):
+        with pytest.raises(ConfigError, match=f"{name}: 2 there, 1 here(?s:.*)cannot change within a run"):
+            ResumeCheck({name: 1}, allow).compare({name: 2}, "x.pt")
+
+
 def test_checkpoint_without_settings_is_a_warning(caplog):
     assert ResumeCheck({"seed": 1}, []).compare(None, "x.pt") == []
     assert "x.pt has no settings" in caplog.text

@@ -1,0 +1,613 @@
+"""Deliberate faults in critical lines, and the tests that must see them.
+
+python -m tests.mutants [--jobs 2] [--only NAME ...]
+
+Copies the checkout, runs the named tests on the copy (all must pass), then with one fault after another. A fault is
+killed if a named test fails, and has survived if all pass; anything else (no import, no such test) is an error.
+
+Ends with ``mutants applied=N killed=N survived=N``; exit status 1 unless every fault was applied and killed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """A fault."""
+
+    name: str
+    file: str
+    old: str
+    """Text that occurs exactly once in the file."""
+    new: str
+    tests: str
+    """What must turn red: files or ``file::test`` below tests/, separated by blanks."""
+
+    def apply(self, text: str) -> str:
+        """The file's text with the fault. Raises ValueError unless the old text occurs exactly once."""
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.file} has its text {text.count(self.old)} times, not once")
+        return text.replace(self.old, self.new)
+
+
+CALLBACKS, MONITORS, MASKING = "src/train/callbacks.py", "src/train/monitors.py", "src/data/masking.py"
+MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_lm_loss.py"
+FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
+BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
+ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
+
+RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
+STEP = "train/test_monitors.py::test_step_monitor_averages_over_its_window"
+DEFINITION = "data/test_masking.py::test_each_position_follows_from_the_definition"
+CHANGES = "data/test_masking.py::test_masks_change_with_seed_epoch_and_sample"
+PADDED = "model/test_bert_layers.py::test_equals_the_padded_model"
+PLACES = "model/test_bert_layers.py::test_dropout_acts_in_three_places_and_nowhere_else"
+ON_DISK = "test_files.py::test_file_is_on_the_disk_before_its_name_and_then_the_name"
+REFUSES = "train/test_resume.py::test_resume_refuses_changed_settings_with_both_values"
+ONCE = "data/test_data_c4.py::test_evaluation_sees_each_sample_once"
+GROUPED = "data/test_data_c4.py::test_grouped_batches_are_the_same_for_any_number_of_processes"
+CLASSES = "finetune/test_classifier.py::test_metrics_of_three_classes"
+
+MUTANTS = [
+    # Model
+    Mutant(
+        "attention-scale",
+        ATTENTION,
+        "k_BNSH.transpose(-1, -2) * H**-0.5",
+        "k_BNSH.transpose(-1, -2) / H",
+        "model/test_attention.py::test_reference_is_the_formula",
+    ),
+    Mutant(
+        "alibi-slopes",
+        ATTENTION,
+        "range(0, 2 * (num_heads - power), 2)",
+        "range(num_heads - power)",
+        "model/test_attention.py::test_slopes_of_a_power_of_two_and_of_twelve",
+    ),
+    Mutant(
+        "alibi-bias-bf16",
+        ATTENTION,
+        "(row[:, None] - column).abs()  #",
+        "(row[:, None] - column).abs().to(torch.bfloat16).to(dtype)  #",
+        "model/test_attention.py::test_bias_is_exact_at_long_distances",
+    ),
+    Mutant(
+        "alibi-slopes-cast",
+        ATTENTION,
+        "super()._apply(fn, recurse)\n        self.fill(self.slopes.device)",
+        "super()._apply(fn, recurse)",
+        "model/test_bert_layers.py::test_slopes_stay_fp32_and_out_of_the_state_dict",
+    ),
+    Mutant(
+        "autocast-scores",
+        ATTENTION,
+        "with torch.autocast(q.device.type, enabled=False):",
+        "with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type)):",
+        "model/test_attention.py::test_autocast_does_not_lower_the_scores",
+    ),
+    Mutant(
+        "glu-halves",
+        "src/torch_ops.py",
+        "gate, up = gate_and_up.chunk(2, dim=-1)\n        out =",
+        "up, gate = gate_and_up.chunk(2, dim=-1)\n        out =",
+        PADDED,
+    ),
+    Mutant(
+        "gelu-tanh", "src/torch_ops.py", "F.gelu(gate).mul_(up)", 'F.gelu(gate, approximate="tanh").mul_(up)', PADDED
+    ),
+    Mutant("layer-norm-eps", MODEL, "eps=config.layer_norm_eps", "eps=1e-5", PADDED),
+    Mutant("dropout-mlp", MODEL, "(self.wo(hidden), residual=x)", "(self.wo(hidden), x, self.dropout_p)", PLACES),
+    Mutant(
+        "dropout-embeddings",
+        MODEL,
+        "dropout(self.LayerNorm(x), self.dropout_p, self.training)",
+        "self.LayerNorm(x)",
+        PLACES,
+    ),
+    Mutant(
+        "last-layer-rows",
+        MODEL,
+        "rows if i == len(self.layer) - 1 else None",
+        "None",
+        "model/test_bert_layers.py::test_last_layer_computes_only_masked_rows",
+    ),
+    Mutant(
+        "unpad-indices",
+        "src/bert_padding.py",
+        "mask, positions = mask[order], positions[order]",
+        "mask = mask[order]",
+        "model/test_bert_padding.py::test_pad_inverts_unpad",
+    ),
+    # Loss and metrics
+    Mutant(
+        "label-off-by-one",
+        LOSS,
+        "block.gather(1, labels[rows, None].clamp(min=0))",
+        "block.gather(1, (labels[rows, None] - 1).clamp(min=0))",
+        "model/test_masked_lm_loss.py",
+    ),
+    Mutant(
+        "label-zero", LOSS, "count = (labels >= 0).sum()", "count = (labels > 0).sum()", "model/test_masked_lm_loss.py"
+    ),
+    Mutant(
+        "count-clamp",
+        LOSS,
+        "count.clamp(min=1)",
+        "count",
+        "model/test_bert_layers.py::test_a_batch_without_masked_tokens_has_loss_and_gradients_of_zero",
+    ),
+    Mutant(
+        "loss-mean-of-microbatches",
+        "src/train/builders.py",
+        "accumulate_train_batch_on_tokens=True",
+        "accumulate_train_batch_on_tokens=False",
+        "train/test_main.py::test_loss_and_gradients_do_not_depend_on_the_microbatch",
+    ),
+    Mutant(
+        "metrics-averaged-over-ranks",
+        METRICS,
+        'dist_reduce_fx="sum"',
+        'dist_reduce_fx="mean"',
+        "model/test_mosaic_bert.py::test_metrics_are_summed_over_ranks",
+    ),
+    Mutant(
+        "perplexity",
+        METRICS,
+        "super().compute().exp()",
+        "super().compute()",
+        "model/test_mosaic_bert.py::test_metrics_are_sums_in_fp64",
+    ),
+    Mutant(
+        "flops",
+        METRICS,
+        "return 6 * (layers",
+        "return 12 * (layers",
+        "model/test_mosaic_bert.py::test_flops_equal_those_of_the_matrix_products",
+    ),
+    # Batches
+    Mutant(
+        "padding-counted",
+        BATCHES,
+        'int(batch["attention_mask"].sum()), "loss',
+        'batch["attention_mask"].numel(), "loss',
+        "data/test_microbatches.py::test_tokens_of_a_padded_batch_do_not_count_padding",
+    ),
+    Mutant("split-order", BATCHES, "longest_first=True", "longest_first=False", "data/test_microbatches.py"),
+    Mutant("nothing-masked", BATCHES, '["num_masked"] = 1', '["num_masked"] = 0', "data/test_microbatches.py"),
+    # Masking
+    Mutant("hash-without-epoch", MASKING, "_mix(key ^ epochs.astype(np.uint64))", "_mix(key)", CHANGES),
+    Mutant("hash-without-sample", MASKING, " ^ sample_ids.astype(np.uint64))", ")", CHANGES),
+    Mutant("hash-without-seed", MASKING, "np.full(len(lengths), seed)", "np.full(len(lengths), 0)", CHANGES),
+    Mutant(
+        "masking-rate", MASKING, "np.flatnonzero(u < self.rate)", "np.flatnonzero(u < 0.99 * self.rate)", DEFINITION
+    ),
+    Mutant("mask-share", MASKING, "choice < 0.8,", "choice < 0.81,", DEFINITION),
+    Mutant("random-share", MASKING, "choice < 0.9,", "choice < 0.89,", DEFINITION),
+    Mutant(
+        "last-word",
+        MASKING,
+        "np.uint64(len(self.words))",
+        "np.uint64(len(self.words) - 1)",
+        "data/test_masking.py::test_random_words_are_of_the_whole_vocabulary",
+    ),
+    Mutant("label", MASKING, "labels[masked] = ids[masked]", "labels[masked] = ids[masked - 1]", DEFINITION),
+    Mutant(
+        "special-tokens-masked",
+        MASKING,
+        "self.is_special[tokenizer.all_special_ids] = True",
+        "self.is_special[tokenizer.pad_token_id] = True",
+        "data/test_masking.py::test_special_tokens_inside_a_text_are_never_masked",
+    ),
+    Mutant(
+        "masking-late",
+        CALLBACKS,
+        "* elapsed.value",
+        "* max(0.0, elapsed.value - 0.25)",
+        "train/test_callbacks.py::test_scheduled_rate_follows_the_elapsed_share_of_the_run",
+    ),
+    # Order, mixtures, evaluation
+    Mutant("length-grouping", ORDER, ".reshape(count, batch)[permuted]", ".reshape(batch, count).T[permuted]", GROUPED),
+    Mutant(
+        "length-grouping-in-order",
+        ORDER,
+        "permuted = rng.permutation(count)",
+        "permuted = np.arange(count)",
+        "data/test_data_c4.py::test_batches_of_a_window_are_permuted",
+    ),
+    Mutant(
+        "draws-masked-alike",
+        "src/data_c4.py",
+        "ids = ids + occurrences(ids) * self.size",
+        "ids = ids + 0 * occurrences(ids)",
+        "data/test_data_c4.py::test_each_draw_of_a_sample_is_masked_differently",
+    ),
+    Mutant("evaluation-repeats", "src/data_c4.py", "if index < self.dataset.size:", "if index >= 0:", ONCE),
+    Mutant(
+        "evaluation-loses",
+        "src/data_c4.py",
+        "return -(-self.dataset.size // self.world_size)",
+        "return self.dataset.size // self.world_size",
+        ONCE,
+    ),
+    Mutant(
+        "evaluation-epoch",
+        "src/data_c4.py",
+        "sample_id=index, epoch=0)",
+        "sample_id=index, epoch=self.dataset.next_epoch)",
+        "data/test_data_c4.py::test_random_crop_moves_with_sample_and_epoch_except_in_evaluation",
+    ),
+    Mutant(
+        "evaluation-rate",
+        DATA,
+        "loader.mlm_probability, EVALUATION_SEED)",
+        "highest_rate(config), EVALUATION_SEED)",
+        "train/test_main.py::test_evaluation_is_exact",
+    ),
+    Mutant(
+        "evaluation-seed",
+        DATA,
+        "loader.mlm_probability, EVALUATION_SEED)",
+        "loader.mlm_probability, config.seed)",
+        "train/test_main.py::test_evaluations_masks_do_not_depend_on_the_seed",
+    ),
+    Mutant(
+        "locator",
+        "src/data/shards.py",
+        "bisect.bisect_right",
+        "bisect.bisect_left",
+        "data/test_streaming.py::test_locator_equals_streamings_spanner",
+    ),
+    # Optimizer and schedule
+    Mutant(
+        "decay-groups",
+        OPTIM,
+        '"params": others, "weight_decay": 0.0',
+        '"params": others, "weight_decay": weight_decay',
+        "train/test_builders.py::test_decay_of_matrices_only",
+    ),
+    Mutant(
+        "decoupled-decay",
+        OPTIM,
+        "weight_decay / lr, decay",
+        "weight_decay, decay",
+        "train/test_builders.py::test_decoupled_adamw_is_composers",
+    ),
+    Mutant(
+        "warmup",
+        OPTIM,
+        "return now / warmup.value",
+        "return (now + 1) / warmup.value",
+        "train/test_builders.py::test_schedules",
+    ),
+    Mutant("final-rate", OPTIM, "(1.0 - self.alpha_f) *", "1.0 *", "train/test_builders.py::test_schedules"),
+    # Callbacks and monitors
+    Mutant("reseed-without-seed", CALLBACKS, "SeedSequence([self.seed, ", "SeedSequence([0, ", RESEEDING),
+    Mutant("reseed-without-step", CALLBACKS, "state.timestamp.batch.value, dist.get", "0, dist.get", RESEEDING),
+    Mutant("reseed-without-rank", CALLBACKS, "batch.value, dist.get_global_rank()]", "batch.value, 0]", RESEEDING),
+    Mutant(
+        "infinite-loss",
+        CALLBACKS,
+        "if math.isfinite(loss):",
+        "if not math.isnan(loss):",
+        "train/test_callbacks.py::test_loss_that_is_not_finite_is_an_error",
+    ),
+    Mutant(
+        "lost-batch",
+        CALLBACKS,
+        "done < want.value:",
+        "done < want.value - 1:",
+        "train/test_callbacks.py::test_lost_batch_is_an_error",
+    ),
+    Mutant(
+        "shares-of-samples",
+        MONITORS,
+        'state.batch["attention_mask"].sum(dim=1)',
+        'torch.ones_like(state.batch["stream"][:, 0])',
+        "train/test_monitors.py::test_stream_shares_count_tokens_since_the_last_log",
+    ),
+    Mutant("mfu-doubled", MONITORS, "flops / self.gpu_flops_available", "2 * flops / self.gpu_flops_available", STEP),
+    Mutant(
+        "step-time",
+        MONITORS,
+        "seconds = time.perf_counter() - self",
+        "seconds = 1.5 * (time.perf_counter()) - self",
+        STEP,
+    ),
+    Mutant("data-wait", MONITORS, '"data_wait_share": waited', '"data_wait_share": self.waited', STEP),
+    Mutant(
+        "metrics-lines",
+        MONITORS,
+        '["batch"] <= done',
+        '["batch"] < done',
+        "train/test_resume.py::test_kill_before_the_first_step_keeps_the_metrics_file",
+    ),
+    # Files, checkpoints, resuming
+    Mutant(
+        "no-fsync-of-file", FILES, "        sync(partial)\n        partial.replace", "        partial.replace", ON_DISK
+    ),
+    Mutant("no-fsync-of-name", FILES, "        raise\n    sync(path.parent)", "        raise", ON_DISK),
+    Mutant(
+        "no-fsync-of-folder",
+        FILES,
+        "new.rename(folder)\n        sync(folder.parent)",
+        "new.rename(folder)",
+        "test_files.py::test_name_of_a_replaced_folder_is_flushed_to_the_disk",
+    ),
+    Mutant(
+        "no-rename",
+        FILES,
+        'partial = path.with_name(f"{path.name}{PARTIAL}")',
+        "partial = path",
+        "test_files.py::test_atomic_write_is_complete_or_changes_nothing",
+    ),
+    Mutant(
+        "lock-of-conversions",
+        FILES,
+        'f".{folder.name}.lock"',
+        'f".{os.getpid()}.lock"',
+        "test_files.py::test_lock_is_held_by_one_process",
+    ),
+    Mutant(
+        "lock-of-runs",
+        CHECKPOINT,
+        'FileLock(self.path / ".lock")',
+        'FileLock(self.path / f".lock{id(self)}")',
+        "train/test_resume.py::test_second_run_in_the_folder_is_refused",
+    ),
+    Mutant(
+        "rotation",
+        CHECKPOINT,
+        "[: -self.num_checkpoints_to_keep]",
+        "[: 1 - self.num_checkpoints_to_keep]",
+        "train/test_resume.py::test_rotation_includes_checkpoints_of_earlier_starts",
+    ),
+    Mutant(
+        "no-fallback",
+        CHECKPOINT,
+        "reason = damage(path)",
+        "reason = None",
+        "train/test_resume.py::test_resume_falls_back_from_a_damaged_checkpoint",
+    ),
+    Mutant(
+        "no-crc",
+        CHECKPOINT,
+        "bad = archive.testzip()",
+        "bad = None",
+        "train/test_resume.py::test_damage_is_found_anywhere",
+    ),
+    Mutant(
+        "pickled-code",
+        CHECKPOINT,
+        'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"',
+        'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0"',
+        "train/test_main.py::test_checkpoint_cannot_run_commands",
+    ),
+    Mutant("resume-compares-nothing", RESUME, "if old in (new, self.earlier.get(name, new)):", "if True:", REFUSES),
+    Mutant("resume-allows-all", RESUME, "any(is_within(name, section) for section in self.allow):", "True:", REFUSES),
+    Mutant(
+        "resume-shuffle-seed",
+        RESUME,
+        "if name not in RESTORED_BY_STREAMING and",
+        "if",
+        "train/test_resume.py::test_settings_restored_by_streaming_cannot_be_allowed",
+    ),
+    Mutant(
+        "resume-learning-rate",
+        RESUME,
+        "group.update(fresh)",
+        "group.update({})",
+        "train/test_resume.py::test_accepted_settings_change_the_learning_rate",
+    ),
+    # Pretrained weights
+    Mutant(
+        "eps-not-compared",
+        WEIGHTS,
+        '("num_attention_heads", "layer_norm_eps")',
+        '("num_attention_heads",)',
+        "train/test_weights.py::test_settings_that_change_no_shape_are_compared",
+    ),
+    Mutant(
+        "tied-not-compared",
+        WEIGHTS,
+        "elif len(given) > 1 and not",
+        "elif len(given) > 2 and not",
+        "train/test_weights.py::test_weights_that_do_not_fit",
+    ),
+    Mutant(
+        "head-not-dropped",
+        WEIGHTS,
+        '(*NEWLY_INITIALISED, "cls.", ',
+        "(*NEWLY_INITIALISED, ",
+        "train/test_weights.py::test_checkpoint_loads_into_each_class",
+    ),
+    # Conversion, tokenizer
+    Mutant(
+        "blank-documents",
+        "src/convert/sources.py",
+        'if document["text"].strip():\n                stats',
+        'if document["text"]:\n                stats',
+        "convert/test_sources.py::test_folder_is_read_in_sorted_order_with_its_subfolders",
+    ),
+    Mutant(
+        "documents-without-tokens",
+        "src/convert/samples.py",
+        "for ids in found if ids)",
+        "for ids in found)",
+        "convert/test_convert_c4.py",
+    ),
+    Mutant(
+        "chunks-overlap",
+        "src/convert/samples.py",
+        "min(start + room, end)",
+        "min(start + room + 1, end)",
+        "convert/test_convert_c4.py::test_chunk_loses_nothing",
+    ),
+    Mutant(
+        "chunks-lose-rests",
+        "src/convert/samples.py",
+        "left = ids[end:]",
+        "left = []",
+        "convert/test_convert_c4.py::test_long_documents_are_tokenized_in_pieces",
+    ),
+    Mutant(
+        "dtype-too-small",
+        "src/convert/samples.py",
+        "len(tokenizer) <= 2**16",
+        "len(tokenizer) <= 2**17",
+        "convert/test_convert_c4.py::test_large_vocabularies_take_32_bits",
+    ),
+    Mutant(
+        "duplicates-kept",
+        "src/convert/unit.py",
+        "duplicate is not None and duplicate[i]",
+        "duplicate is not None and not duplicate[i]",
+        "convert/test_conversion.py::test_dedup_keeps_the_first_of_equal_documents",
+    ),
+    Mutant(
+        "duplicates-by-case",
+        "src/convert/filters.py",
+        '"NFKC", text).lower().split()',
+        '"NFKC", text).split()',
+        "convert/test_filters.py::test_equal_texts_have_equal_hashes",
+    ),
+    Mutant(
+        "fingerprint-without-normalizer",
+        "src/data/tokenizer.py",
+        'backend["truncation"] = backend["padding"] = None',
+        'backend["truncation"] = backend["padding"] = backend["normalizer"] = None',
+        "data/test_tokenizer.py::test_fingerprint_changes_with_whatever_changes_ids",
+    ),
+    # Fine-tuning, export
+    Mutant("accuracy-of-classes", "src/finetune/model.py", 'average="micro"', 'average="macro"', CLASSES),
+    Mutant("f1-of-rows", "src/finetune/model.py", 'average="macro"', 'average="micro"', CLASSES),
+    Mutant(
+        "order-without-seed",
+        "src/finetune/run.py",
+        "manual_seed(seed)",
+        "manual_seed(0)",
+        "finetune/test_finetune.py::test_the_order_of_rows_follows_seed_and_epoch",
+    ),
+    Mutant(
+        "head-without-seed",
+        "src/finetune/run.py",
+        "reproducibility.seed_all(spec.seed)",
+        "reproducibility.seed_all(0)",
+        "finetune/test_finetune.py::test_each_seed_has_its_own_head",
+    ),
+    Mutant(
+        "key-without-seed",
+        "src/finetune/plan.py",
+        '{**settings, "seed": seed}',
+        "{**settings}",
+        "finetune/test_finetune.py::test_a_runs_key_hashes_what_decides_its_result",
+    ),
+    Mutant(
+        "interval",
+        "src/finetune/table.py",
+        "t_quantile(n - 1)",
+        "t_quantile(n)",
+        "finetune/test_table.py::test_summary",
+    ),
+    Mutant(
+        "export-tolerance",
+        "src/export/hf.py",
+        "max(8 * self.rounding, 1e-5 * largest)",
+        "max(80 * self.rounding, 1e-3 * largest)",
+        "export/test_export_hf.py::test_only_rounding_is_accepted",
+    ),
+]
+
+
+def changed_copy(folder: Path) -> None:
+    """Copy the checkout to ``folder``: files that git tracks, and new ones that it does not ignore."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of pytest on the copy, up to the first failure."""
+    options = ["-x", "--tb=short", "--show-capture=no", "--timeout", "300", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
+    # Without compiled files: one of a fault could be taken for the file as it was.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def tried(mutant: Mutant, folder: Path) -> str:
+    """``killed``, ``survived`` or ``error``, after the tests of one fault; the copy is then as before."""
+    started, file = time.monotonic(), folder / mutant.file
+    text = file.read_text()
+    file.write_text(mutant.apply(text))
+    try:
+        code, output = run_tests(folder, mutant.tests.split())
+    finally:
+        file.write_text(text)
+    failed = re.search(r"^\d+ failed", output, re.M) is not None
+    found = "survived" if code == 0 else "killed" if code == 1 and failed else "error"
+    print(f"{found:8} {mutant.name}  {time.monotonic() - started:.0f} s", flush=True)
+    if found == "error":
+        print(output[-3000:], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[mutant.name for mutant in MUTANTS])
+    args = parser.parse_args()
+    if unknown := set(args.only) - {mutant.name for mutant in MUTANTS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    mutants = [mutant for mutant in MUTANTS if mutant.name in args.only]
+    for mutant in mutants:
+        mutant.apply((ROOT / mutant.file).read_text())  # before the tests, which take minutes
+    tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for job in range(args.jobs):
+            changed_copy(Path(scratch, str(job)))
+            free.put(Path(scratch, str(job)))
+
+        @contextmanager
+        def copy() -> Iterator[Path]:
+            folder = free.get()
+            yield folder
+            free.put(folder)
+
+        def unchanged(part: list[str]) -> tuple[int, str]:
+            with copy() as folder:
+                return run_tests(folder, part)
+
+        def changed(mutant: Mutant) -> str:
+            with copy() as folder:
+                return tried(mutant, folder)
+
+        half = -(-len(tests) // args.jobs)
+        parts = [tests[i : i + half] for i in range(0, len(tests), half)]
+        for code, output in pool.map(unchanged, parts):
+            if code:
+                sys.exit(f"{output[-3000:]}\nmutants: tests fail without any fault")
+        found = list(pool.map(changed, mutants))
+    print(f"mutants applied={len(found)} killed={found.count('killed')} survived={found.count('survived')}")
+    sys.exit(found.count("killed") != len(found))
+
+
+if __name__ == "__main__":
+    main()
