@@ -6,18 +6,20 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.hashing import get_hash
+from streaming.base.compression import is_compression
+from streaming.base.format.mds.encodings import get_mds_encoded_size, is_mds_encoding_safe
+from streaming.base.hashing import get_hash, is_hash
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import DataError
+from src.common.errors import DataError, first_line
 from src.data.source import Source
 from src.data.tokenizer import tokenizer_fingerprints
 
@@ -29,6 +31,131 @@ TOKENS_KEY = "mosaic_bert_tokens"
 
 LENGTHS = "lengths.bin"
 """File next to the index.json of shards of tokens: the length of each sample, little-endian uint16, in their order."""
+
+
+Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]
+"""Of a JSON object: what each field must be, in words and as a test."""
+
+COUNT = "a number of at most 32 bits", lambda x: type(x) is int and 0 <= x < 2**32  # not a bool, which is an int
+POSITIVE = "a positive number", lambda x: type(x) is int and 0 < x < 2**32
+STRING = "a string", lambda x: type(x) is str
+LIST = "a list", lambda x: type(x) is list
+STRINGS = "a list of strings", lambda x: type(x) is list and all(type(item) is str for item in x)
+SIZES = "a list of numbers or null", lambda x: type(x) is list and all(type(i) in (int, type(None)) for i in x)
+VERSION = "2", lambda x: type(x) is int and x == 2
+
+INDEX: Fields = {"version": VERSION, "shards": LIST}
+TOKENS: Fields = {
+    "dtype": ("uint16 or uint32", lambda x: x in ("uint16", "uint32")),
+    "fingerprint": STRING,
+    "max_seq_len": POSITIVE,
+    "tokenizer": STRING,
+    "vocab_size": POSITIVE,
+}
+SHARD: Fields = {
+    "version": VERSION,
+    "format": ("'mds', the only one that is read", lambda x: x == "mds"),
+    "column_names": STRINGS,
+    "column_encodings": STRINGS,
+    "column_sizes": SIZES,
+    "compression": ("null or a compression", lambda x: x is None or (type(x) is str and is_compression(x))),
+    "hashes": STRINGS,
+    "raw_data": ("an object", lambda x: type(x) is dict),
+    "samples": COUNT,
+    "size_limit": ("null or a number", lambda x: x is None or (type(x) is int and x >= 0)),
+    "zip_data": ("an object or null", lambda x: x is None or type(x) is dict),
+}
+FILE: Fields = {
+    "basename": ("the name of a file in its folder", lambda x: type(x) is str and _is_plain(x)),
+    "bytes": COUNT,
+    "hashes": (
+        "digests by hash",
+        lambda x: type(x) is dict and all(is_hash(name) and type(digest) is str for name, digest in x.items()),
+    ),
+}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index.json of a split; raises what ``parse_index`` does."""
+    return parse_index((folder / "index.json").read_bytes(), str(folder / "index.json"))
+
+
+def parse_index(content: bytes, name: str) -> dict[str, Any]:
+    """An index.json, in which every field that streaming or this project uses was checked.
+
+    Raises:
+        DataError: a field is missing, unknown, ill-typed, or does not fit the others; a file is not in the index's
+            folder. The message has the index's ``name`` and the field.
+    """
+    try:
+        index = json.loads(content.decode())
+        _check_index(index)
+    except (ValueError, RecursionError) as error:
+        hint = "copy or convert the split again; delete it if it is a cache"
+        raise DataError(f"{name} is broken ({first_line(error)}); {hint}") from None
+    if not any(shard["samples"] for shard in index["shards"]):
+        raise DataError(f"{name} lists no samples; convert the text again")
+    return index
+
+
+def _check_index(index: Any) -> None:
+    """Raise a ValueError with the first field that is wrong."""
+    _check_fields(index, INDEX, "", closed=False)
+    if TOKENS_KEY in index:
+        _check_fields(index[TOKENS_KEY], TOKENS, f"{TOKENS_KEY}.", closed=False)
+    first, names = None, set[str]()
+    for i, shard in enumerate(index["shards"]):
+        path = f"shards[{i}]."
+        _check_fields(shard, SHARD, path)
+        columns = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
+        if first is None:
+            _check_columns(*columns, tokens=TOKENS_KEY in index)
+        elif columns != first:
+            raise ValueError(f"{path}column_names: other columns than in shards[0]")
+        first = columns
+        if (shard["zip_data"] is None) != (shard["compression"] is None):
+            raise ValueError(f"{path}zip_data: expected an object with compression, else null")
+        for kind in ("raw_data", "zip_data"):
+            if shard[kind] is not None:
+                _check_fields(shard[kind], FILE, f"{path}{kind}.")
+                if (name := shard[kind]["basename"]) in names:
+                    raise ValueError(f"{path}{kind}.basename: {name!r} is another file's name, too")
+                names.add(name)
+        if shard["raw_data"]["bytes"] < _header_size(shard["samples"]):
+            raise ValueError(f"{path}samples: {shard['samples']:,} are more than its bytes can hold")
+
+
+def _check_columns(names: list[str], encodings: list[str], sizes: list[int | None], tokens: bool) -> None:
+    """Check the columns of the first shard; one that is read must be a string, or bytes with ``tokens``."""
+    try:
+        expected = [get_mds_encoded_size(encoding) for encoding in encodings]
+    except Exception as error:  # each encoding has errors of its own
+        raise ValueError(f"shards[0].column_encodings: unknown in {encodings!r:.80} ({first_line(error)})") from None
+    if len(names) != len(encodings) or not all(map(is_mds_encoding_safe, encodings)):  # unpickling runs code
+        raise ValueError("shards[0].column_encodings: expected one for each of column_names, without pkl")
+    if sizes != expected:
+        raise ValueError(f"shards[0].column_sizes: expected {expected!r:.80}, got {sizes!r:.80}")
+    column, encoding = ("tokens", "bytes") if tokens else ("text", "str")
+    found = dict(zip(names, encodings, strict=True)).get(column)
+    if found != encoding and (found or tokens):
+        raise ValueError(f"shards[0].column_encodings: expected {encoding!r} for column {column!r}, got {found!r}")
+
+
+def _check_fields(entry: Any, fields: Fields, path: str, closed: bool = True) -> None:
+    """Check an object's fields. ``closed`` refuses others, as streaming does."""
+    if type(entry) is not dict:
+        raise ValueError(f"{path.rstrip('.') or 'top level'}: expected an object, got {entry!r:.80}")
+    for name, (what, fits) in fields.items():
+        if name not in entry:
+            raise ValueError(f"{path}{name}: missing")
+        if not fits(entry[name]):
+            raise ValueError(f"{path}{name}: expected {what}, got {entry[name]!r:.80}")
+    if closed and (unknown := sorted(entry.keys() - fields.keys())):
+        raise ValueError(f"{path}{unknown[0]!r:.80}: unknown field")
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and "/" not in name and name not in ("", ".", "..", "index.json", LENGTHS)
 
 
 def check_index(source: Source) -> None:
@@ -51,23 +178,13 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
             checks the index alone.
 
     Raises:
-        DataError: the index is broken or names a file outside the folder; a shard is missing, or has another size or
-            hash; the index has no hashes to compare.
+        DataError: the index is broken (``parse_index``); a shard is missing, or has another size or hash; the index has
+            no hashes to compare.
     """
-    try:
-        shards = _index(folder)["shards"]
-        files = [
-            [info for info in (shard["raw_data"], shard["zip_data"]) if info is not None and info["basename"]]
-            for shard in shards
-        ]
-        total = sum(shard["samples"] for shard in shards)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'index.json'} is broken ({error!r}); copy or convert the split again") from None
-    if not total:
-        raise DataError(f"{folder} is an empty dataset; convert the text again")
-    for name in (info["basename"] for infos in files for info in infos):
-        if Path(name).name != name:
-            raise DataError(f"{folder / 'index.json'} names {name!r}, outside its folder")
+    files = [
+        [info for info in (shard["raw_data"], shard["zip_data"]) if info is not None]
+        for shard in read_index(folder)["shards"]
+    ]
     if verify == "off":
         return
     faults, sound = dict[str, str](), []  # faults by file name
@@ -115,12 +232,8 @@ def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
 
 def hash_algorithm(folder: Path) -> str:
     """Name of the hash by which a split's index describes each shard as it is downloaded."""
-    first = _index(folder)["shards"][0]
+    first = read_index(folder)["shards"][0]
     return _hash(folder, first["zip_data"] or first["raw_data"])[0]
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "index.json").read_text())
 
 
 class OpenShards:
@@ -133,18 +246,21 @@ class OpenShards:
     def __init__(self):
         self.files: dict[str, tuple[io.FileIO, NDArray[np.uint32]]] = {}
 
-    def read(self, path: str, index: int) -> bytes:
-        """Bytes of a sample. Raises FileNotFoundError without the shard, DataError if it ends within the sample.
+    def read(self, path: str, index: int, size: int, samples: int) -> bytes:
+        """Bytes of a sample in a shard that has, by its index.json, ``size`` bytes and ``samples`` samples.
 
         MDS: the number of samples, their offsets and that of the end (all uint32), the samples.
+
+        Raises:
+            FileNotFoundError: the shard is not there.
+            DataError: it has another size, or its header is damaged; it was cut off since it was opened.
         """
         if path not in self.files:
             for opened, (file, _) in list(self.files.items()):  # an evicted shard takes disk space until closed
                 if len(self.files) >= 64 or not os.fstat(file.fileno()).st_nlink:
                     self.files.pop(opened)[0].close()
             file = io.FileIO(path)  # shared after a fork, which pread allows: it moves no offset
-            (samples,) = np.frombuffer(file.read(4), np.uint32)
-            self.files[path] = file, np.frombuffer(file.read(4 * (int(samples) + 1)), np.uint32)
+            self.files[path] = file, _offsets(file, path, size, samples)
         file, offsets = self.files[path]
         begin, end = offsets[index : index + 2].tolist()
         data = os.pread(file.fileno(), end - begin, begin)
@@ -156,6 +272,22 @@ class OpenShards:
         """Close a shard; the next read opens what is then there."""
         if path in self.files:
             self.files.pop(path)[0].close()
+
+
+def _offsets(file: io.FileIO, path: str, size: int, samples: int) -> NDArray[np.uint32]:
+    """Offsets (samples + 1,) of a shard's samples and of their end. Raises what ``OpenShards.read`` does."""
+    found, header = os.fstat(file.fileno()).st_size, _header_size(samples)
+    if found != size:
+        raise DataError(f"{path} has {found:,} bytes, not {size:,}")
+    count, offsets = np.split(np.frombuffer(file.read(header), np.uint32), [1])
+    if count != samples or offsets[0] < header or offsets[-1] > size or (offsets[1:] < offsets[:-1]).any():
+        raise DataError(f"{path} is not a shard of {samples:,} samples; its header is damaged")
+    return offsets
+
+
+def _header_size(samples: int) -> int:
+    """Bytes of a shard's header: the number of samples, their offsets, and that of the end."""
+    return 4 * (samples + 2)
 
 
 class Locator:
@@ -178,7 +310,7 @@ class Locator:
 
 def token_description(folder: Path) -> dict[str, Any] | None:
     """What a split's index says of its tokens (``Tokens.description``); None for shards of text."""
-    return _index(folder).get(TOKENS_KEY)
+    return read_index(folder).get(TOKENS_KEY)
 
 
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
@@ -195,11 +327,21 @@ def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast
         )
 
 
-def dataset_fingerprint(folders: Iterable[Path]) -> str:
-    """SHA-256, in hex, of the samples listed in the index.json of each split; the same for every copy of the data."""
-    shards = [
-        [shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"]["hashes"]]
+def dataset_fingerprints(folders: Iterable[Path]) -> tuple[str, str]:
+    """SHA-256, in hex, of the samples listed in the index.json of each split; the same for every copy of the data.
+
+    The second is what earlier versions computed: it does not tell where one of several datasets ends.
+    """
+    datasets = [
+        [
+            [shard["samples"], shard["raw_data"]["bytes"], shard["raw_data"]["hashes"]]
+            for shard in read_index(folder)["shards"]
+        ]
         for folder in folders
-        for shard in _index(folder)["shards"]
     ]
-    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+    flat = [shard for shards in datasets for shard in shards]
+    nested, earlier = (
+        hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
+        for each in (datasets if len(datasets) > 1 else flat, flat)
+    )
+    return nested, earlier

@@ -4,9 +4,13 @@ import atexit
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 # Each dataset of a node has a number, its prefix, in the names of its segments and lock files. A killed run leaves
 # them, and then streaming refuses its cache ("Reused local directory"). Streaming does not record the owner. We do, in
@@ -23,32 +27,63 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     """Record that this process, the first of its node, owns a dataset's segments, and lock files in ``lock_folder``."""
     if not SHARED.is_dir():
         return
-    made = SHARED / f".{prefix:06}_owner-{os.getpid()}"
-    record = made.open("w")
+    made, path = SHARED / f".{prefix:06}_owner-{os.getpid()}", _segment(prefix, "owner")
+    made.unlink(missing_ok=True)
+    record = made.open("x")  # everybody may write to the folder: never through what is there
     fcntl.flock(record, fcntl.LOCK_EX)
     json.dump({"locks": lock_folder, "locals": _segment(prefix, "locals").stat().st_ino}, record)
     record.flush()
-    made.rename(_segment(prefix, "owner"))  # nobody sees it unlocked or empty
+    try:
+        made.rename(path)  # nobody sees it unlocked or empty
+    except PermissionError:
+        made.unlink()
+        log.warning("%s belongs to another user, so the shared memory of this run stays if it is killed", path)
     _owned.append((prefix, lock_folder, record))
 
 
 def remove_stale_shared_memory() -> list[int]:
-    """Remove the segments and lock files of dead runs on this node. Returns their prefixes."""
+    """Remove the segments and lock files of this user's dead runs on this node. Returns their prefixes."""
     stale = []
     for path in sorted(SHARED.glob("[0-9]" * 6 + "_owner")):
         prefix = int(path.name[:6])
-        with contextlib.suppress(OSError), path.open() as record:  # OSError: of another user, or of a live run
+        with contextlib.suppress(OSError), open(path, opener=_open_own) as record:  # OSError: a live run's, or no file
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owned, first = json.load(record), _segment(prefix, "locals")
+            owned = _read(record)
+            if owned is None:
+                log.warning("%s is no record of a run's shared memory; delete it", path)
+                continue
+            lock_folder, inode = owned
+            first = _segment(prefix, "locals")
             segments = {*SHARED.glob(f"{prefix:06}_*")} - {path, first}
-            if first.exists() and first.stat().st_ino != owned["locals"]:  # of a new run without a record yet
+            if first.exists() and first.stat().st_ino != inode:  # of a new run without a record yet
                 continue
             # A new run takes a prefix without segments and lock files. What it looks at first is removed last; what it
             # makes meanwhile is not in the list.
-            for leftover in [*segments, path, first, *_locks(prefix, owned["locks"])]:
+            for leftover in [*segments, path, first, *_locks(prefix, lock_folder)]:
                 leftover.unlink(missing_ok=True)
             stale.append(prefix)
     return stale
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a regular file of this user; raises OSError for anything else, as everybody may write to the folder."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for a writer
+    found = os.fstat(descriptor)
+    if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise PermissionError(path)
+    return descriptor
+
+
+def _read(record: IO[str]) -> tuple[str, int] | None:
+    """Folder of the lock files, and inode of the first segment; None if the record is broken."""
+    try:
+        owned: Any = json.load(record)
+        found = owned["locks"], owned["locals"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    sound = [type(each) for each in found] == [str, int] and "\0" not in found[0]
+    return found if sound else None
 
 
 def _segment(prefix: int, name: str) -> Path:

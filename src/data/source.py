@@ -1,5 +1,6 @@
 """A dataset by its place and its weight. Imports no torch, so that a run's config can hold it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ class Source:
     local: str | None = None
     """Folder of the dataset, or the cache if there is a remote. None: the run's ``data_local``."""
     remote: str | None = None
-    """Path or object-store URI to stream from. None: the run's ``data_remote`` if ``local`` is None too, else no
-    streaming. Nor is there any if it is the same folder as ``local``."""
+    """Path or object-store URI to stream from, into a ``local`` of its own. None: the run's ``data_remote`` if
+    ``local`` is None too, else no streaming. Nor is there any if it is the same folder as ``local``."""
     split: str | None = None
     """Subfolder of the dataset. None: the loader's ``split``."""
     proportion: float | None = None
@@ -32,4 +33,12 @@ class Source:
     @property
     def complete(self) -> bool:
         """Whether all shards are in ``local``; else it is a cache that fills up."""
-        return self.remote is None or self.local is None or Path(self.remote) == Path(self.local)
+        return self.local is None or os.path.realpath(self.remote or self.local) == os.path.realpath(self.local)
+
+    @property
+    def origin(self) -> str:
+        """Where the split's files come from: its folder if it is complete, else the one in the remote."""
+        if self.complete:
+            return os.path.realpath(self.folder)
+        remote = f"{str(self.remote).rstrip('/')}/{self.split or ''}".rstrip("/")
+        return remote if "://" in remote else os.path.realpath(remote)

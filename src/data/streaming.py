@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from socket import gethostname
 from tempfile import gettempdir
 from typing import Any
 
@@ -24,7 +25,16 @@ from streaming.base.world import World
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
 from src.data.order import filling_worker, partition
-from src.data.shards import LENGTHS, Locator, OpenShards, check_index, check_shards, hash_algorithm
+from src.data.shards import (
+    LENGTHS,
+    Locator,
+    OpenShards,
+    check_index,
+    check_shards,
+    hash_algorithm,
+    parse_index,
+    read_index,
+)
 from src.data.source import Source
 
 log = logging.getLogger(__name__)
@@ -36,10 +46,53 @@ def alone_on_node() -> FileLock:
     """This user's lock on this node. Hold it while streaming's shared memory is made or removed.
 
     Streaming looks for a free prefix and takes it later, so one of two runs that start together would fail
-    (test_datasets_of_a_node_are_made_in_turn).
+    (test_datasets_of_a_node_are_made_in_turn). Raises DataError if the file of the lock belongs to another user.
     """
     folder = shared_memory.SHARED if shared_memory.SHARED.is_dir() else Path(gettempdir())
-    return FileLock(folder / f"streaming-{os.getuid()}.lock")
+    path, user = folder / f"streaming-{os.getuid()}.lock", os.getuid()
+    with contextlib.suppress(FileNotFoundError):
+        if (owner := path.lstat().st_uid) != user:
+            raise DataError(
+                f"{path} is the lock of user {user}'s runs, and belongs to user {owner}; ask them or the administrator "
+                "to delete it"
+            )
+    return FileLock(path)
+
+
+def _download(stream: Stream, name: str) -> Path:
+    """Download a file of a split into the cache, under a temporary name. Returns its path."""
+    temporary = f"{name}.{gethostname()}.tmp"  # nodes may share the cache
+    # Streaming would take what a killed run left for the whole file.
+    Path(stream.local, stream.split, temporary).unlink(missing_ok=True)
+    return Path(stream._download_file(name, temporary))
+
+
+def _fetch_index(source: Source, stream: Stream) -> None:
+    """Check the index.json of a remote, and compare it with the cache's, or put it there if there is none.
+
+    Streaming would use a cached one, whatever the remote, and one that it fetches without any check. Raises DataError:
+    it cannot be fetched, is broken, or is another than the cache's.
+    """
+    cached, remote = source.folder / "index.json", source.origin
+    try:
+        fetched = _download(stream, "index.json")
+    except Exception as error:  # each object store has errors of its own
+        alone = f"; if {source.folder} holds all shards, it can be used without the remote" if cached.exists() else ""
+        raise DataError(
+            f"{remote}: index.json cannot be fetched ({first_line(error)}). Check the address, the credentials and "
+            f"the network{alone}"
+        ) from error
+    try:
+        index = parse_index(fetched.read_bytes(), f"{remote}/index.json")
+        if not cached.exists():
+            os.replace(fetched, cached)
+        elif read_index(source.folder) != index:
+            raise DataError(
+                f"{source.folder} is the cache of another dataset than {remote} holds; name another local folder, or "
+                "delete this one"
+            )
+    finally:
+        fetched.unlink(missing_ok=True)
 
 
 class RepairedDataset(StreamingDataset):
@@ -51,38 +104,52 @@ class RepairedDataset(StreamingDataset):
     Args:
         sources: datasets by name; their samples are numbered in this order.
         verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
+        download_retry: attempts of a download.
+        download_timeout: seconds that a download may take.
         kwargs: StreamingDataset's.
 
     Raises:
-        DataError: a dataset is not there, is damaged, or its index cannot be downloaded. While reading: a shard is
-            lost, damaged or cannot be downloaded.
+        DataError: a dataset is not there, or is damaged; its index cannot be downloaded, or is another than the
+            cache's; its weight draws no sample. While reading: a shard is lost, damaged or cannot be downloaded.
     """
 
-    def __init__(self, sources: Mapping[str, Source], verify: str = "size", **kwargs: Any):
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        verify: str = "size",
+        download_retry: int = 2,
+        download_timeout: float = 60,
+        **kwargs: Any,
+    ):
         self.sources = dict(sources)
-        leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
+        streams = []
         for source in self.sources.values():
             check_index(source)
-            if source.complete or (leads and (source.folder / "index.json").is_file()):
-                # A cache too: before streaming notes which shards it has.
-                check_shards(source.folder, source.complete, verify if leads or verify == "off" else "size")
-        try:
-            with alone_on_node() if leads else contextlib.nullcontext():
-                streams = [Stream(**vars(source)) for source in self.sources.values()]
-                super().__init__(streams=streams, partition_algo="exact", **kwargs)
-        except Exception as error:  # each object store has errors of its own
-            remotes = [f"{s.remote}/{s.split or ''}" for s in self.sources.values() if "://" in str(s.remote)]
-            if isinstance(error, ValueError) or not remotes:
-                raise
-            raise DataError(
-                f"{', '.join(remotes)}: index.json cannot be fetched ({first_line(error)}). Check the address, the "
-                "credentials and the network"
-            ) from error
-        for source, stream in zip(self.sources.values(), self.streams, strict=True):
-            if not source.complete:
-                check_shards(source.folder, False, "off")  # names of files in an index that was just downloaded
-                if verify == "hash":
-                    stream.validate_hash = hash_algorithm(source.folder)
+            given = {**vars(source), "remote": None if source.complete else source.remote}
+            streams.append(Stream(**given, download_retry=download_retry, download_timeout=download_timeout))
+        leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
+        alone = alone_on_node() if leads else contextlib.nullcontext()
+        with alone:
+            for source, stream in zip(self.sources.values(), streams, strict=True):
+                if not source.complete and leads:
+                    _fetch_index(source, stream)
+        for source, stream in zip(self.sources.values(), streams, strict=True):
+            if not source.complete and not leads:  # if the leader fails, the launcher ends the others
+                wait_for_file_to_exist(str(source.folder / "index.json"), TICK, math.inf, "")
+            quick = "size" if source.complete and verify != "off" else "off"
+            # A cache too: before streaming notes which shards it has.
+            check_shards(source.folder, source.complete, verify if leads else quick)
+            if verify == "hash" and not source.complete:
+                stream.validate_hash = hash_algorithm(source.folder)
+        with alone:
+            super().__init__(streams=streams, partition_algo="exact", **kwargs)
+        for (name, source), stream, size in zip(self.sources.items(), streams, self.samples_per_stream, strict=True):
+            if not stream.choose:  # streaming would look for a sample without end
+                weight = f"repeat {source.repeat}" if source.repeat is not None else f"proportion {source.proportion}"
+                raise DataError(
+                    f"train_loader.streams.{name}: {weight} draws none of its {size:,} samples per epoch; raise it, or "
+                    "remove the dataset"
+                )
         self.num_ranks = self._parallel_rank_world.num_ranks
         """Processes of the run, on all nodes."""
         self.shared_memory_prefix = self._shm_prefix_int
@@ -109,7 +176,7 @@ class RepairedDataset(StreamingDataset):
                 # Not under ``alone_on_node``: its holder may wait for the other processes of the node. They wait for as
                 # long as the file takes; if the leader fails, the launcher ends them.
                 if World.detect().is_local_leader:
-                    os.replace(stream._download_file(LENGTHS, f"{LENGTHS}.tmp"), path)
+                    os.replace(_download(stream, LENGTHS), path)
                 else:
                     wait_for_file_to_exist(str(path), TICK, math.inf, "")
             lengths = np.memmap(path, "<u2", "r")
@@ -165,15 +232,16 @@ class RepairedDataset(StreamingDataset):
         return RepairedDataset.get_item(self, sample_id, retry)
 
     def _read(self, shard_id: int, index: int, retry: int) -> Any:
+        shard: Any = self.shards[shard_id]
         for _ in range(retry + 1):
             try:
-                data = self.open_shards.read(self._paths[shard_id], index)
+                data = self.open_shards.read(self._paths[shard_id], index, shard.raw_data.bytes, shard.samples)
             except FileNotFoundError:  # not downloaded yet, or evicted
                 self._prepared.discard(shard_id)
                 self.prepare_shard(shard_id)
             else:
                 self._shard_access_times[shard_id] = time.time_ns()
-                return self.shards[shard_id].decode_sample(data)
+                return shard.decode_sample(data)
         raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
 
     def on_exception(self, future: Future) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from src.common.errors import CheckpointError, ConfigError
 from src.data import shared_memory
 from src.data.microbatches import fullest_batch
-from src.data.shards import dataset_fingerprint
+from src.data.shards import dataset_fingerprints
 from src.data.streaming import alone_on_node
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.train import checkpoint, models, weights
@@ -68,13 +68,12 @@ def build_trainer(config: RunConfig) -> Trainer:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
         dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-        fingerprint, earlier = tokenizer_fingerprints(tokenizer)
-        held = {
-            **settings(config),
-            "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
-            "tokenizer": fingerprint,
-        }
-        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier})
+        found_data = dataset_fingerprints(source.folder for source in dataset.sources.values())
+        held, earlier = (
+            {"dataset": of_data, "tokenizer": of_tokenizer}
+            for of_data, of_tokenizer in zip(found_data, tokenizer_fingerprints(tokenizer), strict=True)
+        )
+        check = ResumeCheck({**settings(config), **held}, config.resume.allow, earlier)
         if found is not None:
             there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
             check.compare(there, found)  # first: it names settings, check_fits only shapes

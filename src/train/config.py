@@ -9,6 +9,9 @@ interval) when it builds it. Fields that go to Composer's Trainer keep Composer'
 """
 
 import dataclasses
+import fnmatch
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +40,8 @@ class LoaderConfig:
     local: str | None = None
     """Folder of the dataset; the cache if it is streamed. None: the run's ``data_local``."""
     remote: str | None = None
-    """Where to stream from. None: the run's ``data_remote`` if ``local`` is None too, else no streaming."""
+    """Where to stream from, into a ``local`` of its own. None: the run's ``data_remote`` if ``local`` is None too, else
+    no streaming."""
     num_workers: int = 0
     """Worker processes that load, tokenize and mask. Batches do not depend on their number."""
     prefetch_factor: int | None = None
@@ -183,13 +187,14 @@ class RunConfig:
 RESUME_SAFE = (
     *("run_name", "data_local", "data_remote", "data_verify", "tokenizer_name"),  # fingerprints of the contents count
     *(f"train_loader.{f.name}" for f in dataclasses.fields(LoaderConfig)),
+    *(f"train_loader.streams.*.{name}" for name in ("local", "remote", "split")),
     *("eval_loader", "eval_loaders", "device_eval_batch_size", "eval_interval"),
     *("device_train_microbatch_size", "time_limit", "callbacks", "loggers", "progress_bar"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite"),
     *("load_path", "load_weights_only", "autoresume", "resume", "dist_timeout"),
     *("compile_config", "parallelism_config", "model.attention", "model.gradient_checkpointing"),
 )
-"""Settings and sections that may change on resume: they affect the result at most by rounding."""
+"""Settings and sections that may change on resume: they affect the result at most by rounding. ``*`` is any name."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
@@ -208,12 +213,17 @@ def seconds(time: str) -> float:
     return float(match[1]) * {"d": 86400, "h": 3600, "min": 60, "s": 1}[match[2]]
 
 
+def resume_safe(path: str) -> bool:
+    """Whether a setting may change on resume."""
+    return any(is_within(path, safe) or fnmatch.fnmatchcase(path, safe) for safe in RESUME_SAFE)
+
+
 def settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide a run's result, by path: ``{"optimizer.lr": 5e-4, ...}``; all but RESUME_SAFE."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
-        if any(is_within(path, safe) for safe in RESUME_SAFE):
+        if resume_safe(path):
             return
         if isinstance(value, dict) and value:
             for name, inner in value.items():
@@ -262,7 +272,7 @@ def _check(config: RunConfig, faults: list[str]) -> None:
     for name in config.resume.allow:
         if name.split(".")[0] not in known:
             faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name.split('.')[0], known)}")
-        elif any(is_within(name, safe) for safe in RESUME_SAFE):
+        elif resume_safe(name):
             faults.append(f"resume.allow: {name!r} may always change; remove it")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: has no effect without load_path")
@@ -289,6 +299,20 @@ def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool,
             if getattr(loader, name, None) is not None and not any(_remote(config, source) for source in sources):
                 faults.append(f"{path}.{name}: has no effect without a remote to stream from")
 
+    streams = config.train_loader.streams
+    places: dict[str, LoaderConfig | Source] = {f"train_loader.streams.{name}": each for name, each in streams.items()}
+    places |= {path: loader for path, loader in loaders.items() if not streams or path != "train_loader"}
+    seen: dict[str, tuple[str, str]] = {}
+    for path, source in places.items():
+        if source.remote and not source.local and source.remote != config.data_remote:
+            faults.append(f"{path}.remote: needs a local folder of its own as cache ({path}.local)")
+            continue
+        split = source.split or config.train_loader.split
+        place = Source(source.local or config.data_local, _remote(config, source), split)
+        other, origin = seen.setdefault(os.path.realpath(place.folder), (path, place.origin))
+        if origin != place.origin:
+            faults.append(f"{path}.local: {place.folder} is for {place.origin}, and in {other} for {origin}")
+
 
 def _remote(config: RunConfig, source: LoaderConfig | Source) -> str | None:
     """Where a dataset is streamed from: its own remote; the run's if it has no folder of its own."""
@@ -313,10 +337,10 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
         path = f"train_loader.streams.{name}"
         weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
         for kind in weights:
-            expect(getattr(stream, kind) > 0, f"{path}.{kind}", "a positive number", getattr(stream, kind))
+            expect(0 < getattr(stream, kind) < math.inf, f"{path}.{kind}", "a positive number", getattr(stream, kind))
         if len(weights) > 1:
             faults.append(f"{path}: {' and '.join(weights)}: give one of them")
-        folder = stream.local or config.data_local, stream.split or loader.split
+        folder = stream.local or config.data_local, stream.split or loader.split, _remote(config, stream)
         if folder in seen:
             faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")
         seen[folder] = name

@@ -8,6 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from src.common.errors import ConfigError
+from src.train.config import resume_safe
 from src.train.schema import is_within
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class ResumeCheck(Callback):
         accepted, refused, lines = [], [], [f"{path} is of a run with different settings"]
         for name in sorted({*there, *self.settings}):
             old, new = there.get(name, ABSENT), self.settings.get(name, ABSENT)
-            if old in (new, self.earlier.get(name, new)):
+            # resume_safe: earlier versions compared settings that no longer count.
+            if resume_safe(name) or old in (new, self.earlier.get(name, new)):
                 continue
             if name not in RESTORED_BY_STREAMING and any(is_within(name, section) for section in self.allow):
                 accepted.append(name)

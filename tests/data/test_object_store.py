@@ -1,5 +1,6 @@
 """Streaming from an object store: moto's S3 server, on this machine."""
 
+import gc
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import main
+from src.common.errors import DataError
 from tests.runs import QUICKSTART
 
 
@@ -77,6 +79,17 @@ def test_unreachable_store_is_one_message_within_a_minute(fault, message, store,
         main.run([QUICKSTART, *options])
     assert message in str(end.value) and "\n" not in str(end.value)
     assert time.monotonic() - began < 60  # not the half hour of dist_timeout
+
+
+def test_complete_cache_outlives_its_bucket_without_the_remote(bucket, server, opened, tmp_path):
+    list(opened(tmp_path, "val", remote=bucket, batch_size=7))
+    gc.collect()
+    client = boto3.client("s3", endpoint_url=server)
+    client.delete_object(Bucket="corpus", Key="c4/val/index.json")
+    advice = f"if {tmp_path}/val holds all shards, it can be used without the remote"
+    with pytest.raises(DataError, match=rf"{bucket}/val: index.json cannot be fetched .*{advice}"):
+        opened(tmp_path, "val", remote=bucket, download_retry=1)
+    assert opened(tmp_path, "val").size == len(list(opened(tmp_path, "val", batch_size=1, num_canonical_nodes=1)))
 
 
 def test_missing_object_ends_the_run(bucket, server, opened, tmp_path):

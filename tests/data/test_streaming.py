@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -119,9 +120,10 @@ def test_evicted_shard_is_closed(tmp_path, token_shards):
     for i in range(3):
         shards.append(str(tmp_path / f"{i}.mds"))
         shutil.copy(next(Path(token_shards).glob("val/*.mds")), shards[-1])
-    files = OpenShards()
-    data = [files.read(path, 3) for path in shards[:2]]
+    (info,) = json.loads(Path(token_shards, "val", "index.json").read_text())["shards"]
+    files, size = OpenShards(), (info["raw_data"]["bytes"], info["samples"])
+    data = [files.read(path, 3, *size) for path in shards[:2]]
     Path(shards[0]).unlink()
-    assert files.read(shards[0], 3) == data[0]  # still open, so the bytes are there
-    files.read(shards[2], 3)
+    assert files.read(shards[0], 3, *size) == data[0]  # still open, so the bytes are there
+    files.read(shards[2], 3, *size)
     assert list(files.files) == shards[1:]

@@ -17,7 +17,6 @@ import torch
 import main
 from src.common.errors import ConfigError, Interrupted
 from src.data import shared_memory
-from src.data.shards import dataset_fingerprint
 from src.train import checkpoint, processes
 from src.train.callbacks import StopOnSignal
 from src.train.config import load, settings
@@ -308,13 +307,6 @@ def test_finished_run_is_reported_and_not_changed(saving, folder, capsys):
     main.run([QUICKSTART, *saving])
     assert "quickstart is finished: 6 steps, max_duration=6ba" in capsys.readouterr().out
     assert names(folder) == before
-
-
-def test_dataset_fingerprint_depends_on_the_samples_only(token_shards, text_shards, tmp_path):
-    copy = Path(shutil.copytree(token_shards, tmp_path / "copy"))
-    folders = [copy / "train", f"{token_shards}/train", f"{token_shards}/val", f"{text_shards}/train"]
-    moved, *others = [dataset_fingerprint([Path(folder)]) for folder in folders]
-    assert moved == others[0] and len(set(others)) == 3
 
 
 def test_settings_are_compared_by_default():
