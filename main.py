@@ -14,7 +14,7 @@ from src.common.errors import ConfigError, Interrupted, TrainingError
 from src.common.signals import die_with_parent
 from src.train import run as runs
 from src.train.config import load
-from src.train.processes import EXIT_INTERRUPTED, end_workers, share_cores
+from src.train.processes import end_workers, share_cores
 from src.train.validate import validate
 
 
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> None:
         main(argv)
     except Interrupted as error:
         print(f"main.py: {error}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(error.code)
     except (TrainingError, ValueError, OSError) as error:  # the other errors of common/errors.py are ValueErrors
         sys.exit(f"main.py: {error}")
     finally:

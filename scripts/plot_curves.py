@@ -59,7 +59,7 @@ def draw(
                 (TRAIN_LOSS, "training batch", {"alpha": 0.35, "linewidth": 1}),
                 (EVAL_LOSS, "validation set", {"marker": "o", "linewidth": 2}),
             ):
-                points = [(line[axis] / unit, line[key]) for line in lines if key in line]
+                points = [(line[axis] / unit, line[key]) for line in lines if line.get(key) is not None]
                 if points:
                     x, y = zip(*points, strict=True)
                     color = f"C{2 * number + (key == EVAL_LOSS)}" if len(runs) == 1 else f"C{number}"

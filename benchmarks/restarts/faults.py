@@ -88,7 +88,7 @@ class Run:
         """Step of the checkpoint that the next launch resumes."""
         latest = self.folder / checkpoint.LATEST.format(rank=0)
         match = checkpoint.PATTERN.fullmatch(Path(os.readlink(latest)).name) if latest.is_symlink() else None
-        return int(match[1]) if match else 0
+        return int(match["step"]) if match else 0
 
     def weights(self) -> torch.Tensor:
         model = torch.load(self.folder / checkpoint.LATEST.format(rank=0), mmap=True)["state"]["model"]

@@ -25,7 +25,19 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after a saved step; the message says which step, and how to continue."""
+    """A signal or the time limit stopped the run; the message says after which step, and whether it is saved.
+
+    Args:
+        code: exit code of the process.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Finished(Exception):
+    """No error: a run that is started again has ended before; the message says how."""
 
 
 def first_line(error: BaseException) -> str:

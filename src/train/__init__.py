@@ -5,5 +5,6 @@ builders      config -> Trainer                              models, optim, data
 callbacks     stop, check or change a run                    monitors     metrics and logs
 checkpoint    atomic checkpoints, fallback to the previous   resume       settings that may change
 weights       pretrained weights into any model              processes    ranks and loader workers
-run           train or evaluate from a config                validate     main.py --validate
+run           train or evaluate from a config                ending       a run's end, and its start after that
+validate      main.py --validate
 """

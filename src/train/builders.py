@@ -6,14 +6,13 @@ list what exists. Composer's classes have their own names, in snake_case.
 
 import contextlib
 import dataclasses
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer, algorithms, callbacks, loggers
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, Timestamp
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
@@ -28,6 +27,7 @@ from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
+    EarlyStopper,
     MemoryProbe,
     Reseed,
     ScheduledMasking,
@@ -37,6 +37,7 @@ from src.train.callbacks import (
 )
 from src.train.config import MaskingSchedule, RunConfig, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
+from src.train.ending import TIME_LIMIT, EvalInterval, RunEnd, SaveInterval
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
 from src.train.optim import OPTIMIZERS, SCHEDULERS
 from src.train.processes import meet
@@ -49,6 +50,7 @@ def build_trainer(config: RunConfig) -> Trainer:
 
     Raises:
         ConfigError, DataError, CheckpointError: settings, data or checkpoint are wrong or do not fit together.
+        Finished: the run has ended before.
     """
     checkpoint.load_as_data()
     check_device(config)
@@ -74,14 +76,29 @@ def build_trainer(config: RunConfig) -> Trainer:
             for of_data, of_tokenizer in zip(found_data, tokenizer_fingerprints(tokenizer), strict=True)
         )
         check = ResumeCheck({**settings(config), **held}, config.resume.allow, earlier)
-        if found is not None:
-            there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
-            check.compare(there, found)  # first: it names settings, check_fits only shapes
+        end, stop = RunEnd(config.run_name, config.max_duration), StopOnSignal()
+        interval = SaveInterval(config.save_interval, stop)
+        loading = contextlib.nullcontext()
+        if start is not None and Path(start).is_dir():
+            raise CheckpointError(
+                f"load_path: {start} is a folder; expected a file, such as {checkpoint.LATEST.format(rank=0)} in it. "
+                "Sharded checkpoints (a folder with .metadata) are not read, because that could run code in them"
+            )
         if start is not None and Path(start).is_file():
-            checkpoint.check_fits(start, model)
+            state = checkpoint.read(start)
+            if found is not None:  # first: it names settings, check_fits only shapes
+                check.compare(state["callbacks"].get("ResumeCheck"), found)
+            checkpoint.check_fits(start, state["model"], model)
+            if found is not None or not config.load_weights_only:
+                timestamp = Timestamp()
+                timestamp.load_state_dict(state["timestamp"]["Timestamp"])
+                end.check(timestamp, state["callbacks"].get("RunEnd", {}).get("stopped"))
         else:  # Composer may find one: in an object store, or by a name with {rank}
-            checkpoint.check_on_load(start or f"{config.save_folder}", model)
-        try:
+            where = start or f"{config.save_folder}"
+            loading = checkpoint.checked_loading(
+                where, lambda state: checkpoint.check_fits(where, state["model"], model)
+            )
+        with loading:
             trainer = Trainer(
                 run_name=config.run_name,
                 seed=config.seed,
@@ -91,21 +108,23 @@ def build_trainer(config: RunConfig) -> Trainer:
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
-                eval_interval=config.eval_interval,
+                eval_interval=EvalInterval(config.eval_interval) if config.eval_interval else 0,
                 precision=config.precision,
                 device_train_microbatch_size=config.device_train_microbatch_size,
                 # Every masked token of the global batch has the same weight, for any microbatch size and rank.
                 accumulate_train_batch_on_tokens=True,
                 algorithms=build_algorithms(config),
                 callbacks=[
-                    *build_callbacks(config, tokenizer),
+                    end,
+                    *build_callbacks(config, tokenizer, end),
                     check,
-                    *build_savers(config, folder, found is not None, tokenizer),
+                    *build_savers(config, folder, found is not None, tokenizer, interval),
+                    stop,
                 ],
                 loggers=build_all("loggers", LOGGERS, config.loggers),
                 progress_bar=config.progress_bar,
                 save_folder=config.save_folder,
-                save_interval=config.save_interval,
+                save_interval=interval,
                 save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
                 save_overwrite=config.save_overwrite,
                 load_path=start,
@@ -115,9 +134,6 @@ def build_trainer(config: RunConfig) -> Trainer:
                 parallelism_config=build_parallelism(config),
                 dist_timeout=config.dist_timeout,
             )
-        except pickle.UnpicklingError as error:  # of a checkpoint in an object store
-            where = start or config.save_folder
-            raise CheckpointError(f"{where}: it holds more than data: {str(error)[:300]}") from None
         on_error.pop_all()
     return trainer
 
@@ -154,7 +170,7 @@ REFUSED = {
 """Composer's algorithms that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
-    "early_stopper": callbacks.EarlyStopper,
+    "early_stopper": EarlyStopper,
     "lr_monitor": callbacks.LRMonitor,
     "memory_monitor": callbacks.MemoryMonitor,
     "memory_snapshot": callbacks.MemorySnapshot,
@@ -193,9 +209,12 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
     return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
-def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
-    """The config's callbacks, those of every run, and those that other settings need."""
-    built = [*build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast, end: RunEnd) -> list[Callback]:
+    """The config's callbacks, those of every run, and those that other settings need; ``end`` watches what may stop."""
+    built = build_all("callbacks", CALLBACKS, config.callbacks)
+    for callback, component in zip(built, config.callbacks.values(), strict=True):
+        end.watch(callback, component.name, component.options)
+    built += [Reseed(config.seed), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
@@ -203,7 +222,7 @@ def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> li
     if config.parallelism_config is not None:
         built.append(AverageGradients())
     if config.time_limit is not None:
-        built.append(StopAtTimeLimit(seconds(config.time_limit)))
+        built.append(end.watch(StopAtTimeLimit(seconds(config.time_limit)), TIME_LIMIT))
     if config.train_loader.streams:
         built.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
@@ -219,19 +238,23 @@ def local_save_folder(config: RunConfig) -> str | None:
 
 
 def build_savers(
-    config: RunConfig, folder: checkpoint.RunFolder | None, resumed: bool, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig,
+    folder: checkpoint.RunFolder | None,
+    resumed: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    interval: SaveInterval,
 ) -> list[Callback]:
-    """The callbacks that save checkpoints in a local ``save_folder``, and after a signal.
+    """The callback that saves checkpoints in a local ``save_folder``.
 
     For an object store the Trainer makes its own saver; with ours it would look for checkpoints in a temporary folder.
     """
-    path, savers = local_save_folder(config), []
-    if path is not None:
-        # Checkpoints after the one that the run resumes from are its own, from before it was killed.
-        overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
-        options = {"save_interval": config.save_interval, "overwrite": overwrite, "num_checkpoints_to_keep": keep}
-        savers = [checkpoint.Saver(folder, path, tokenizer, **options)]
-    return [*savers, StopOnSignal()]
+    path = local_save_folder(config)
+    if path is None:
+        return []
+    # Checkpoints after the one that the run resumes from are its own, from before it was killed.
+    overwrite, keep = config.save_overwrite or resumed, config.save_num_checkpoints_to_keep
+    options = {"save_interval": interval, "overwrite": overwrite, "num_checkpoints_to_keep": keep}
+    return [checkpoint.Saver(folder, path, tokenizer, **options)]
 
 
 FSDP_OPTIONS = {

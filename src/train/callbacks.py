@@ -1,4 +1,4 @@
-"""Callbacks that Composer lacks. None has a state in checkpoints."""
+"""Callbacks that Composer lacks, and an EarlyStopper that continues after a restart."""
 
 import math
 import random
@@ -9,23 +9,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from composer import callbacks
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, State, get_precision_context
+from composer.core import Callback, Event, State, Timestamp, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from src.common.errors import Interrupted, TrainingError, first_line
 from src.data.masking import mask_batch
 from src.data.microbatches import Batch
+from src.train.checkpoint import not_finite
 from src.train.config import MaskingSchedule
+from src.train.processes import EXIT_INTERRUPTED
 
 
-def on_any_process(state: State, flag: bool) -> bool:
-    """Whether ``flag`` is true on at least one process."""
-    flags = state.device.tensor_to_device(torch.tensor([int(flag)], dtype=torch.uint8))
-    dist.all_reduce(flags, reduce_operation="MAX")
-    return bool(flags.item())
+def highest(state: State, value: int) -> int:
+    """The highest ``value`` of all processes."""
+    values = state.device.tensor_to_device(torch.tensor([value], dtype=torch.int32))
+    dist.all_reduce(values, reduce_operation="MAX")
+    return int(values.item())
+
+
+def savers_of(state: State) -> list[CheckpointSaver]:
+    """The callbacks that save checkpoints."""
+    return [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
+
+
+def last_saved(state: State) -> str:
+    """Which checkpoint is the last one, in words. Its weights are finite: ``StopOnSilentFailure`` sees to it."""
+    saved = [name for saver in savers_of(state) for name in saver.all_saved_checkpoints_to_timestamp]
+    return f"Last checkpoint before it: {saved[-1]}" if saved else "No checkpoint was saved before it"
+
+
+def interrupted(what: str, state: State, unsaved: int) -> Interrupted:
+    """The exception of a run that stops before its end, after ``what``; exit code ``unsaved`` if nothing is saved."""
+    if any(saver.last_checkpoint_batch == state.timestamp.batch for saver in savers_of(state)):
+        kept = "its checkpoint is saved, and the same command with autoresume: true resumes"
+        return Interrupted(f"{what}; {kept}", EXIT_INTERRUPTED)
+    return Interrupted(f"{what}; nothing is saved", unsaved)
 
 
 class Reseed(Callback):
@@ -48,7 +71,8 @@ class Reseed(Callback):
 class StopOnSignal(Callback):
     """After SIGTERM or SIGINT to any process, finish the step, save a checkpoint and end all processes.
 
-    A second signal, and a signal before the first step or after the last one, ends the process at once.
+    ``SaveInterval`` makes the savers save it, as any other. A signal in the last step changes nothing: the run ends
+    anyway. A second signal, and a signal before the first step or after the last one, ends the process at once.
 
     Raises:
         Interrupted: from fit, in all processes, after the same step.
@@ -61,6 +85,8 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self.received: float | None = None
         """Time of the first signal, in seconds of time.monotonic()."""
+        self.number = 0
+        self._agreed = (-1, 0)
         self._before: dict[signal.Signals, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -68,24 +94,29 @@ class StopOnSignal(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is None:
-            self.received = time.monotonic()
+            self.received, self.number = time.monotonic(), number
             name = signal.Signals(number).name
             print(f"{name}: ending after this step; a second signal ends at once", file=sys.stderr, flush=True)
         elif time.monotonic() - self.received > self.ECHO:
             sys.exit(128 + number)
 
+    def agreed(self, state: State) -> int:
+        """The signal that any process got, or 0: the same in all processes, which are asked once per step."""
+        step = state.timestamp.batch.value
+        if self._agreed[0] != step:
+            self._agreed = step, highest(state, self.number)
+        return self._agreed[1]
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if not on_any_process(state, self.received is not None):
+        got = self.agreed(state)
+        if not got or state.timestamp >= state.max_duration:
             return
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # once one process has ended, a launcher signals the others
-        step, savers = state.timestamp.batch, [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
-        for saver in savers:
-            if saver.last_checkpoint_batch != step:
-                saver._save_checkpoint(state, logger)
+        for saver in savers_of(state):
+            saver.batch_checkpoint(state, logger)  # Composer's own comes after this callback
             saver.fit_end(state, logger)  # waits for uploads to an object store
-        kept = "its checkpoint is saved, and the same command with autoresume: true resumes"
-        raise Interrupted(f"stopped by a signal after step {step.value}; {kept if savers else 'nothing is saved'}")
+        raise interrupted(f"stopped by a signal after step {state.timestamp.batch.value}", state, 128 + got)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         for number, handler in self._before.items():
@@ -93,10 +124,13 @@ class StopOnSignal(Callback):
 
 
 class StopOnSilentFailure(Callback):
-    """Raise TrainingError if the loss is NaN or infinite, or if an epoch ends before its data.
+    """Raise TrainingError if the loss or, before a save, a weight is NaN or infinite, or if an epoch lacks samples.
 
-    Checks the loss after the step, when Composer has copied it to the CPU, and before anything is saved.
+    Checks the loss after the step, when Composer has copied it to the CPU, and before anything is saved. Must come
+    before the savers.
     """
+
+    ADVICE = "Try a lower learning rate, a longer warmup or algorithms.gradient_clipping"
 
     def __init__(self) -> None:
         self.bad: torch.Tensor | None = None
@@ -115,19 +149,50 @@ class StopOnSilentFailure(Callback):
         gathered = dist.all_gather_object(bad is not None and bool(bad.item()))
         ranks = ", ".join(str(rank) for rank, found in enumerate(gathered) if found)
         ranks = ranks or "none (the sum over ranks overflowed)"
-        savers = [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
-        saved = [name for saver in savers for name in saver.all_saved_checkpoints_to_timestamp]
         raise TrainingError(
             f"the loss is {loss} at step {state.timestamp.batch.value} on ranks {ranks}, learning rate {self.lr:g}. "
-            f"{'Last checkpoint before it: ' + saved[-1] if saved else 'No checkpoint was saved before it'}. "
-            "Try a lower learning rate, a longer warmup or algorithms.gradient_clipping"
+            f"{last_saved(state)}. {self.ADVICE}"
         )
 
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._check_weights(state, Event.BATCH_CHECKPOINT)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._check_weights(state, Event.EPOCH_CHECKPOINT)
+
+    def _check_weights(self, state: State, event: Event) -> None:
+        """The weights that a saver is about to write, with EMA the averaged ones."""
+        if not any(saver.save_interval(state, event) for saver in savers_of(state)):
+            return
+        weights = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in state.model.named_parameters()}
+        reason = next(filter(None, dist.all_gather_object(not_finite(weights))), None)
+        if reason is not None:
+            raise TrainingError(
+                f"after step {state.timestamp.batch.value} the weight {reason}, so nothing is saved. "
+                f"{last_saved(state)}. {self.ADVICE}"
+            )
+
     def epoch_end(self, state: State, logger: Logger) -> None:
-        assert state.previous_timestamp is not None
-        done, want = state.previous_timestamp.batch_in_epoch.value, state.dataloader_len
-        if want is not None and done < want.value:
-            raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want.value} batches")
+        assert state.previous_timestamp is not None and state.train_dataloader is not None
+        dataset: Any = state.train_dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+        done, want = state.previous_timestamp.sample_in_epoch.value, getattr(dataset, "epoch_size", None)
+        want = len(dataset) if want is None else want  # of StreamingC4, the length is this rank's share
+        if done < want:
+            raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want} samples")
+
+
+class EarlyStopper(callbacks.EarlyStopper):
+    """Composer's, which forgets the best value at a restart."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.best is None or self.best_occurred is None:
+            return {}
+        return {"best": self.best, "best_occurred": self.best_occurred.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.best, self.best_occurred = state["best"], Timestamp()
+            self.best_occurred.load_state_dict(state["best_occurred"])
 
 
 class MemoryProbe(Callback):
@@ -225,5 +290,5 @@ class StopAtTimeLimit(Callback):
         self.started = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if on_any_process(state, time.monotonic() - self.started >= self.seconds):
+        if highest(state, int(time.monotonic() - self.started >= self.seconds)):
             state.stop_training()

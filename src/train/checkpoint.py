@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
-from composer.utils import dist, reproducibility
+from composer.utils import checkpoint as composers
+from composer.utils import dist, is_compressed_pt, is_tar, reproducibility
 from filelock import FileLock, Timeout
 from torch.torch_version import TorchVersion
 from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,7 @@ from src.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerp
 log = logging.getLogger(__name__)
 
 NAME, LATEST = "ep{epoch}-ba{batch}-rank{rank}.pt", "latest-rank{rank}.pt"
-PATTERN = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+PATTERN = re.compile(r"ep(?P<epoch>\d+)-ba(?P<step>\d+)-rank0\.pt")
 TOKENIZER = "tokenizer"
 """Folder next to the checkpoints with the tokenizer of the run."""
 
@@ -70,33 +71,67 @@ def load_data(path: str | Path) -> Any:
     raise CheckpointError(f"{path}: the file {reason}")
 
 
+def not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Which weight is the first with NaN or infinity, or None."""
+    name = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    return None if name is None else f"{name} is NaN or infinite"
+
+
+def _state(path: str | Path) -> dict[str, Any]:
+    held = load_data(path)
+    state = held.get("state") if isinstance(held, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint of a run: it has no 'state'")
+    for name in ("model", "callbacks", "timestamp"):
+        if not isinstance(state.get(name), dict):
+            raise CheckpointError(f"{path}: not a checkpoint of a run: its 'state' has no '{name}'")
+    return state
+
+
 def read(path: str | Path) -> dict[str, Any]:
-    """The ``state`` of a checkpoint that Composer wrote.
+    """The ``state`` of a checkpoint that Composer wrote, after the CRC of each record and the weights are checked.
 
     Raises:
-        CheckpointError: as ``load_data``; or the file is not a checkpoint of a run.
+        CheckpointError: as ``load_data``; the file is not a checkpoint of a run; or its weights are not finite.
     """
-    held = load_data(path)
-    if not isinstance(held, dict) or not isinstance(held.get("state"), dict):
-        raise CheckpointError(f"{path}: not a checkpoint of a run: it has no 'state'")
-    return held["state"]
+    state = _state(path)
+    reason = damage(Path(path)) or not_finite(state["model"])
+    if reason is not None:
+        raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
+    return state
 
 
-def check_fits(path: str, model: torch.nn.Module) -> None:
-    """Raise CheckpointError if a checkpoint's weights differ from a model's in name or shape, or as ``read``."""
-    _compare(path, read(path).get("model", {}), model)
+@contextlib.contextmanager
+def checked_loading(where: str, check: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Make Composer load only what ``read`` and ``check`` accept, from places that only Composer can find.
+
+    They are object stores, and names with ``{rank}``. Composer has no hook between download and loading.
+
+    Args:
+        where: what the config calls the place, for messages.
+        check: gets the checkpoint's ``state``.
+    """
+    download = composers.download_checkpoint
+
+    def checked(path: str, **options: Any) -> Any:
+        if is_tar(path) or is_compressed_pt(path):
+            raise CheckpointError(f"{where}: an archive, which is not unpacked; expected a checkpoint of main.py")
+        found = download(path=path, **options)
+        try:
+            check(read(found[0]))
+        except CheckpointError as error:  # names the temporary file
+            raise CheckpointError(str(error).replace(found[0], where)) from None
+        return found
+
+    composers.download_checkpoint = checked
+    try:
+        yield
+    finally:
+        composers.download_checkpoint = download
 
 
-def check_on_load(path: str, model: torch.nn.Module) -> None:
-    """Make the model's ``load_state_dict`` raise as ``check_fits``, for a checkpoint that only Composer can find."""
-
-    def check(module: torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-        _compare(path, {name.removeprefix(prefix): weight for name, weight in weights.items()}, module)
-
-    model.register_load_state_dict_pre_hook(check)
-
-
-def _compare(path: str, weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+def check_fits(path: str, weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Raise CheckpointError if the weights of the checkpoint at ``path`` differ from a model's in name or shape."""
     there = {name: tuple(weight.shape) for name, weight in weights.items()}
     here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
@@ -106,6 +141,12 @@ def _compare(path: str, weights: Mapping[str, torch.Tensor], model: torch.nn.Mod
             f"{path}: the checkpoint is of another model: {len(differing)} weights differ, for example {name}: "
             f"{there.get(name, 'absent')} there, {here.get(name, 'absent')} here. Set model.model_config to its shape"
         )
+
+
+def _position(name: str) -> tuple[int, int] | None:
+    """Step and epoch of a checkpoint, from its name."""
+    match = PATTERN.fullmatch(name)
+    return (int(match["step"]), int(match["epoch"])) if match else None
 
 
 class RunFolder:
@@ -141,28 +182,28 @@ class RunFolder:
         """Release the folder."""
         self._lock.release()
 
-    def saved(self, until: float = float("inf")) -> list[Path]:
-        """Checkpoints of steps up to ``until``, sorted by step."""
-        steps = {path: int(match[1]) for path in self.path.iterdir() if (match := PATTERN.fullmatch(path.name))}
-        return sorted((path for path in steps if steps[path] <= until), key=lambda path: (steps[path], path.name))
+    def saved(self, until: str | None = None) -> list[Path]:
+        """Checkpoints up to that named ``until``, sorted by step; at the end of an epoch, a step can have two."""
+        found = {path: at for path in self.path.iterdir() if (at := _position(path.name)) is not None}
+        last = None if until is None else _position(until)
+        return sorted((path for path, at in found.items() if last is None or at <= last), key=lambda path: found[path])
 
     def newest(self) -> str | None:
-        """The checkpoint to resume from: that of ``latest``, or the newest undamaged one before it.
+        """The checkpoint to resume from: that of ``latest``, or the newest undamaged one before it with finite weights.
 
         Renames damaged ones and warns. Ignores checkpoints after ``latest``: they are of an earlier run, or of one that
         was killed before it updated ``latest``.
 
         Raises:
-            CheckpointError: all checkpoints are damaged.
+            CheckpointError: all checkpoints are damaged, or one is not data or not of a run.
         """
         latest = self.path / LATEST.format(rank=0)
         if latest.exists() and not latest.is_symlink():  # a user copied it here
             candidates = [latest]
         else:
-            match = PATTERN.fullmatch(Path(os.readlink(latest)).name) if latest.is_symlink() else None
-            candidates = self.saved(until=int(match[1])) if match else self.saved()
+            candidates = self.saved(until=Path(os.readlink(latest)).name if latest.is_symlink() else None)
         for path in reversed(candidates):
-            reason = damage(path)
+            reason = damage(path) or not_finite(_state(path)["model"])
             if reason is None:
                 if not (latest.exists() and latest.samefile(path)):
                     self.point_latest(path)
@@ -274,7 +315,7 @@ class Saver(CheckpointSaver):
             if reasons[0] is None:
                 self.run_folder.point_latest(path)
                 if self.num_checkpoints_to_keep > 0:
-                    for old in self.run_folder.saved(until=step)[: -self.num_checkpoints_to_keep]:
+                    for old in self.run_folder.saved(until=path.name)[: -self.num_checkpoints_to_keep]:
                         old.unlink()
         dist.broadcast_object_list(reasons, src=0)  # all ranks wait until it is written
         if reasons[0] is not None:

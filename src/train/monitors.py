@@ -1,6 +1,8 @@
 """What a run logs, and where to: step monitor, stream shares, console line, metrics file."""
 
+import itertools
 import json
+import logging
 import math
 import sys
 import time
@@ -19,6 +21,8 @@ from src.common.files import write_text
 from src.data.microbatches import num_tokens, sequence_lengths
 from src.data_c4 import StreamingC4
 
+log = logging.getLogger(__name__)
+
 
 class StreamShares(Callback):
     """Log the share of each dataset in a mixture.
@@ -34,12 +38,22 @@ class StreamShares(Callback):
     def __init__(self) -> None:
         self.names: list[str] = []
         self.tokens = torch.zeros(0)
+        self._loaded: dict[str, int] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset: Any = state.train_dataloader.dataset  # pyright: ignore
         assert isinstance(dataset, StreamingC4)
-        self.names, self.tokens = list(dataset.shares), torch.zeros(len(dataset.shares), dtype=torch.int64)
+        self.names = list(dataset.shares)
+        self.tokens = torch.tensor([self._loaded.get(name, 0) for name in self.names])
         logger.log_metrics({f"data/sample_share/{name}": share for name, share in dataset.shares.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens since the last log, of all processes, which must call it together."""
+        total = torch.stack(dist.all_gather_object(self.tokens)).sum(dim=0)
+        return {"tokens": dict(zip(self.names, total.tolist(), strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state["tokens"] if dist.get_global_rank() == 0 else {}
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.tokens.index_add_(0, state.batch["stream"][:, 0], sequence_lengths(state.batch))
@@ -175,10 +189,11 @@ class ConsoleLine(LoggerDestination):
 
 
 class MetricsFile(LoggerDestination):
-    """Write metrics as JSON lines, one per training step and one per evaluation, on rank 0.
+    """Write metrics as JSON lines, one per training step and one per evaluation of a set, on rank 0.
 
     Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, without evaluation) since the start of
-    the run, and the metrics logged since the last line. A resumed run keeps the lines up to its checkpoint.
+    the run, and the metrics logged since the last line; null is NaN or infinity. A resumed run keeps the lines up to
+    its checkpoint. A new run keeps the file of an earlier one under another name: metrics.1.jsonl.
 
     Args:
         path: of the file; its folder is created.
@@ -188,27 +203,53 @@ class MetricsFile(LoggerDestination):
         self.path = Path(path)
         self._pending: dict[str, Any] = {}
         self._file: TextIO | None = None
+        self._evaluated: set[tuple[int, str]] = set()
+        """Steps and sets that have a line."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() == 0:
             self._pending.update({name: float(value) for name, value in metrics.items()})
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            done = state.timestamp.batch.value
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["batch"] <= done] if done else []
-            write_text(self.path, (f"{line}\n" for line in kept))
-            self._file = self.path.open("a", buffering=1)  # so that each line is in the file at once
+        if dist.get_global_rank() != 0:
+            return
+        done = state.timestamp.batch.value
+        kept = {text: line for text, line in self._lines().items() if line["batch"] <= done} if done else {}
+        names = {(line["batch"], name) for line in kept.values() for name in line if name.startswith("metrics/")}
+        self._evaluated = {(step, name.split("/")[1]) for step, name in names}
+        if not done and self.path.exists() and self.path.stat().st_size:
+            numbered = (self.path.with_suffix(f".{number}{self.path.suffix}") for number in itertools.count(1))
+            self.path.rename(next(path for path in numbered if not path.exists()))
+        write_text(self.path, (f"{text}\n" for text in kept))
+        self._file = self.path.open("a", buffering=1)  # so that each line is in the file at once
+
+    def _lines(self) -> dict[str, dict[str, Any]]:
+        """The file's lines, as text and as values; a warning names those that are damaged."""
+        read: dict[str, dict[str, Any]] = {}
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                values = json.loads(line)
+                read[line] = {"batch": int(values["batch"]), **values}
+            except (ValueError, TypeError, KeyError):
+                log.warning("%s, line %d is not a line of metrics, and is dropped", self.path, number)
+        return read
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._file is not None:
             counts = {name: getattr(state.timestamp, name).value for name in ("batch", "sample", "token")}
-            line = {**counts, "seconds": state.timestamp.total_wct.total_seconds(), **self._pending}
-            self._file.write(json.dumps(line) + "\n")
-            self._pending = {}
+            metrics = {name: value if math.isfinite(value) else None for name, value in self._pending.items()}
+            line = {**counts, "seconds": state.timestamp.total_wct.total_seconds(), **metrics}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._pending = {}
 
     def eval_end(self, state: State, logger: Logger) -> None:
+        assert state.dataloader_label is not None
+        evaluated = (state.timestamp.batch.value, state.dataloader_label)
+        if evaluated in self._evaluated:  # before a restart from the last step of an epoch
+            self._pending = {}
+            return
+        self._evaluated.add(evaluated)
         self.batch_end(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:

@@ -11,7 +11,9 @@ from src.common.errors import ConfigError, first_line
 from src.common.signals import die_with_parent
 
 EXIT_INTERRUPTED = 75
-"""Exit code of a run that a signal stopped after a saved step: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that a signal or its time limit stopped after a saved step: EX_TEMPFAIL of sysexits.h."""
+EXIT_TIME_LIMIT = 124
+"""Exit code of a run that its time limit stopped, and that saves nothing, as of timeout(1)."""
 
 
 def settle_worker(_: int) -> None:

@@ -76,7 +76,17 @@ class ResumeCheck(Callback):
             self._options.append([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Apply accepted options of optimizer and schedule again, because loading the checkpoint overrides them."""
+        """Apply accepted options of optimizer and schedule again, because loading the checkpoint overrides them.
+
+        Raises:
+            ConfigError: another batch size would change the order of samples within an epoch.
+        """
+        grouped, size = self.settings.get("train_loader.length_window"), "global_train_batch_size"
+        if size in self.accepted and grouped and state.timestamp.batch_in_epoch > 0:
+            raise ConfigError(
+                f"{size} decides the order of samples if train_loader.length_window is set, so it cannot change within "
+                f"an epoch: set it back, or resume from a checkpoint of an epoch's end"
+            )
         if self.accepted:
             log.warning("resumed with settings that differ from the checkpoint's: %s", ", ".join(self.accepted))
         if not any(is_within(name, section) for name in self.accepted for section in LEARNING_RATE):

@@ -7,32 +7,47 @@ from pathlib import Path
 
 import yaml
 from composer import Trainer
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 
 from src.common.environment import environment
-from src.common.errors import ConfigError, Interrupted
+from src.common.errors import ConfigError, Finished, Interrupted
 from src.common.files import write_text
 from src.train.builders import build_trainer, local_save_folder
 from src.train.config import RunConfig
+from src.train.ending import RunEnd
 from src.train.schema import hide_environment, to_dict
 
 
+class ConfigFile(Callback):
+    """Write the resolved config next to the checkpoints. The last callback, so that nothing refuses the start later."""
+
+    def __init__(self, path: Path, text: str):
+        self.path, self.text = path, text
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        write_text(self.path, self.text)
+
+
 def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
-    """Train, evaluate and print the result, once. ``path`` and ``overrides`` are what the config was read from."""
-    trainer = build_trainer(config)
-    done, end = trainer.state.timestamp, trainer.state.max_duration
-    assert end is not None
-    if done >= end:
+    """Train, evaluate and print the result, once. ``path`` and ``overrides`` are what the config was read from.
+
+    Raises:
+        Interrupted: a signal or the time limit stopped the run.
+    """
+    try:
+        trainer = build_trainer(config)
+    except Finished as finished:
         if dist.get_global_rank() == 0:
-            print(f"{config.run_name} is finished: {done.batch.value} steps, max_duration={config.max_duration}")
-        trainer.close()
+            print(finished)
         return
     text = hide_environment(describe(config), path, overrides)
     if dist.get_global_rank() == 0:
         print(text, file=sys.stderr)
         folder = local_save_folder(config)
         if folder is not None:
-            write_text(Path(folder) / "config.yaml", text)
+            trainer.state.callbacks.append(ConfigFile(Path(folder) / "config.yaml", text))
     try:
         trainer.fit()
     except Interrupted:
@@ -40,6 +55,10 @@ def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
         raise
     print_evaluation(trainer)
     trainer.close()
+    (end,) = (callback for callback in trainer.state.callbacks if isinstance(callback, RunEnd))
+    line = end.conclude(trainer.state)
+    if line is not None and dist.get_global_rank() == 0:
+        print(line)
 
 
 def evaluate(config: RunConfig) -> None:

@@ -105,9 +105,7 @@ def read(path: str | Path) -> Pretrained:
 
 def _read_checkpoint(path: Path) -> tuple[type, dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Class and options of the model's config, weights, and the run's settings."""
-    state, reason = checkpoint.read(path), checkpoint.damage(path)
-    if reason is not None:
-        raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
+    state = checkpoint.read(path)
     settings = state["callbacks"].get("ResumeCheck") or {}
     kind = KINDS.get(settings.get("model.name", ""))
     if kind is None:

@@ -102,7 +102,7 @@ def test_epoch_that_ends_early_is_an_error(overrides, monkeypatch):
     """Of a stream that stops without an exception."""
     whole = data_c4.Loader.__iter__
     monkeypatch.setattr(data_c4.Loader, "__iter__", lambda self: (b for i, b in enumerate(whole(self)) if i < 3))
-    with pytest.raises(TrainingError, match=f"epoch 1 ended after 3 of {-(-TRAIN // 16)} batches"):
+    with pytest.raises(TrainingError, match=f"epoch 1 ended after 48 of {TRAIN} samples"):
         fit([*overrides, "max_duration=1ep", "eval_interval=0"])
 
 

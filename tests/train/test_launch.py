@@ -97,7 +97,7 @@ def test_dockerfile_installs_the_current_stack():
     assert cuda and f"# CUDA {cuda[1]}: driver" in Path("requirements-current.txt").read_text()
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("code", [0, 1, 75, 124, 143])
 def test_slurm_script_starts_a_launcher_on_each_node(code, tmp_path):
     """With scripts in place of Slurm's commands and of composer, which prints its arguments. Exit code 75 requeues."""
     stand_ins = {
@@ -114,6 +114,8 @@ def test_slurm_script_starts_a_launcher_on_each_node(code, tmp_path):
     assert done.returncode == code, done.stderr
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if code == 75 else "")
+    said = {0: "", 75: "", 1: "an error, a crash or a kill"}.get(code, "nothing is saved")
+    assert said in done.stderr and bool(said) == ("is not queued again" in done.stderr)
     assert done.stdout.splitlines() == [
         f"{rank} of 16 at node-a:20007: --nproc 8 main.py yamls/mosaic_bert.yaml data_local=/data/c4" for rank in (0, 1)
     ]
