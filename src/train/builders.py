@@ -6,8 +6,10 @@ list what exists. Composer's classes have their own names, in snake_case.
 
 import contextlib
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprint
 from src.data.streaming import alone_on_node
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
+from src.hf_bert import HFBert
+from src.mosaic_bert import MosaicBert
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
@@ -35,13 +39,15 @@ from src.train.callbacks import (
     StopOnSignal,
     StopOnSilentFailure,
 )
-from src.train.config import MaskingSchedule, RunConfig, seconds, settings
+from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
-from src.train.optim import OPTIMIZERS, SCHEDULERS
+from src.train.optim import OPTIMIZERS, SCHEDULERS, build_scheduler
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
-from src.train.schema import Named, build, nearest
+from src.train.schema import Named, build, check_component, nearest
+from src.train.stoppers import EarlyStopper, ThresholdStopper, check_stoppers
+from src.train.yaml12 import is_within
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -52,6 +58,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """
     checkpoint.load_as_data()
     check_device(config)
+    check_components(config)
     meet(config.dist_timeout)
     if dist.get_local_rank() == 0:
         with alone_on_node():
@@ -74,7 +81,7 @@ def build_trainer(config: RunConfig) -> Trainer:
             "dataset": dataset_fingerprint(source.folder for source in dataset.sources.values()),
             "tokenizer": fingerprint,
         }
-        check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier})
+        check = ResumeCheck(held, config.resume.allow, {**from_environment(config), "tokenizer": earlier})
         if found is not None:
             there = checkpoint.read(found)["callbacks"].get("ResumeCheck")
             check.compare(there, found)  # first: it names settings, check_fits only shapes
@@ -88,7 +95,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 seed=config.seed,
                 model=model,
                 optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
-                schedulers=build("scheduler", SCHEDULERS, config.scheduler),
+                schedulers=build_scheduler(config.scheduler, config.max_duration, len(train_data.dataloader)),  # pyright: ignore
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
@@ -99,7 +106,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 accumulate_train_batch_on_tokens=True,
                 algorithms=build_algorithms(config),
                 callbacks=[
-                    *build_callbacks(config, tokenizer),
+                    *build_callbacks(config, tokenizer, model),
                     check,
                     *build_savers(config, folder, found is not None, tokenizer),
                 ],
@@ -155,7 +162,7 @@ REFUSED = {
 """Composer's algorithms that have no effect on a model or fail on it, with the reason."""
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
-    "early_stopper": callbacks.EarlyStopper,
+    "early_stopper": EarlyStopper,
     "lr_monitor": callbacks.LRMonitor,
     "memory_monitor": callbacks.MemoryMonitor,
     "memory_snapshot": callbacks.MemorySnapshot,
@@ -166,7 +173,7 @@ CALLBACKS: dict[str, Callable[..., Callback]] = {
     "speed_monitor": callbacks.SpeedMonitor,
     "step_monitor": StepMonitor,
     "system_metrics_monitor": callbacks.SystemMetricsMonitor,
-    "threshold_stopper": callbacks.ThresholdStopper,
+    "threshold_stopper": ThresholdStopper,
 }
 
 LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
@@ -179,6 +186,50 @@ LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
     "tensorboard": loggers.TensorboardLogger,
     "wandb": loggers.WandBLogger,
 }
+
+
+KINDS = {name: kind.options for name, kind in models.KINDS.items()}
+
+
+def check_components(config: RunConfig) -> None:
+    """Refuse unknown, ill-typed and missing options of all components, and unknown ones in ``resume.allow``.
+
+    One ConfigError names all of them; nothing is built.
+    """
+    parts = [("model", KINDS, config.model), ("scheduler", SCHEDULERS, config.scheduler)]
+    parts += [("algorithms", ALGORITHMS, part) for part in config.algorithms.values()]
+    parts += [("callbacks", CALLBACKS, part) for part in config.callbacks.values()]
+    parts += [("loggers", LOGGERS, part) for part in config.loggers.values()]
+    checks = [partial(check_component, *part, given=[]) for part in parts]
+    checks.append(partial(check_component, "optimizer", OPTIMIZERS, config.optimizer, given=["model"]))
+    shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
+    if isinstance(shape, dict) and kind is not None:
+        texts = config.interpolations
+        checks.append(partial(models.check_shape, kind, shape, texts))
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            faults.append(str(error))
+    known = option_paths()
+    for name in config.resume.allow:
+        if is_within(name, "model") or name.split(".")[0] in ("optimizer", "scheduler", "algorithms"):
+            if not any(is_within(path, name) for path in known):
+                faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name, known)}")
+    if faults:
+        raise ConfigError("\n  ".join(faults))
+
+
+def option_paths() -> list[str]:
+    """Paths of all options that a model, optimizer, schedule or algorithm can have."""
+    tables: dict[str, Mapping[str, Callable[..., Any]]]
+    tables = {"model": KINDS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
+    targets = [(path, target) for path, table in tables.items() for target in table.values()]
+    targets += [(f"algorithms.{name}", target) for name, target in ALGORITHMS.items()]
+    targets += [("model.model_config", kind.config_class.__init__) for kind in models.KINDS.values()]
+    options = [f"{path}.{name}" for path, target in targets for name in inspect.signature(target).parameters]
+    return [*options, *(f"{path}.name" for path in tables), *(f"algorithms.{name}" for name in ALGORITHMS)]
 
 
 def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
@@ -194,9 +245,12 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
     return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
-def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
+def build_callbacks(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: MosaicBert | HFBert
+) -> list[Callback]:
     """The config's callbacks, those of every run, and those that other settings need."""
     built = [*build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+    check_stoppers(built, config, model)
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
