@@ -71,7 +71,7 @@ def test_loggers_of_services_take_any_option():
             {"beta2": 0.9},
             "adamw: unexpected 'beta2'.*missing 'lr'; it takes lr, betas, eps, weight_decay, decay_matrices_only$",
         ),
-        ("optimizer.decoupled_adamw", {"lr": 0.0}, "optimizer.decoupled_adamw: lr: expected a positive number, got 0"),
+        ("optimizer.decoupled_adamw", {"lr": 0.0}, "optimizer.decoupled_adamw.lr: expected a positive number, got 0"),
     ],
 )
 def test_build_refuses(path, options, message):

@@ -112,10 +112,9 @@ def test_sections_and_lists_from_the_environment_are_hidden(written, monkeypatch
         (f"max_duration={ENV}", f"max_duration: expected a number with ba, sp, tok or ep, got '{ENV}'"),
         ("max_duration=${run_name} run_name=" + ENV, "max_duration: expected a number with ba, sp, tok or ep, got"),
         (f"train_loader={ENV}", f"train_loader: expected keys and values, got '{ENV}'"),
-        (f"optimizer=['{ENV}']", f"optimizer: expected a section with a 'name', got ['{ENV}']"),
+        (f"algorithms=['{ENV}']", f"algorithms: expected keys and values, got ['{ENV}']"),
         (f"loggers.wandb=['{ENV}']", f"loggers.wandb: expected keys and values, got ['{ENV}']"),
         (f"train_loader.streams={{a: ['{ENV}']}}", f"streams.a: expected keys and values, got ['{ENV}']"),
-        (f"optimizer={{nme: x, lr: '{ENV}'}}", "optimizer: expected a section with a 'name'"),
         (f"resume.allow=['{ENV}']", f"resume.allow: expected another value, got ['{ENV}']"),
         ("seed=${oc.decode:${oc.env:MY_SECRET}}", "seed: '${oc.decode:${oc.env:MY_SECRET}}' cannot be resolved"),
         ("seed=${oc.env:NOT_THERE}", "NOT_THERE"),
@@ -124,10 +123,18 @@ def test_sections_and_lists_from_the_environment_are_hidden(written, monkeypatch
 )
 def test_messages_about_a_config_show_the_interpolation(override, message, written, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "s3kr1t ${")
-    path = written() if "{nme" not in override else written(optimizer="null")
     with pytest.raises(ConfigError) as error:
-        load(path, override.split(" ") if " run_name" in override else [override])
+        load(written(), override.split(" ") if " run_name" in override else [override])
     assert message in str(error.value) and "s3kr1t" not in str(error.value)
+
+
+def test_messages_about_a_section_show_no_value_in_it(write, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    text = Path(QUICKSTART).read_text().replace("name: adamw ", f"nme: x\n  fused: '{ENV}' ")
+    with pytest.raises(ConfigError) as error:
+        load(write(text))
+    assert "optimizer: expected a section with a 'name', got a section that depends" in str(error.value)
+    assert "s3kr1t" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """early_stopper and threshold_stopper: which value is better, what is refused, and that they end a run."""
 
 import pytest
+import torch
 from composer import callbacks
 
 from src.common.errors import ConfigError
@@ -48,19 +49,18 @@ def test_early_stopper_ends_a_run_that_no_longer_improves(monitor, lr, overrides
 
 
 @pytest.mark.parametrize(
-    ("monitor", "threshold", "steps"),
+    ("label", "monitor", "threshold", "steps"),
     [
-        ("LanguageCrossEntropy", 1.0, 8),
-        ("LanguageCrossEntropy", 100.0, 1),
-        ("LanguagePerplexity", 2.0, 8),
-        ("MaskedAccuracy", 0.99, 8),
-        ("MaskedAccuracy", -1.0, 1),
+        ("eval", "LanguageCrossEntropy", 1.0, 8),
+        ("eval", "LanguageCrossEntropy", 100.0, 1),
+        ("eval", "LanguagePerplexity", 2.0, 8),
+        ("eval", "MaskedAccuracy", 0.99, 8),
+        ("train", "LanguageCrossEntropy", 1.0, 8),
+        ("train", "LanguageCrossEntropy", 100.0, 1),
+        ("train", "MaskedAccuracy", -1.0, 1),
     ],
 )
-@pytest.mark.parametrize("label", ["eval", "train"])
 def test_threshold_stopper_ends_a_run_at_a_better_value(label, monitor, threshold, steps, overrides):
-    if label == "train" and monitor == "LanguagePerplexity":
-        pytest.skip("not a metric of training")
     on_batch = {"stop_on_batch": "true"} if label == "train" else {}
     options = stopper("threshold", monitor=monitor, dataloader_label=label, threshold=threshold, **on_batch)
     _, watch, _ = fit([*overrides, *EVERY_STEP, options])
@@ -68,8 +68,8 @@ def test_threshold_stopper_ends_a_run_at_a_better_value(label, monitor, threshol
 
 
 def test_a_given_comparison_counts():
-    assert EarlyStopper("MaskedAccuracy", "eval", "less").comp_func(1, 2)
-    assert ThresholdStopper("LanguageCrossEntropy", "eval", 1.0, "gt").comp_func(2, 1)
+    assert EarlyStopper("MaskedAccuracy", "eval", "less").comp_func is torch.less
+    assert ThresholdStopper("LanguageCrossEntropy", "eval", 1.0, "gt").comp_func is torch.greater
 
 
 def test_stoppers_are_composers():
