@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from src.common.errors import ConfigError, TrainingError
 from src.common.files import locked, write_text
@@ -25,6 +24,7 @@ from src.finetune.config import FinetuneConfig, RunSpec, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import read, to_dict
+from src.train.yaml12 import dump
 
 
 def report(line: str) -> None:
@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig) -> int:
     by_encoder = {f"{spec.folder}/{MODEL_FOLDER}": spec.name for spec in specs}
     jobs = []
     for spec in unfinished:
-        write_text(Path(spec.folder) / SPEC_FILE, yaml.safe_dump(to_dict(spec), sort_keys=False))
+        write_text(Path(spec.folder) / SPEC_FILE, dump(to_dict(spec)))
         command = [sys.executable, __file__, "--run", spec.folder]
         jobs.append(gpus.Job(spec.name, command, Path(spec.folder) / "log.txt", by_encoder.get(spec.encoder or "")))
     failed = gpus.run_jobs(jobs, gpus.visible_devices(torch.cuda.device_count()), report)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     elif "--eval" in flags:
         runs.evaluate(config)
     else:
-        runs.train(config, path, overrides)
+        runs.train(config)
 
 
 def run(argv: list[str]) -> None:

@@ -111,7 +111,7 @@ class StreamingC4(RepairedDataset):
         epoch = max(self.next_epoch - 1, 0)
         turn = int(sample_id) + epoch if self.moving_crop else None
         sample = Sample(input_ids=self.ids(sample_id, turn, retry), sample_id=int(sample_id), epoch=epoch)
-        if self.num_streams > 1:
+        if "" not in self.sources:  # a mixture, also of one dataset
             sample["stream"] = self.stream_of(sample_id)
         return sample
 

@@ -116,7 +116,7 @@ def check_runs(specs: list[RunSpec]) -> None:
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
     source, tokenizer = model.read_pretrained(config)
-    build("scheduler", optim.SCHEDULERS, config.scheduler)
+    optim.build_scheduler(config.scheduler, "100ba", 100)
     build("optimizer", optim.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
     classes = {}
     for spec in {spec.task: spec for spec in specs}.values():

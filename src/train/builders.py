@@ -6,7 +6,9 @@ list what exists. Composer's classes have their own names, in snake_case.
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprints
 from src.data.streaming import alone_on_node
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
+from src.hf_bert import HFBert
+from src.mosaic_bert import MosaicBert
 from src.train import checkpoint, models, weights
 from src.train.callbacks import (
     AverageGradients,
-    EarlyStopper,
     MemoryProbe,
     Reseed,
     ScheduledMasking,
@@ -35,14 +38,16 @@ from src.train.callbacks import (
     StopOnSignal,
     StopOnSilentFailure,
 )
-from src.train.config import MaskingSchedule, RunConfig, seconds, settings
+from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.ending import TIME_LIMIT, EvalInterval, RunEnd, SaveInterval
 from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
-from src.train.optim import OPTIMIZERS, SCHEDULERS
+from src.train.optim import OPTIMIZERS, SCHEDULERS, build_scheduler
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
-from src.train.schema import Named, build, nearest
+from src.train.schema import Named, build, check_component, nearest
+from src.train.stoppers import EarlyStopper, ThresholdStopper, check_stoppers
+from src.train.yaml12 import is_within
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -54,6 +59,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """
     checkpoint.load_as_data()
     check_device(config)
+    check_components(config)
     meet(config.dist_timeout)
     if dist.get_local_rank() == 0:
         with alone_on_node():
@@ -75,7 +81,7 @@ def build_trainer(config: RunConfig) -> Trainer:
             {"dataset": of_data, "tokenizer": of_tokenizer}
             for of_data, of_tokenizer in zip(found_data, tokenizer_fingerprints(tokenizer), strict=True)
         )
-        check = ResumeCheck({**settings(config), **held}, config.resume.allow, earlier)
+        check = ResumeCheck({**settings(config), **held}, config.resume.allow, {**from_environment(config), **earlier})
         end, stop = RunEnd(config.run_name, config.max_duration), StopOnSignal()
         interval = SaveInterval(config.save_interval, stop)
         loading = contextlib.nullcontext()
@@ -104,7 +110,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 seed=config.seed,
                 model=model,
                 optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
-                schedulers=build("scheduler", SCHEDULERS, config.scheduler),
+                schedulers=build_scheduler(config.scheduler, config.max_duration, len(train_data.dataloader)),  # pyright: ignore
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
@@ -116,7 +122,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 algorithms=build_algorithms(config),
                 callbacks=[
                     end,
-                    *build_callbacks(config, tokenizer, end),
+                    *build_callbacks(config, tokenizer, model, end),
                     check,
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,
@@ -181,7 +187,7 @@ CALLBACKS: dict[str, Callable[..., Callback]] = {
     "speed_monitor": callbacks.SpeedMonitor,
     "step_monitor": StepMonitor,
     "system_metrics_monitor": callbacks.SystemMetricsMonitor,
-    "threshold_stopper": callbacks.ThresholdStopper,
+    "threshold_stopper": ThresholdStopper,
 }
 
 LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
@@ -194,6 +200,50 @@ LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
     "tensorboard": loggers.TensorboardLogger,
     "wandb": loggers.WandBLogger,
 }
+
+
+KINDS = {name: kind.options for name, kind in models.KINDS.items()}
+
+
+def check_components(config: RunConfig) -> None:
+    """Refuse unknown, ill-typed and missing options of all components, and unknown ones in ``resume.allow``.
+
+    One ConfigError names all of them; nothing is built.
+    """
+    parts = [("model", KINDS, config.model), ("scheduler", SCHEDULERS, config.scheduler)]
+    parts += [("algorithms", ALGORITHMS, part) for part in config.algorithms.values()]
+    parts += [("callbacks", CALLBACKS, part) for part in config.callbacks.values()]
+    parts += [("loggers", LOGGERS, part) for part in config.loggers.values()]
+    checks = [partial(check_component, *part, given=[]) for part in parts]
+    checks.append(partial(check_component, "optimizer", OPTIMIZERS, config.optimizer, given=["model"]))
+    shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
+    if isinstance(shape, dict) and kind is not None:
+        texts = config.interpolations
+        checks.append(partial(models.check_shape, kind, shape, texts))
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            faults.append(str(error))
+    known = option_paths()
+    for name in config.resume.allow:
+        if is_within(name, "model") or name.split(".")[0] in ("optimizer", "scheduler", "algorithms"):
+            if not any(is_within(path, name) for path in known):
+                faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name, known)}")
+    if faults:
+        raise ConfigError("\n  ".join(faults))
+
+
+def option_paths() -> list[str]:
+    """Paths of all options that a model, optimizer, schedule or algorithm can have."""
+    tables: dict[str, Mapping[str, Callable[..., Any]]]
+    tables = {"model": KINDS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
+    targets = [(path, target) for path, table in tables.items() for target in table.values()]
+    targets += [(f"algorithms.{name}", target) for name, target in ALGORITHMS.items()]
+    targets += [("model.model_config", kind.config_class.__init__) for kind in models.KINDS.values()]
+    options = [f"{path}.{name}" for path, target in targets for name in inspect.signature(target).parameters]
+    return [*options, *(f"{path}.name" for path in tables), *(f"algorithms.{name}" for name in ALGORITHMS)]
 
 
 def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Named) -> list[Any]:
@@ -209,9 +259,12 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
     return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
-def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast, end: RunEnd) -> list[Callback]:
+def build_callbacks(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: MosaicBert | HFBert, end: RunEnd
+) -> list[Callback]:
     """The config's callbacks, those of every run, and those that other settings need; ``end`` watches what may stop."""
     built = build_all("callbacks", CALLBACKS, config.callbacks)
+    check_stoppers(built, config, model)
     for callback, component in zip(built, config.callbacks.values(), strict=True):
         end.watch(callback, component.name, component.options)
     built += [Reseed(config.seed), StopOnSilentFailure()]

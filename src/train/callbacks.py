@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer import callbacks
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State, Timestamp, get_precision_context
+from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
@@ -179,20 +178,6 @@ class StopOnSilentFailure(Callback):
         want = len(dataset) if want is None else want  # of StreamingC4, the length is this rank's share
         if done < want:
             raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want} samples")
-
-
-class EarlyStopper(callbacks.EarlyStopper):
-    """Composer's, which forgets the best value at a restart."""
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.best is None or self.best_occurred is None:
-            return {}
-        return {"best": self.best, "best_occurred": self.best_occurred.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.best, self.best_occurred = state["best"], Timestamp()
-            self.best_occurred.load_state_dict(state["best_occurred"])
 
 
 class MemoryProbe(Callback):

@@ -10,15 +10,31 @@ interval) when it builds it. Fields that go to Composer's Trainer keep Composer'
 
 import dataclasses
 import fnmatch
+import hashlib
 import math
 import os
 import re
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from src.data.source import Source
-from src.train.schema import Component, Named, is_within, nearest, read, to_dict
+from src.train.schema import (
+    INTERVAL,
+    NAMES,
+    NO_KEY,
+    PLACEHOLDERS,
+    Component,
+    Named,
+    are_known,
+    flat,
+    keys_of,
+    nearest,
+    read,
+    to_dict,
+)
+from src.train.yaml12 import interpolation, is_within
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,9 @@ class RunConfig:
     dist_timeout: float = 1800
     """Seconds that a process waits for another before it stops with an error."""
 
+    interpolations: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, metadata=NO_KEY)
+    """Values that depend on the environment, as the YAML has them, by path. They are written in place of the values."""
+
 
 RESUME_SAFE = (
     *("run_name", "data_local", "data_remote", "data_verify", "tokenizer_name"),  # fingerprints of the contents count
@@ -196,14 +215,22 @@ RESUME_SAFE = (
 )
 """Settings and sections that may change on resume: they affect the result at most by rounding. ``*`` is any name."""
 
+FILLED_FROM = ("data_local", "data_remote", "seed", "train_loader.split")
+"""Settings that are the default of others."""
+
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
-INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d+dur|1dur")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run's config from a YAML and overrides such as ``train_loader.split=val``; raises what ``read`` does."""
-    return _fill(read(RunConfig, path, overrides, _check))
+    config = read(RunConfig, path, overrides, _check)
+    filled = _fill(config)
+    before, after = flat(to_dict(config)), flat(to_dict(filled))
+    sources = [name for name in from_environment(config) if name in FILLED_FROM]
+    new = [(path, value) for path, value in after.items() if value is not None and before.get(path) is None]
+    copies = {path: f"${{{name}}}" for path, value in new for name in sources if value == before[name]}
+    return dataclasses.replace(filled, interpolations={**config.interpolations, **copies})
 
 
 def seconds(time: str) -> float:
@@ -219,20 +246,24 @@ def resume_safe(path: str) -> bool:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that decide a run's result, by path: ``{"optimizer.lr": 5e-4, ...}``; all but RESUME_SAFE."""
-    flat: dict[str, Any] = {}
+    """Settings that decide a run's result, by path: ``{"optimizer.lr": 5e-4, ...}``; all but RESUME_SAFE.
 
-    def walk(value: Any, path: str) -> None:
-        if resume_safe(path):
-            return
-        if isinstance(value, dict) and value:
-            for name, inner in value.items():
-                walk(inner, f"{path}.{name}" if path else name)
-        else:
-            flat[path] = value
+    A value from the environment is replaced by its interpolation and a digest: checkpoints hold these settings.
+    """
+    texts = config.interpolations
+    values = flat(to_dict(config))
+    for path, value in from_environment(config).items():
+        # 16 bits: another value is noticed, and nobody can find the value from them.
+        values[path] = (
+            f"{interpolation(path, texts)} ({hashlib.blake2b(repr(value).encode(), digest_size=2).hexdigest()})"
+        )
+    return {path: value for path, value in values.items() if not resume_safe(path)}
 
-    walk(to_dict(config), "")
-    return flat
+
+def from_environment(config: RunConfig) -> dict[str, Any]:
+    """Values that depend on the environment, by path: what earlier versions stored in checkpoints."""
+    values = flat(to_dict(config))
+    return {path: value for path, value in values.items() if interpolation(path, config.interpolations) is not None}
 
 
 def _check(config: RunConfig, faults: list[str]) -> None:
@@ -260,7 +291,14 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         expect(name not in ("train", "eval"), "eval_loaders", "a name other than train and eval", name)
     duration, time = config.max_duration, config.time_limit
     expect(bool(DURATION.fullmatch(duration)), "max_duration", "a number with ba, sp, tok or ep", duration)
-    expect(time is None or bool(TIME.fullmatch(time)), "time_limit", "a number with d, h, min or s", time)
+    limits = time is None or (bool(TIME.fullmatch(time)) and seconds(time) > 0)
+    expect(limits, "time_limit", "a number with d, h, min or s", time)
+    for name, seed in (("seed", config.seed), ("train_loader.shuffle_seed", config.train_loader.shuffle_seed)):
+        expect(seed is None or 0 <= seed < 2**32, name, "a number from 0 to less than 2^32", seed)
+    folder, known = config.save_folder or "", PLACEHOLDERS if "://" in (config.save_folder or "") else ["run_name"]
+    expect(are_known(folder, known), "save_folder", "no {placeholder} but " + ", ".join(known), folder)
+    path = config.load_path or ""
+    expect(are_known(path, NAMES), "load_path", "no {placeholder} but " + ", ".join(NAMES), path)
     interval, every = "a number with ba, sp, tok, ep, sec or dur", config.eval_interval
     expect(bool(INTERVAL.fullmatch(config.save_interval)), "save_interval", interval, config.save_interval)
     expect(every == 0 or bool(INTERVAL.fullmatch(str(every))), "eval_interval", interval, every)
@@ -268,16 +306,29 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         faults.append("autoresume: nothing to resume from without a save_folder")
     keep = config.save_num_checkpoints_to_keep
     expect(keep == -1 or keep >= 2, "save_num_checkpoints_to_keep", "-1 (all) or at least 2 (one may be damaged)", keep)
-    known = [f.name for f in dataclasses.fields(RunConfig)] + ["dataset", "tokenizer"]
+    known = {**_setting_paths(RunConfig), "dataset": False, "tokenizer": False}
     for name in config.resume.allow:
-        if name.split(".")[0] not in known:
-            faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name.split('.')[0], known)}")
+        # Options of components, and names that users choose: builders.check_components knows those that can be.
+        if name not in known and not any(is_open and is_within(name, path) for path, is_open in known.items()):
+            faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name, list(known))}")
         elif resume_safe(name):
             faults.append(f"resume.allow: {name!r} may always change; remove it")
     if config.load_weights_only and config.load_path is None:
         faults.append("load_weights_only: has no effect without load_path")
     if config.load_weights_only and config.pretrained is not None:
         faults.append("pretrained: load_path with load_weights_only sets the weights, too; give one of them")
+
+
+def _setting_paths(kind: type, prefix: str = "") -> dict[str, bool]:
+    """Paths of a dataclass's settings, and whether a path is a section with names of its own."""
+    paths: dict[str, bool] = {}
+    hints = typing.get_type_hints(kind)
+    for name, hint in ((f.name, hints[f.name]) for f in keys_of(kind)):
+        is_open = hint is Component or typing.get_origin(hint) is dict
+        paths[f"{prefix}{name}"] = is_open
+        for part in () if is_open else (hint, *typing.get_args(hint)):
+            paths |= _setting_paths(part, f"{prefix}{name}.") if dataclasses.is_dataclass(part) else {}
+    return paths
 
 
 def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool, str, str, Any], None]) -> None:

@@ -1,8 +1,9 @@
 """The kinds of models that a YAML can name, for pretraining and fine-tuning."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -13,7 +14,7 @@ from src.configuration_bert import MosaicBertConfig
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 from src.train.config import RunConfig
-from src.train.schema import Component, build, check_options
+from src.train.schema import ILL_TYPED, Component, build, check_options
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,23 @@ def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return math.ceil(len(tokenizer) / 64) * 64
 
 
+def check_shape(kind: ModelKind, given: dict[str, Any], texts: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse unknown and ill-typed arguments of the Hugging Face config; ``texts``: see ``check_options``."""
+    check_options("model.model_config", kind.config_class.__init__, given, ["self"], interpolations=texts)
+
+
 def build_config(kind: ModelKind, options: ModelOptions, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The Hugging Face config of a model with new weights; its vocabulary is the tokenizer's."""
     path, given = "model.model_config", options.model_config or {}
-    check_options(path, kind.config_class.__init__, given, ["self"])
+    check_shape(kind, given)
     given = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **given}
     if given["vocab_size"] < len(tokenizer):
         size = given["vocab_size"]
         raise ConfigError(f"{path}.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {size}")
     try:
         return kind.config_class(**given)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, *ILL_TYPED) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def check_positions(model_config: Any, max_seq_len: int) -> None:
@@ -102,5 +108,5 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Mosaic
     check_positions(model_config, config.max_seq_len)
     try:
         return kind.pretraining(model_config, options.gradient_checkpointing)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+    except (ValueError, *ILL_TYPED) as error:
+        raise ConfigError(f"model: {error}") from error

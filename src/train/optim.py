@@ -1,9 +1,10 @@
 """Optimizers and learning rate schedules, by name."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from composer.core import State, Time, TimeUnit
+from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -12,6 +13,7 @@ from composer.optim import (
 )
 
 from src.common.errors import ConfigError
+from src.train.schema import Component, build
 
 
 def decoupled_adamw(
@@ -27,8 +29,6 @@ def decoupled_adamw(
     Computes what Composer's DecoupledAdamW computes, with torch's fused kernel. Composer's waits for the device once
     per parameter, to read a step count.
     """
-    if lr <= 0:
-        raise ValueError(f"lr: expected a positive number, got {lr}; the decay is divided by it")
     return adamw(model, lr, betas, eps, weight_decay / lr, decay_matrices_only)
 
 
@@ -84,9 +84,24 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         now = state.timestamp.get(end.unit).value
         if now < warmup.value:
             return now / warmup.value
-        if now <= end.value - decay.value:
+        if now <= end.value - decay.value or not decay.value:  # the last step may end after max_duration
             return 1.0
         return 1.0 - (1.0 - self.alpha_f) * min(1.0, (now - (end.value - decay.value)) / decay.value)
+
+
+def build_scheduler(component: Component, max_duration: str, steps_per_epoch: int) -> ComposerScheduler:
+    """The schedule of a run of ``max_duration``; raises ConfigError if its times do not fit that."""
+    scheduler = build("scheduler", SCHEDULERS, component)
+    state: Any = SimpleNamespace(max_duration=Time.from_timestring(max_duration), dataloader_len=steps_per_epoch)
+    for moment in (0, 10**9):  # before the first step, and after the last one
+        state.timestamp = Timestamp(epoch=moment, batch=moment, sample=moment, token=moment)
+        try:
+            scheduler(state)
+        except ConfigError:
+            raise
+        except (ValueError, AssertionError, ArithmeticError) as error:
+            raise ConfigError(f"scheduler.{component.name}: {error}") from None
+    return scheduler
 
 
 OPTIMIZERS = {"decoupled_adamw": decoupled_adamw, "adamw": adamw}

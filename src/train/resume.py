@@ -61,7 +61,9 @@ class ResumeCheck(Callback):
                 accepted.append(name)
             else:
                 refused.append(name)
-                lines.append(f"{name}: {old!r} there, {new!r} here")
+                # Earlier versions stored values from the environment: they are not shown.
+                bare = "${" in str(new) and "${" not in str(old)
+                lines.append(f"{name}: {'a value' if bare else repr(old)} there, {new!r} here")
         if not refused:
             return accepted
         advice = f", or accept them: resume.allow=[{','.join(refused)}]"

@@ -2,10 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -17,7 +15,8 @@ from src.common.files import write_text
 from src.train.builders import build_trainer, local_save_folder
 from src.train.config import RunConfig
 from src.train.ending import RunEnd
-from src.train.schema import hide_environment, to_dict
+from src.train.schema import to_dict
+from src.train.yaml12 import dump, unresolved
 
 
 class ConfigFile(Callback):
@@ -30,8 +29,8 @@ class ConfigFile(Callback):
         write_text(self.path, self.text)
 
 
-def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
-    """Train, evaluate and print the result, once. ``path`` and ``overrides`` are what the config was read from.
+def train(config: RunConfig) -> None:
+    """Train, evaluate and print the result, once.
 
     Raises:
         Interrupted: a signal or the time limit stopped the run.
@@ -42,7 +41,7 @@ def train(config: RunConfig, path: str, overrides: Sequence[str]) -> None:
         if dist.get_global_rank() == 0:
             print(finished)
         return
-    text = hide_environment(describe(config), path, overrides)
+    text = describe(config)
     if dist.get_global_rank() == 0:
         print(text, file=sys.stderr)
         folder = local_save_folder(config)
@@ -82,7 +81,10 @@ def print_evaluation(trainer: Trainer) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    """The resolved config as a YAML that can be run again; comments describe code and machine."""
+    """The config as a YAML that can be run again: resolved, except values that depend on the environment.
+
+    Comments describe code and machine.
+    """
     runs_on = {**environment(), "world_size": dist.get_world_size()}
     comments = "".join(f"# {name}: {value}\n" for name, value in runs_on.items())
-    return comments + yaml.safe_dump(to_dict(config), sort_keys=False)
+    return comments + dump(unresolved(to_dict(config), config.interpolations))

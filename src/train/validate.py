@@ -19,7 +19,8 @@ from src.mosaic_bert import MaskedLMModel
 from src.train import builders, models, weights
 from src.train.config import MaskingSchedule, RunConfig
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
-from src.train.optim import OPTIMIZERS, SCHEDULERS
+from src.train.ending import RunEnd
+from src.train.optim import OPTIMIZERS, build_scheduler
 from src.train.schema import build
 
 SAMPLES = 512
@@ -32,13 +33,13 @@ def validate(config: RunConfig) -> str:
     Raises:
         ConfigError, DataError, CheckpointError: what ``build_trainer`` would raise for this config.
     """
+    builders.check_components(config)
     tokenizer = builders.build_tokenizer(config, None)
     model = models.build_model(config, tokenizer)
     weights.initialise(config, model, tokenizer)
     build("optimizer", OPTIMIZERS, config.optimizer, model=model)
-    scheduler = build("scheduler", SCHEDULERS, config.scheduler)
     builders.build_algorithms(config)
-    builders.build_callbacks(config, tokenizer)
+    builders.build_callbacks(config, tokenizer, model, RunEnd(config.run_name, config.max_duration))
     builders.build_parallelism(config)
     train_data = build_train_data(config, tokenizer)
     build_evaluators(config, tokenizer, train_data)
@@ -51,6 +52,7 @@ def validate(config: RunConfig) -> str:
     tokens = num_tokens(batch)["total"]
     per_sample = tokens / len(picked)
     epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch has what is left
+    scheduler = build_scheduler(config.scheduler, config.max_duration, epoch)
     steps = total_steps(config, epoch, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
     warmup, decay = schedule_shares(scheduler, config, steps, epoch, per_sample)

@@ -57,3 +57,18 @@ def test_evaluating_on_a_mixed_training_set_is_refused(options, tmp_path):
     options = [*options, f"eval_loader.local={tmp_path}", "eval_loader.split=held-out"]
     with pytest.raises(ConfigError, match=r"eval: this is the training data of train_loader.streams.own"):
         main.main([QUICKSTART, *options])
+
+
+@pytest.mark.parametrize("names", [["c4"], ["c4", "own"], ["c4", "more", "own"]], ids=len)
+def test_a_mixture_of_any_number_of_datasets_trains(names, overrides, token_shards, tmp_path):
+    shutil.copytree(Path(token_shards) / "train", tmp_path / "c4")
+    shutil.copytree(Path(token_shards) / "train", tmp_path / "more")
+    shutil.copytree(Path(token_shards) / "val", tmp_path / "own")
+    streams = ", ".join(f"{name}: {{local: {tmp_path}, split: {name}}}" for name in names)
+    _, mixed, _ = fit([*overrides, "callbacks.lr_monitor={}", f"train_loader.streams={{{streams}}}"])
+    shares = {name: value for line in logged(tmp_path) for name, value in line.items() if "sample_share" in name}
+    assert list(shares) == [f"data/sample_share/{name}" for name in names] and sum(shares.values()) == pytest.approx(1)
+    assert len(mixed.losses) == 4
+    if names == ["c4"]:  # a mixture of one dataset is that dataset
+        _, alone, _ = fit([*overrides, "save_overwrite=true"])
+        assert mixed.losses == alone.losses

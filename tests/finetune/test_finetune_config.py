@@ -11,6 +11,7 @@ from src.common.errors import ConfigError
 from src.finetune import config, glue
 from src.finetune.config import FinetuneConfig, LabelledData, RunSpec, TaskConfig, load, selected
 from src.train.schema import read, to_dict
+from src.train.yaml12 import dump
 from tests.train.test_config import misspell, paths_of
 
 YAMLS = sorted(Path("yamls").glob("finetune*.yaml"))
@@ -131,7 +132,7 @@ def test_names_of_tasks_that_are_refused(name, fault, write):
 
 def test_a_runs_spec_survives_a_round_trip(write):
     spec = RunSpec("mine", 17, "0123456789", None, True, own())
-    assert read(RunSpec, write(to_dict(spec)), [], lambda spec, faults: None) == spec
+    assert read(RunSpec, write(dump(to_dict(spec))), [], lambda spec, faults: None) == spec
     assert (spec.name, spec.folder) == ("mine-seed17", "runs/finetune-own/mine-seed17-01234567")
 
 

@@ -71,7 +71,7 @@ def test_loggers_of_services_take_any_option():
             {"beta2": 0.9},
             "adamw: unexpected 'beta2'.*missing 'lr'; it takes lr, betas, eps, weight_decay, decay_matrices_only$",
         ),
-        ("optimizer.decoupled_adamw", {"lr": 0.0}, "optimizer.decoupled_adamw: lr: expected a positive number, got 0"),
+        ("optimizer.decoupled_adamw", {"lr": 0.0}, "optimizer.decoupled_adamw.lr: expected a positive number, got 0"),
     ],
 )
 def test_build_refuses(path, options, message):
@@ -113,7 +113,11 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     options = [clipping, f"loggers.tensorboard.log_dir={tmp_path}", "mlm_probability={initial: 0.3, final: 0.15}"]
     run = config.load("yamls/mosaic_bert.yaml", options)
     assert [type(a).__name__ for a in builders.build_algorithms(run)] == ["GradientClipping"]
-    names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer)]
+    model = model_of("mosaic_bert", tokenizer, SHAPE)
+    names = [
+        type(c).__name__
+        for c in builders.build_callbacks(run, tokenizer, model, RunEnd(run.run_name, run.max_duration))
+    ]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
     assert names == [*from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
     loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)

@@ -1,0 +1,134 @@
+"""YAML 1.2, read and written, and which values depend on the environment. Imports no torch."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+from omegaconf.resolvers import oc
+
+from src.common.errors import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema (yaml.org/spec/1.2.2, section 10.3): ``off`` and ``1:04`` are texts, and 017 is 17.
+
+    Refuses a key that occurs twice in a mapping, and aliases that make a text larger than ``LARGEST`` values.
+    """
+
+    LARGEST = 10_000
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without those of YAML 1.1
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: Any = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        sizes: dict[int, float] = {}
+
+        def size(part: Any) -> float:
+            if id(part) not in sizes:
+                sizes[id(part)] = math.inf  # of a value that is an alias of what holds it
+                inner = [] if isinstance(part, yaml.ScalarNode) else part.value
+                sizes[id(part)] = 1 + sum(sum(map(size, item)) if type(item) is tuple else size(item) for item in inner)
+            return sizes[id(part)]
+
+        if size(node) > self.LARGEST:
+            raise yaml.YAMLError(f"its aliases hold themselves, or it has more than {self.LARGEST:,} values")
+        return super().construct_document(node)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes each text that ``Loader``, or a reader of YAML 1.1, would take for something else."""
+
+
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}.items():
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), [None])  # pyright: ignore
+
+
+def _number(loader: Loader, node: yaml.ScalarNode) -> int | float:
+    text = node.value.lower()
+    if node.tag.endswith("int"):
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _number)
+Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def load(text: str) -> Any:
+    """Plain values from a YAML; raises yaml.YAMLError, or ValueError for a value that its tag does not fit."""
+    return yaml.load(text, Loader)
+
+
+def dump(tree: Any) -> str:
+    """Plain values as a YAML, which ``Loader`` reads as the same values."""
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False)
+
+
+def is_within(path: str, section: str) -> bool:
+    """Whether ``path`` is ``section`` or a key in it."""
+    return path == section or path.startswith(f"{section}.")
+
+
+def interpolations(config: DictConfig) -> dict[str, Any]:
+    """By path, the unresolved value of each key whose value depends on the environment or holds a ``${``."""
+    reads: list[str] = []
+    found: dict[str, Any] = {}
+
+    def env(name: str, *default: Any) -> Any:
+        value = oc.env(name, *default)
+        reads.append(name)
+        return value
+
+    def walk(section: DictConfig, prefix: str) -> None:
+        texts: Any = OmegaConf.to_container(section)
+        for key, text in texts.items():
+            path = f"{prefix}{key}"
+            reads.clear()
+            try:
+                value = None if OmegaConf.is_missing(section, key) else section[key]
+                if isinstance(value, DictConfig) and isinstance(text, dict):
+                    walk(value, f"{path}.")
+                    continue
+                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            except InterpolationResolutionError:
+                if reads:  # the error may quote the value
+                    raise ConfigError(f"{path}: {text!r} cannot be resolved") from None
+                raise
+            if reads or "${" in str(value):
+                found[path] = text
+
+    OmegaConf.register_resolver("oc.env", env, replace=True, annotation_validation="off")
+    walk(config, "")
+    return found
+
+
+def interpolation(path: str, texts: Mapping[str, Any]) -> Any:
+    """The unresolved value at ``path`` or at a section that holds it; None if it does not depend on the environment."""
+    return next((text for name, text in texts.items() if is_within(path, name)), None)
+
+
+def unresolved(tree: Any, texts: Mapping[str, Any], path: str = "") -> Any:
+    """Plain values with the unresolved ``texts`` of some paths."""
+    if path in texts:
+        return texts[path]
+    if not isinstance(tree, dict):
+        return tree
+    return {k: unresolved(v, texts, f"{path}.{k}" if path else str(k)) for k, v in tree.items()}

@@ -1,0 +1,220 @@
+"""Values from the environment: used, and neither written, nor printed, nor in a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from src.common.errors import ConfigError
+from src.train import builders, run
+from src.train.config import from_environment, load, settings
+from src.train.resume import ResumeCheck
+from src.train.schema import Component, build
+from tests.runs import QUICKSTART, losses_of
+
+SECRETS = (
+    "s3kr1t-t0ken",
+    "pässword",
+    "-----BEGIN KEY-----\nMIIE\n-----END KEY-----",
+    "tab\tsecret",
+    "1",
+    "e",
+    "${x}",
+    "off",
+)
+ENV = "${oc.env:MY_SECRET}"
+
+
+@pytest.fixture
+def written(write):
+    """The quickstart's YAML with more lines."""
+
+    def written(lines="", **replaced):
+        text = Path(QUICKSTART).read_text()
+        for old, new in replaced.items():
+            text = text.replace(f"{old}: ", f"{old}: {new} #", 1)
+        return write(f"{text}\n{lines}\n")
+
+    return written
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("overrides", [False, True])
+def test_a_written_config_has_the_interpolation_and_gives_the_same_run(
+    secret, overrides, written, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("MY_SECRET", secret)
+    line = f"data_remote={ENV}"
+    config = load(written(), [line]) if overrides else load(written(line.replace("=", ": ")))
+    assert config.data_remote == config.train_loader.remote == secret
+    text = run.describe(config)
+    assert f"data_remote: {ENV}" in text and "remote: ${data_remote}" in text
+    if len(secret) > 4:
+        for form in (secret, repr(secret)[1:-1], secret.splitlines()[0], secret.split("\t")[-1]):
+            assert form not in text
+    (tmp_path / "config.yaml").write_text(text)
+    again = load(str(tmp_path / "config.yaml"))
+    assert again == config and again.interpolations == config.interpolations
+    monkeypatch.setenv("MY_SECRET", "another")
+    assert load(str(tmp_path / "config.yaml")).data_remote == "another"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "hidden"),
+    [
+        ("run_name", f"trial-{ENV}", ["run_name", "save_folder", "loggers.metrics_file.path"]),
+        ("data_local", f"'{ENV}/x'", ["data_local", "train_loader.local", "eval_loader.local"]),
+        ("seed", "${oc.decode:${oc.env:MY_NUMBER}}", ["seed", "train_loader.shuffle_seed"]),
+        ("eval_interval", "'${oc.env:NOTHING,3ba}'", ["eval_interval"]),
+        ("tokenizer_name", "${oc.select:data_local,x}${.run_name}" + ENV, ["tokenizer_name"]),
+        ("save_interval", "${..optimizer.name}", []),
+    ],
+)
+def test_what_depends_on_the_environment_is_found_through_references(key, text, hidden, written, monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    monkeypatch.setenv("MY_NUMBER", "271828")
+    path = written(**{key: text})
+    if key == "save_interval":
+        with pytest.raises(ConfigError, match="optimizer"):
+            load(path)
+        return
+    config = load(path)
+    assert set(hidden) <= set(from_environment(config))
+    assert not {"max_duration", "optimizer.lr", "train_loader.split"} & set(from_environment(config))
+    described = run.describe(config)
+    assert "s3kr1t" not in described and "271828" not in described
+    (tmp_path / "config.yaml").write_text(described)
+    assert load(str(tmp_path / "config.yaml")) == config
+
+
+def test_sections_and_lists_from_the_environment_are_hidden(written, monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    monkeypatch.setenv("MY_SECTION", "{num_workers: 0, split: s3kr1t}")
+    options = [
+        f"loggers.wandb={{project: x, tags: [a, '{ENV}'], init_kwargs: {{api: {{key: '{ENV}'}}}}}}",
+        f"train_loader.streams={{a: {{local: x, remote: 'x/{ENV}'}}}}",
+        "eval_loader='${oc.decode:${oc.env:MY_SECTION}}'",
+        "eval_loaders={more: '${eval_loader}'}",
+    ]
+    config = load(written(), options)
+    assert config.eval_loaders["more"].split == "s3kr1t"
+    assert "s3kr1t" not in run.describe(config) and "s3kr1t" not in str(settings(config))
+    (tmp_path / "config.yaml").write_text(run.describe(config))
+    assert load(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"seed={ENV}", f"seed: expected int, got '{ENV}'"),
+        (f"max_duration={ENV}", f"max_duration: expected a number with ba, sp, tok or ep, got '{ENV}'"),
+        ("max_duration=${run_name} run_name=" + ENV, "max_duration: expected a number with ba, sp, tok or ep, got"),
+        (f"train_loader={ENV}", f"train_loader: expected keys and values, got '{ENV}'"),
+        (f"algorithms=['{ENV}']", f"algorithms: expected keys and values, got ['{ENV}']"),
+        (f"loggers.wandb=['{ENV}']", f"loggers.wandb: expected keys and values, got ['{ENV}']"),
+        (f"train_loader.streams={{a: ['{ENV}']}}", f"streams.a: expected keys and values, got ['{ENV}']"),
+        (f"resume.allow=['{ENV}']", f"resume.allow: expected another value, got ['{ENV}']"),
+        ("seed=${oc.decode:${oc.env:MY_SECRET}}", "seed: '${oc.decode:${oc.env:MY_SECRET}}' cannot be resolved"),
+        ("seed=${oc.env:NOT_THERE}", "NOT_THERE"),
+        (f"sed={ENV}", "sed: unknown key; did you mean 'seed'"),
+    ],
+)
+def test_messages_about_a_config_show_the_interpolation(override, message, written, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t ${")
+    with pytest.raises(ConfigError) as error:
+        load(written(), override.split(" ") if " run_name" in override else [override])
+    assert message in str(error.value) and "s3kr1t" not in str(error.value)
+
+
+def test_messages_about_a_section_show_no_value_in_it(write, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    text = Path(QUICKSTART).read_text().replace("name: adamw ", f"nme: x\n  fused: '{ENV}' ")
+    with pytest.raises(ConfigError) as error:
+        load(write(text))
+    assert "optimizer: expected a section with a 'name', got a section that depends" in str(error.value)
+    assert "s3kr1t" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"optimizer.lr={ENV}",
+        f"optimizer.name={ENV}",
+        f"scheduler.t_warmup={ENV}",
+        f"callbacks.step_monitor.window_size={ENV}",
+        f"loggers.tensorboard.flush_interval={ENV}",
+        f"model.model_config.hidden_size={ENV}",
+    ],
+)
+def test_messages_about_options_show_the_interpolation(override, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    with pytest.raises(ConfigError) as error:
+        builders.check_components(load(QUICKSTART, [override]))
+    assert "s3kr1t" not in str(error.value) and ENV in str(error.value)
+
+
+def test_a_constructors_message_with_the_value_is_not_shown(monkeypatch):
+    def wandb(api_key: str, project: str = "x"):
+        raise ValueError(f"bad key {api_key}")
+
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    component = load(QUICKSTART, [f"loggers.wandb.api_key={ENV}"]).loggers["wandb"]
+    with pytest.raises(ConfigError, match=r"loggers.wandb: ValueError$"):
+        build("loggers", {"wandb": wandb}, component)
+    with pytest.raises(ConfigError, match="bad key plain"):
+        build("loggers", {"wandb": wandb}, Component("wandb", {"api_key": "plain"}))
+
+
+def test_checkpoints_config_and_terminal_have_no_value(overrides, monkeypatch, tmp_path, capfd, tokenizer_folder):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    monkeypatch.setenv("MY_NUMBER", "271828")
+    options = [
+        *overrides,
+        "max_duration=2ba",
+        "seed=${oc.decode:${oc.env:MY_NUMBER}}",
+        f"load_path={ENV}",
+        "load_path=null",
+        f"loggers.tensorboard.log_dir={tmp_path}/{ENV}",
+        f"callbacks.oom_observer.folder={tmp_path}/{ENV}",
+        f"data_remote={ENV}",
+        "train_loader.local=${data_local}",
+        "eval_loader.local=${data_local}",
+        f"pretrained={ENV}",
+        "pretrained=null",
+        "algorithms.gradient_clipping={clipping_type: '${oc.env:MY_CLIPPING}', clipping_threshold: 1.0}",
+    ]
+    monkeypatch.setenv("MY_CLIPPING", "norm")
+    main.main([QUICKSTART, *options])
+    shown = capfd.readouterr()
+    folder = tmp_path / "checkpoints"
+    for text in (shown.out, shown.err, (folder / "config.yaml").read_text()):
+        assert "s3kr1t" not in text and "271828" not in text
+    for path in [*folder.rglob("*.pt"), *folder.rglob("*.json")]:
+        assert b"s3kr1t" not in path.read_bytes()
+    stored = torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]["callbacks"]["ResumeCheck"]
+    assert stored["seed"].startswith("${oc.decode:${oc.env:MY_NUMBER}} (")
+    assert stored["algorithms.gradient_clipping.clipping_type"].startswith("${oc.env:MY_CLIPPING} (")
+    losses_of([*options, "max_duration=3ba", "autoresume=true", "resume.allow=[max_duration]"])  # it resumes
+    monkeypatch.setenv("MY_NUMBER", "3")
+    with pytest.raises(ConfigError, match="seed: .*MY_NUMBER.* there, .*MY_NUMBER.* here"):
+        losses_of([*options, "max_duration=3ba", "autoresume=true", "resume.allow=[max_duration]"])
+
+
+def test_settings_of_earlier_versions_are_compared_by_value(monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    config = load(QUICKSTART, [f"pretrained={ENV}"])
+    held, values = settings(config), from_environment(config)
+    assert "s3kr1t" not in str(held) and values["pretrained"] == "s3kr1t"
+    check = ResumeCheck(held, [], values)
+    assert check.compare({**held, "pretrained": "s3kr1t"}, "x") == []
+    with pytest.raises(ConfigError, match=r"pretrained: a value there") as error:
+        check.compare({**held, "pretrained": "0ther"}, "x")
+    assert "0ther" not in str(error.value)
+
+
+def test_settings_without_the_environment_are_the_values():
+    config = load(QUICKSTART)
+    assert config.interpolations == {} and settings(config)["optimizer.lr"] == 3e-3
+    assert dataclasses.replace(config, interpolations={"seed": "x"}) == config
