@@ -12,6 +12,7 @@ from composer.utils.parallelism import FSDP2Config
 from src.common.errors import ConfigError
 from src.train import builders, config, models, optim
 from src.train.data import build_train_data
+from src.train.ending import RunEnd
 from src.train.models import padded_vocab_size
 from src.train.schema import Component, build, check_options
 from tests.conftest import YAMLS

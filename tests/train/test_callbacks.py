@@ -72,11 +72,11 @@ def test_loss_that_is_not_finite_is_an_error(loss):
 def test_lost_batch_is_an_error(done, whole):
     """One is enough."""
     state = SimpleNamespace(
-        dataloader_len=SimpleNamespace(value=20),
-        previous_timestamp=SimpleNamespace(batch_in_epoch=SimpleNamespace(value=done)),
+        train_dataloader=SimpleNamespace(dataset=SimpleNamespace(epoch_size=20)),
+        previous_timestamp=SimpleNamespace(sample_in_epoch=SimpleNamespace(value=done)),
         timestamp=SimpleNamespace(epoch=SimpleNamespace(value=2)),
     )
-    with nullcontext() if whole else pytest.raises(TrainingError, match=f"epoch 2 ended after {done} of 20 batches"):
+    with nullcontext() if whole else pytest.raises(TrainingError, match=f"epoch 2 ended after {done} of 20 samples"):
         StopOnSilentFailure().epoch_end(state, None)
 
 
@@ -158,5 +158,5 @@ def test_console_lines(overrides, capsys):
 
 
 def test_console_line_refuses_an_unknown_interval(overrides):
-    with pytest.raises(ConfigError, match=r"loggers\.console_line: .*hours"):
+    with pytest.raises(ConfigError, match=r"loggers\.console_line\.interval: .*hours"):
         trainer_of([*overrides, "loggers.console_line.interval=3hours"])
