@@ -278,10 +278,10 @@ def _offsets(file: io.FileIO, path: str, size: int, samples: int) -> NDArray[np.
     """Offsets (samples + 1,) of a shard's samples and of their end. Raises what ``OpenShards.read`` does."""
     found, header = os.fstat(file.fileno()).st_size, _header_size(samples)
     if found != size:
-        raise DataError(f"{path} has {found:,} bytes, not {size:,}")
+        raise DataError(f"{path} has {found:,} bytes, not {size:,}; copy or convert it again")
     count, offsets = np.split(np.frombuffer(file.read(header), np.uint32), [1])
     if count != samples or offsets[0] < header or offsets[-1] > size or (offsets[1:] < offsets[:-1]).any():
-        raise DataError(f"{path} is not a shard of {samples:,} samples; its header is damaged")
+        raise DataError(f"{path} is not a shard of {samples:,} samples, or is damaged; copy or convert it again")
     return offsets
 
 

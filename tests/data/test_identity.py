@@ -243,8 +243,8 @@ def test_one_dataset_may_be_named_twice(overrides):
     [
         ("a: {{{}, repeat: 0.001}}, b: {{{}, split: val}}", "streams.a: repeat 0.001 draws none of its {} samples"),
         (
-            "a: {{{}, proportion: 1}}, b: {{{}, split: val, proportion: 1.0e-9}}",
-            "streams.b: proportion 1e-09 draws none",
+            "a: {{{}, proportion: 1}}, b: {{{}, split: val, proportion: 1e-30}}",
+            "streams.b: proportion 1e-30 draws none",
         ),
     ],
 )

@@ -219,11 +219,11 @@ def samples(number):
 DAMAGE = [
     (append, r"has [\d,]+ bytes, not [\d,]+"),
     (lambda folder: shard(folder).write_bytes(b""), "has 0 bytes, not"),
-    (samples(7), "is not a shard of 7 samples; its header is damaged"),
-    (header(0, 5), ".*its header is damaged"),
-    (header(1, 8), ".*its header is damaged"),  # the first sample would begin within the header
-    (header(2, 2**32 - 1), ".*its header is damaged"),
-    (header(4, 0), ".*its header is damaged"),
+    (samples(7), "is not a shard of 7 samples, or is damaged; copy"),
+    (header(0, 5), "is not a shard of .*, or is damaged; copy"),
+    (header(1, 8), "is not a shard of .*, or is damaged; copy"),  # the first sample would begin within the header
+    (header(2, 2**32 - 1), "is not a shard of .*, or is damaged; copy"),
+    (header(4, 0), "is not a shard of .*, or is damaged; copy"),
 ]
 
 
