@@ -83,7 +83,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         )
         check = ResumeCheck({**settings(config), **held}, config.resume.allow, {**from_environment(config), **earlier})
         end, stop = RunEnd(config.run_name, config.max_duration), StopOnSignal()
-        interval = SaveInterval(config.save_interval, stop)
+        interval, built = SaveInterval(config.save_interval, stop), build_callbacks(config, tokenizer, model, end)
         loading = contextlib.nullcontext()
         if start is not None and Path(start).is_dir():
             raise CheckpointError(
@@ -122,7 +122,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 algorithms=build_algorithms(config),
                 callbacks=[
                     end,
-                    *build_callbacks(config, tokenizer, model, end),
+                    *built,
                     check,
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,

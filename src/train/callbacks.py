@@ -160,14 +160,15 @@ class StopOnSilentFailure(Callback):
         self._check_weights(state, Event.EPOCH_CHECKPOINT)
 
     def _check_weights(self, state: State, event: Event) -> None:
-        """The weights that a saver is about to write, with EMA the averaged ones."""
+        """The weights that a saver is about to write, with EMA both the averaged and the trained ones."""
         if not any(saver.save_interval(state, event) for saver in savers_of(state)):
             return
         weights = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in state.model.named_parameters()}
-        reason = next(filter(None, dist.all_gather_object(not_finite(weights))), None)
+        held = {"model": weights, "algorithms": [algorithm.state_dict() for algorithm in state.algorithms]}
+        reason = next(filter(None, dist.all_gather_object(not_finite(held))), None)
         if reason is not None:
             raise TrainingError(
-                f"after step {state.timestamp.batch.value} the weight {reason}, so nothing is saved. "
+                f"after step {state.timestamp.batch.value}, {reason}, so nothing is saved. "
                 f"{last_saved(state)}. {self.ADVICE}"
             )
 

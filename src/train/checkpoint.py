@@ -71,10 +71,18 @@ def load_data(path: str | Path) -> Any:
     raise CheckpointError(f"{path}: the file {reason}")
 
 
-def not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Which weight is the first with NaN or infinity, or None."""
-    name = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    return None if name is None else f"{name} is NaN or infinite"
+def not_finite(tree: Any, name: str = "") -> str | None:
+    """Which tensor of nested dicts and sequences is the first with NaN or infinity, or None."""
+    if isinstance(tree, torch.Tensor):
+        return None if tree.isfinite().all() else f"{name} is NaN or infinite"
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    found = (not_finite(part, f"{name}.{key}" if name else str(key)) for key, part in items)
+    return next(filter(None, found), None)
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's ``state`` becomes weights again: with EMA, the model has the averaged ones."""
+    return {name: state[name] for name in ("model", "algorithms") if name in state}
 
 
 def _state(path: str | Path) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def read(path: str | Path) -> dict[str, Any]:
         CheckpointError: as ``load_data``; the file is not a checkpoint of a run; or its weights are not finite.
     """
     state = _state(path)
-    reason = damage(Path(path)) or not_finite(state["model"])
+    reason = damage(Path(path)) or not_finite(weights_of(state))
     if reason is not None:
         raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
     return state
@@ -203,7 +211,7 @@ class RunFolder:
         else:
             candidates = self.saved(until=Path(os.readlink(latest)).name if latest.is_symlink() else None)
         for path in reversed(candidates):
-            reason = damage(path) or not_finite(_state(path)["model"])
+            reason = damage(path) or not_finite(weights_of(_state(path)))
             if reason is None:
                 if not (latest.exists() and latest.samefile(path)):
                     self.point_latest(path)

@@ -239,7 +239,8 @@ def test_unreadable_checkpoints(tmp_path, trained, capsys):
     (tmp_path / "cut.pt").write_bytes(content[:20000])
     content[len(content) // 2] ^= 1  # in a tensor, so that torch reads it without an error
     (tmp_path / "changed.pt").write_bytes(content)
-    others = {"attack": {"state": Attack()}, "other": {"weights": 1}, "unnamed": {"state": {"callbacks": {}}}}
+    others = {"attack": {"state": Attack()}, "other": {"weights": 1}, "unnamed": {"state": {}}}
+    others["unnamed"]["state"] = {"model": {}, "callbacks": {}, "timestamp": {}}
     for name, held in others.items():
         torch.save(held, tmp_path / f"{name}.pt")
     for name, message in (
