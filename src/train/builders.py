@@ -218,8 +218,7 @@ def check_components(config: RunConfig) -> None:
     checks.append(partial(check_component, "optimizer", OPTIMIZERS, config.optimizer, given=["model"]))
     shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
     if isinstance(shape, dict) and kind is not None:
-        texts = config.interpolations
-        checks.append(partial(models.check_shape, kind, shape, texts))
+        checks.append(partial(models.check_shape, kind, shape, config.interpolations))
     faults = []
     for check in checks:
         try:

@@ -3,9 +3,10 @@
     load("yamls/mosaic_bert.yaml", ["max_duration=10ba"]) -> RunConfig
 
 This is the only place with defaults. One error reports every unknown, missing and ill-typed key, by its full path and
-with the nearest known name. ``schema.build`` checks the options of a component (an optimizer's betas, a callback's
-interval) when it builds it. Fields that go to Composer's Trainer keep Composer's names and units: ``ba`` batches,
-``sp`` samples, ``tok`` tokens, ``ep`` epochs, ``dur`` a share of max_duration.
+with the nearest known name. ``builders.check_components`` checks the options of components (an optimizer's betas, a
+callback's interval). Texts are YAML 1.2: true and false are the only booleans, and ``off`` is a text. Fields that go to
+Composer's Trainer keep Composer's names and units: ``ba`` batches, ``sp`` samples, ``tok`` tokens, ``ep`` epochs,
+``dur`` a share of max_duration.
 """
 
 import dataclasses
@@ -250,13 +251,11 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
     A value from the environment is replaced by its interpolation and a digest: checkpoints hold these settings.
     """
-    texts = config.interpolations
     values = flat(to_dict(config))
     for path, value in from_environment(config).items():
         # 16 bits: another value is noticed, and nobody can find the value from them.
-        values[path] = (
-            f"{interpolation(path, texts)} ({hashlib.blake2b(repr(value).encode(), digest_size=2).hexdigest()})"
-        )
+        digest = hashlib.blake2b(repr(value).encode(), digest_size=2).hexdigest()
+        values[path] = f"{interpolation(path, config.interpolations)} ({digest})"
     return {path: value for path, value in values.items() if not resume_safe(path)}
 
 
