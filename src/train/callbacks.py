@@ -108,6 +108,7 @@ class StopOnSignal(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         got = self.agreed(state)
+        assert state.max_duration is not None
         if not got or state.timestamp >= state.max_duration:
             return
         for number in self.SIGNALS:

@@ -19,6 +19,7 @@ TIME_LIMIT = "time_limit"
 
 def is_over(state: State) -> bool:
     """Whether no further step comes: ``max_duration`` is reached, or a component stopped the run."""
+    assert state.max_duration is not None
     return state.timestamp >= state.max_duration
 
 
