@@ -88,11 +88,10 @@ def test_what_is_no_file_is_not_read(make, shared, tmp_path, caplog):
 def test_record_of_another_user_removes_nothing(shared, tmp_path, monkeypatch, caplog):
     before = left(tmp_path)
     user = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    assert shared_memory.remove_stale_shared_memory() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: user + 1)
+        assert shared_memory.remove_stale_shared_memory() == []
     assert left(tmp_path) == before and not caplog.text
-    monkeypatch.undo()
-    monkeypatch.setattr(shared_memory, "SHARED", shared)
     assert shared_memory.remove_stale_shared_memory() == [9]
 
 
@@ -102,8 +101,9 @@ def test_record_of_another_user_in_its_place_is_a_warning(shared, tmp_path, monk
     def rename(path, target):
         raise PermissionError(1, "Operation not permitted", str(path))
 
-    monkeypatch.setattr(Path, "rename", rename)
-    shared_memory.own_shared_memory(7, str(tmp_path / "locks"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        shared_memory.own_shared_memory(7, str(tmp_path / "locks"))
     assert "000007_owner belongs to another user" in caplog.text
     assert not list(shared.glob(".*"))
     shared_memory._owned.pop()[2].close()
@@ -125,6 +125,7 @@ def test_lock_of_another_user_is_named(shared, monkeypatch):
     assert (shared / f"streaming-{os.getuid()}.lock").exists()
     user = os.getuid()
     (shared / f"streaming-{user + 1}.lock").touch()
-    monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    with pytest.raises(DataError, match=rf"streaming-{user + 1}.lock is the lock of .* belongs to user {user}; ask"):
+    message = rf"streaming-{user + 1}.lock is the lock of .* belongs to user {user}; ask"
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=message):
+        patch.setattr(os, "getuid", lambda: user + 1)
         alone_on_node()
