@@ -77,8 +77,10 @@ def build_trainer(config: RunConfig) -> Trainer:
             "tokenizer": fingerprint,
         }
         check = ResumeCheck(held, config.resume.allow, {"tokenizer": earlier})
-        end, stop = RunEnd(config.run_name, config.max_duration), StopOnSignal()
-        interval, built = SaveInterval(config.save_interval, stop), build_callbacks(config, tokenizer, end)
+        end, *others = build_callbacks(config, tokenizer)
+        assert isinstance(end, RunEnd)
+        stop = StopOnSignal()
+        interval = SaveInterval(config.save_interval, stop)
         loading = contextlib.nullcontext()
         if start is not None and Path(start).is_dir():
             raise CheckpointError(
@@ -117,7 +119,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 algorithms=build_algorithms(config),
                 callbacks=[
                     end,
-                    *built,
+                    *others,
                     check,
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,
@@ -210,12 +212,12 @@ def build_algorithms(config: RunConfig) -> list[Algorithm]:
     return build_all("algorithms", ALGORITHMS, config.algorithms)
 
 
-def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast, end: RunEnd) -> list[Callback]:
-    """The config's callbacks, those of every run, and those that other settings need; ``end`` watches what may stop."""
-    built = build_all("callbacks", CALLBACKS, config.callbacks)
-    for callback, component in zip(built, config.callbacks.values(), strict=True):
+def build_callbacks(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[Callback]:
+    """RunEnd, the config's callbacks, those of every run, and those that other settings need."""
+    end = RunEnd(config.run_name, config.max_duration)
+    built = [end, *build_all("callbacks", CALLBACKS, config.callbacks), Reseed(config.seed), StopOnSilentFailure()]
+    for callback, component in zip(built[1:], config.callbacks.values(), strict=False):
         end.watch(callback, component.name, component.options)
-    built += [Reseed(config.seed), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)

@@ -115,7 +115,7 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     assert [type(a).__name__ for a in builders.build_algorithms(run)] == ["GradientClipping"]
     names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
-    assert names == [*from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
+    assert names == ["RunEnd", *from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
     loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)
     assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
