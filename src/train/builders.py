@@ -82,8 +82,10 @@ def build_trainer(config: RunConfig) -> Trainer:
             for of_data, of_tokenizer in zip(found_data, tokenizer_fingerprints(tokenizer), strict=True)
         )
         check = ResumeCheck({**settings(config), **held}, config.resume.allow, {**from_environment(config), **earlier})
-        end, stop = RunEnd(config.run_name, config.max_duration), StopOnSignal()
-        interval, built = SaveInterval(config.save_interval, stop), build_callbacks(config, tokenizer, model, end)
+        end, *others = build_callbacks(config, tokenizer, model)
+        assert isinstance(end, RunEnd)
+        stop = StopOnSignal()
+        interval = SaveInterval(config.save_interval, stop)
         loading = contextlib.nullcontext()
         if start is not None and Path(start).is_dir():
             raise CheckpointError(
@@ -119,10 +121,10 @@ def build_trainer(config: RunConfig) -> Trainer:
                 device_train_microbatch_size=config.device_train_microbatch_size,
                 # Every masked token of the global batch has the same weight, for any microbatch size and rank.
                 accumulate_train_batch_on_tokens=True,
-                algorithms=build_algorithms(config),
+                algorithms=build_all("algorithms", ALGORITHMS, config.algorithms),
                 callbacks=[
                     end,
-                    *built,
+                    *others,
                     check,
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,
@@ -206,12 +208,14 @@ KINDS = {name: kind.options for name, kind in models.KINDS.items()}
 
 
 def check_components(config: RunConfig) -> None:
-    """Refuse unknown, ill-typed and missing options of all components, and unknown ones in ``resume.allow``.
+    """Refuse unknown, ill-typed and missing options of all components, those of REFUSED, and unknown ones in
+    ``resume.allow``.
 
     One ConfigError names all of them; nothing is built.
     """
     parts = [("model", KINDS, config.model), ("scheduler", SCHEDULERS, config.scheduler)]
-    parts += [("algorithms", ALGORITHMS, part) for part in config.algorithms.values()]
+    refused = {name: REFUSED.get((name, config.model.name)) for name in config.algorithms}
+    parts += [("algorithms", ALGORITHMS, part) for name, part in config.algorithms.items() if not refused[name]]
     parts += [("callbacks", CALLBACKS, part) for part in config.callbacks.values()]
     parts += [("loggers", LOGGERS, part) for part in config.loggers.values()]
     checks = [partial(check_component, *part, given=[]) for part in parts]
@@ -219,7 +223,7 @@ def check_components(config: RunConfig) -> None:
     shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
     if isinstance(shape, dict) and kind is not None:
         checks.append(partial(models.check_shape, kind, shape, config.interpolations))
-    faults = []
+    faults = [f"algorithms.{name}: {reason}" for name, reason in refused.items() if reason]
     for check in checks:
         try:
             check()
@@ -250,23 +254,15 @@ def build_all(path: str, table: Mapping[str, Callable[..., Any]], components: Na
     return [build(path, table, component) for component in components.values()]
 
 
-def build_algorithms(config: RunConfig) -> list[Algorithm]:
-    """Composer's algorithms; raises ConfigError for those of REFUSED."""
-    for name in config.algorithms:
-        if reason := REFUSED.get((name, config.model.name)):
-            raise ConfigError(f"algorithms.{name}: {reason}")
-    return build_all("algorithms", ALGORITHMS, config.algorithms)
-
-
 def build_callbacks(
-    config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: MosaicBert | HFBert, end: RunEnd
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, model: MosaicBert | HFBert
 ) -> list[Callback]:
-    """The config's callbacks, those of every run, and those that other settings need; ``end`` watches what may stop."""
-    built = build_all("callbacks", CALLBACKS, config.callbacks)
+    """RunEnd, the config's callbacks, those of every run, and those that other settings need."""
+    end, built = RunEnd(config.run_name, config.max_duration), build_all("callbacks", CALLBACKS, config.callbacks)
     check_stoppers(built, config, model)
     for callback, component in zip(built, config.callbacks.values(), strict=True):
         end.watch(callback, component.name, component.options)
-    built += [Reseed(config.seed), StopOnSilentFailure()]
+    built = [end, *built, Reseed(config.seed), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)

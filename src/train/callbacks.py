@@ -31,6 +31,12 @@ def highest(state: State, value: int) -> int:
     return int(values.item())
 
 
+def is_over(state: State) -> bool:
+    """Whether no further step comes: ``max_duration`` is reached, or a component stopped the run."""
+    assert state.max_duration is not None, "the trainer has a max_duration"
+    return state.timestamp >= state.max_duration
+
+
 def savers_of(state: State) -> list[CheckpointSaver]:
     """The callbacks that save checkpoints."""
     return [c for c in state.callbacks if isinstance(c, CheckpointSaver)]
@@ -108,8 +114,7 @@ class StopOnSignal(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         got = self.agreed(state)
-        assert state.max_duration is not None
-        if not got or state.timestamp >= state.max_duration:
+        if not got or is_over(state):
             return
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # once one process has ended, a launcher signals the others

@@ -11,16 +11,10 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
 from src.common.errors import Finished
-from src.train.callbacks import StopOnSignal, interrupted, savers_of
+from src.train.callbacks import StopOnSignal, interrupted, is_over, savers_of
 from src.train.processes import EXIT_TIME_LIMIT
 
 TIME_LIMIT = "time_limit"
-
-
-def is_over(state: State) -> bool:
-    """Whether no further step comes: ``max_duration`` is reached, or a component stopped the run."""
-    assert state.max_duration is not None
-    return state.timestamp >= state.max_duration
 
 
 def is_end(state: State, event: Event) -> bool:

@@ -19,7 +19,6 @@ from src.mosaic_bert import MaskedLMModel
 from src.train import builders, models, weights
 from src.train.config import MaskingSchedule, RunConfig
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
-from src.train.ending import RunEnd
 from src.train.optim import OPTIMIZERS, build_scheduler
 from src.train.schema import build
 
@@ -38,8 +37,8 @@ def validate(config: RunConfig) -> str:
     model = models.build_model(config, tokenizer)
     weights.initialise(config, model, tokenizer)
     build("optimizer", OPTIMIZERS, config.optimizer, model=model)
-    builders.build_algorithms(config)
-    builders.build_callbacks(config, tokenizer, model, RunEnd(config.run_name, config.max_duration))
+    builders.build_all("algorithms", builders.ALGORITHMS, config.algorithms)
+    builders.build_callbacks(config, tokenizer, model)
     builders.build_parallelism(config)
     train_data = build_train_data(config, tokenizer)
     build_evaluators(config, tokenizer, train_data)

@@ -12,7 +12,6 @@ from composer.utils.parallelism import FSDP2Config
 from src.common.errors import ConfigError
 from src.train import builders, config, models, optim
 from src.train.data import build_train_data
-from src.train.ending import RunEnd
 from src.train.models import padded_vocab_size
 from src.train.schema import Component, build, check_options
 from tests.conftest import YAMLS
@@ -113,14 +112,11 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     clipping = "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 1.0}"
     options = [clipping, f"loggers.tensorboard.log_dir={tmp_path}", "mlm_probability={initial: 0.3, final: 0.15}"]
     run = config.load("yamls/mosaic_bert.yaml", options)
-    assert [type(a).__name__ for a in builders.build_algorithms(run)] == ["GradientClipping"]
+    assert [type(a).__name__ for a in builders.build_all("algorithms", builders.ALGORITHMS, run.algorithms)] == ["GradientClipping"]
     model = model_of("mosaic_bert", tokenizer, SHAPE)
-    names = [
-        type(c).__name__
-        for c in builders.build_callbacks(run, tokenizer, model, RunEnd(run.run_name, run.max_duration))
-    ]
+    names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer, model)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
-    assert names == [*from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
+    assert names == ["RunEnd", *from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
     loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)
     assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
