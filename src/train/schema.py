@@ -105,9 +105,9 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
         check(config, faults)
     if faults:
         raise ConfigError("\n  ".join([f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)}", *faults.lines()]))
-    assert config is not None
-    named = any(f.name == "interpolations" for f in dataclasses.fields(config))
-    return dataclasses.replace(config, interpolations=faults.interpolations) if named else config
+    assert config is not None, "else there is a fault"
+    holds = any(f.name == "interpolations" for f in dataclasses.fields(config))
+    return dataclasses.replace(config, interpolations=faults.interpolations) if holds else config
 
 
 def _without_value(fault: str, interpolations: Mapping[str, Any]) -> str:

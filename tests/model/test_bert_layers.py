@@ -91,7 +91,7 @@ def assert_same(got, want, **tolerance):
 def unpadded(model, batch, microbatch_size=10**6):
     """Loss of the batch: the mean over microbatches weighted by their masked tokens, as the trainer computes it."""
     parts = split_unpadded(batch, microbatch_size)
-    total = sum(part["num_masked"] for part in parts)
+    total = sum(part["num_masked"] for part in parts) or 1
     losses = (
         model.forward_unpadded(p["input_ids"], Layout.from_batch(p), p["masked_index"], p["labels"]).loss for p in parts
     )

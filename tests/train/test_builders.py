@@ -112,7 +112,8 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     clipping = "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 1.0}"
     options = [clipping, f"loggers.tensorboard.log_dir={tmp_path}", "mlm_probability={initial: 0.3, final: 0.15}"]
     run = config.load("yamls/mosaic_bert.yaml", options)
-    assert [type(a).__name__ for a in builders.build_all("algorithms", builders.ALGORITHMS, run.algorithms)] == ["GradientClipping"]
+    algorithms = builders.build_all("algorithms", builders.ALGORITHMS, run.algorithms)
+    assert [type(a).__name__ for a in algorithms] == ["GradientClipping"]
     model = model_of("mosaic_bert", tokenizer, SHAPE)
     names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer, model)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
