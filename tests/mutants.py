@@ -532,7 +532,7 @@ MUTANTS = [
 ]
 
 
-def changed_copy(folder: Path) -> None:
+def copy_checkout(folder: Path) -> None:
     """Copy the checkout to ``folder``: files that git tracks, and new ones that it does not ignore."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
@@ -582,7 +582,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
         free: SimpleQueue[Path] = SimpleQueue()
         for job in range(args.jobs):
-            changed_copy(Path(scratch, str(job)))
+            copy_checkout(Path(scratch, str(job)))
             free.put(Path(scratch, str(job)))
 
         @contextmanager
@@ -599,8 +599,8 @@ def main() -> None:
             with copy() as folder:
                 return tried(mutant, folder)
 
-        half = -(-len(tests) // args.jobs)
-        parts = [tests[i : i + half] for i in range(0, len(tests), half)]
+        size = -(-len(tests) // args.jobs)
+        parts = [tests[i : i + size] for i in range(0, len(tests), size)]
         for code, output in pool.map(unchanged, parts):
             if code:
                 sys.exit(f"{output[-3000:]}\nmutants: tests fail without any fault")

@@ -248,11 +248,12 @@ def test_truncated_samples_are_the_first_ids_of_the_text(max_seq_len, tokenizer)
         assert sample[1:-1].tolist() == want == encode_prefix(tokenizer, text, room)
 
 
-def test_long_documents_are_tokenized_in_pieces(tokenizer):
-    samples = list(Tokens("x", tokenizer, 16, "chunk").samples(iter([ODD[0], ODD[2]]), Stats()))
+@pytest.mark.parametrize("max_seq_len", [16, 17])  # of a piece's 3,276 words, chunks of 14 leave none, of 15 some
+def test_long_documents_are_tokenized_in_pieces(max_seq_len, tokenizer):
+    samples = list(Tokens("x", tokenizer, max_seq_len, "chunk").samples(iter([ODD[0], ODD[2]]), Stats()))
     together = [i for sample in samples for i in sample[1:-1].tolist()]
     assert together == [i for text in (ODD[0], ODD[2]) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    assert [len(sample) for sample in samples[:600]] == [16] * 600
+    assert [len(sample) for sample in samples[:600]] == [max_seq_len] * 600
     assert all("".join(p for p, _ in pieces(text)) == text for text in ODD)
     assert max(len(piece) for text in ODD for piece, _ in pieces(text)) == PIECE
     assert [last for _, last in pieces(ODD[1])] == [False, False, True]
