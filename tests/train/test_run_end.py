@@ -172,7 +172,7 @@ def test_time_limit_says_so_and_75_means_saved(saves, options, tmp_path, capsys)
 
 
 def test_time_limit_at_the_last_step_is_the_end(options, capsys):
-    assert end_of([*options, "max_duration=1ba", "time_limit=0s"]) == 0
+    assert end_of([*options, "max_duration=1ba", "time_limit=0.001s"]) == 0
     assert "stopped by" not in capsys.readouterr().err
 
 
