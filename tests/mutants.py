@@ -49,6 +49,7 @@ MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_l
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
 BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
+SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
 STEP = "train/test_monitors.py::test_step_monitor_averages_over_its_window"
@@ -60,6 +61,9 @@ ON_DISK = "test_files.py::test_file_is_on_the_disk_before_its_name_and_then_the_
 REFUSES = "train/test_resume.py::test_resume_refuses_changed_settings_with_both_values"
 ONCE = "data/test_data_c4.py::test_evaluation_sees_each_sample_once"
 GROUPED = "data/test_data_c4.py::test_grouped_batches_are_the_same_for_any_number_of_processes"
+INDEX = "data/test_index.py::test_each_fault_is_named"
+OPENED = "data/test_index.py::test_shard_is_compared_with_the_index_when_it_is_opened"
+SECRETS = "train/test_environment_values.py"
 CLASSES = "finetune/test_classifier.py::test_metrics_of_three_classes"
 
 MUTANTS = [
@@ -194,16 +198,10 @@ MUTANTS = [
         "int(self) / total",
         "data/test_microbatches.py",
     ),
-    Mutant(
-        "filler-counted",
-        BATCHES,
-        ' if "filler" in batch else lengths',
-        " if False else lengths",
-        "data/test_microbatches.py",
-    ),
     Mutant("epoch-repeats", ORDER, "ids[drop_first:num_samples]", "ids[drop_first:]", "data/test_order.py"),
     Mutant("epoch-gaps", ORDER, "last[last < starts[1:]]", "last", "data/test_order.py"),
     Mutant("filler-lost", ORDER, "0 < left % num_ranks <= rank", "0 < left % num_ranks < rank", "data/test_order.py"),
+    Mutant("fillers-counted", BATCHES, "lengths.where(~batch[", "lengths.where(batch[", "data/test_microbatches.py"),
     # Masking
     Mutant("hash-without-epoch", MASKING, "_mix(key ^ epochs.astype(np.uint64))", "_mix(key)", CHANGES),
     Mutant("hash-without-sample", MASKING, " ^ sample_ids.astype(np.uint64))", ")", CHANGES),
@@ -331,8 +329,8 @@ MUTANTS = [
     Mutant(
         "shares-of-samples",
         MONITORS,
-        "sequence_lengths(state.batch)",
-        'torch.ones_like(state.batch["stream"][:, 0])',
+        "sequence_lengths(state.batch))",
+        'torch.ones_like(state.batch["stream"][:, 0]))',
         "train/test_monitors.py::test_stream_shares_count_tokens_since_the_last_log",
     ),
     Mutant("mfu-doubled", MONITORS, "flops / self.gpu_flops_available", "2 * flops / self.gpu_flops_available", STEP),
@@ -412,7 +410,7 @@ MUTANTS = [
         'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0"',
         "train/test_main.py::test_checkpoint_cannot_run_commands",
     ),
-    Mutant("resume-compares-nothing", RESUME, "or old in (new, self.earlier.get(name, new)):", "or True:", REFUSES),
+    Mutant("resume-compares-nothing", RESUME, "if resume_safe(name) or old in", "if True or old in", REFUSES),
     Mutant("resume-allows-all", RESUME, "any(is_within(name, section) for section in self.allow):", "True:", REFUSES),
     Mutant(
         "resume-shuffle-seed",
@@ -427,6 +425,107 @@ MUTANTS = [
         "group.update(fresh)",
         "group.update({})",
         "train/test_resume.py::test_accepted_settings_change_the_learning_rate",
+    ),
+    # What a run resumes from, and how it ends
+    Mutant(
+        "weights-not-finite",
+        CHECKPOINT,
+        "damage(Path(path)) or not_finite(weights_of(state))",
+        "damage(Path(path))",
+        "train/test_checkpoint.py::test_unsound_checkpoint_is_refused_by_each_key",
+    ),
+    Mutant(
+        "downloads-not-read",
+        CHECKPOINT,
+        "check(read(found[0]))",
+        'check({"model": {}}) if False else None',
+        "train/test_checkpoint.py::test_checkpoint_of_an_object_store_is_checked",
+    ),
+    Mutant(
+        "nan-saved",
+        CALLBACKS,
+        "if not any(saver.save_interval(state, event) for saver in savers_of(state)):",
+        "if True:",
+        "train/test_run_end.py::test_weights_that_are_not_finite_are_not_saved",
+    ),
+    Mutant(
+        "exit-code-75-unsaved",
+        CALLBACKS,
+        'nothing is saved", unsaved)',
+        'nothing is saved", EXIT_INTERRUPTED)',
+        "train/test_run_end.py::test_signal_exit_code_says_whether_it_is_saved",
+    ),
+    Mutant(
+        "finished-run",
+        ENDING,
+        "step = timestamp.batch.value\n        if timestamp >= Time",
+        "step = timestamp.batch.value\n        if timestamp > Time",
+        "train/test_run_end.py::test_finished_run_is_known_by_any_unit",
+    ),
+    Mutant(
+        "stopper-direction",
+        STOPPERS,
+        'return "less" if falls else "greater"',
+        'return "greater" if falls else "less"',
+        "train/test_stoppers.py::test_losses_fall_and_accuracies_rise",
+    ),
+    Mutant(
+        "stopper-forgets",
+        STOPPERS,
+        'self.best = torch.tensor(state["best"], dtype=torch.float64)',
+        "self.best = None",
+        "train/test_stoppers.py::test_a_resumed_run_counts_the_patience_on",
+    ),
+    Mutant(
+        "secret-in-config",
+        "src/train/run.py",
+        "dump(unresolved(to_dict(config), config.interpolations))",
+        "dump(to_dict(config))",
+        f"{SECRETS}::test_checkpoints_config_and_terminal_have_no_value",
+    ),
+    Mutant(
+        "secret-in-checkpoint",
+        "src/train/config.py",
+        "for path, value in from_environment(config).items():",
+        "for path, value in dict[str, Any]().items():",
+        f"{SECRETS}::test_checkpoints_config_and_terminal_have_no_value",
+    ),
+    # Index, cache, identity of data
+    Mutant("names-outside", SHARDS, '"/" not in name and', "", INDEX),
+    Mutant("names-of-compressed", SHARDS, 'for kind in ("raw_data", "zip_data"):', 'for kind in ("raw_data",):', INDEX),
+    Mutant("pickled-columns", SHARDS, " or not all(map(is_mds_encoding_safe, encodings))", "", INDEX),
+    Mutant("header", SHARDS, "if count != samples or offsets[0]", "if offsets[0]", OPENED),
+    Mutant("shard-size", SHARDS, "    if found != size:", "    if found < size:", OPENED),
+    Mutant(
+        "fingerprint-without-hashes",
+        SHARDS,
+        ', shard["raw_data"]["hashes"]]',
+        "]",
+        "data/test_identity.py::test_fingerprint_depends_on_the_samples_only",
+    ),
+    Mutant(
+        "fingerprint-without-borders",
+        SHARDS,
+        "datasets if len(datasets) > 1 else flat, flat",
+        "flat, flat",
+        "data/test_identity.py::test_fingerprint_of_a_mixture_depends_on_its_borders",
+    ),
+    Mutant(
+        "cache-of-another-dataset",
+        "src/data/streaming.py",
+        "elif read_index(source.folder) != index:",
+        "elif not index:",
+        "data/test_identity.py::test_cache_of_another_dataset_is_refused",
+    ),
+    # The last batch
+    Mutant("partition", ORDER, "ids = ids[drop_first:num_samples]", "ids = ids[drop_first:]", "data/test_order.py"),
+    Mutant("filler", ORDER, "if 0 < left % num_ranks <= rank", "if 0 < left % num_ranks < rank", "data/test_order.py"),
+    Mutant(
+        "samples-repeated",
+        "src/data/streaming.py",
+        'partition_algo="exact"',
+        'partition_algo="relaxed"',
+        "train/test_world_size.py::test_loss_gradient_and_samples_do_not_depend_on_the_number_of_processes",
     ),
     # Pretrained weights
     Mutant(
