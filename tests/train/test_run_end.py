@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import main
 from src import data_c4
 from src.common.errors import ConfigError, Interrupted, TrainingError
 from src.train import callbacks
-from src.train.callbacks import MemoryProbe, Reseed, StopOnSignal, StopOnSilentFailure
+from src.train.callbacks import MemoryProbe, StopOnSignal
 from src.train.checkpoint import read
 from src.train.ending import SaveInterval
 from tests.runs import DROPOUT, QUICKSTART, UNSAVED, Killed, fit, logged, losses_of, trainer_of
@@ -231,16 +230,6 @@ def test_algorithm_resumes_bit_for_bit_and_a_signal_saves_what_an_interval_does(
 # Failures
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_loss_that_is_not_finite_is_an_error(loss):
-    state = SimpleNamespace(
-        total_loss_dict={"loss/train/total": loss}, timestamp=SimpleNamespace(batch=2), callbacks=[]
-    )
-    state.timestamp.batch = SimpleNamespace(value=2)
-    with pytest.raises(TrainingError, match=f"the loss is {loss} at step 2"):
-        StopOnSilentFailure().batch_end(state, None)  # pyright: ignore
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["ours", "composer's", "ema"])
 def test_weights_that_are_not_finite_are_not_saved(value, what, options, tmp_path):
@@ -383,19 +372,3 @@ def test_token_shares_continue_after_a_restart_from_an_epochs_last_step(options,
             trainer.fit()
             trainer.close()
     assert shares(tmp_path) == shares(tmp_path / "a") and 0 < shares(tmp_path)[0] < 1
-
-
-# Random states
-
-
-def test_reseeding_depends_on_seed_step_and_rank(monkeypatch):
-    def draw(seed, step, rank):
-        monkeypatch.setattr(callbacks.dist, "get_global_rank", lambda: rank)
-        state = SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)))
-        Reseed(seed).batch_start(state, None)  # pyright: ignore
-        return torch.rand(4).tolist()
-
-    cases = [(seed, step, rank) for seed in (1, 2) for step in (0, 1, 2) for rank in (0, 1, 2)]
-    drawn = [draw(*case) for case in cases]
-    assert len({tuple(values) for values in drawn}) == len(cases)
-    assert [draw(*case) for case in cases] == drawn
