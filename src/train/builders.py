@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from composer import Trainer, algorithms, callbacks, loggers
-from composer.core import Algorithm, Callback, Timestamp
+from composer.core import Algorithm, Callback, Timestamp, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
@@ -157,8 +157,22 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     return weights.load_tokenizer(weights.read(start))
 
 
+def ema(
+    half_life: str | None = "1000ba",
+    smoothing: float | None = None,
+    ema_start: str = "0.0dur",
+    update_interval: str | None = None,
+) -> Algorithm:
+    """Composer's EMA, updated every so many steps. At an epoch's end it would average the averaged weights, which a
+    checkpoint of the last step has put into the model."""
+    built = algorithms.EMA(half_life, smoothing, ema_start, update_interval)
+    if built.update_interval.unit != TimeUnit.BATCH:
+        raise ValueError(f"half_life and update_interval: expected ba, got {half_life} and {update_interval}")
+    return built
+
+
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "ema": algorithms.EMA,
+    "ema": ema,
     "gradient_clipping": algorithms.GradientClipping,
     "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
     "swa": algorithms.SWA,

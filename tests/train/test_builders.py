@@ -108,6 +108,12 @@ def test_model_refuses_settings_without_effect(name, model_config, options, mess
         model_of(name, tokenizer, model_config, **options)
 
 
+@pytest.mark.parametrize("options", [{"half_life": "1ep"}, {"half_life": "2ep", "update_interval": "1ep"}])
+def test_average_of_weights_by_epochs_is_refused(options):
+    with pytest.raises(ConfigError, match="algorithms.ema: half_life and update_interval: expected ba, got"):
+        build("algorithms", builders.ALGORITHMS, Component("ema", options))
+
+
 def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     clipping = "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 1.0}"
     options = [clipping, f"loggers.tensorboard.log_dir={tmp_path}", "mlm_probability={initial: 0.3, final: 0.15}"]
