@@ -340,6 +340,9 @@ def _mds_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
     if "text" not in columns:
         raise DataError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
+    outside = [path for path in (*raw, *stored) if path.parent != folder or path.name in ("", "..")]
+    if outside:
+        raise DataError(f"{folder / 'index.json'} names {outside[0]}, outside its folder")
     return [a if a.exists() else b for a, b in zip(raw, stored, strict=True)]
 
 

@@ -256,6 +256,17 @@ def test_mds_shards_without_text_are_refused(tmp_path):
         texts_of(tmp_path / "s")
 
 
+@pytest.mark.parametrize("name", ["../shard.00000.mds", "/etc/hostname", "a/../../b.mds", ".."])
+@pytest.mark.parametrize("kind", ["raw_data", "zip_data"])
+def test_index_that_names_files_outside_its_folder_is_refused(name, kind, tmp_path):
+    write_mds(tmp_path / "s", {"text": "str"}, [{"text": text} for text in TEXTS], compression="zstd")
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    index["shards"][0][kind]["basename"] = name
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index.json names .*, outside its folder"):
+        texts_of(tmp_path / "s")
+
+
 def test_damaged_mds_shards_are_named_and_pickles_are_not_loaded(tmp_path):
     write_mds(tmp_path / "a", {"text": "str"}, [{"text": text} for text in TEXTS])
     shard = tmp_path / "a" / "shard.00000.mds"
