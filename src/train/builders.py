@@ -197,7 +197,8 @@ def check_components(config: RunConfig) -> None:
     One ConfigError names all of them; nothing is built.
     """
     parts = [("model", KINDS, config.model), ("scheduler", SCHEDULERS, config.scheduler)]
-    parts += [("algorithms", ALGORITHMS, part) for part in config.algorithms.values()]
+    refused = {name: REFUSED.get((name, config.model.name)) for name in config.algorithms}
+    parts += [("algorithms", ALGORITHMS, part) for name, part in config.algorithms.items() if not refused[name]]
     parts += [("callbacks", CALLBACKS, part) for part in config.callbacks.values()]
     parts += [("loggers", LOGGERS, part) for part in config.loggers.values()]
     checks = [partial(check_component, *part, given=[]) for part in parts]
@@ -205,7 +206,7 @@ def check_components(config: RunConfig) -> None:
     shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
     if isinstance(shape, dict) and kind is not None:
         checks.append(partial(models.check_shape, kind, shape, config.interpolations))
-    faults = []
+    faults = [f"algorithms.{name}: {reason}" for name, reason in refused.items() if reason]
     for check in checks:
         try:
             check()
