@@ -456,6 +456,13 @@ MUTANTS = [
         "train/test_run_end.py::test_signal_exit_code_says_whether_it_is_saved",
     ),
     Mutant(
+        "evaluated-twice",
+        ENDING,
+        "due = is_end(state, event) and not again",
+        "due = is_end(state, event)",
+        "train/test_run_end.py::test_last_step_is_evaluated_once",
+    ),
+    Mutant(
         "finished-run",
         ENDING,
         "step = timestamp.batch.value\n        if timestamp >= Time",

@@ -318,6 +318,24 @@ def test_new_run_keeps_an_earlier_metrics_file(options, tmp_path):
 # Metrics
 
 
+@pytest.mark.parametrize("interval", ["1ba", "1ep", "1000ba"])
+def test_last_step_is_evaluated_once(interval, options):
+    """Though it is due at the end of the step, of the epoch, and of the run."""
+
+    class Count(Callback):
+        steps = []
+
+        def eval_start(self, state, logger):
+            self.steps.append(state.timestamp.batch.value)
+
+    trainer, count = trainer_of([*options, *UNSAVED, f"eval_interval={interval}"]), Count()
+    trainer.state.callbacks.append(count)
+    with contextlib.closing(trainer):
+        trainer.fit()
+    last = trainer.state.timestamp.batch.value
+    assert count.steps == (list(range(1, last + 1)) if interval == "1ba" else [last])
+
+
 def test_evaluation_is_in_the_metrics_once(options, tmp_path):
     """After a kill between the last evaluation of an epoch and the next checkpoint."""
     options = [*options, "eval_interval=1ep", "max_duration=2ep"]
