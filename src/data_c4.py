@@ -119,7 +119,7 @@ class StreamingC4(RepairedDataset):
         """[CLS][SEP], which has nothing to mask."""
         ids = np.array([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
         sample = Sample(input_ids=ids, sample_id=-1, epoch=0)
-        if self.num_streams > 1:
+        if "" not in self.sources:
             sample["stream"] = 0
         return sample
 

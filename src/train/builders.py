@@ -116,7 +116,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
-                eval_interval=EvalInterval(config.eval_interval) if config.eval_interval else 0,
+                eval_interval=EvalInterval(config.eval_interval, end) if config.eval_interval else 0,
                 precision=config.precision,
                 device_train_microbatch_size=config.device_train_microbatch_size,
                 # Every masked token of the global batch has the same weight, for any microbatch size and rank.

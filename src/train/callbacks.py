@@ -267,7 +267,7 @@ class ScheduledMasking(Callback):
 
 
 class StopAtTimeLimit(Callback):
-    """Stop all processes at the same step after a time limit; Composer then evaluates and saves as at the end.
+    """Stop all processes at the same step after a time limit; the run is then saved, or evaluated if it is not saved.
 
     Does not shorten the learning rate schedule, so a later start continues it.
 

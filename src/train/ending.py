@@ -40,14 +40,20 @@ class SaveInterval:
 
 
 class EvalInterval:
-    """When to evaluate: every ``interval``, and at the end of the run; once per step there. One for all sets."""
+    """When to evaluate: every ``interval``, and at the end of the run; once per step there. One for all sets.
 
-    def __init__(self, interval: str | int):
+    Not when the time limit ends a run that is saved: the run that goes on is then the same as without the limit.
+    """
+
+    def __init__(self, interval: str | int, end: "RunEnd"):
         self.is_due = create_interval_scheduler(interval, include_end_of_training=False, checkpoint_events=False)
         self.last: tuple[int, Event] | None = None
+        self.end = end
 
     def __call__(self, state: State, event: Event) -> bool:
         now, due = (state.timestamp.batch.value, event), self.is_due(state, event)
+        if self.end.is_paused(state):
+            return due and event != Event.FIT_END
         if is_over(state) and event != Event.FIT_END:  # after the last checkpoint
             again = self.last is not None and self.last[0] == now[0] and self.last != now
             due = is_end(state, event) and not again
@@ -89,6 +95,11 @@ class RunEnd(Callback):
     def _stopped_at(self, timestamp: Timestamp) -> dict[str, Any] | None:
         """Which component stopped the run at ``timestamp``; None if that is the end of ``max_duration``."""
         return None if timestamp >= Time.from_timestring(self.max_duration) else self._stopped
+
+    def is_paused(self, state: State) -> bool:
+        """Whether the time limit stopped the run, and a checkpoint is or will be saved from which it goes on."""
+        stopped = self._stopped_at(state.timestamp)
+        return stopped is not None and stopped["name"] == TIME_LIMIT and bool(savers_of(state))
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._now = state.timestamp

@@ -53,7 +53,8 @@ class StreamShares(Callback):
         return {"tokens": dict(zip(self.names, total.tolist(), strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state["tokens"] if dist.get_global_rank() == 0 else {}
+        # Checkpoints of earlier versions have no tokens.
+        self._loaded = state.get("tokens", {}) if dist.get_global_rank() == 0 else {}
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self.tokens.index_add_(0, state.batch["stream"][:, 0], sequence_lengths(state.batch))
@@ -197,10 +198,15 @@ class MetricsFile(LoggerDestination):
 
     Args:
         path: of the file; its folder is created.
+
+    Raises:
+        ValueError: it is a folder or a device.
     """
 
     def __init__(self, path: str):
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # a link stays one
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"path: expected a file, but {path} is a folder or a device")
         self._pending: dict[str, Any] = {}
         self._file: TextIO | None = None
         self._evaluated: set[tuple[int, str]] = set()

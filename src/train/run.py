@@ -52,9 +52,10 @@ def train(config: RunConfig) -> None:
     except Interrupted:
         trainer.close()
         raise
-    print_evaluation(trainer)
-    trainer.close()
     (end,) = (callback for callback in trainer.state.callbacks if isinstance(callback, RunEnd))
+    if not end.is_paused(trainer.state):
+        print_evaluation(trainer)
+    trainer.close()
     line = end.conclude(trainer.state)
     if line is not None and dist.get_global_rank() == 0:
         print(line)

@@ -10,6 +10,7 @@ import torch
 import main
 from src.common.errors import ConfigError
 from src.data.shards import LENGTHS
+from src.data.source import Source
 from tests.conftest import TRAIN, VALIDATION
 from tests.runs import QUICKSTART, fit, logged
 
@@ -72,3 +73,11 @@ def test_a_mixture_of_any_number_of_datasets_trains(names, overrides, token_shar
     if names == ["c4"]:  # a mixture of one dataset is that dataset
         _, alone, _ = fit([*overrides, "save_overwrite=true"])
         assert mixed.losses == alone.losses
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
+def test_filler_has_the_fields_of_a_sample(names, token_shards, opened):
+    splits = dict(zip(names, ("train", "val"), strict=False))
+    mixture = {"sources": {name: Source(token_shards, split=split) for name, split in splits.items()}} if names else {}
+    dataset = opened(token_shards, **mixture)
+    assert dataset.filler().keys() == dataset[0].keys()

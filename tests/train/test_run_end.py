@@ -19,6 +19,7 @@ from src.train import callbacks
 from src.train.callbacks import MemoryProbe, StopOnSignal
 from src.train.checkpoint import read
 from src.train.ending import SaveInterval
+from src.train.monitors import StreamShares
 from tests.runs import DROPOUT, QUICKSTART, UNSAVED, Killed, fit, logged, losses_of, trainer_of
 
 EVAL = "metrics/eval/LanguageCrossEntropy"
@@ -127,13 +128,16 @@ STOPPERS = {
 
 
 @pytest.mark.parametrize("name", STOPPERS)
-@pytest.mark.parametrize("killed_at", [None, 2])
+@pytest.mark.parametrize("killed_at", [None, 2, "time_limit"])
 def test_stopper_stops_a_run_at_the_same_step_after_a_restart(name, killed_at, options, tmp_path, capsys):
     text, step = STOPPERS[name]
     interval = "3ba" if name == "threshold_stopper" else "1ba"
     options = [*options, "max_duration=9ba", f"eval_interval={interval}"]
     stopper = f"callbacks.{name}={text.replace('PATIENCE', 'patience: 2ba')}"
-    if killed_at is not None:
+    if killed_at == "time_limit":  # evaluates at its intervals only
+        assert end_of([*options, stopper, "time_limit=0.001s"]) == 75
+        capsys.readouterr()
+    elif killed_at is not None:
         losses_of([*options, stopper], killed_at + 1)
     main.main([QUICKSTART, *options, stopper])
     assert f"stopped by {name} after step {step} (max_duration=9ba)" in capsys.readouterr().out
@@ -164,7 +168,7 @@ def test_time_limit_says_so_and_75_means_saved(saves, options, tmp_path, capsys)
     step = logged(tmp_path)[-1]["batch"]
     said, kept = capsys.readouterr(), "its checkpoint is saved" if saves else "nothing is saved"
     assert f"main.py: stopped by time_limit after step {step} (max_duration=100000ba); {kept}" in said.err
-    assert "eval LanguageCrossEntropy=" in said.out and EVAL in logged(tmp_path)[-1]
+    assert ("eval LanguageCrossEntropy=" in said.out) == (EVAL in logged(tmp_path)[-1]) == (not saves)
     if saves:
         more, _ = losses_of(options[:-1], kill_at=step + 1)
         assert list(more) == [step + 1]
@@ -305,6 +309,22 @@ def test_refused_start_writes_nothing(refused, options, tmp_path, monkeypatch, t
     assert not [path for path in set(after) - set(before) if "tensorboard" not in str(path)]
 
 
+def test_metrics_file_that_is_a_folder_is_refused_before_anything_is_written(options, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data").write_text("kept")
+    message = end_of([*options, f"loggers.metrics_file.path={tmp_path}/mine"])
+    assert f"loggers.metrics_file: path: expected a file, but {tmp_path}/mine is a folder" in message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.parts[-2] != "checkpoints"] == ["data"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} <= {".lock", ".lock.holder"}
+
+
+def test_metrics_file_may_be_a_link(options, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "metrics.jsonl")
+    fit([*options, *UNSAVED, "eval_interval=0", f"loggers.metrics_file.path={tmp_path}/link.jsonl"])
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "elsewhere" / "metrics.jsonl").read_text()
+
+
 def test_new_run_keeps_an_earlier_metrics_file(options, tmp_path):
     path = tmp_path / "metrics.jsonl"
     texts = []
@@ -369,6 +389,12 @@ def test_metrics_file_is_json_and_drops_damaged_lines_at_a_restart(options, tmp_
     read_again = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     assert [line["batch"] for line in read_again] == [1, 2, 3, 4]
     assert (read_again[-1]["a"], read_again[-1]["b"], read_again[-1]["c"]) == (None, None, 1.0)
+
+
+def test_checkpoint_without_token_shares_is_loaded():
+    """Earlier versions did not store them."""
+    shares = StreamShares()
+    shares.load_state_dict({})
 
 
 def test_token_shares_continue_after_a_restart_from_an_epochs_last_step(options, tmp_path, token_shards):
