@@ -21,6 +21,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.partition import algos
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
+from torch import distributed as dist
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
@@ -57,6 +58,27 @@ def alone_on_node() -> FileLock:
                 "to delete it"
             )
     return FileLock(path)
+
+
+@contextlib.contextmanager
+def _together_alone_on_node(leads: bool) -> Iterator[None]:
+    """Let the processes of a run enter together, while the first of each node, which ``leads``, has ``alone_on_node``.
+
+    Each of them looks for a free prefix, and one that did so before would find another, or another run's
+    (test_processes_of_a_run_wait_for_another_runs_dataset). Every run locks its nodes in the same order: else two runs
+    could each wait for a node of the other's.
+    """
+    joined, host = dist.is_available() and dist.is_initialized(), gethostname()
+    hosts = [host] * (dist.get_world_size() if joined else 1)
+    if joined:
+        dist.all_gather_object(hosts, host)
+    with contextlib.ExitStack() as held:
+        for each in sorted(set(hosts)):
+            if leads and each == host:
+                held.enter_context(alone_on_node())
+            if joined:
+                dist.barrier()
+        yield
 
 
 def _download(stream: Stream, name: str) -> Path:
@@ -128,8 +150,7 @@ class RepairedDataset(StreamingDataset):
             given = {**vars(source), "remote": None if source.complete else source.remote}
             streams.append(Stream(**given, download_retry=download_retry, download_timeout=download_timeout))
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
-        alone = alone_on_node() if leads else contextlib.nullcontext()
-        with alone:
+        with alone_on_node() if leads else contextlib.nullcontext():
             for source, stream in zip(self.sources.values(), streams, strict=True):
                 if not source.complete and leads:
                     _fetch_index(source, stream)
@@ -141,7 +162,7 @@ class RepairedDataset(StreamingDataset):
             check_shards(source.folder, source.complete, verify if leads else quick)
             if verify == "hash" and not source.complete:
                 stream.validate_hash = hash_algorithm(source.folder)
-        with alone:
+        with _together_alone_on_node(leads):
             super().__init__(streams=streams, partition_algo="exact", **kwargs)
         for (name, source), stream, size in zip(self.sources.items(), streams, self.samples_per_stream, strict=True):
             if not stream.choose:  # streaming would look for a sample without end
