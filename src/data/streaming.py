@@ -152,8 +152,8 @@ class RepairedDataset(StreamingDataset):
 
     Raises:
         DataError: a dataset is not there, or is damaged; its remote cannot be opened; its index cannot be
-            downloaded, or is another than the cache's; its weight draws no sample.
-            While reading: a shard is lost, damaged or cannot be downloaded.
+            downloaded, or is another than the cache's; its weight draws no sample; a shuffled epoch has fewer samples
+            than ``num_canonical_nodes``. While reading: a shard is lost, damaged or cannot be downloaded.
     """
 
     def __init__(
@@ -191,6 +191,11 @@ class RepairedDataset(StreamingDataset):
                     f"train_loader.streams.{name}: {weight} draws none of its {size:,} samples per epoch; raise it, or "
                     "remove the dataset"
                 )
+        if self.shuffle and (self.num_canonical_nodes or 0) > self.epoch_size:  # streaming would refuse the first step
+            raise DataError(
+                f"train_loader.num_canonical_nodes: expected at most the {self.epoch_size:,} samples of an epoch with "
+                f"shuffle, got {self.num_canonical_nodes:,}"
+            )
         self.num_ranks = self._parallel_rank_world.num_ranks
         """Processes of the run, on all nodes."""
         self.shared_memory_prefix = self._shm_prefix_int
