@@ -25,7 +25,7 @@ def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_comple
         options = {"repo_type": repo_type, "allow_patterns": files, "local_files_only": cached_only}
         try:
             folder = Path(snapshot_download(name, **options))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
             reason = first_line(error)
             continue
         if is_complete(folder):

@@ -264,7 +264,7 @@ def _hub_dataset(split: str, revision: str) -> Any:
 def _ask_hub(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
         message = f"the Hugging Face Hub is unreachable ({first_line(error)}); offline, give a --source of files"
         raise DataError(f"allenai/c4: {message}") from None
 

@@ -1,6 +1,7 @@
 """A dataset by its place and its weight. Imports no torch, so that a run's config can hold it."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,8 @@ class Source:
             return os.path.realpath(self.folder)
         remote = f"{str(self.remote).rstrip('/')}/{self.split or ''}".rstrip("/")
         return remote if "://" in remote else os.path.realpath(remote)
+
+
+def without_password(text: str) -> str:
+    """A message in which no URI has a password: sftp://user:secret@host/data becomes sftp://user@host/data."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)

@@ -21,6 +21,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.partition import algos
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
+from torch import distributed as dist
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
@@ -35,7 +36,7 @@ from src.data.shards import (
     parse_index,
     read_index,
 )
-from src.data.source import Source
+from src.data.source import Source, without_password
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,48 @@ def alone_on_node() -> FileLock:
     return FileLock(path)
 
 
+@contextlib.contextmanager
+def _together_alone_on_node(leads: bool) -> Iterator[None]:
+    """Let the processes of a run enter together, while the first of each node, which ``leads``, has ``alone_on_node``.
+
+    Each of them looks for a free prefix, and one that did so before would find another, or another run's
+    (test_processes_of_a_run_wait_for_another_runs_dataset). Every run locks its nodes in the same order: else two runs
+    could each wait for a node of the other's.
+    """
+    joined, host = dist.is_available() and dist.is_initialized(), gethostname()
+    hosts = [host] * (dist.get_world_size() if joined else 1)
+    if joined:
+        dist.all_gather_object(hosts, host)
+    with contextlib.ExitStack() as held:
+        for each in sorted(set(hosts)):
+            if leads and each == host:
+                held.enter_context(alone_on_node())
+            if joined:
+                dist.barrier()
+        yield
+
+
+CLIENTS = {
+    "azure": "azure-storage-blob azure-identity",
+    "azure-dl": "azure-storage-file-datalake azure-identity",
+    "gs": "google-cloud-storage",
+    "oci": "oci",
+    "sftp": "paramiko",
+}
+"""Packages that streaming imports for a remote, by the scheme of its URI, as pip names them."""
+
+
+def _stream(source: Source, **options: Any) -> Stream:
+    """Streaming's Stream of a dataset. Raises DataError: its remote is of no known kind, or needs another package."""
+    try:
+        return Stream(**{**vars(source), "remote": None if source.complete else source.remote}, **options)
+    except Exception as error:  # each object store has errors of its own
+        packages = CLIENTS.get(str(source.remote).split(":")[0]) if isinstance(error, ImportError) else None
+        install = f"; pip install {packages}" if packages else ""
+        message = f"remote: {source.remote} cannot be opened ({first_line(error)}){install}"
+        raise DataError(without_password(message)) from None
+
+
 def _download(stream: Stream, name: str) -> Path:
     """Download a file of a split into the cache, under a temporary name. Returns its path."""
     temporary = f"{name}.{gethostname()}.tmp"  # nodes may share the cache
@@ -78,18 +121,17 @@ def _fetch_index(source: Source, stream: Stream) -> None:
         fetched = _download(stream, "index.json")
     except Exception as error:  # each object store has errors of its own
         alone = f"; if {source.folder} holds all shards, it can be used without the remote" if cached.exists() else ""
-        raise DataError(
-            f"{remote}: index.json cannot be fetched ({first_line(error)}). Check the address, the credentials and "
-            f"the network{alone}"
-        ) from error
+        message = f"{remote}: index.json cannot be fetched ({first_line(error)})"
+        advice = f"Check the address, the credentials and the network{alone}"
+        raise DataError(without_password(f"{message}. {advice}")) from error
     try:
-        index = parse_index(fetched.read_bytes(), f"{remote}/index.json")
+        index = parse_index(fetched.read_bytes(), without_password(f"{remote}/index.json"))
         if not cached.exists():
             os.replace(fetched, cached)
         elif read_index(source.folder) != index:
             raise DataError(
-                f"{source.folder} is the cache of another dataset than {remote} holds; name another local folder, or "
-                "delete this one"
+                f"{source.folder} is the cache of another dataset than {without_password(remote)} holds; name another "
+                "local folder, or delete this one"
             )
     finally:
         fetched.unlink(missing_ok=True)
@@ -109,8 +151,9 @@ class RepairedDataset(StreamingDataset):
         kwargs: StreamingDataset's.
 
     Raises:
-        DataError: a dataset is not there, or is damaged; its index cannot be downloaded, or is another than the
-            cache's; its weight draws no sample. While reading: a shard is lost, damaged or cannot be downloaded.
+        DataError: a dataset is not there, or is damaged; its remote cannot be opened; its index cannot be
+            downloaded, or is another than the cache's; its weight draws no sample; a shuffled epoch has fewer samples
+            than ``num_canonical_nodes``. While reading: a shard is lost, damaged or cannot be downloaded.
     """
 
     def __init__(
@@ -125,11 +168,9 @@ class RepairedDataset(StreamingDataset):
         streams = []
         for source in self.sources.values():
             check_index(source)
-            given = {**vars(source), "remote": None if source.complete else source.remote}
-            streams.append(Stream(**given, download_retry=download_retry, download_timeout=download_timeout))
+            streams.append(_stream(source, download_retry=download_retry, download_timeout=download_timeout))
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
-        alone = alone_on_node() if leads else contextlib.nullcontext()
-        with alone:
+        with alone_on_node() if leads else contextlib.nullcontext():
             for source, stream in zip(self.sources.values(), streams, strict=True):
                 if not source.complete and leads:
                     _fetch_index(source, stream)
@@ -141,7 +182,7 @@ class RepairedDataset(StreamingDataset):
             check_shards(source.folder, source.complete, verify if leads else quick)
             if verify == "hash" and not source.complete:
                 stream.validate_hash = hash_algorithm(source.folder)
-        with alone:
+        with _together_alone_on_node(leads):
             super().__init__(streams=streams, partition_algo="exact", **kwargs)
         for (name, source), stream, size in zip(self.sources.items(), streams, self.samples_per_stream, strict=True):
             if not stream.choose:  # streaming would look for a sample without end
@@ -150,6 +191,11 @@ class RepairedDataset(StreamingDataset):
                     f"train_loader.streams.{name}: {weight} draws none of its {size:,} samples per epoch; raise it, or "
                     "remove the dataset"
                 )
+        if self.shuffle and (self.num_canonical_nodes or 0) > self.epoch_size:  # streaming would refuse the first step
+            raise DataError(
+                f"train_loader.num_canonical_nodes: expected at most the {self.epoch_size:,} samples of an epoch with "
+                f"shuffle, got {self.num_canonical_nodes:,}"
+            )
         self.num_ranks = self._parallel_rank_world.num_ranks
         """Processes of the run, on all nodes."""
         self.shared_memory_prefix = self._shm_prefix_int
@@ -181,10 +227,9 @@ class RepairedDataset(StreamingDataset):
                     wait_for_file_to_exist(str(path), TICK, math.inf, "")
             lengths = np.memmap(path, "<u2", "r")
         except Exception as error:  # each object store has errors of its own
-            raise DataError(
-                f"{source.remote or source.local}/{source.split or ''}: {LENGTHS} cannot be read or fetched "
-                f"({first_line(error)}). Convert again, which writes it, or set train_loader.length_window to 0"
-            ) from error
+            reason = f"{source.origin}: {LENGTHS} cannot be read or fetched ({first_line(error)})"
+            hint = "Convert again, which writes it, or set train_loader.length_window to 0"
+            raise DataError(without_password(f"{reason}. {hint}")) from error
         if len(lengths) != samples:
             raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; copy or convert again")
         return lengths
@@ -255,7 +300,8 @@ class RepairedDataset(StreamingDataset):
         """Keep the first error, and end this process's threads: while they run, it cannot exit."""
         if shard_id is not None and not isinstance(error, DataError):
             path = self._paths[shard_id]
-            error = DataError(f"{path} cannot be read or fetched ({error}); copy or convert it again")
+            message = f"{path} cannot be read or fetched ({error}); copy or convert it again"
+            error = DataError(without_password(message))
         self.failure = self.failure or error
         if hasattr(self, "_event"):  # made by the first iteration
             self._event.set()

@@ -63,7 +63,7 @@ def _from_cache_or_hub(name: str) -> Any:
         log.warning("tokenizer %r is neither a folder nor cached: asking the Hugging Face Hub", name)
     try:
         huggingface_hub.model_info(name, timeout=10)  # offline it fails at once; from_pretrained retries for a minute
-    except (OSError, ValueError) as error:
+    except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
         raise DataError(
             f"tokenizer {name!r} is neither a folder nor cached, and the Hugging Face Hub does not provide it "
             f"({first_line(error)}). Give the path of a tokenizer folder (train_tokenizer.py makes one), or go online"

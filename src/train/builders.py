@@ -61,6 +61,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     check_device(config)
     check_components(config)
     meet(config.dist_timeout)
+    checkpoint.check_store("load_path", config.load_path, writes=False)
+    checkpoint.check_store("save_folder", config.save_folder, writes=True)
     if dist.get_local_rank() == 0:
         with alone_on_node():
             shared_memory.remove_stale_shared_memory()

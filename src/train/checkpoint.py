@@ -18,8 +18,17 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
+from composer.utils import (
+    ObjectStoreTransientError,
+    dist,
+    is_compressed_pt,
+    is_tar,
+    maybe_create_object_store_from_uri,
+    reproducibility,
+    retry,
+    validate_credentials,
+)
 from composer.utils import checkpoint as composers
-from composer.utils import dist, is_compressed_pt, is_tar, reproducibility
 from filelock import FileLock, Timeout
 from torch.torch_version import TorchVersion
 from transformers import PreTrainedTokenizerFast
@@ -109,6 +118,23 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def check_store(key: str, uri: str | None, writes: bool) -> None:
+    """Raise ConfigError if a URI is of no known object store, or its client or, to write, its credentials are missing.
+
+    Composer would raise the store's own error. Does nothing for a path, nor for dbfs://, whose store starts an MLflow
+    run.
+    """
+    if uri is None or "://" not in uri or uri.startswith("dbfs:"):
+        return
+    try:
+        store = maybe_create_object_store_from_uri(uri)
+        if writes and dist.get_global_rank() == 0:  # writes a small object, which Composer will write again
+            name = ".credentials_validated_successfully"
+            retry(ObjectStoreTransientError, 3)(lambda: validate_credentials(store, name))()  # pyright: ignore
+    except Exception as error:  # each object store has errors of its own
+        raise ConfigError(f"{key}: {uri} cannot be used ({first_line(error)})") from None
+
+
 @contextlib.contextmanager
 def checked_loading(where: str, check: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Make Composer load only what ``read`` and ``check`` accept, from places that only Composer can find.
@@ -124,7 +150,10 @@ def checked_loading(where: str, check: Callable[[dict[str, Any]], None]) -> Iter
     def checked(path: str, **options: Any) -> Any:
         if is_tar(path) or is_compressed_pt(path):
             raise CheckpointError(f"{where}: an archive, which is not unpacked; expected a checkpoint of main.py")
-        found = download(path=path, **options)
+        try:
+            found = download(path=path, **options)
+        except Exception as error:  # each object store has errors of its own
+            raise CheckpointError(f"{where}: cannot be read ({first_line(error)})") from None
         try:
             check(read(found[0]))
         except CheckpointError as error:  # names the temporary file

@@ -274,6 +274,16 @@ def test_epoch_resumes_where_it_stopped(option, num_workers, with_lengths, text_
     assert all(torch.equal(a[name], b[name]) for a, b in zip(got, want[4:], strict=True) for name in a)
 
 
+def test_more_canonical_nodes_than_samples_are_refused(token_shards, opened):
+    """Only if the samples are shuffled; streaming would raise an error at the first step."""
+    options = {"split": "val", "batch_size": 8}
+    with pytest.raises(DataError, match=f"num_canonical_nodes: expected at most the {VALIDATION} .*, got 1,000"):
+        opened(token_shards, **options, shuffle=True, num_canonical_nodes=1000)
+    for shuffle, nodes in ((True, VALIDATION), (False, 1000)):
+        dataset = opened(token_shards, **options, shuffle=shuffle, num_canonical_nodes=nodes)
+        assert {sample["sample_id"] for sample in dataset} == set(range(VALIDATION))
+
+
 def test_grouping_without_lengths_is_refused(with_lengths, text_shards, opened):
     with pytest.raises(DataError, match="holds text, whose lengths in tokens are not known"):
         opened(text_shards, **GROUPED)

@@ -1,6 +1,7 @@
 """Streaming from an object store: moto's S3 server, on this machine."""
 
 import gc
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moto.server import ThreadedMotoServer
 
 import main
 from src.common.errors import DataError
+from src.data.source import without_password
 from tests.runs import QUICKSTART
 
 
@@ -79,6 +81,30 @@ def test_unreachable_store_is_one_message_within_a_minute(fault, message, store,
         main.run([QUICKSTART, *options])
     assert message in str(end.value) and "\n" not in str(end.value)
     assert time.monotonic() - began < 60  # not the half hour of dist_timeout
+
+
+@pytest.mark.parametrize(
+    ("remote", "module", "package"),
+    [
+        ("azure://b/c4", "azure.storage.blob", "azure-storage-blob azure-identity"),
+        ("azure-dl://b/c4", "azure.storage.filedatalake", "azure-storage-file-datalake azure-identity"),
+        ("gs://b/c4", "google.cloud.storage", "google-cloud-storage"),
+        ("oci://b/c4", "oci", "oci"),
+        ("sftp://me:secret@host/c4", "paramiko", "paramiko"),
+    ],
+)
+def test_remote_without_its_package_is_refused(remote, module, package, opened, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = f"remote: {remote.replace(':secret', '')} cannot be opened .*; pip install {package}$"
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path, "val", remote=remote)
+
+
+def test_password_of_a_remote_is_not_printed(opened, tmp_path):
+    with pytest.raises(DataError) as refused:
+        opened(tmp_path, "val", remote="s4://me:s@cret@host/c4")
+    assert "Unsupported remote path: s4://me@host/c4" in str(refused.value) and "cret" not in str(refused.value)
+    assert without_password("a: s3://b/c@d:e (hf://x:y/z)") == "a: s3://b/c@d:e (hf://x:y/z)"
 
 
 def test_complete_cache_outlives_its_bucket_without_the_remote(bucket, server, opened, tmp_path):

@@ -1,5 +1,6 @@
 """Repairs of mosaicml-streaming; damaged shards are in test_damage.py."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from streaming.base.spanner import Spanner
 
 import convert_c4
+from src.data import streaming
 from src.data.shards import Locator, OpenShards
 from src.data.streaming import alone_on_node
 from tests.conftest import TRAIN, VALIDATION
@@ -90,6 +93,38 @@ def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokeniz
     finally:
         for rank in ranks:
             rank.kill()
+
+
+ONE_DATASET = """
+import sys
+import torch.distributed as dist
+from src.data.tokenizer import load_tokenizer
+from src.data_c4 import StreamingC4
+dist.init_process_group("gloo")
+tokenizer = load_tokenizer(sys.argv[1])
+dist.barrier()
+print("begins", flush=True)
+print(StreamingC4(tokenizer, 32, sys.argv[2], split="val").size)
+"""
+
+
+def test_processes_of_a_run_wait_for_another_runs_dataset(token_shards, tokenizer_folder, opened, monkeypatch):
+    """This process holds the lock and makes its dataset. The second of the others needs no lock, but must wait too."""
+    command = [sys.executable, "-c", ONE_DATASET, tokenizer_folder, token_shards]
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environments = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    with alone_on_node():
+        ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+        assert [rank.stdout.readline() for rank in ranks] == ["begins\n"] * 2
+        time.sleep(2)  # long enough to look for a free prefix
+        monkeypatch.setattr(streaming, "alone_on_node", contextlib.nullcontext)
+        dataset = opened(token_shards, "train")  # of the same split, the second would share the memory of this run
+    try:
+        assert [rank.communicate(timeout=60)[0] for rank in ranks] == [f"{VALIDATION}\n"] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert dataset.size == TRAIN
 
 
 def test_datasets_of_a_node_are_made_in_turn(token_shards, opened):

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +116,28 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch):
     with pytest.raises(ValueError, match="does not provide it .*name resolution"):
         load_tokenizer("no-such-tokenizer")
     assert len(asked) == 1 and asked[0] <= 10
+
+
+ONLINE = """
+import sys
+from src.common import hub
+from src.data.tokenizer import load_tokenizer
+for ask in (lambda: load_tokenizer("no-such-tokenizer"), lambda: hub.snapshot("x/y", "model", [["a"]], bool)):
+    try:
+        ask()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_the_clients_own_error_without_a_network_is_one_message(tmp_path):
+    """Without HF_HUB_OFFLINE, and behind a proxy that refuses: of httpx, which is no OSError, or of requests."""
+    refusing = {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    inherited = {name: value for name, value in os.environ.items() if name.lower() not in ("no_proxy", "https_proxy")}
+    done = subprocess.run([sys.executable, "-c", ONLINE], env={**inherited, **refusing}, capture_output=True, text=True)
+    tokenizer_message, snapshot_message = done.stdout.splitlines()
+    assert "the Hugging Face Hub does not provide it (" in tokenizer_message, done.stderr
+    assert "x/y: not cached, and not available from the Hugging Face Hub (" in snapshot_message
 
 
 def test_truncation_and_padding_of_the_file_are_ignored():

@@ -184,6 +184,30 @@ def test_checkpoint_of_an_object_store_is_checked(bucket, unsound, trained, over
         main.main([*options, "model.model_config.hidden_size=48", f"load_path={uri}/good.pt"])
 
 
+@pytest.mark.parametrize(
+    ("key", "uri", "reason"),
+    [
+        ("load_path", "s3://b/x.pt", "Unable to locate credentials"),
+        ("save_folder", "s3://b/run", "Unable to locate credentials"),
+        ("load_path", "gs://b/x.pt", "pip install"),
+        ("save_folder", "oci://b/run", "pip install"),
+        ("save_folder", "azure://b/run", "pip install"),
+        ("load_path", "s4://b/x.pt", "no implementation for the cloud backend s4"),
+        ("save_folder", "s4://b/run", "no implementation for the cloud backend s4"),
+    ],
+)
+def test_store_that_cannot_be_used_is_one_message(key, uri, reason, overrides, monkeypatch, tmp_path):
+    """No credentials, no client, or no such store."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(SystemExit) as end:
+        main.run([QUICKSTART, *overrides, *UNSAVED, f"{key}={uri}", f"autoresume={str(key == 'save_folder').lower()}"])
+    assert uri in str(end.value) and reason in str(end.value) and "\n" not in str(end.value)
+
+
 # What reaches the disk
 
 
