@@ -464,6 +464,27 @@ def test_faults_are_reported_before_anything_runs(override, fault, tree, write, 
     assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "fault"),
+    [
+        ("{name: warmup_stable_decay, t_warmup: 50ba, t_decay: 90ba}", None),
+        ("{name: warmup_stable_decay, t_warmup: 1ep, t_decay: 1ep}", None),
+        ("{name: warmup_stable_decay, t_warmup: 50ba, t_decay: 150ba}", "at most the run's length (192ba)"),
+        ("{name: warmup_stable_decay, t_warmup: 24ep, t_decay: 25ep}", "at most the run's length (192ba)"),
+        ("{name: linear_decay_with_warmup, t_warmup: 1ba, t_max: 150ba}", "must be greater than or equal"),
+        ("{name: linear_decay_with_warmup, t_warmup: 150ba, t_max: 192ba}", None),
+    ],
+)
+def test_a_schedule_is_checked_against_the_runs_own_steps(schedule, fault, config_of):
+    """48 epochs of 30 rows in batches of 8."""
+    specs = plan.plan_runs(config_of("tasks.mine.epochs=48", f"scheduler={schedule}"))
+    if fault is None:
+        return plan.check_runs(specs)
+    with pytest.raises(ConfigError) as error:
+        plan.check_runs(specs)
+    assert fault in str(error.value) and str(error.value).startswith("tasks.mine: scheduler")
+
+
 def test_out_of_memory_says_what_to_lower(spec_of, monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")

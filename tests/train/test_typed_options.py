@@ -131,7 +131,11 @@ def test_training_and_validating_check_components(check, overrides):
 @pytest.mark.parametrize(
     ("section", "options", "message"),
     [
-        ("warmup_stable_decay", {"t_warmup": "0.6dur", "t_decay": "0.6dur"}, "with a sum of at most that"),
+        (
+            "warmup_stable_decay",
+            {"t_warmup": "0.6dur", "t_decay": "0.6dur"},
+            "with a sum of at most the run's length .10ba.; got",
+        ),
         ("linear_decay_with_warmup", {"t_warmup": "10sp"}, "must use the same units"),
         ("linear_decay_with_warmup", {"t_warmup": "1ba", "t_max": "5ba"}, "must be greater than or equal"),
         ("cosine_with_warmup", {"t_warmup": "10sec"}, "Wall clock time"),
@@ -141,6 +145,16 @@ def test_training_and_validating_check_components(check, overrides):
 def test_a_schedule_that_fails_in_a_step_is_refused_when_it_is_built(section, options, message):
     with pytest.raises(ConfigError, match=message):
         optim.build_scheduler(Component(section, options), "10ba", 5)
+
+
+@pytest.mark.parametrize(
+    ("duration", "units"), [("10ba", "dur, ba or ep"), ("10ep", "dur, ba or ep"), ("10sp", "dur or sp")]
+)
+def test_a_schedule_that_does_not_fit_names_units_and_the_given_length(duration, units):
+    component = Component("warmup_stable_decay", {"t_warmup": "0.6dur", "t_decay": "0.6dur"})
+    with pytest.raises(ConfigError) as error:
+        optim.build_scheduler(component, duration, 5)
+    assert f"in {units}, with a sum of at most the run's length ({duration});" in str(error.value)
 
 
 @pytest.mark.parametrize("duration", ["10ba", "3ep", "1000sp", "1000tok"])
