@@ -47,7 +47,7 @@ from src.train.processes import meet
 from src.train.resume import ResumeCheck
 from src.train.schema import Named, build, check_component, nearest
 from src.train.stoppers import EarlyStopper, ThresholdStopper, check_stoppers
-from src.train.yaml12 import is_within
+from src.train.yaml12 import is_within, stored
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -275,7 +275,7 @@ def build_callbacks(
     end, built = RunEnd(config.run_name, config.max_duration), build_all("callbacks", CALLBACKS, config.callbacks)
     check_stoppers(built, config, model)
     for callback, component in zip(built, config.callbacks.values(), strict=True):
-        end.watch(callback, component.name, component.options)
+        end.watch(callback, component.name, stored(component.options, component.interpolations, component.path))
     built = [end, *built, Reseed(config.seed), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Callback, Timestamp
 
 import main
-from src.common.errors import ConfigError
-from src.train import builders, run
+from src.common.errors import ConfigError, Finished
+from src.train import builders, run, yaml12
 from src.train.config import from_environment, load, settings
+from src.train.ending import RunEnd
 from src.train.resume import ResumeCheck
 from src.train.schema import Component, build
 from tests.runs import QUICKSTART, losses_of
@@ -212,6 +214,50 @@ def test_settings_of_earlier_versions_are_compared_by_value(monkeypatch):
     with pytest.raises(ConfigError, match=r"pretrained: a value there") as error:
         check.compare({**held, "pretrained": "0ther"}, "x")
     assert "0ther" not in str(error.value)
+
+
+LR = "${oc.decode:${oc.env:MY_LR}}"
+
+
+@pytest.mark.parametrize("there", [LR, "0.003", "${oc.decode:${oc.env:NOT_SET,0.003}}", "${oc.decode:'0.003'}"])
+@pytest.mark.parametrize("here", [LR, "0.003", "${oc.decode:${oc.env:NOT_SET,0.003}}", "${optimizer.weight_decay}"])
+def test_one_value_written_in_two_ways_is_the_same_setting(there, here, monkeypatch):
+    monkeypatch.setenv("MY_LR", "0.003")
+    found, check = (
+        settings(load(QUICKSTART, ["optimizer.weight_decay=0.003", f"optimizer.lr={text}"])) for text in (there, here)
+    )
+    assert ResumeCheck(check, []).compare(found, "x") == []
+    with pytest.raises(ConfigError, match="optimizer.lr"):
+        ResumeCheck(check, []).compare(settings(load(QUICKSTART, ["optimizer.lr=0.004"])), "x")
+
+
+def test_a_stored_text_is_compared_by_its_digest_alone_if_it_is_an_interpolation():
+    assert yaml12.is_same("x (8d68)", "x (8d68)") and not yaml12.is_same("x (8d68)", "y (8d68)")
+    hidden = yaml12.stored({"a": {"b": 1}}, {"a": "${x}"})
+    assert yaml12.is_same({"a": {"b": 1}}, hidden) and yaml12.is_same(
+        hidden, yaml12.stored({"a": {"b": 1}}, {"a": "${y}"})
+    )
+    assert not yaml12.is_same({"a": {"b": 2}}, hidden) and not yaml12.is_same({"a": {}}, hidden)
+
+
+def test_a_stoppers_options_are_stored_as_settings_are(overrides, monkeypatch, tmp_path, capsys):
+    """And a finished run is known by the value, however it is written; checkpoints of earlier versions have it."""
+    monkeypatch.setenv("MY_NUMBER", "98.76543")
+    stopper = "callbacks.threshold_stopper={monitor: LanguageCrossEntropy, dataloader_label: eval, threshold: %s}"
+    options = [*overrides, "eval_interval=1ba", "max_duration=9ba", "autoresume=true"]
+    text = "${oc.decode:${oc.env:MY_NUMBER}}"
+    main.main([QUICKSTART, *options, stopper % f"'{text}'"])
+    stopped = torch.load(tmp_path / "checkpoints/latest-rank0.pt", weights_only=False)["state"]["callbacks"]["RunEnd"]
+    assert stopped["stopped"]["options"]["threshold"].startswith(f"{text} (")
+    assert stopped["stopped"]["options"]["monitor"] == "LanguageCrossEntropy"
+    for again in (f"'{text}'", "98.76543"):
+        capsys.readouterr()
+        main.main([QUICKSTART, *options, stopper % again])
+        assert "is finished: stopped by threshold_stopper after step 1" in capsys.readouterr().out
+    end = RunEnd("x", "9ba")
+    end.watch(Callback(), "stop", yaml12.stored({"threshold": 98.76543}, {"threshold": text}))
+    with pytest.raises(Finished):
+        end.check(Timestamp(), {"name": "stop", "options": {"threshold": 98.76543}})
 
 
 def test_settings_without_the_environment_are_the_values():

@@ -134,7 +134,7 @@ def test_training_and_validating_check_components(check, overrides):
         (
             "warmup_stable_decay",
             {"t_warmup": "0.6dur", "t_decay": "0.6dur"},
-            "with a sum of at most the run's length .10ba.; got",
+            "the run's length .10ba.; got 0.6dur",
         ),
         ("linear_decay_with_warmup", {"t_warmup": "10sp"}, "must use the same units"),
         ("linear_decay_with_warmup", {"t_warmup": "1ba", "t_max": "5ba"}, "must be greater than or equal"),
