@@ -157,6 +157,47 @@ def test_messages_about_options_show_the_interpolation(override, monkeypatch):
     assert "s3kr1t" not in str(error.value) and ENV in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        (f"callbacks.early_stopper={{monitor: '{ENV}', dataloader_label: eval}}", f"monitor: no metric '{ENV}'"),
+        (
+            f"callbacks.threshold_stopper={{monitor: x, threshold: 1, dataloader_label: '{ENV}'}}",
+            f"no data set '{ENV}'",
+        ),
+        (f"parallelism_config={{fsdp: '{ENV}'}}", f"expected {{fsdp: {{...}}}}, got {{'fsdp': '{ENV}'}}"),
+        (f"parallelism_config={ENV}", "parallelism_config: expected"),
+        (f"parallelism_config={{fsdp: {{reshard_after_forward: '{ENV}'}}}}", f"expected true or false, got '{ENV}'"),
+        (f"compile_config={{mode: '{ENV}'}}", f"compile_config: torch.compile refuses it; got {{'mode': '{ENV}'}}"),
+        (f"compile_config={{dynamic: '{ENV}'}}", f"compile_config.dynamic: expected bool or null, got '{ENV}'"),
+    ],
+)
+def test_messages_about_what_is_built_show_the_interpolation(override, shown, overrides, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    with pytest.raises(ConfigError) as error:
+        builders.build_trainer(load(QUICKSTART, [*overrides, override]))
+    assert shown in str(error.value) and "s3kr1t" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "is_read"),
+    [
+        ("seed=", True),
+        ("optimizer.lr=", True),
+        ("max_duration=", False),
+        ("data_verify=", False),
+        ("callbacks.step_monitor.window_size=", True),
+        ("scheduler.t_warmup=", False),
+        ("run_name=x seed=a", False),
+    ],
+)
+def test_a_text_from_the_environment_where_another_type_is_expected(override, is_read, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "17x")
+    with pytest.raises(ConfigError) as error:
+        builders.check_components(load(QUICKSTART, (override + ENV).split()))
+    assert (f"got '{ENV}' (use ${{oc.decode:{ENV}}} for values that are no text)" in str(error.value)) == is_read
+
+
 def test_a_constructors_message_with_the_value_is_not_shown(monkeypatch):
     def wandb(api_key: str, project: str = "x"):
         raise ValueError(f"bad key {api_key}")
