@@ -68,13 +68,15 @@ def _with_local_files(config: FinetuneConfig) -> FinetuneConfig:
     if path is not None:
         path = str(Path(path).resolve() if Path(path).exists() else _hub_model(path))
     of_glue = [name for name, task in selected(config).items() if task.data is None]
-    tasks = dict(config.tasks)
+    tasks, texts = dict(config.tasks), dict(config.interpolations)
     if of_glue:
         folder = Path(config.glue_folder).resolve() if config.glue_folder else glue.download(of_glue)
         for name in of_glue:
             data = LabelledData(**glue.TASKS[name], **glue.task_files(name, folder))
             tasks[name] = dataclasses.replace(tasks[name], data=data)
-    return dataclasses.replace(config, pretrained=path, tasks=tasks)
+            if "glue_folder" in texts:
+                texts[f"tasks.{name}.data"] = None  # the paths start with the folder's
+    return dataclasses.replace(config, pretrained=path, tasks=tasks, interpolations=texts)
 
 
 def _hub_model(name: str) -> Path:
