@@ -9,6 +9,7 @@ Finished runs are skipped. At the end, a table of all runs is printed and writte
 
 import json
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -20,11 +21,11 @@ from src.common.errors import ConfigError, TrainingError
 from src.common.files import locked, write_text
 from src.common.signals import die_with_parent
 from src.finetune import gpus, table
-from src.finetune.config import FinetuneConfig, RunSpec, load
+from src.finetune.config import FinetuneConfig, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
-from src.train.schema import read, to_dict
-from src.train.yaml12 import dump
+from src.train.schema import to_dict
+from src.train.yaml12 import dump, stored
 
 
 def report(line: str) -> None:
@@ -43,9 +44,10 @@ def finetune(config: FinetuneConfig) -> int:
     by_encoder = {f"{spec.folder}/{MODEL_FOLDER}": spec.name for spec in specs}
     jobs = []
     for spec in unfinished:
-        write_text(Path(spec.folder) / SPEC_FILE, dump(to_dict(spec)))
+        folder, first = Path(spec.folder), by_encoder.get(spec.encoder or "")
+        write_text(folder / SPEC_FILE, dump(spec.described()))
         command = [sys.executable, __file__, "--run", spec.folder]
-        jobs.append(gpus.Job(spec.name, command, Path(spec.folder) / "log.txt", by_encoder.get(spec.encoder or "")))
+        jobs.append(gpus.Job(spec.name, command, folder / "log.txt", first, pickle.dumps(spec)))
     failed = gpus.run_jobs(jobs, gpus.visible_devices(torch.cuda.device_count()), report)
     finished = [json.loads((Path(spec.folder) / RESULT_FILE).read_text()) for spec in specs if is_finished(spec)]
     write_table(config, finished, failed)
@@ -55,17 +57,18 @@ def finetune(config: FinetuneConfig) -> int:
 def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: dict[str, str]) -> None:
     """Print the table, and write it as text, JSON and Markdown."""
     aggregated, folder = table.aggregate(finished), Path(config.folder)
+    shown = stored(to_dict(config), config.interpolations)
     lines = table.table_lines(aggregated)
     ran_on = sorted({f"{run['environment']['device']}, commit {run['environment']['commit']}" for run in finished})
     number = f"{len(finished)} of {len(finished) + len(failed)} runs"
-    notes = [f"{config.run_name}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
+    notes = [f"{shown['run_name']}: {number}; {'; '.join(ran_on) or 'none'}; intervals are over seeds"]
     notes += table.truncation_notes(finished)
     notes += [f"FAILED {name}: {reason}" for name, reason in failed.items()]
     text = table.as_text(lines) + "\n" + "\n".join(notes) + "\n"
     write_text(folder / "table.txt", text)
     write_text(folder / "table.md", table.as_markdown(lines) + "\n" + "\n\n".join(notes) + "\n")
-    model = {"pretrained": config.pretrained, **to_dict(config)["model"]}
-    contents = {"run_name": config.run_name, "model": model, **aggregated, "failed": failed}
+    model = {"pretrained": shown["pretrained"], **shown["model"]}
+    contents = {"run_name": shown["run_name"], "model": model, **aggregated, "failed": failed}
     write_text(folder / "table.json", json.dumps(contents, indent=1))
     average = "none" if aggregated["average"] is None else f"{aggregated['average']:.4f}"
     print(f"{text}finetune runs={len(finished)} failed={len(failed)} average={average} table={folder / 'table.md'}")
@@ -77,7 +80,7 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv else 2)
     if argv[0] == "--run":  # a process that finetune() started
         die_with_parent()
-        train_and_evaluate(read(RunSpec, f"{argv[1]}/{SPEC_FILE}", [], lambda spec, faults: None))
+        train_and_evaluate(pickle.load(sys.stdin.buffer))  # not run.yaml, which hides values from the environment
         return
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("start it with python, without a launcher: it starts a process for each run itself")

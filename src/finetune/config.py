@@ -7,12 +7,13 @@ One error reports all faults. This is the only place with defaults.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from src.finetune import glue
 from src.train.config import INTERVAL
-from src.train.schema import Component, nearest, read
+from src.train.schema import NO_KEY, Component, nearest, read, to_dict
+from src.train.yaml12 import unresolved
 
 KNOWN_METRICS = {
     "classification": ["accuracy", "f1", "macro_f1", "matthews"],
@@ -117,6 +118,9 @@ class FinetuneConfig:
     save_models: bool = True
     """Save each run's model as a Hugging Face folder. A model that another task starts from is always saved."""
 
+    interpolations: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, metadata=NO_KEY)
+    """Values that depend on the environment, as the YAML has them, by path. They are written in place of the values."""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -151,6 +155,13 @@ class RunSpec:
     def folder(self) -> str:
         """``FOLDER/rte-seed19-0123abcd``."""
         return f"{self.config.folder}/{self.name}-{self.key[:8]}"
+
+    def described(self) -> dict[str, Any]:
+        """As plain values, with interpolations in place of those that depend on the environment."""
+        texts = {f"config.{path}": text for path, text in self.config.interpolations.items()}
+        if "config.folder" in texts and self.encoder is not None:
+            texts["encoder"] = self.encoder.replace(self.config.folder, "${config.folder}", 1)
+        return unresolved(to_dict(self), texts)
 
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT, Popen
+from tempfile import TemporaryFile
 
 from src.common.signals import how_it_ended
 
@@ -25,6 +26,8 @@ class Job:
     """File for what it prints."""
     needs: str | None = None
     """Name of a job that must succeed first; a name that is not among the jobs has succeeded before."""
+    stdin: bytes = b""
+    """What it reads as its standard input."""
 
 
 def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callable[[str], None]) -> dict[str, str]:
@@ -81,8 +84,10 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str | None], report: Callabl
 def _start(job: Job, device: str | None) -> "Popen[bytes]":
     environment = None if device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("wb") as log:
-        return Popen(job.command, stdout=log, stderr=STDOUT, env=environment)
+    with job.log.open("wb") as log, TemporaryFile() as stdin:  # a pipe could be full before the job reads
+        stdin.write(job.stdin)
+        stdin.seek(0)
+        return Popen(job.command, stdin=stdin, stdout=log, stderr=STDOUT, env=environment)
 
 
 def _last_line(log: Path) -> str:

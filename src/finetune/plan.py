@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,15 @@ def _with_local_files(config: FinetuneConfig) -> FinetuneConfig:
     if path is not None:
         path = str(Path(path).resolve() if Path(path).exists() else _hub_model(path))
     of_glue = [name for name, task in selected(config).items() if task.data is None]
-    tasks = dict(config.tasks)
+    tasks, texts = dict(config.tasks), dict(config.interpolations)
     if of_glue:
         folder = Path(config.glue_folder).resolve() if config.glue_folder else glue.download(of_glue)
         for name in of_glue:
             data = LabelledData(**glue.TASKS[name], **glue.task_files(name, folder))
             tasks[name] = dataclasses.replace(tasks[name], data=data)
-    return dataclasses.replace(config, pretrained=path, tasks=tasks)
+            if "glue_folder" in texts:
+                texts[f"tasks.{name}.data"] = None  # the paths start with the folder's
+    return dataclasses.replace(config, pretrained=path, tasks=tasks, interpolations=texts)
 
 
 def _hub_model(name: str) -> Path:
@@ -116,13 +119,17 @@ def check_runs(specs: list[RunSpec]) -> None:
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
     source, tokenizer = model.read_pretrained(config)
-    optim.build_scheduler(config.scheduler, "100ba", 100)
+    build("scheduler", optim.SCHEDULERS, config.scheduler)
     build("optimizer", optim.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
     classes = {}
     for spec in {spec.task: spec for spec in specs}.values():
+        task = spec.config.tasks[spec.task]
         try:
-            classes[spec.data.kind] = classes_of(spec.data, read_sets(spec.data))
-        except DataError as error:
-            raise DataError(f"tasks.{spec.task}: {error}") from None
+            sets = read_sets(spec.data)
+            classes[spec.data.kind] = classes_of(spec.data, sets)
+            steps = math.ceil(len(sets["train"]) / task.batch_size)
+            optim.build_scheduler(config.scheduler, f"{task.epochs * steps}ba", steps)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"tasks.{spec.task}: {error}") from None
     for kind, names in classes.items():
         model.build_model(config.model, tokenizer, source, kind, names, config.max_seq_len)

@@ -32,7 +32,7 @@ from src.train.monitors import ConsoleLine, MetricsFile
 from src.train.schema import Component, build
 
 SPEC_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FOLDER = "run.yaml", "result.json", "model", "predictions"
-"""In a run's folder: what its process reads, and what it writes."""
+"""In a run's folder: what it is, and what its process writes."""
 
 
 def data_spec(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int | None) -> DataSpec:

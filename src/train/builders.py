@@ -7,6 +7,7 @@ list what exists. Composer's classes have their own names, in snake_case.
 import contextlib
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import CheckpointError, ConfigError
+from src.common.errors import CheckpointError, ConfigError, first_line
 from src.data import shared_memory
 from src.data.microbatches import fullest_batch
 from src.data.shards import dataset_fingerprints
@@ -45,9 +46,9 @@ from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShar
 from src.train.optim import OPTIMIZERS, SCHEDULERS, build_scheduler
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
-from src.train.schema import Named, build, check_component, nearest
+from src.train.schema import ILL_TYPED, Named, build, check_component, check_options, nearest
 from src.train.stoppers import EarlyStopper, ThresholdStopper, check_stoppers
-from src.train.yaml12 import is_within
+from src.train.yaml12 import interpolation, is_within, stored, unresolved
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -173,11 +174,20 @@ def ema(
     return built
 
 
+def swa(
+    swa_start: str = "0.7dur", swa_end: str = "0.97dur", update_interval: str = "1ba", schedule_swa_lr: bool = False
+) -> Algorithm:
+    """Composer's SWA, without its own learning rate: its state_dict fails with the SWALR of this version of torch."""
+    if schedule_swa_lr:
+        raise ValueError("schedule_swa_lr: Composer's cannot be saved with this version of torch; remove it")
+    return algorithms.SWA(swa_start, swa_end, update_interval)
+
+
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "ema": ema,
     "gradient_clipping": algorithms.GradientClipping,
     "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
-    "swa": algorithms.SWA,
+    "swa": swa,
 }
 
 REFUSED = {
@@ -239,6 +249,7 @@ def check_components(config: RunConfig) -> None:
     shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
     if isinstance(shape, dict) and kind is not None:
         checks.append(partial(models.check_shape, kind, shape, config.interpolations))
+    checks.append(partial(check_compile, config))
     faults = [f"algorithms.{name}: {reason}" for name, reason in refused.items() if reason]
     for check in checks:
         try:
@@ -252,6 +263,20 @@ def check_components(config: RunConfig) -> None:
                 faults.append(f"resume.allow: unknown setting {name!r}; {nearest(name, known)}")
     if faults:
         raise ConfigError("\n  ".join(faults))
+
+
+def check_compile(config: RunConfig) -> None:
+    """Refuse arguments that torch.compile refuses; compiles nothing."""
+    path, texts, given = "compile_config", config.interpolations, config.compile_config
+    if given is None:
+        return
+    check_options(path, torch.compile, given, ["model"], interpolations=texts)
+    try:
+        torch.compile(torch.nn.Identity(), **given)
+    except (RuntimeError, ValueError, *ILL_TYPED) as error:
+        shown = unresolved(given, texts, path)
+        reason = textwrap.shorten(first_line(error), 200) if shown == given else "torch.compile refuses it"
+        raise ConfigError(f"{path}: {reason}; got {shown!r}") from None
 
 
 def option_paths() -> list[str]:
@@ -277,7 +302,7 @@ def build_callbacks(
     end, built = RunEnd(config.run_name, config.max_duration), build_all("callbacks", CALLBACKS, config.callbacks)
     check_stoppers(built, config, model)
     for callback, component in zip(built, config.callbacks.values(), strict=True):
-        end.watch(callback, component.name, component.options)
+        end.watch(callback, component.name, stored(component.options, component.interpolations, component.path))
     built = [end, *built, Reseed(config.seed), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
@@ -350,13 +375,15 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
         return None
     given = config.parallelism_config.get("fsdp")
     if list(config.parallelism_config) != ["fsdp"] or not isinstance(given, dict):
-        raise ConfigError(f"parallelism_config: expected {{fsdp: {{...}}}}, got {config.parallelism_config!r}")
+        shown = unresolved(config.parallelism_config, config.interpolations, "parallelism_config")
+        raise ConfigError(f"parallelism_config: expected {{fsdp: {{...}}}}, got {shown!r}")
     takes, path = ["reshard_after_forward"], "parallelism_config.fsdp"
     unknown = [str(name) for name in given if name not in takes]
     faults = [f"{path}.{name}: {FSDP_OPTIONS.get(name, f'unknown key; {nearest(name, takes)}')}" for name in unknown]
     reshard = given.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
-        faults.append(f"{path}.reshard_after_forward: expected true or false, got {reshard!r}")
+        shown = interpolation(f"{path}.reshard_after_forward", config.interpolations) or reshard
+        faults.append(f"{path}.reshard_after_forward: expected true or false, got {shown!r}")
     used = {f"{section}.{name}" for section in ("algorithms", "callbacks") for name in getattr(config, section)}
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":

@@ -11,7 +11,6 @@ Composer's Trainer keep Composer's names and units: ``ba`` batches, ``sp`` sampl
 
 import dataclasses
 import fnmatch
-import hashlib
 import math
 import os
 import re
@@ -35,7 +34,7 @@ from src.train.schema import (
     read,
     to_dict,
 )
-from src.train.yaml12 import interpolation, is_within
+from src.train.yaml12 import interpolation, is_within, stored
 
 
 @dataclass(frozen=True)
@@ -251,11 +250,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
     A value from the environment is replaced by its interpolation and a digest: checkpoints hold these settings.
     """
-    values = flat(to_dict(config))
-    for path, value in from_environment(config).items():
-        # 16 bits: another value is noticed, and nobody can find the value from them.
-        digest = hashlib.blake2b(repr(value).encode(), digest_size=2).hexdigest()
-        values[path] = f"{interpolation(path, config.interpolations)} ({digest})"
+    values = flat(stored(to_dict(config), config.interpolations))
     return {path: value for path, value in values.items() if not resume_safe(path)}
 
 

@@ -13,6 +13,7 @@ from composer.utils import create_interval_scheduler
 from src.common.errors import Finished
 from src.train.callbacks import StopOnSignal, interrupted, is_over, savers_of
 from src.train.processes import EXIT_TIME_LIMIT
+from src.train.yaml12 import is_same
 
 TIME_LIMIT = "time_limit"
 
@@ -130,7 +131,7 @@ class RunEnd(Callback):
         if timestamp >= Time.from_timestring(self.max_duration):
             raise Finished(f"{self.run_name} is finished: {step} steps, max_duration={self.max_duration}")
         name = stopped and stopped["name"]
-        if stopped and name in self.options and self.options[name] == stopped["options"]:
+        if stopped and name in self.options and is_same(self.options[name], stopped["options"]):
             raise Finished(
                 f"{self.run_name} is finished: stopped by {name} after step {step}. To go on, remove or change "
                 f"callbacks.{name}"

@@ -77,9 +77,11 @@ class WarmupStableDecayScheduler(ComposerScheduler):
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         warmup, decay, end = (_resolved(time, state, ssr) for time in (self.t_warmup, self.t_decay, "1dur"))
         if not warmup.unit == decay.unit == end.unit or warmup.value + decay.value > end.value:
+            units = "dur, ba or ep" if end.unit == TimeUnit.BATCH else f"dur or {end.unit.value}"
+            assert state.max_duration is not None
             raise ConfigError(
-                f"scheduler: expected t_warmup and t_decay in dur or the unit of max_duration ({end.to_timestring()}), "
-                f"with a sum of at most that; got {self.t_warmup} and {self.t_decay}"
+                f"scheduler: expected t_warmup and t_decay in {units}, with a sum of at most the run's length "
+                f"({state.max_duration.to_timestring()}); got {self.t_warmup} and {self.t_decay}"
             )
         now = state.timestamp.get(end.unit).value
         if now < warmup.value:

@@ -9,7 +9,7 @@ from composer.loggers import Logger
 
 from src.common.errors import ConfigError
 from src.train.config import resume_safe
-from src.train.schema import is_within
+from src.train.yaml12 import is_same, is_within
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ResumeCheck(Callback):
         for name in sorted({*there, *self.settings}):
             old, new = there.get(name, ABSENT), self.settings.get(name, ABSENT)
             # resume_safe: earlier versions compared settings that no longer count.
-            if resume_safe(name) or old in (new, self.earlier.get(name, new)):
+            if resume_safe(name) or is_same(old, new) or old == self.earlier.get(name, new):
                 continue
             if name not in RESTORED_BY_STREAMING and any(is_within(name, section) for section in self.allow):
                 accepted.append(name)

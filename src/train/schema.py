@@ -46,6 +46,10 @@ class UnknownKey(str):
     """A fault: the key does not exist."""
 
 
+class IllTyped(str):
+    """A fault: the value is a text, and the type is another."""
+
+
 class Faults(list[str]):
     """What is wrong with a config, one line each.
 
@@ -116,7 +120,9 @@ def _without_value(fault: str, interpolations: Mapping[str, Any]) -> str:
     text = interpolation(path, interpolations)
     expected = message.split(", got ")[0] if ", got " in message else " expected another value"
     if text is not None and not isinstance(fault, UnknownKey):
-        return f"{path}:{expected}, got {text!r}"
+        is_read = isinstance(fault, IllTyped) and str(text).startswith("${oc.env:")
+        advice = f" (use ${{oc.decode:{text}}} for values that are no text)" if is_read else ""
+        return f"{path}:{expected}, got {text!r}{advice}"
     if any(is_within(name, path) for name in interpolations):
         return f"{path}:{expected}, got a section that depends on the environment" if ", got " in message else fault
     return fault
@@ -220,7 +226,9 @@ def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
                 return result
     elif type(value) is (list if hint is tuple else hint):  # not isinstance: True is an int, too
         return value
-    faults.append(f"{path}: expected {_described(hint)}, got {value!r}{_advice(value)}")
+    takes_text = origin is Literal or (inspect.isclass(hint) and issubclass(hint, enum.Enum))
+    kind = IllTyped if isinstance(value, str) and not takes_text else str
+    faults.append(kind(f"{path}: expected {_described(hint)}, got {value!r}{_advice(value)}"))
     return None
 
 
@@ -307,8 +315,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     name: (what, fits)
     for names, what, fits in (
         (
-            "lr swa_lr alpha eps layer_norm_eps clipping_threshold gpu_flops_available window_size batch_log_interval "
-            "max_entries flush_interval buffer_size anneal_steps dist_aggregate_batch_interval vocab_size hidden_size "
+            "lr alpha eps layer_norm_eps clipping_threshold gpu_flops_available window_size batch_log_interval "
+            "max_entries flush_interval buffer_size dist_aggregate_batch_interval vocab_size hidden_size "
             "num_hidden_layers num_attention_heads intermediate_size max_position_embeddings type_vocab_size",
             "a positive number",
             lambda x: x > 0,
@@ -435,5 +443,9 @@ def _option(hint: Any, name: str, value: Any, path: str, faults: Faults) -> None
         good = value is None or fits(value)
     except TypeError:  # of an option without a type
         good = False
+    kinds = _described(hint)
+    if attempt and "int" in kinds.split() and "float" not in kinds:  # a float may be in the range
+        what = f"{kinds}, {what}"
     if attempt or not good:
-        faults.append(f"{path}: expected {what}, got {value!r}")
+        kind = type(attempt[0]) if attempt else str
+        faults.append(kind(f"{path}: expected {what}, got {value!r}"))

@@ -10,6 +10,7 @@ from src.common.errors import ConfigError
 from src.mosaic_bert import MaskedLMModel
 from src.train.config import RunConfig
 from src.train.schema import nearest
+from src.train.yaml12 import interpolation
 
 Comparison = Literal["less", "lt", "greater", "gt"]
 
@@ -83,10 +84,12 @@ def check_stoppers(built: list[Callback], config: RunConfig, model: MaskedLMMode
         path, label = f"callbacks.{name}", stopper.dataloader_label
         labels, metrics = ["train", "eval", *config.eval_loaders], list(model.get_metrics(is_train=label == "train"))
         if label not in labels:
-            faults.append(f"{path}.dataloader_label: no data set {label!r}; {nearest(label, labels)}")
+            shown = interpolation(f"{path}.dataloader_label", config.interpolations) or label
+            faults.append(f"{path}.dataloader_label: no data set {shown!r}; {nearest(str(shown), labels)}")
         elif label != "train" and config.eval_interval == 0:
             faults.append(f"{path}: has no effect on {label!r} with eval_interval: 0, which never evaluates")
         if stopper.monitor not in metrics:
-            faults.append(f"{path}.monitor: no metric {stopper.monitor!r}; {nearest(stopper.monitor, metrics)}")
+            shown = interpolation(f"{path}.monitor", config.interpolations) or stopper.monitor
+            faults.append(f"{path}.monitor: no metric {shown!r}; {nearest(str(shown), metrics)}")
     if faults:
         raise ConfigError("\n  ".join(["these callbacks could never end the run", *faults]))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,9 +77,10 @@ def here(monkeypatch):
     done = []
 
     class InThisProcess:
-        def __init__(self, command, stdout, **options):
+        def __init__(self, command, stdin, stdout, **options):
             assert command[:3] == [sys.executable, finetune.__file__, "--run"]
             self.returncode = 0
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=stdin))
             try:
                 finetune.main(command[2:])
                 done.append(Path(command[3]).name.rpartition("-")[0])
@@ -337,6 +339,42 @@ def test_finished_runs_are_skipped(tree, go, here, capsys):
     assert here[3:] == ["mine-seed2"]
 
 
+def test_values_from_the_environment_are_used_and_not_written(tree, go, here, keys, monkeypatch, tmp_path, capsys):
+    """Also by a task that starts from another. Run keys are those of the values."""
+    tree["tasks"]["late"] = {**tree["tasks"]["mine"], "starts_from": "mine"}
+    want = keys()
+    hidden = {
+        "folder": "s3kr1t-0ut",
+        "tokenizer_name": tree["tokenizer_name"],
+        "run_name": "s3kr1t-n4me",
+        "scheduler.name": "constant_with_warmup",
+        "model.name": "mosaic_bert",
+        "tasks.mine.data.train": shutil.copy(tmp_path / "train.jsonl", tmp_path / "s3kr1t.jsonl"),
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, value in hidden.items():
+        monkeypatch.setenv(name.replace(".", "_"), str(value))
+    options = [f"{name}=${{oc.env:{name.replace('.', '_')}}}" for name in hidden]
+    assert keys(*options) == want
+    results = go(*options)
+    assert here == ["mine-seed1", "late-seed1"] and [result["key"] for result in results.values()] == want
+    written = [*Path("s3kr1t-0ut").glob("*/run.yaml"), *Path("s3kr1t-0ut").glob("table.*")]
+    assert len(written) == 2 + 3
+    for path in written:
+        assert "s3kr1t" not in path.read_text(), path
+    assert '"name": "${oc.env:model_name} (' in Path("s3kr1t-0ut/table.json").read_text()
+    (late,) = Path("s3kr1t-0ut").glob("late-*/run.yaml")
+    assert "encoder: ${config.folder}/mine-seed1-" in late.read_text()
+
+
+def test_paths_of_glue_are_not_written_if_their_folder_is_from_the_environment(tree, config_of, tmp_path, monkeypatch):
+    write_task(tmp_path / "s3kr1t", "rte")
+    monkeypatch.setenv("MY_GLUE", f"{tmp_path}/s3kr1t")
+    tree["tasks"] = {"rte": {"lr": 1e-3, "batch_size": 8, "epochs": 1, "seeds": [1]}}
+    (spec,) = plan.plan_runs(config_of("glue_folder=${oc.env:MY_GLUE}"))
+    assert "s3kr1t" in spec.data.train and "s3kr1t" not in str(spec.described())
+
+
 def test_a_failed_run_is_reported_and_runs_that_start_from_it_are_skipped(tree, write, here, capsys):
     task = tree["tasks"].pop("mine")
     tree["tasks"] = {
@@ -462,6 +500,27 @@ def test_faults_are_reported_before_anything_runs(override, fault, tree, write, 
     with pytest.raises(ValueError) as error:
         finetune.main([write(tree), override])
     assert fault in str(error.value) and not here and not list(Path(tree["folder"]).glob("mine-*"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fault"),
+    [
+        ("{name: warmup_stable_decay, t_warmup: 50ba, t_decay: 90ba}", None),
+        ("{name: warmup_stable_decay, t_warmup: 1ep, t_decay: 1ep}", None),
+        ("{name: warmup_stable_decay, t_warmup: 50ba, t_decay: 150ba}", "at most the run's length (192ba)"),
+        ("{name: warmup_stable_decay, t_warmup: 24ep, t_decay: 25ep}", "at most the run's length (192ba)"),
+        ("{name: linear_decay_with_warmup, t_warmup: 1ba, t_max: 150ba}", "must be greater than or equal"),
+        ("{name: linear_decay_with_warmup, t_warmup: 150ba, t_max: 192ba}", None),
+    ],
+)
+def test_a_schedule_is_checked_against_the_runs_own_steps(schedule, fault, config_of):
+    """48 epochs of 30 rows in batches of 8."""
+    specs = plan.plan_runs(config_of("tasks.mine.epochs=48", f"scheduler={schedule}"))
+    if fault is None:
+        return plan.check_runs(specs)
+    with pytest.raises(ConfigError) as error:
+        plan.check_runs(specs)
+    assert fault in str(error.value) and str(error.value).startswith("tasks.mine: scheduler")
 
 
 def test_out_of_memory_says_what_to_lower(spec_of, monkeypatch):

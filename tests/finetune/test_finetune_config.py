@@ -130,9 +130,9 @@ def test_names_of_tasks_that_are_refused(name, fault, write):
         load(write(tree), ["pretrained=x"])
 
 
-def test_a_runs_spec_survives_a_round_trip(write):
+def test_a_runs_description_is_its_spec(write):
     spec = RunSpec("mine", 17, "0123456789", None, True, own())
-    assert read(RunSpec, write(dump(to_dict(spec))), [], lambda spec, faults: None) == spec
+    assert read(RunSpec, write(dump(spec.described())), [], lambda spec, faults: None) == spec
     assert (spec.name, spec.folder) == ("mine-seed17", "runs/finetune-own/mine-seed17-01234567")
 
 

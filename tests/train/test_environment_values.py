@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Callback, Timestamp
 
 import main
-from src.common.errors import ConfigError
-from src.train import builders, run
+from src.common.errors import ConfigError, Finished
+from src.train import builders, run, yaml12
 from src.train.config import from_environment, load, settings
+from src.train.ending import RunEnd
 from src.train.resume import ResumeCheck
 from src.train.schema import Component, build
 from tests.runs import QUICKSTART, losses_of
@@ -155,6 +157,47 @@ def test_messages_about_options_show_the_interpolation(override, monkeypatch):
     assert "s3kr1t" not in str(error.value) and ENV in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        (f"callbacks.early_stopper={{monitor: '{ENV}', dataloader_label: eval}}", f"monitor: no metric '{ENV}'"),
+        (
+            f"callbacks.threshold_stopper={{monitor: x, threshold: 1, dataloader_label: '{ENV}'}}",
+            f"no data set '{ENV}'",
+        ),
+        (f"parallelism_config={{fsdp: '{ENV}'}}", f"expected {{fsdp: {{...}}}}, got {{'fsdp': '{ENV}'}}"),
+        (f"parallelism_config={ENV}", "parallelism_config: expected"),
+        (f"parallelism_config={{fsdp: {{reshard_after_forward: '{ENV}'}}}}", f"expected true or false, got '{ENV}'"),
+        (f"compile_config={{mode: '{ENV}'}}", f"compile_config: torch.compile refuses it; got {{'mode': '{ENV}'}}"),
+        (f"compile_config={{dynamic: '{ENV}'}}", f"compile_config.dynamic: expected bool or null, got '{ENV}'"),
+    ],
+)
+def test_messages_about_what_is_built_show_the_interpolation(override, shown, overrides, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    with pytest.raises(ConfigError) as error:
+        builders.build_trainer(load(QUICKSTART, [*overrides, override]))
+    assert shown in str(error.value) and "s3kr1t" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "is_read"),
+    [
+        ("seed=", True),
+        ("optimizer.lr=", True),
+        ("max_duration=", False),
+        ("data_verify=", False),
+        ("callbacks.step_monitor.window_size=", True),
+        ("scheduler.t_warmup=", False),
+        ("run_name=x seed=a", False),
+    ],
+)
+def test_a_text_from_the_environment_where_another_type_is_expected(override, is_read, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "17x")
+    with pytest.raises(ConfigError) as error:
+        builders.check_components(load(QUICKSTART, (override + ENV).split()))
+    assert (f"got '{ENV}' (use ${{oc.decode:{ENV}}} for values that are no text)" in str(error.value)) == is_read
+
+
 def test_a_constructors_message_with_the_value_is_not_shown(monkeypatch):
     def wandb(api_key: str, project: str = "x"):
         raise ValueError(f"bad key {api_key}")
@@ -212,6 +255,50 @@ def test_settings_of_earlier_versions_are_compared_by_value(monkeypatch):
     with pytest.raises(ConfigError, match=r"pretrained: a value there") as error:
         check.compare({**held, "pretrained": "0ther"}, "x")
     assert "0ther" not in str(error.value)
+
+
+LR = "${oc.decode:${oc.env:MY_LR}}"
+
+
+@pytest.mark.parametrize("there", [LR, "0.003", "${oc.decode:${oc.env:NOT_SET,0.003}}", "${oc.decode:'0.003'}"])
+@pytest.mark.parametrize("here", [LR, "0.003", "${oc.decode:${oc.env:NOT_SET,0.003}}", "${optimizer.weight_decay}"])
+def test_one_value_written_in_two_ways_is_the_same_setting(there, here, monkeypatch):
+    monkeypatch.setenv("MY_LR", "0.003")
+    found, check = (
+        settings(load(QUICKSTART, ["optimizer.weight_decay=0.003", f"optimizer.lr={text}"])) for text in (there, here)
+    )
+    assert ResumeCheck(check, []).compare(found, "x") == []
+    with pytest.raises(ConfigError, match="optimizer.lr"):
+        ResumeCheck(check, []).compare(settings(load(QUICKSTART, ["optimizer.lr=0.004"])), "x")
+
+
+def test_a_stored_text_is_compared_by_its_digest_alone_if_it_is_an_interpolation():
+    assert yaml12.is_same("x (8d68)", "x (8d68)") and not yaml12.is_same("x (8d68)", "y (8d68)")
+    hidden = yaml12.stored({"a": {"b": 1}}, {"a": "${x}"})
+    assert yaml12.is_same({"a": {"b": 1}}, hidden) and yaml12.is_same(
+        hidden, yaml12.stored({"a": {"b": 1}}, {"a": "${y}"})
+    )
+    assert not yaml12.is_same({"a": {"b": 2}}, hidden) and not yaml12.is_same({"a": {}}, hidden)
+
+
+def test_a_stoppers_options_are_stored_as_settings_are(overrides, monkeypatch, tmp_path, capsys):
+    """And a finished run is known by the value, however it is written; checkpoints of earlier versions have it."""
+    monkeypatch.setenv("MY_NUMBER", "98.76543")
+    stopper = "callbacks.threshold_stopper={monitor: LanguageCrossEntropy, dataloader_label: eval, threshold: %s}"
+    options = [*overrides, "eval_interval=1ba", "max_duration=9ba", "autoresume=true"]
+    text = "${oc.decode:${oc.env:MY_NUMBER}}"
+    main.main([QUICKSTART, *options, stopper % f"'{text}'"])
+    stopped = torch.load(tmp_path / "checkpoints/latest-rank0.pt", weights_only=False)["state"]["callbacks"]["RunEnd"]
+    assert stopped["stopped"]["options"]["threshold"].startswith(f"{text} (")
+    assert stopped["stopped"]["options"]["monitor"] == "LanguageCrossEntropy"
+    for again in (f"'{text}'", "98.76543"):
+        capsys.readouterr()
+        main.main([QUICKSTART, *options, stopper % again])
+        assert "is finished: stopped by threshold_stopper after step 1" in capsys.readouterr().out
+    end = RunEnd("x", "9ba")
+    end.watch(Callback(), "stop", yaml12.stored({"threshold": 98.76543}, {"threshold": text}))
+    with pytest.raises(Finished):
+        end.check(Timestamp(), {"name": "stop", "options": {"threshold": 98.76543}})
 
 
 def test_settings_without_the_environment_are_the_values():

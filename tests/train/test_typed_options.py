@@ -41,7 +41,11 @@ ILL_TYPED = [
     ("scheduler.alpha_f=1.5", "scheduler.alpha_f: expected a number from 0 to 1, got 1.5"),
     ("scheduler.alpha_f=-0.1", "scheduler.alpha_f: expected a number from 0 to 1, got -0.1"),
     ("scheduler={name: constant_with_warmup, t_warmup: 0ba, t_max: 0ba}", f"scheduler.t_max: {PERIOD} '0ba'"),
-    ("callbacks.step_monitor.window_size=many", "step_monitor.window_size: expected a positive number, got 'many'"),
+    (
+        "callbacks.step_monitor.window_size=many",
+        "step_monitor.window_size: expected int, a positive number, got 'many'",
+    ),
+    ("callbacks.step_monitor.window_size=2.5", "step_monitor.window_size: expected int, a positive number, got 2.5"),
     ("callbacks.step_monitor.window_size=0", "callbacks.step_monitor.window_size: expected a positive number, got 0"),
     ("callbacks.step_monitor.warmup=-1", "callbacks.step_monitor.warmup: expected 0 or more, got -1"),
     ("callbacks.memory_monitor.memory_keys=3", "memory_monitor.memory_keys: expected keys and values or null, got 3"),
@@ -66,10 +70,18 @@ ILL_TYPED = [
     ),
     (f"{SHAPE}.hidden_dropout_prob=high", f"{SHAPE}.hidden_dropout_prob: {RATE} 'high'"),
     (f"{SHAPE}.hidden_dropout_prob=1.0", f"{SHAPE}.hidden_dropout_prob: {RATE} 1.0"),
-    (f"{SHAPE}.hidden_size=24.0", f"{SHAPE}.hidden_size: expected a positive number, got 24.0"),
+    (f"{SHAPE}.hidden_size=24.0", f"{SHAPE}.hidden_size: expected int, a positive number, got 24.0"),
     (f"{SHAPE}.num_hidden_layers=0", f"{SHAPE}.num_hidden_layers: expected a positive number, got 0"),
     ("model.gradient_checkpointing='on'", "model.gradient_checkpointing: expected bool, got 'on'; write true"),
     ("model.attention=3", "model.attention: expected str, got 3"),
+    ("compile_config={bogus: 1}", "compile_config: unexpected 'bogus'"),
+    ("compile_config={model: x}", "compile_config: unexpected 'model'"),
+    ("compile_config={mode: bad}", "compile_config: Unrecognized mode=bad"),
+    ("compile_config={mode: 3}", "compile_config.mode: expected str or null, got 3"),
+    ("compile_config={backend: nope}", "compile_config: Invalid backend: 'nope'"),
+    ("compile_config={dynamic: 'x'}", "compile_config.dynamic: expected bool or null, got 'x'"),
+    ("compile_config={options: {nope: 1}}", "compile_config: Unexpected optimization option nope"),
+    ("compile_config={mode: default, options: {}}", "compile_config: Either mode or options"),
 ]
 
 
@@ -86,7 +98,7 @@ BERT = "model={name: hf_bert, model_config: {hidden_size: 24, num_attention_head
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("hidden_size=24.0", f"{SHAPE}.hidden_size: expected a positive number, got 24.0"),
+        ("hidden_size=24.0", f"{SHAPE}.hidden_size: expected int, a positive number, got 24.0"),
         ("attention_probs_dropout_prob=high", f"{SHAPE}.attention_probs_dropout_prob: {RATE} 'high'"),
         ("hidden_act=3", f"{SHAPE}.hidden_act: expected str, got 3"),
         ("is_decoder='no'", f"{SHAPE}.is_decoder: expected bool, got 'no'"),
@@ -103,6 +115,18 @@ def test_what_a_constructor_raises_names_the_component(tokenizer):
     builders.check_components(run)
     with pytest.raises(ConfigError, match="model: .*nonsense"):
         models.build_model(run, tokenizer)
+
+
+@pytest.mark.parametrize("given", ["{}", "{mode: max-autotune, dynamic: false, fullgraph: true}", "{backend: eager}"])
+def test_what_torch_compile_takes_is_accepted(given):
+    builders.check_components(load(QUICKSTART, [f"compile_config={given}"]))
+
+
+def test_a_learning_rate_of_swa_is_refused():
+    """Composer's fails at the first checkpoint."""
+    component = load(QUICKSTART, ["algorithms.swa.schedule_swa_lr=true"]).algorithms["swa"]
+    with pytest.raises(ConfigError, match="algorithms.swa: schedule_swa_lr: Composer's cannot be saved"):
+        build("algorithms", builders.ALGORITHMS, component)
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, AttributeError, KeyError])
@@ -131,7 +155,11 @@ def test_training_and_validating_check_components(check, overrides):
 @pytest.mark.parametrize(
     ("section", "options", "message"),
     [
-        ("warmup_stable_decay", {"t_warmup": "0.6dur", "t_decay": "0.6dur"}, "with a sum of at most that"),
+        (
+            "warmup_stable_decay",
+            {"t_warmup": "0.6dur", "t_decay": "0.6dur"},
+            "the run's length .10ba.; got 0.6dur",
+        ),
         ("linear_decay_with_warmup", {"t_warmup": "10sp"}, "must use the same units"),
         ("linear_decay_with_warmup", {"t_warmup": "1ba", "t_max": "5ba"}, "must be greater than or equal"),
         ("cosine_with_warmup", {"t_warmup": "10sec"}, "Wall clock time"),
@@ -141,6 +169,16 @@ def test_training_and_validating_check_components(check, overrides):
 def test_a_schedule_that_fails_in_a_step_is_refused_when_it_is_built(section, options, message):
     with pytest.raises(ConfigError, match=message):
         optim.build_scheduler(Component(section, options), "10ba", 5)
+
+
+@pytest.mark.parametrize(
+    ("duration", "units"), [("10ba", "dur, ba or ep"), ("10ep", "dur, ba or ep"), ("10sp", "dur or sp")]
+)
+def test_a_schedule_that_does_not_fit_names_units_and_the_given_length(duration, units):
+    component = Component("warmup_stable_decay", {"t_warmup": "0.6dur", "t_decay": "0.6dur"})
+    with pytest.raises(ConfigError) as error:
+        optim.build_scheduler(component, duration, 5)
+    assert f"in {units}, with a sum of at most the run's length ({duration});" in str(error.value)
 
 
 @pytest.mark.parametrize("duration", ["10ba", "3ep", "1000sp", "1000tok"])
