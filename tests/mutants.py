@@ -410,7 +410,7 @@ MUTANTS = [
         'os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0"',
         "train/test_main.py::test_checkpoint_cannot_run_commands",
     ),
-    Mutant("resume-compares-nothing", RESUME, "if resume_safe(name) or old in", "if True or old in", REFUSES),
+    Mutant("resume-compares-nothing", RESUME, "if resume_safe(name) or is_same", "if True or is_same", REFUSES),
     Mutant("resume-allows-all", RESUME, "any(is_within(name, section) for section in self.allow):", "True:", REFUSES),
     Mutant(
         "resume-shuffle-seed",
@@ -493,8 +493,8 @@ MUTANTS = [
     Mutant(
         "secret-in-checkpoint",
         "src/train/config.py",
-        "for path, value in from_environment(config).items():",
-        "for path, value in dict[str, Any]().items():",
+        "flat(stored(to_dict(config), config.interpolations))",
+        "flat(stored(to_dict(config), {}))",
         f"{SECRETS}::test_checkpoints_config_and_terminal_have_no_value",
     ),
     # Index, cache, identity of data
