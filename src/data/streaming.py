@@ -248,8 +248,14 @@ class RepairedDataset(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
-            raise self._fail(error, shard_id) from error
+            compressed: Any = self.shards[shard_id].zip_data  # pyright: ignore[reportAttributeAccessIssue]
+            path = Path(self._paths[shard_id]).with_name(compressed.basename if compressed else "absent")
+            if not (path.exists() and self._fetches_again(shard_id, error)):
+                self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
+                raise self._fail(error, shard_id) from error
+            path.unlink()
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            return RepairedDataset.prepare_shard(self, shard_id, blocking)
         if self._shard_states[shard_id] == _ShardState.LOCAL:  # else another process is preparing it
             self._prepared.add(shard_id)
 
@@ -266,15 +272,21 @@ class RepairedDataset(StreamingDataset):
         try:
             return self._read(shard_id, index, retry)
         except Exception as error:
-            source = list(self.sources.values())[int(self.stream_per_shard[shard_id])]
-            if self.failure is not None or source.complete or shard_id in self._fetched_again:
+            if not self._fetches_again(shard_id, error):
                 raise self._fail(error, shard_id) from None
-            log.warning("%s in the cache is damaged (%s). Fetching it again", self._paths[shard_id], error)
-        self._fetched_again.add(shard_id)
         self._prepared.discard(shard_id)
         self.open_shards.forget(self._paths[shard_id])
         self.evict_shard(shard_id)
         return RepairedDataset.get_item(self, sample_id, retry)
+
+    def _fetches_again(self, shard_id: int, error: Exception) -> bool:
+        """Whether a shard that cannot be read is to be downloaded again: in a cache, once per process."""
+        source = list(self.sources.values())[int(self.stream_per_shard[shard_id])]
+        if self.failure is not None or source.complete or shard_id in self._fetched_again:
+            return False
+        log.warning("%s in the cache is damaged (%s). Fetching it again", self._paths[shard_id], error)
+        self._fetched_again.add(shard_id)
+        return True
 
     def _read(self, shard_id: int, index: int, retry: int) -> Any:
         shard: Any = self.shards[shard_id]

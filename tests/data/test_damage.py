@@ -228,6 +228,22 @@ def test_shard_damaged_in_the_cache_while_running_is_fetched_again_once(damage, 
         dataset[last]
 
 
+def test_compressed_shard_with_changed_bytes_in_the_cache_is_fetched_again_once(tokenizer, tmp_path, caplog):
+    with MDSWriter(out=str(tmp_path / "remote" / "val"), columns={"text": "str"}, compression="zstd") as writer:
+        for i in range(20):
+            writer.write({"text": f"text {i}"})
+    (archive,) = (tmp_path / "remote" / "val").glob("*.zstd")
+    cache = tmp_path / "cache" / "val"
+    cache.mkdir(parents=True)
+    sound, changed = archive.read_bytes(), bytearray(archive.read_bytes())
+    changed[20:40] = bytes(20)  # the same size
+    (cache / archive.name).write_bytes(changed)
+    shutil.copy(archive.with_name("index.json"), cache)
+    dataset = StreamingC4(tokenizer, 32, str(tmp_path / "cache"), str(tmp_path / "remote"), "val", shuffle=False)
+    assert dataset[3]["input_ids"].tolist() == tokenizer("text 3")["input_ids"]
+    assert "shard.00000.mds in the cache is damaged" in caplog.text and archive.read_bytes() == sound
+
+
 def test_shards_without_text_or_tokens_are_refused(tokenizer, tmp_path):
     with MDSWriter(out=str(tmp_path / "val"), columns={"image": "bytes", "label": "int"}) as writer:
         writer.write({"image": b"x", "label": 1})
