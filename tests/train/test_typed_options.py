@@ -101,7 +101,7 @@ BERT = "model={name: hf_bert, model_config: {hidden_size: 24, num_attention_head
         ("hidden_size=24.0", f"{SHAPE}.hidden_size: expected int, a positive number, got 24.0"),
         ("attention_probs_dropout_prob=high", f"{SHAPE}.attention_probs_dropout_prob: {RATE} 'high'"),
         ("hidden_act=3", f"{SHAPE}.hidden_act: expected str, got 3"),
-        ("is_decoder='no'", f"{SHAPE}.is_decoder: expected bool, got 'no'"),
+        ("use_cache='no'", f"{SHAPE}.use_cache: expected bool, got 'no'"),
     ],
 )
 def test_an_ill_typed_shape_of_hugging_faces_bert_is_refused(override, message):
