@@ -249,8 +249,8 @@ class RepairedDataset(StreamingDataset):
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
             compressed: Any = self.shards[shard_id].zip_data  # pyright: ignore[reportAttributeAccessIssue]
-            path = Path(self._paths[shard_id]).with_name(compressed.basename if compressed else "absent")
-            if not (path.exists() and self._fetches_again(shard_id, error)):
+            path = Path(self._paths[shard_id]).with_name(compressed.basename) if compressed else None
+            if path is None or not path.exists() or not self._fetches_again(shard_id, error):
                 self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
                 raise self._fail(error, shard_id) from error
             path.unlink()

@@ -1,4 +1,4 @@
-"""Callbacks that Composer lacks, and an EarlyStopper that continues after a restart."""
+"""Callbacks that Composer lacks. None has a state in checkpoints."""
 
 import math
 import random

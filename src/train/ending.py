@@ -95,7 +95,9 @@ class RunEnd(Callback):
 
     def _stopped_at(self, timestamp: Timestamp) -> dict[str, Any] | None:
         """Which component stopped the run at ``timestamp``; None if that is the end of ``max_duration``."""
-        return None if timestamp >= Time.from_timestring(self.max_duration) else self._stopped
+        if self._stopped is None or timestamp >= Time.from_timestring(self.max_duration):
+            return None
+        return self._stopped
 
     def is_paused(self, state: State) -> bool:
         """Whether the time limit stopped the run, and a checkpoint is or will be saved from which it goes on."""
