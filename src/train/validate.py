@@ -52,16 +52,16 @@ def validate(config: RunConfig) -> str:
     per_sample = tokens / len(picked)
     epoch = math.ceil(dataset.epoch_size / sequences)  # steps; the last batch has what is left
     scheduler = build_scheduler(config.scheduler, config.max_duration, epoch)
-    steps = total_steps(config, epoch, per_sample)
+    steps = total_steps(config, epoch, dataset.epoch_size, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
-    warmup, decay = schedule_shares(scheduler, config, steps, epoch, per_sample)
+    warmup, decay = schedule_shares(scheduler, config, steps, epoch, dataset.epoch_size, per_sample)
     lines = {
         "parameters": f"{parameters:,}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
         **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
         "global batch": f"{sequences:,} samples, about {per_sample * sequences:,.0f} tokens, "
         f"over {dist.get_world_size()} devices",
-        "steps": f"{steps:,}, {steps * sequences / dataset.epoch_size:.2f} epochs",
+        "steps": f"{steps:,}, {steps / epoch:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
         "work": f"{model.flops_per_batch(batch) / tokens / 1e6:,.1f} MFLOP per token, forward and backward",
         "memory": memory(config, model, parameters, tokenizer),
@@ -87,30 +87,33 @@ def mixture(dataset: StreamingC4) -> str:
     return f"{', '.join(parts)}; an epoch is {dataset.epoch_size:,} samples"
 
 
-def total_steps(config: RunConfig, steps_per_epoch: int, tokens_per_sample: float) -> int:
-    """Steps of the whole run; an estimate if max_duration is in tokens."""
-    duration, sequences = Time.from_timestring(config.max_duration), config.global_train_batch_size
-    in_steps = {
-        "ba": duration.value,
-        "sp": duration.value / sequences,
-        "tok": duration.value / (sequences * tokens_per_sample),
-        "ep": duration.value * steps_per_epoch,
-    }
-    return math.ceil(in_steps[duration.unit.value])
+def total_steps(config: RunConfig, steps_per_epoch: int, samples_per_epoch: int, tokens_per_sample: float) -> int:
+    """Steps of the whole run; an estimate if max_duration is in tokens. The last step of an epoch may be smaller."""
+    duration = Time.from_timestring(config.max_duration)
+    if duration.unit.value == "ba":
+        return duration.value
+    samples_per_unit = {"sp": 1, "tok": 1 / tokens_per_sample, "ep": samples_per_epoch}[duration.unit.value]
+    epochs, samples = divmod(duration.value * samples_per_unit, samples_per_epoch)
+    return int(epochs) * steps_per_epoch + math.ceil(samples / config.global_train_batch_size)
 
 
 def schedule_shares(
-    scheduler: ComposerScheduler, config: RunConfig, steps: int, steps_per_epoch: int, tokens_per_sample: float
+    scheduler: ComposerScheduler,
+    config: RunConfig,
+    steps: int,
+    steps_per_epoch: int,
+    samples_per_epoch: int,
+    tokens_per_sample: float,
 ) -> tuple[float, float]:
     """Shares of the run with warmup, before the highest learning rate, and with decay, after it."""
-    points, sequences = min(steps, 2000), config.global_train_batch_size
+    points = min(steps, 2000)
     end = Time.from_timestring(config.max_duration)
     state: Any = SimpleNamespace(max_duration=end, dataloader_len=steps_per_epoch)
     factors = []
     for point in range(points + 1):
         batch = round(steps * point / points)
-        tokens = round(batch * sequences * tokens_per_sample)
-        state.timestamp = Timestamp(batch=batch, sample=batch * sequences, token=tokens)
+        samples = round(batch / steps_per_epoch * samples_per_epoch)
+        state.timestamp = Timestamp(batch=batch, sample=samples, token=round(samples * tokens_per_sample))
         factors.append(scheduler(state))
     highest = [point for point, value in enumerate(factors) if value >= max(factors) - 1e-9]
     return highest[0] / points, 1 - highest[-1] / points

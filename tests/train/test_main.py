@@ -151,8 +151,7 @@ def test_validate_describes_the_run(overrides, capsys, tmp_path):
     model = BertForMaskedLM(MosaicBertConfig(vocab_size=1024, **shape))
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
     assert f"{TRAIN} samples of " in printed["training data"] and "16 samples" in printed["global batch"]
-    steps = 10 * -(-TRAIN // 16)
-    assert f"{steps}, {16 * steps / TRAIN:.2f} epochs" in printed["steps"]
+    assert f"{10 * -(-TRAIN // 16)}, 10.00 epochs" in printed["steps"]
     assert "10.0% warmup, 30.0% decay" in printed["schedule"]
     assert "MFLOP per token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
@@ -167,8 +166,17 @@ def test_schedule_shares(duration, warmup):
     """Shares of 100 steps, for each unit."""
     run = load(QUICKSTART, [f"max_duration={duration}", "global_train_batch_size=16"])
     scheduler = optim.WarmupStableDecayScheduler(warmup, "0.2dur")
-    assert total_steps(run, 20, 30.0) == 100
-    assert schedule_shares(scheduler, run, 100, 20, 30.0) == pytest.approx((0.1, 0.2))
+    assert total_steps(run, 20, 320, 30.0) == 100
+    assert schedule_shares(scheduler, run, 100, 20, 320, 30.0) == pytest.approx((0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"), [("3ep", 60), ("61ba", 61), ("915sp", 60), ("916sp", 61), ("932sp", 62), ("9150tok", 60)]
+)
+def test_steps_of_epochs_with_a_smaller_last_batch(duration, steps):
+    """305 samples of 10 tokens: 19 batches of 16, and one of a single sample."""
+    run = load(QUICKSTART, [f"max_duration={duration}", "global_train_batch_size=16"])
+    assert total_steps(run, 20, 305, 10.0) == steps
 
 
 def described_memory(options, tokenizer, parameters=0):
