@@ -79,37 +79,18 @@ def build_trainer(config: RunConfig) -> Trainer:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
         dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-        found_data = dataset_fingerprints(source.folder for source in dataset.sources.values())
-        held, earlier = (
-            {"dataset": of_data, "tokenizer": of_tokenizer}
-            for of_data, of_tokenizer in zip(found_data, tokenizer_fingerprints(tokenizer), strict=True)
+        data, data_before = dataset_fingerprints(source.folder for source in dataset.sources.values())
+        words, words_before = tokenizer_fingerprints(tokenizer)
+        check = ResumeCheck(
+            {**settings(config), "dataset": data, "tokenizer": words},
+            config.resume.allow,
+            {**from_environment(config), "dataset": data_before, "tokenizer": words_before},
         )
-        check = ResumeCheck({**settings(config), **held}, config.resume.allow, {**from_environment(config), **earlier})
         end, *others = build_callbacks(config, tokenizer, model)
         assert isinstance(end, RunEnd)
         stop = StopOnSignal()
         interval = SaveInterval(config.save_interval, stop)
-        loading = contextlib.nullcontext()
-        if start is not None and Path(start).is_dir():
-            raise CheckpointError(
-                f"load_path: {start} is a folder; expected a file, such as {checkpoint.LATEST.format(rank=0)} in it. "
-                "Sharded checkpoints (a folder with .metadata) are not read, because that could run code in them"
-            )
-        if start is not None and Path(start).is_file():
-            state = checkpoint.read(start)
-            if found is not None:  # first: it names settings, check_fits only shapes
-                check.compare(state["callbacks"].get("ResumeCheck"), found)
-            checkpoint.check_fits(start, state["model"], model)
-            if found is not None or not config.load_weights_only:
-                timestamp = Timestamp()
-                timestamp.load_state_dict(state["timestamp"]["Timestamp"])
-                end.check(timestamp, state["callbacks"].get("RunEnd", {}).get("stopped"))
-        else:  # Composer may find one: in an object store, or by a name with {rank}
-            where = start or f"{config.save_folder}"
-            loading = checkpoint.checked_loading(
-                where, lambda state: checkpoint.check_fits(where, state["model"], model)
-            )
-        with loading:
+        with checked_start(config, start, found is not None, model, check, end):
             trainer = Trainer(
                 run_name=config.run_name,
                 seed=config.seed,
@@ -147,6 +128,43 @@ def build_trainer(config: RunConfig) -> Trainer:
             )
         on_error.pop_all()
     return trainer
+
+
+def checked_start(
+    config: RunConfig,
+    start: str | None,
+    resumes: bool,
+    model: MosaicBert | HFBert,
+    check: ResumeCheck,
+    end: RunEnd,
+) -> contextlib.AbstractContextManager[None]:
+    """Refuse a checkpoint before the Trainer loads it; the context that the Trainer must be built in.
+
+    Args:
+        start: the checkpoint, or None: Composer may find one in an object store.
+        resumes: whether it is of this run.
+
+    Raises:
+        ConfigError, CheckpointError: it does not fit, is damaged, or cannot be read.
+        Finished: the run had ended there.
+    """
+    if start is not None and Path(start).is_dir():
+        raise CheckpointError(
+            f"load_path: {start} is a folder; expected a file, such as {checkpoint.LATEST.format(rank=0)} in it. "
+            "Sharded checkpoints (a folder with .metadata) are not read, because that could run code in them"
+        )
+    if start is None or not Path(start).is_file():  # Composer's to find: in an object store, or by a name with {rank}
+        where = start or f"{config.save_folder}"
+        return checkpoint.checked_loading(where, lambda state: checkpoint.check_fits(where, state["model"], model))
+    state = checkpoint.read(start)
+    if resumes:  # first: it names settings, check_fits only shapes
+        check.compare(state["callbacks"].get("ResumeCheck"), start)
+    checkpoint.check_fits(start, state["model"], model)
+    if resumes or not config.load_weights_only:
+        timestamp = Timestamp()
+        timestamp.load_state_dict(state["timestamp"]["Timestamp"])
+        end.check(timestamp, state["callbacks"].get("RunEnd", {}).get("stopped"))
+    return contextlib.nullcontext()
 
 
 def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizerFast:
