@@ -198,6 +198,11 @@ class Loader(DataLoader):
     """torch's DataLoader, in which a time-out, a dead worker and a worker's DataError raise a DataError of one line."""
 
     workers: frozenset[Any] = frozenset()
+    added = 0
+    """Batches of the current epoch in addition to those of an epoch that has this batch size from its beginning."""
+
+    def __len__(self) -> int:
+        return super().__len__() + self.added
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         earlier = active_children()

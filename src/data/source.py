@@ -21,7 +21,7 @@ class Source:
     proportion: float | None = None
     """Share of an epoch's samples, relative to the others'. An epoch has as many samples as all datasets together."""
     repeat: float | None = None
-    """Draws of each sample per epoch; 0.5 draws half of them, another half each epoch."""
+    """Draws of each sample per epoch; 0.5 draws half of them, at random in each epoch."""
     choose: int | None = None
     """Samples drawn per epoch."""
 
@@ -43,6 +43,11 @@ class Source:
             return os.path.realpath(self.folder)
         remote = f"{str(self.remote).rstrip('/')}/{self.split or ''}".rstrip("/")
         return remote if "://" in remote else os.path.realpath(remote)
+
+
+def real_folder(local: str | None, split: str | None) -> str:
+    """The folder of a split, the same for every way to write it."""
+    return os.path.realpath(os.path.join(local or "", split or ""))
 
 
 def without_password(text: str) -> str:

@@ -7,5 +7,5 @@ checkpoint    atomic checkpoints, fallback to the previous   resume       settin
 weights       pretrained weights into any model              processes    ranks and loader workers
 run           train or evaluate from a config                ending       a run's end, and its start after that
 validate      main.py --validate                          stoppers     end a run by a metric
-yaml12        YAML 1.2, and values from the environment
+yaml12        YAML 1.2, and values from the environment      averages     EMA and SWA
 """

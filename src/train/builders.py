@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from composer import Trainer, algorithms, callbacks, loggers
-from composer.core import Algorithm, Callback, Timestamp, TimeUnit
+from composer.core import Algorithm, Callback, Timestamp
 from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
@@ -30,6 +30,7 @@ from src.data.tokenizer import load_tokenizer, tokenizer_fingerprints
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 from src.train import checkpoint, models, weights
+from src.train.averages import SWA, ema
 from src.train.callbacks import (
     AverageGradients,
     MemoryProbe,
@@ -78,7 +79,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         if start is None:
             weights.initialise(config, model, tokenizer)
         train_data = build_train_data(config, tokenizer)
-        dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+        loader: Any = train_data.dataloader
+        dataset, steps_per_epoch = loader.dataset, len(loader)
         data, data_before = dataset_fingerprints(source.folder for source in dataset.sources.values())
         words, words_before = tokenizer_fingerprints(tokenizer)
         check = ResumeCheck(
@@ -96,11 +98,11 @@ def build_trainer(config: RunConfig) -> Trainer:
                 seed=config.seed,
                 model=model,
                 optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
-                schedulers=build_scheduler(config.scheduler, config.max_duration, len(train_data.dataloader)),  # pyright: ignore
+                schedulers=build_scheduler(config.scheduler, config.max_duration, steps_per_epoch),
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
                 max_duration=config.max_duration,
-                eval_interval=EvalInterval(config.eval_interval, end) if config.eval_interval else 0,
+                eval_interval=EvalInterval(config.eval_interval, end, steps_per_epoch) if config.eval_interval else 0,
                 precision=config.precision,
                 device_train_microbatch_size=config.device_train_microbatch_size,
                 # Every masked token of the global batch has the same weight, for any microbatch size and rank.
@@ -113,7 +115,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,
                 ],
-                loggers=build_all("loggers", LOGGERS, config.loggers),
+                loggers=build_loggers(config, found is not None),
                 progress_bar=config.progress_bar,
                 save_folder=config.save_folder,
                 save_interval=interval,
@@ -178,34 +180,11 @@ def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizer
     return weights.load_tokenizer(weights.read(start))
 
 
-def ema(
-    half_life: str | None = "1000ba",
-    smoothing: float | None = None,
-    ema_start: str = "0.0dur",
-    update_interval: str | None = None,
-) -> Algorithm:
-    """Composer's EMA, updated every so many steps. At an epoch's end it would average the averaged weights, which a
-    checkpoint of the last step has put into the model."""
-    built = algorithms.EMA(half_life, smoothing, ema_start, update_interval)
-    if built.update_interval.unit != TimeUnit.BATCH:
-        raise ValueError(f"half_life and update_interval: expected ba, got {half_life} and {update_interval}")
-    return built
-
-
-def swa(
-    swa_start: str = "0.7dur", swa_end: str = "0.97dur", update_interval: str = "1ba", schedule_swa_lr: bool = False
-) -> Algorithm:
-    """Composer's SWA, without its own learning rate: its state_dict fails with the SWALR of this version of torch."""
-    if schedule_swa_lr:
-        raise ValueError("schedule_swa_lr: Composer's cannot be saved with this version of torch; remove it")
-    return algorithms.SWA(swa_start, swa_end, update_interval)
-
-
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "ema": ema,
     "gradient_clipping": algorithms.GradientClipping,
     "low_precision_layernorm": algorithms.LowPrecisionLayerNorm,
-    "swa": swa,
+    "swa": SWA,
 }
 
 REFUSED = {
@@ -334,6 +313,15 @@ def build_callbacks(
         built.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
         built.append(ScheduledMasking(config.mlm_probability))
+    return built
+
+
+def build_loggers(config: RunConfig, resumed: bool) -> list[LoggerDestination]:
+    """The config's loggers; ``resumed``: whether a checkpoint of this run was found in its folder."""
+    built = build_all("loggers", LOGGERS, config.loggers)
+    for logger in built:
+        if isinstance(logger, MetricsFile):  # without load_path, what Composer finds is this run's
+            logger.resumes = resumed or config.load_path is None
     return built
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State, get_precision_context
+from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
@@ -31,10 +31,26 @@ def highest(state: State, value: int) -> int:
     return int(values.item())
 
 
+def epoch_size(state: State) -> int:
+    """Samples of an epoch, of all processes."""
+    assert state.train_dataloader is not None, "the trainer has training data"
+    dataset: Any = state.train_dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
+    # Of StreamingC4, the length is this rank's share.
+    return dataset.epoch_size if hasattr(dataset, "epoch_size") else len(dataset)
+
+
+def elapsed(state: State, max_duration: Time) -> float:
+    """The share of ``max_duration`` that is done. Of epochs, Composer's own counts whole ones only."""
+    done = state.timestamp.get(max_duration.unit).value
+    if max_duration.unit == TimeUnit.EPOCH:
+        done += state.timestamp.sample_in_epoch.value / epoch_size(state)
+    return done / max_duration.value
+
+
 def is_over(state: State) -> bool:
     """Whether no further step comes: ``max_duration`` is reached, or a component stopped the run."""
-    assert state.max_duration is not None, "the trainer has a max_duration"
-    return state.timestamp >= state.max_duration
+    assert isinstance(state.max_duration, Time), "the trainer has a max_duration"
+    return state.timestamp >= state.max_duration or elapsed(state, state.max_duration) >= 1
 
 
 def savers_of(state: State) -> list[CheckpointSaver]:
@@ -179,10 +195,8 @@ class StopOnSilentFailure(Callback):
             )
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        assert state.previous_timestamp is not None and state.train_dataloader is not None
-        dataset: Any = state.train_dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
-        done, want = state.previous_timestamp.sample_in_epoch.value, getattr(dataset, "epoch_size", None)
-        want = len(dataset) if want is None else want  # of StreamingC4, the length is this rank's share
+        assert state.previous_timestamp is not None, "set with every batch"
+        done, want = state.previous_timestamp.sample_in_epoch.value, epoch_size(state)
         if done < want:
             raise TrainingError(f"epoch {state.timestamp.epoch.value} ended after {done} of {want} samples")
 

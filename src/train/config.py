@@ -12,14 +12,13 @@ Composer's Trainer keep Composer's names and units: ``ba`` batches, ``sp`` sampl
 import dataclasses
 import fnmatch
 import math
-import os
 import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from src.data.source import Source
+from src.data.source import Source, real_folder
 from src.train.schema import (
     INTERVAL,
     NAMES,
@@ -354,7 +353,7 @@ def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool,
             continue
         split = source.split or config.train_loader.split
         place = Source(source.local or config.data_local, _remote(config, source), split)
-        other, origin = seen.setdefault(os.path.realpath(place.folder), (path, place.origin))
+        other, origin = seen.setdefault(real_folder(place.local, split), (path, place.origin))
         if origin != place.origin:
             faults.append(f"{path}.local: {place.folder} is for {place.origin}, and in {other} for {origin}")
 
@@ -377,6 +376,7 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
         expect(batch % nodes == 0, "global_train_batch_size", multiple, batch)
     if loader.streams and (loader.local or loader.remote):
         faults.append("train_loader: with streams, give local and remote in each of them")
+    expect("" not in loader.streams, "train_loader.streams", "names that are not empty", "")
     seen: dict[Any, str] = {}
     for name, stream in loader.streams.items():
         path = f"train_loader.streams.{name}"
@@ -385,7 +385,8 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
             expect(0 < getattr(stream, kind) < math.inf, f"{path}.{kind}", "a positive number", getattr(stream, kind))
         if len(weights) > 1:
             faults.append(f"{path}: {' and '.join(weights)}: give one of them")
-        folder = stream.local or config.data_local, stream.split or loader.split, _remote(config, stream)
+        place = Source(stream.local or config.data_local, _remote(config, stream), stream.split or loader.split)
+        folder = real_folder(place.local, place.split), place.origin
         if folder in seen:
             faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")
         seen[folder] = name

@@ -14,6 +14,7 @@ from src.attention import resolve
 from src.common.errors import ConfigError
 from src.data.masking import EVALUATION_SEED, MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
+from src.data.source import real_folder
 from src.flash_attn_triton import tile_tables
 from src.train import processes
 from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
@@ -41,13 +42,14 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
     """The validation sets: each sample once, the same masks for any ``seed``. Metrics are named by the set's label."""
     # streaming allows one dataset per folder. Evaluation only indexes it, so sets on the same folder share one.
-    streams = {(stream.local, stream.split): name for name, stream in config.train_loader.streams.items()}
-    datasets: dict[Any, Any] = {}
+    streams = {real_folder(stream.local, stream.split): name for name, stream in config.train_loader.streams.items()}
+    datasets: dict[str, Any] = {}
     if not streams:
-        datasets[config.train_loader.local, config.train_loader.split] = train.dataloader.dataset  # pyright: ignore
+        own = real_folder(config.train_loader.local, config.train_loader.split)
+        datasets[own] = train.dataloader.dataset  # pyright: ignore
     evaluators = []
     for label, loader in {"eval": config.eval_loader, **config.eval_loaders}.items():
-        batch_size, folder = config.device_eval_batch_size, (loader.local, loader.split)
+        batch_size, folder = config.device_eval_batch_size, real_folder(loader.local, loader.split)
         if folder in streams:
             name = f"train_loader.streams.{streams[folder]}"
             raise ConfigError(f"{label}: this is the training data of {name}; use another split")

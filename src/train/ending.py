@@ -4,14 +4,15 @@ At the end of a run come, in this order: the last step, with the end of its epoc
 evaluation; the last checkpoint. So a run is finished if and only if its last checkpoint is there.
 """
 
+import math
 from typing import Any
 
-from composer.core import Callback, Event, State, Time, Timestamp
+from composer.core import Callback, Event, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
 from src.common.errors import Finished
-from src.train.callbacks import StopOnSignal, interrupted, is_over, savers_of
+from src.train.callbacks import StopOnSignal, elapsed, interrupted, is_over, savers_of
 from src.train.processes import EXIT_TIME_LIMIT
 from src.train.yaml12 import is_same
 
@@ -44,10 +45,21 @@ class EvalInterval:
     """When to evaluate: every ``interval``, and at the end of the run; once per step there. One for all sets.
 
     Not when the time limit ends a run that is saved: the run that goes on is then the same as without the limit.
+
+    Args:
+        interval: as Composer's; a share of the run in ``dur`` is rounded up to steps if max_duration is in epochs.
+        end: of the run.
+        steps_per_epoch: batches of the training data.
     """
 
-    def __init__(self, interval: str | int, end: "RunEnd"):
-        self.is_due = create_interval_scheduler(interval, include_end_of_training=False, checkpoint_events=False)
+    def __init__(self, interval: str | int, end: "RunEnd", steps_per_epoch: int):
+        every = Time.from_input(interval, TimeUnit.EPOCH)
+        if every.unit == TimeUnit.DURATION:  # Composer's is a share of state.max_duration, which a stop changes
+            whole = Time.from_timestring(end.max_duration)
+            if whole.unit == TimeUnit.EPOCH:
+                whole = Time(whole.value * steps_per_epoch, TimeUnit.BATCH)
+            every = Time(math.ceil(whole.value * every.value), whole.unit)
+        self.is_due = create_interval_scheduler(every, include_end_of_training=False, checkpoint_events=False)
         self.last: tuple[int, Event] | None = None
         self.end = end
 
@@ -66,6 +78,9 @@ class EvalInterval:
 class RunEnd(Callback):
     """Know which component stopped a run, and store it in the last checkpoint. Must come before the savers.
 
+    ``state.get_elapsed_duration`` becomes the share of ``max_duration``, whatever stops the run: SWA, EMA and scheduled
+    masking follow it.
+
     Args:
         run_name, max_duration: of the run.
     """
@@ -74,19 +89,34 @@ class RunEnd(Callback):
         self.run_name, self.max_duration = run_name, max_duration
         self.options: dict[str, dict[str, Any]] = {}
         """Of the components that can stop the run for good, by name."""
+        self._stops = 0
         self._stopped: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._now = Timestamp()
+
+    def init(self, state: State, logger: Logger) -> None:
+        whole = Time.from_timestring(self.max_duration)
+        state.get_elapsed_duration = lambda: Time(elapsed(state, whole), TimeUnit.DURATION)
+        stop = state.stop_training
+
+        def counted() -> None:
+            self._stops += 1
+            stop()
+
+        state.stop_training = counted
 
     def watch(self, component: Callback, name: str, options: dict[str, Any] | None = None) -> Callback:
         """Note if ``component`` stops the run; ``options`` are None if that is not for good. Returns ``component``."""
         run_event = component.run_event
 
         def watched(event: Event, state: State, logger: Logger) -> None:
-            before = state.max_duration
+            before = self._stops
             run_event(event, state, logger)
-            if state.max_duration is not before and self._stopped is None:  # State.stop_training sets it anew
-                self._stopped = {"name": name, "options": options}
+            if self._stops > before:
+                stopped = {"name": name, "options": options}
+                # The first, but one that stops for good before the time limit.
+                if self._stopped is None or (self._stopped["options"] is None and options is not None):
+                    self._stopped = stopped
 
         component.run_event = watched
         if options is not None:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from src.common.files import write_text
 from src.data.microbatches import num_tokens, sequence_lengths
 from src.data_c4 import StreamingC4
+from src.train.callbacks import is_over
 
 log = logging.getLogger(__name__)
 
@@ -160,11 +161,11 @@ class ConsoleLine(LoggerDestination):
         self._metrics.update(metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.is_due(state, Event.BATCH_END):
+        if self.is_due(state, Event.BATCH_END) or is_over(state):
             self._training_line(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        if self.is_due(state, Event.EPOCH_END):
+        if self.is_due(state, Event.EPOCH_END) and not is_over(state):  # then the last step's line is there
             self._training_line(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
@@ -193,8 +194,8 @@ class MetricsFile(LoggerDestination):
     """Write metrics as JSON lines, one per training step and one per evaluation of a set, on rank 0.
 
     Each line has ``batch``, ``sample``, ``token`` and ``seconds`` (of training, without evaluation) since the start of
-    the run, and the metrics logged since the last line; null is NaN or infinity. A resumed run keeps the lines up to
-    its checkpoint. A new run keeps the file of an earlier one under another name: metrics.1.jsonl.
+    the run, and the metrics logged since the last line; null is NaN or infinity. A start from a checkpoint keeps the
+    lines up to it. A start that does not resume the run keeps the earlier file under another name: metrics.1.jsonl.
 
     Args:
         path: of the file; its folder is created.
@@ -207,6 +208,8 @@ class MetricsFile(LoggerDestination):
         self.path = Path(path).resolve()  # a link stays one
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"path: expected a file, but {path} is a folder or a device")
+        self.resumes = True
+        """Whether a start from a checkpoint resumes the run: lines after the checkpoint are then written anew."""
         self._pending: dict[str, Any] = {}
         self._file: TextIO | None = None
         self._evaluated: set[tuple[int, str]] = set()
@@ -220,10 +223,12 @@ class MetricsFile(LoggerDestination):
         if dist.get_global_rank() != 0:
             return
         done = state.timestamp.batch.value
-        kept = {text: line for text, line in self._lines().items() if line["batch"] <= done} if done else {}
+        lines = self._lines() if done else {}
+        kept = {text: line for text, line in lines.items() if line["batch"] <= done}
         names = {(line["batch"], name) for line in kept.values() for name in line if name.startswith("metrics/")}
-        self._evaluated = {(step, name.split("/")[1]) for step, name in names}
-        if not done and self.path.exists() and self.path.stat().st_size:
+        self._evaluated = {(step, name.split("/", 1)[1].rsplit("/", 1)[0]) for step, name in names}
+        replaced = not done or (len(kept) < len(lines) and not self.resumes)
+        if replaced and self.path.exists() and self.path.stat().st_size:
             numbered = (self.path.with_suffix(f".{number}{self.path.suffix}") for number in itertools.count(1))
             self.path.rename(next(path for path in numbered if not path.exists()))
         write_text(self.path, (f"{text}\n" for text in kept))

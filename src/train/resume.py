@@ -8,6 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from src.common.errors import ConfigError
+from src.train.callbacks import epoch_size
 from src.train.config import resume_safe
 from src.train.yaml12 import is_same, is_within
 
@@ -81,7 +82,8 @@ class ResumeCheck(Callback):
         """Apply accepted options of optimizer and schedule again, because loading the checkpoint overrides them.
 
         Raises:
-            ConfigError: another batch size would change the order of samples within an epoch.
+            ConfigError: another batch size would change the order of samples within an epoch, or the epoch of another
+                dataset has ended before.
         """
         grouped, size = self.settings.get("train_loader.length_window"), "global_train_batch_size"
         if size in self.accepted and grouped and state.timestamp.batch_in_epoch > 0:
@@ -89,6 +91,7 @@ class ResumeCheck(Callback):
                 f"{size} decides the order of samples if train_loader.length_window is set, so it cannot change within "
                 f"an epoch: set it back, or resume from a checkpoint of an epoch's end"
             )
+        self._set_steps(state)
         if self.accepted:
             log.warning("resumed with settings that differ from the checkpoint's: %s", ", ".join(self.accepted))
         if not any(is_within(name, section) for name in self.accepted for section in LEARNING_RATE):
@@ -100,3 +103,20 @@ class ResumeCheck(Callback):
             scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
             for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * share(0)  # Composer's lambda ignores 0: it reads the state's time
+
+    def _set_steps(self, state: State) -> None:
+        """Set the steps of the current epoch, which may have begun with another batch size."""
+        loader: Any = state.train_dataloader
+        left = epoch_size(state) - state.timestamp.sample_in_epoch.value
+        if left < 0:
+            raise ConfigError(
+                f"the checkpoint is {-left:,} samples beyond the end of this data's epoch: resume from a checkpoint of "
+                "an epoch's end, or start a new run with pretrained"
+            )
+        loader.added = 0
+        steps = state.timestamp.batch_in_epoch.value + -(-left // self.settings["global_train_batch_size"])
+        loader.added = steps - len(loader)
+        state.dataloader_len = -1  # Composer asks the loader
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._set_steps(state)

@@ -18,7 +18,7 @@ from src.train import callbacks
 from src.train.callbacks import MemoryProbe, Reseed, ScheduledMasking, StopOnSilentFailure
 from src.train.config import MaskingSchedule
 from tests.conftest import TRAIN
-from tests.runs import DROPOUT, QUICKSTART, fit, trainer_of
+from tests.runs import DROPOUT, QUICKSTART, UNSAVED, fit, logged, trainer_of
 
 
 def test_reseeding_depends_on_seed_step_and_rank(monkeypatch):
@@ -155,6 +155,20 @@ def test_console_lines(overrides, capsys):
     assert re.fullmatch(rf"step 4 \(100\.0%\)  {parts}", printed[1])
     assert re.fullmatch(rf"step 4 \(100\.0%\)  eval:  LanguageCrossEntropy {number}  .*", printed[2])
     assert len(printed) == 3
+
+
+def test_epochs_count_in_parts(overrides, tmp_path, capsys):
+    """Masking rate, and the share and time on the console, move within an epoch."""
+    sizes = ["global_train_batch_size=100", "device_train_microbatch_size=100", "eval_interval=0"]
+    run = ["max_duration=2ep", "mlm_probability={initial: 0.4, final: 0.1}", "loggers.console_line.interval=1ba"]
+    fit([*overrides, *UNSAVED, *sizes, *run])
+    rates = [line["masking/rate"] for line in logged(tmp_path)]
+    done = [epoch + samples / TRAIN for epoch in (0, 1) for samples in (0, 100, 200, 300)]
+    assert rates == pytest.approx([0.4 - 0.3 * share / 2 for share in done])
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    shares = [f"{share / 2:.1%}" for share in [*done[1:], 2]]
+    assert [re.findall(r"\(([\d.]+%)\)", line)[0] for line in printed] == shares
+    assert all(line.endswith(" left") for line in printed[:-1])
 
 
 def test_console_line_refuses_an_unknown_interval(overrides):

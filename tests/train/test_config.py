@@ -129,6 +129,8 @@ def test_one_error_reports_all_faults(write, quickstart):
             "streams: give a proportion to each of them, or to none",
         ),
         ("train_loader.streams={a: {}, b: {split: train}}", "streams.b: same folder as streams.a"),
+        ("train_loader.streams={a: {local: x}, b: {local: y/../x/, split: ./train}}", "same folder as streams.a"),
+        ("train_loader.streams={'': {}}", "train_loader.streams: expected names that are not empty"),
         ("train_loader={local: x, streams: {a: {}}}", "train_loader: with streams, give local and remote in each"),
         ("time_limit=4hours", "time_limit: expected a number with d, h, min or s, got '4hours'"),
         ("load_weights_only=true", "load_weights_only: has no effect without load_path"),

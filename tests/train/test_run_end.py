@@ -20,6 +20,7 @@ from src.train.callbacks import MemoryProbe, StopOnSignal
 from src.train.checkpoint import read
 from src.train.ending import SaveInterval
 from src.train.monitors import StreamShares
+from tests.conftest import TRAIN
 from tests.runs import DROPOUT, QUICKSTART, UNSAVED, Killed, fit, logged, losses_of, trainer_of
 
 EVAL = "metrics/eval/LanguageCrossEntropy"
@@ -199,10 +200,12 @@ def test_signal_to_another_process_stops_this_one(options, tmp_path, monkeypatch
     assert end.value.code == 75 and latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
 
 
-def test_signal_in_the_last_step_lets_the_run_finish(options, tmp_path):
-    options = [*options, "max_duration=2ba"]
-    fit(options, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert end_of(options) == 0 and latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
+@pytest.mark.parametrize("duration", ["2ba", "1ep"])
+def test_signal_in_the_last_step_lets_the_run_finish(duration, options, tmp_path):
+    options = [*options, f"max_duration={duration}"]
+    steps = 2 if duration == "2ba" else len(trainer_of([*options, *UNSAVED]).state.train_dataloader)
+    fit(options, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert end_of(options) == 0 and latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == steps
 
 
 ALGORITHMS = {
@@ -229,6 +232,65 @@ def test_algorithm_resumes_bit_for_bit_and_a_signal_saves_what_an_interval_does(
     assert got == {step: loss for step, loss in want.items() if step > 3}
     again = latest(tmp_path / "b")["model"]
     assert all(torch.equal(weight, again[key]) for key, weight in end.items())
+
+
+def ends_of_pauses(options):
+    """Exit codes of main.py until it is 0, with a time limit that each start's first step reaches."""
+    codes = []
+    while not codes or codes[-1] == 75:
+        codes.append(end_of([*options, "time_limit=0.001s"]))
+        assert len(codes) < 50
+    return codes
+
+
+SWA = {
+    "steps": "{swa_start: 0.2dur, swa_end: 0.9dur, update_interval: 1ba}",
+    "duration": "{swa_start: 0.2dur, swa_end: 0.7dur, update_interval: 1ep}",
+    "epochs": "{swa_start: 1ep, swa_end: 3ep, update_interval: 1ba}",
+}
+
+
+@pytest.mark.parametrize("name", SWA)
+def test_swa_averages_in_a_run_of_epochs_whether_paused_or_not(name, options, tmp_path):
+    options = [*options, "max_duration=3ep", "eval_interval=0"]
+    fit([*options, *UNSAVED])
+    averaged = [*options, f"algorithms.swa={SWA[name]}"]
+    assert end_of(averaged) == 0
+    want = latest(tmp_path)
+    assert want["algorithms"][0][1]["swa_completed"]
+    paused = [*averaged, f"save_folder={tmp_path}/b/checkpoints"]
+    assert set(ends_of_pauses(paused)) == {75, 0}
+    got = latest(tmp_path / "b")["model"]
+    assert all(torch.equal(weight, got[key]) for key, weight in want["model"].items())
+
+
+def test_longer_run_cannot_average_what_is_averaged(options):
+    options = [*options, "algorithms.swa={}", "eval_interval=0"]
+    assert end_of([*options, "max_duration=3ba"]) == 0
+    message = end_of([*options, "max_duration=6ba", "resume.allow=[max_duration]"])
+    assert "algorithms.swa: the checkpoint's weights are averages already" in message
+
+
+@pytest.mark.parametrize("interval", ["0.5dur", "2ba", "1ep"])
+@pytest.mark.parametrize("duration", ["2ep", "7ba", "600sp"])
+def test_pauses_add_no_evaluation(interval, duration, options, tmp_path):
+    options = [*options, f"eval_interval={interval}", f"max_duration={duration}"]
+
+    def evaluated():
+        return [line["batch"] for line in logged(tmp_path) if EVAL in line]
+
+    assert end_of(options) == 0
+    want = evaluated()
+    ends_of_pauses([*options, f"save_folder={tmp_path}/b/checkpoints"])
+    assert evaluated() == want
+
+
+def test_stopper_that_fires_with_the_time_limit_ends_the_run(options, tmp_path):
+    stopper = "callbacks.threshold_stopper={monitor: LanguageCrossEntropy, threshold: 99.0, dataloader_label: eval}"
+    options = [*options, "max_duration=9ba", "eval_interval=2ba", stopper]
+    assert ends_of_pauses(options) == [75, 0]
+    assert latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
+    assert end_of(options) == 0 and latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
 
 
 # Failures
@@ -275,6 +337,22 @@ def test_accepted_batch_size_ends_the_epoch_with_its_samples(options, tmp_path):
     steps = [line["sample"] for line in logged(tmp_path) if "loss/train/total" in line]
     assert steps[:2] == [100, 140] and end_of([*options, *accept]) == 0
     assert latest(tmp_path)["timestamp"]["Timestamp"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("duration", ["4ba", "5ba", "2ep"])
+def test_accepted_batch_size_makes_the_epoch_longer(duration, options, tmp_path):
+    """A step of 40 samples, then of 100: the epoch of 307 has four steps, and with the first of them five or more."""
+    small = ["global_train_batch_size=40", "device_train_microbatch_size=40", "resume.allow=[global_train_batch_size]"]
+    losses_of([*options, *small, f"max_duration={duration}"], kill_at=3)
+    options = [*options, f"max_duration={duration}", "resume.allow=[global_train_batch_size]", "eval_interval=3ba"]
+    losses_of([*options], kill_at=4)  # again, with the batch size of the checkpoint
+    assert end_of(options) == 0
+    sizes = [line["sample"] for line in logged(tmp_path) if EVAL not in line]
+    epoch = [40, 80, 180, 280, TRAIN]
+    after = [TRAIN + size for size in (100, 200, 300, TRAIN)]
+    assert sizes == {"4ba": epoch[:4], "5ba": epoch, "2ep": epoch + after}[duration]
+    end = latest(tmp_path)["timestamp"]["Timestamp"]
+    assert (end["batch"], end["epoch"]) == (len(sizes), {"4ba": 0, "5ba": 1, "2ep": 2}[duration])
 
 
 def test_batch_size_within_an_epoch_grouped_by_length_is_refused(options):
@@ -335,6 +413,21 @@ def test_new_run_keeps_an_earlier_metrics_file(options, tmp_path):
     assert [file.read_text() for file in [*kept, path]] == texts
 
 
+def test_start_from_a_checkpoint_keeps_the_lines_of_a_finished_run(options, tmp_path):
+    """Only the run's own resume writes lines after its checkpoint anew."""
+    path = tmp_path / "metrics.jsonl"
+    fit([*options, "max_duration=4ba"])
+    whole = path.read_text()
+    (start,) = (tmp_path / "checkpoints").glob("ep0-ba2-rank0.pt")
+    options = [*options, *UNSAVED, f"load_path={start}", "eval_interval=0", "resume.allow=[max_duration]"]
+    fit([*options, "max_duration=3ba"])
+    assert (tmp_path / "metrics.1.jsonl").read_text() == whole
+    assert [line["batch"] for line in logged(tmp_path)] == [1, 2, 3]
+    fit([*options, "max_duration=5ba"])
+    assert [line["batch"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5]
+    assert len(list(tmp_path.glob("metrics*.jsonl"))) == 3
+
+
 # Metrics
 
 
@@ -356,18 +449,24 @@ def test_last_step_is_evaluated_once(interval, options):
     assert count.steps == (list(range(1, last + 1)) if interval == "1ba" else [last])
 
 
-def test_evaluation_is_in_the_metrics_once(options, tmp_path):
+@pytest.mark.parametrize("label", ["eval", "a/b"])
+def test_evaluation_is_in_the_metrics_once(label, options, tmp_path, token_shards):
     """After a kill between the last evaluation of an epoch and the next checkpoint."""
     options = [*options, "eval_interval=1ep", "max_duration=2ep"]
+    if label != "eval":
+        options.append(f"eval_loaders={{{label}: {{split: val}}}}")
+    EVAL = f"metrics/{label}/LanguageCrossEntropy"
     steps = len(trainer_of([*options, *UNSAVED]).state.train_dataloader)
     kill(trainer_of(options), "epoch_checkpoint", steps)
     first = logged(tmp_path)
     assert EVAL in first[-1]
+    more = len(first) - steps
     losses_of(options)
     lines = logged(tmp_path)
     assert [line["batch"] for line in lines if EVAL in line] == [steps, 2 * steps]
-    assert [line["batch"] for line in lines if EVAL not in line] == list(range(1, 2 * steps + 1))
-    assert lines[steps] == first[-1]
+    trained = [line["batch"] for line in lines if "loss/train/total" in line]
+    assert trained == list(range(1, 2 * steps + 1)) and len(lines) == 2 * (steps + more)
+    assert lines[: steps + more] == first
 
 
 def test_metrics_file_is_json_and_drops_damaged_lines_at_a_restart(options, tmp_path, caplog):
