@@ -44,6 +44,7 @@ class Mutant(NamedTuple):
         return text.replace(self.old, self.new)
 
 
+BUILDERS, VALIDATE = "src/train/builders.py", "src/train/validate.py"
 CALLBACKS, MONITORS, MASKING = "src/train/callbacks.py", "src/train/monitors.py", "src/data/masking.py"
 MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_lm_loss.py"
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
@@ -430,14 +431,91 @@ MUTANTS = [
     Mutant(
         "weights-not-finite",
         CHECKPOINT,
-        "damage(Path(path)) or not_finite(weights_of(state))",
-        "damage(Path(path))",
+        "return state, not_finite({name: state[name] for name in numbers if name in state})",
+        "return state, None",
         "train/test_checkpoint.py::test_unsound_checkpoint_is_refused_by_each_key",
+    ),
+    Mutant(
+        "averages-not-finite",
+        CHECKPOINT,
+        'numbers = ("model", "algorithms", ',
+        'numbers = ("model", ',
+        "train/test_checkpoint.py::test_numbers_of_a_checkpoint_are_checked",
+    ),
+    Mutant(
+        "folder-not-finite",
+        WEIGHTS,
+        "reason = reason or checkpoint.not_finite(weights)",
+        "reason = reason or None",
+        "train/test_weights.py::test_folder_with_weights_that_are_not_finite_is_refused",
+    ),
+    Mutant(
+        "resumes-without-optimizer",
+        CHECKPOINT,
+        "{**FIELDS, **(TO_RESUME if to_resume else {})}",
+        "FIELDS",
+        "train/test_checkpoint.py::test_each_field_of_a_checkpoint_is_checked",
+    ),
+    Mutant(
+        "resumes-weights-only",
+        BUILDERS,
+        "load_weights_only=config.load_weights_only and found is None",
+        "load_weights_only=config.load_weights_only",
+        "train/test_resume.py::test_run_that_began_with_other_weights_resumes_with_its_own_state",
+    ),
+    Mutant(
+        "archive-unpacked",
+        BUILDERS,
+        "checkpoint.check_name(start, start)",
+        "pass",
+        "train/test_checkpoint.py::test_no_archive_is_unpacked_and_no_other_file_is_written",
+    ),
+    Mutant(
+        "epochs-count-whole",
+        CALLBACKS,
+        "done += state.timestamp.sample_in_epoch.value / epoch_size(state)",
+        "pass",
+        "train/test_callbacks.py::test_epochs_count_in_parts",
+    ),
+    Mutant(
+        "a-stop-ends-swa",
+        ENDING,
+        "Time(elapsed(state, whole), TimeUnit.DURATION)",
+        "Time(elapsed(state, state.max_duration), TimeUnit.DURATION)",
+        "train/test_run_end.py::test_swa_averages_in_a_run_of_epochs_whether_paused_or_not",
+    ),
+    Mutant(
+        "stopper-forgotten",
+        ENDING,
+        """ or (self._stopped["options"] is None and options is not None)""",
+        "",
+        "train/test_run_end.py::test_stopper_that_fires_with_the_time_limit_ends_the_run",
+    ),
+    Mutant(
+        "epoch-too-short",
+        RESUME,
+        "loader.added = steps - len(loader)",
+        "loader.added = 0",
+        "train/test_run_end.py::test_accepted_batch_size_makes_the_epoch_longer",
+    ),
+    Mutant(
+        "metrics-cut",
+        MONITORS,
+        " or (len(kept) < len(lines) and not self.resumes)",
+        "",
+        "train/test_run_end.py::test_start_from_a_checkpoint_keeps_the_lines_of_a_finished_run",
+    ),
+    Mutant(
+        "validate-tokens",
+        VALIDATE,
+        '"tok": 1 / tokens_per_sample',
+        '"tok": 1',
+        "train/test_main.py::test_steps_of_epochs_with_a_smaller_last_batch",
     ),
     Mutant(
         "downloads-not-read",
         CHECKPOINT,
-        "check(read(found[0]))",
+        "check(read(found[0], to_resume))",
         'check({"model": {}}) if False else None',
         "train/test_checkpoint.py::test_checkpoint_of_an_object_store_is_checked",
     ),
@@ -493,7 +571,7 @@ MUTANTS = [
     Mutant(
         "secret-in-checkpoint",
         "src/train/config.py",
-        "flat(stored(to_dict(config), config.interpolations))",
+        "flat(stored(to_dict(config), hidden))",
         "flat(to_dict(config))",
         f"{SECRETS}::test_checkpoints_config_and_terminal_have_no_value",
     ),

@@ -150,23 +150,37 @@ def checked_start(
         ConfigError, CheckpointError: it does not fit, is damaged, or cannot be read.
         Finished: the run had ended there.
     """
-    if start is not None and Path(start).is_dir():
+    where, to_resume = start or f"{config.save_folder}", resumes or not config.load_weights_only
+    if start is None or not is_local(start):  # Composer's to find
+        accept = partial(checkpoint.check_fits, where, model=model)
+        return checkpoint.checked_loading(where, lambda state: accept(state["model"]), to_resume)
+    state = checkpoint.read(start, to_resume)
+    if resumes:  # first: it names settings, check_fits only shapes
+        check.compare(state["callbacks"].get("ResumeCheck"), start)
+    checkpoint.check_fits(start, state["model"], model)
+    if to_resume:
+        timestamp = Timestamp()
+        timestamp.load_state_dict(state["timestamp"]["Timestamp"])
+        end.check(timestamp, state["callbacks"].get("RunEnd", {}).get("stopped"))
+    return checkpoint.loading(where)
+
+
+def is_local(start: str) -> bool:
+    """Whether ``load_path`` is a file here. Else Composer finds it: in an object store, or by a name with ``{rank}``.
+
+    Raises CheckpointError: it cannot be a checkpoint of main.py.
+    """
+    if Path(start).is_dir():
         raise CheckpointError(
             f"load_path: {start} is a folder; expected a file, such as {checkpoint.LATEST.format(rank=0)} in it. "
             "Sharded checkpoints (a folder with .metadata) are not read, because that could run code in them"
         )
-    if start is None or not Path(start).is_file():  # Composer's to find: in an object store, or by a name with {rank}
-        where = start or f"{config.save_folder}"
-        return checkpoint.checked_loading(where, lambda state: checkpoint.check_fits(where, state["model"], model))
-    state = checkpoint.read(start)
-    if resumes:  # first: it names settings, check_fits only shapes
-        check.compare(state["callbacks"].get("ResumeCheck"), start)
-    checkpoint.check_fits(start, state["model"], model)
-    if resumes or not config.load_weights_only:
-        timestamp = Timestamp()
-        timestamp.load_state_dict(state["timestamp"]["Timestamp"])
-        end.check(timestamp, state["callbacks"].get("RunEnd", {}).get("stopped"))
-    return contextlib.nullcontext()
+    if "://" in start:
+        return False
+    checkpoint.check_name(start, start)
+    if not Path(start).is_file() and "{" not in start:
+        raise CheckpointError(f"load_path: {start}: no such file")
+    return Path(start).is_file()
 
 
 def build_tokenizer(config: RunConfig, found: str | None) -> PreTrainedTokenizerFast:

@@ -14,7 +14,6 @@ from composer.core import Callback, Event, State, Time, TimeUnit, get_precision_
 from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from src.common.errors import Interrupted, TrainingError, first_line
 from src.data.masking import mask_batch
@@ -182,11 +181,14 @@ class StopOnSilentFailure(Callback):
         self._check_weights(state, Event.EPOCH_CHECKPOINT)
 
     def _check_weights(self, state: State, event: Event) -> None:
-        """The weights that a saver is about to write, with EMA both the averaged and the trained ones."""
+        """What a saver is about to write: weights, with EMA the averaged and the trained ones, and Adam's moments."""
         if not any(saver.save_interval(state, event) for saver in savers_of(state)):
             return
-        weights = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in state.model.named_parameters()}
-        held = {"model": weights, "algorithms": [algorithm.state_dict() for algorithm in state.algorithms]}
+        held = {
+            "model": dict(state.model.named_parameters()),
+            "algorithms": [algorithm.state_dict() for algorithm in state.algorithms],
+            "optimizers": [list(optimizer.state.values()) for optimizer in state.optimizers],
+        }
         reason = next(filter(None, dist.all_gather_object(not_finite(held))), None)
         if reason is not None:
             raise TrainingError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.callbacks import CheckpointSaver
-from composer.core import State
+from composer.core import State, Timestamp
 from composer.loggers import Logger
 from composer.utils import (
     ObjectStoreTransientError,
@@ -30,10 +30,11 @@ from composer.utils import (
 )
 from composer.utils import checkpoint as composers
 from filelock import FileLock, Timeout
+from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import CheckpointError, ConfigError, TrainingError, first_line
+from src.common.errors import CheckpointError, ConfigError, DataError, Finished, TrainingError, first_line
 from src.common.files import PARTIAL, atomic, replace_folder, settle_folder, write_text
 from src.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
@@ -81,41 +82,94 @@ def load_data(path: str | Path) -> Any:
 
 
 def not_finite(tree: Any, name: str = "") -> str | None:
-    """Which tensor of nested dicts and sequences is the first with NaN or infinity, or None."""
+    """Which tensor of nested dicts and sequences is the first with NaN or infinity, or without values; or None."""
     if isinstance(tree, torch.Tensor):
-        return None if tree.isfinite().all() else f"{name} is NaN or infinite"
+        values = tree.to_local() if isinstance(tree, DTensor) else tree
+        if values.layout != torch.strided or values.is_meta:
+            return f"{name} is not a dense tensor"
+        values = values.float() if values.element_size() == 1 else values  # of 8 bits: torch has no isfinite for them
+        return None if values.isfinite().all() else f"{name} is NaN or infinite"
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     found = (not_finite(part, f"{name}.{key}" if name else str(key)) for key, part in items)
     return next(filter(None, found), None)
 
 
-def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint's ``state`` becomes weights again: with EMA, the model has the averaged ones."""
-    return {name: state[name] for name in ("model", "algorithms") if name in state}
+def is_weights(value: Any) -> bool:
+    """Whether ``value`` has tensors by name, and at least one."""
+    named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return named and bool(value) and all(isinstance(weight, torch.Tensor) for weight in value.values())
 
 
-def _state(path: str | Path) -> dict[str, Any]:
+def _is_timestamp(value: Any) -> bool:
+    try:
+        Timestamp().load_state_dict(value["Timestamp"])
+    except Exception:  # whatever Composer's raises for junk
+        return False
+    return True
+
+
+def _are_states(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, dict) for each in value.values())
+
+
+def _are_callbacks(value: Any) -> bool:
+    """Whether the states of callbacks are dicts, and of those with the fields that this code reads."""
+    if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
+        return False
+    stopped = value.get("RunEnd", {}).get("stopped")
+    by = isinstance(stopped, dict) and isinstance(stopped.get("name"), str) and "options" in stopped
+    return (stopped is None or by) and all(isinstance(path, str) for path in value.get("ResumeCheck", {}))
+
+
+def _is_place(value: Any) -> bool:
+    """Whether streaming finds its place in the training data. None: the run begins an epoch."""
+    train = value.get("train") if isinstance(value, dict) else 0
+    fields = ("epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed")
+    return train is None or (isinstance(train, dict) and all(type(train.get(name)) is int for name in fields))
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "model": is_weights,
+    "callbacks": _are_callbacks,
+    "timestamp": _is_timestamp,
+}
+"""What each checkpoint's ``state`` has, and a check of it."""
+TO_RESUME: dict[str, Callable[[Any], bool]] = {
+    "optimizers": _are_states,
+    "schedulers": _are_states,
+    "algorithms": lambda value: isinstance(value, list),
+    "dataset_state": _is_place,
+}
+"""What a run needs in addition to go on. Composer goes on without what is missing, and only warns."""
+
+
+def read(path: str | Path, to_resume: bool = False) -> dict[str, Any]:
+    """The ``state`` of a checkpoint that Composer wrote, after its fields, the CRC of each record and its numbers are
+    checked: weights, averages of weights and, ``to_resume``, the optimizer's.
+
+    Raises:
+        CheckpointError: as ``load_data``; the file is not a checkpoint of a run; or it is damaged.
+    """
+    state, reason = _read(path, to_resume)
+    reason = damage(Path(path)) or reason
+    if reason is not None:
+        raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
+    return state
+
+
+def _read(path: str | Path, to_resume: bool) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint's state, and which number in it is not finite."""
     held = load_data(path)
     state = held.get("state") if isinstance(held, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not a checkpoint of a run: it has no 'state'")
-    for name in ("model", "callbacks", "timestamp"):
-        if not isinstance(state.get(name), dict):
-            raise CheckpointError(f"{path}: not a checkpoint of a run: its 'state' has no '{name}'")
-    return state
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The ``state`` of a checkpoint that Composer wrote, after the CRC of each record and the weights are checked.
-
-    Raises:
-        CheckpointError: as ``load_data``; the file is not a checkpoint of a run; or its weights are not finite.
-    """
-    state = _state(path)
-    reason = damage(Path(path)) or not_finite(weights_of(state))
-    if reason is not None:
-        raise CheckpointError(f"{path}: the checkpoint is damaged: {reason}")
-    return state
+    for name, check in {**FIELDS, **(TO_RESUME if to_resume else {})}.items():
+        if name not in state or not check(state[name]):
+            raise CheckpointError(f"{path}: not a checkpoint of a run: its {name!r} is missing or of another form")
+    if to_resume and not isinstance(held.get("rng"), list):
+        raise CheckpointError(f"{path}: not a checkpoint of a run: its 'rng' is missing or of another form")
+    numbers = ("model", "algorithms", *(["optimizers"] if to_resume else []))
+    return state, not_finite({name: state[name] for name in numbers if name in state})
 
 
 def check_store(key: str, uri: str | None, writes: bool) -> None:
@@ -135,8 +189,35 @@ def check_store(key: str, uri: str | None, writes: bool) -> None:
         raise ConfigError(f"{key}: {uri} cannot be used ({first_line(error)})") from None
 
 
+def check_name(path: str, where: str) -> None:
+    """Raise CheckpointError for a name by which Composer would unpack a file, which writes others, or follow it."""
+    if is_tar(path) or is_compressed_pt(path) or path.endswith(".symlink"):
+        raise CheckpointError(f"{where}: an archive or a link by its name, which is not opened; expected a .pt")
+
+
 @contextlib.contextmanager
-def checked_loading(where: str, check: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def loading(where: str) -> Iterator[None]:
+    """Turn what Composer raises for parts of a checkpoint that do not fit the run into a CheckpointError."""
+    load = composers.load_checkpoint
+
+    def checked(*args: Any, **options: Any) -> Any:
+        try:
+            return load(*args, **options)
+        except (CheckpointError, ConfigError, DataError, Finished):
+            raise
+        except Exception as error:  # each part of a run has errors of its own
+            reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+            raise CheckpointError(f"{where}: the checkpoint does not fit this run ({reason})") from error
+
+    composers.load_checkpoint = checked
+    try:
+        yield
+    finally:
+        composers.load_checkpoint = load
+
+
+@contextlib.contextmanager
+def checked_loading(where: str, check: Callable[[dict[str, Any]], None], to_resume: bool) -> Iterator[None]:
     """Make Composer load only what ``read`` and ``check`` accept, from places that only Composer can find.
 
     They are object stores, and names with ``{rank}``. Composer has no hook between download and loading.
@@ -144,25 +225,26 @@ def checked_loading(where: str, check: Callable[[dict[str, Any]], None]) -> Iter
     Args:
         where: what the config calls the place, for messages.
         check: gets the checkpoint's ``state``.
+        to_resume: as for ``read``.
     """
     download = composers.download_checkpoint
 
     def checked(path: str, **options: Any) -> Any:
-        if is_tar(path) or is_compressed_pt(path):
-            raise CheckpointError(f"{where}: an archive, which is not unpacked; expected a checkpoint of main.py")
+        check_name(path.removesuffix(".symlink"), where)  # in object stores, ``latest`` is a file that names another
         try:
             found = download(path=path, **options)
         except Exception as error:  # each object store has errors of its own
             raise CheckpointError(f"{where}: cannot be read ({first_line(error)})") from None
         try:
-            check(read(found[0]))
+            check(read(found[0], to_resume))
         except CheckpointError as error:  # names the temporary file
             raise CheckpointError(str(error).replace(found[0], where)) from None
         return found
 
     composers.download_checkpoint = checked
     try:
-        yield
+        with loading(where):
+            yield
     finally:
         composers.download_checkpoint = download
 
@@ -240,7 +322,7 @@ class RunFolder:
         else:
             candidates = self.saved(until=Path(os.readlink(latest)).name if latest.is_symlink() else None)
         for path in reversed(candidates):
-            reason = damage(path) or not_finite(weights_of(_state(path)))
+            reason = damage(path) or _read(path, to_resume=True)[1]
             if reason is None:
                 if not (latest.exists() and latest.samefile(path)):
                     self.point_latest(path)

@@ -247,9 +247,11 @@ def resume_safe(path: str) -> bool:
 def settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide a run's result, by path: ``{"optimizer.lr": 5e-4, ...}``; all but RESUME_SAFE.
 
-    A value from the environment is replaced by its interpolation and a digest: checkpoints hold these settings.
+    A value from the environment is replaced by its interpolation and a digest: checkpoints hold these settings. Not so
+    the model's, without which nobody could load the weights.
     """
-    values = flat(stored(to_dict(config), config.interpolations))
+    hidden = {path: text for path, text in config.interpolations.items() if not is_within(path, "model")}
+    values = flat(stored(to_dict(config), hidden))
     return {path: value for path, value in values.items() if not resume_safe(path)}
 
 

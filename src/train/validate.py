@@ -16,7 +16,7 @@ from src.data.masking import MaskingCollator
 from src.data.microbatches import fullest_batch, num_tokens
 from src.data_c4 import StreamingC4
 from src.mosaic_bert import MaskedLMModel
-from src.train import builders, models, weights
+from src.train import builders, checkpoint, models, weights
 from src.train.config import MaskingSchedule, RunConfig
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.optim import OPTIMIZERS, build_scheduler
@@ -35,7 +35,12 @@ def validate(config: RunConfig) -> str:
     builders.check_components(config)
     tokenizer = builders.build_tokenizer(config, None)
     model = models.build_model(config, tokenizer)
-    weights.initialise(config, model, tokenizer)
+    checkpoint.check_store("load_path", config.load_path, writes=False)
+    if config.load_path is None:
+        weights.initialise(config, model, tokenizer)
+    elif builders.is_local(config.load_path):
+        state = checkpoint.read(config.load_path, to_resume=not config.load_weights_only)
+        checkpoint.check_fits(config.load_path, state["model"], model)
     build("optimizer", OPTIMIZERS, config.optimizer, model=model)
     builders.build_all("algorithms", builders.ALGORITHMS, config.algorithms)
     builders.build_callbacks(config, tokenizer, model)

@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import transformers
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -31,10 +31,11 @@ from src.configuration_bert import MosaicBertConfig
 from src.data import tokenizer as tokenizers
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
-from src.train import checkpoint
+from src.train import checkpoint, yaml12
 from src.train.config import RunConfig
 from src.train.models import KINDS
-from src.train.schema import nearest
+from src.train.schema import ILL_TYPED, check_options, nearest
+from src.train.yaml12 import is_within
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ SHAPELESS_SETTINGS = ("num_attention_heads", "layer_norm_eps")
 """Settings that change the computation but no tensor shape; compared explicitly."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a Hugging Face folder; the first that exists is read."""
+WORDS = "bert.embeddings.word_embeddings.weight"
 MOST_NAMES = 12
 """Weights that an error lists; further ones are counted."""
 
@@ -75,9 +77,12 @@ class Pretrained:
         if self.settings is None or not config.exists():
             return None
         try:
-            return OmegaConf.load(config).tokenizer_name
-        except OmegaConfBaseException as error:
-            raise CheckpointError(f"{config}: tokenizer_name: {error}") from None
+            name = yaml12.load(config.read_text())["tokenizer_name"]
+        except (yaml.YAMLError, OSError, ValueError, *ILL_TYPED) as error:
+            raise CheckpointError(f"{config}: tokenizer_name cannot be read ({first_line(error)})") from None
+        if not isinstance(name, str) or "${" in name:  # not this machine's environment
+            raise CheckpointError(f"{config}: tokenizer_name: expected a name, got {name!r}; name the tokenizer")
+        return name
 
 
 def read(path: str | Path) -> Pretrained:
@@ -97,23 +102,30 @@ def read(path: str | Path) -> Pretrained:
         raise CheckpointError(f"{path}: this folder has neither {latest.name} nor a Hugging Face model (config.json)")
     else:
         raise CheckpointError(f"{path}: no such file or folder")
+    takes = inspect.signature(config_class.__init__).parameters
     try:
+        check_options("config", config_class.__init__, {k: v for k, v in options.items() if k in takes}, ["self"])
         return Pretrained(path, config_class(**options), weights, settings)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, ArithmeticError, *ILL_TYPED) as error:
+        raise CheckpointError(f"{path}: the model's {error}") from None
 
 
 def _read_checkpoint(path: Path) -> tuple[type, dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Class and options of the model's config, weights, and the run's settings."""
     state = checkpoint.read(path)
-    settings = state["callbacks"].get("ResumeCheck") or {}
-    kind = KINDS.get(settings.get("model.name", ""))
+    settings = state["callbacks"].get("ResumeCheck", {})
+    hidden = [name for name, value in settings.items() if is_within(name, "model") and yaml12.is_stored(value)]
+    if hidden:  # of an earlier version
+        raise CheckpointError(f"{path}: {hidden[0]} came from the environment, and is not in the checkpoint")
+    kind = KINDS.get(str(settings.get("model.name")))
     if kind is None:
         raise CheckpointError(f"{path}: not a checkpoint of main.py: it does not say which model it is of")
     weights = {name.removeprefix("model."): tensor for name, tensor in state["model"].items()}
     prefix = "model.model_config."
     options = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
-    options["vocab_size"] = len(weights["bert.embeddings.word_embeddings.weight"])
+    if WORDS not in weights:
+        raise CheckpointError(f"{path}: not a checkpoint of main.py: it has no {WORDS}")
+    options["vocab_size"] = len(weights[WORDS])
     return kind.config_class, options, weights, settings
 
 
@@ -121,8 +133,10 @@ def _read_folder(folder: Path) -> tuple[type, dict[str, Any], dict[str, Tensor]]
     """Class and options of the model's config, and weights."""
     try:
         options = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: expected keys and values, got {type(options).__name__}")
     model_type = options.get("model_type")
     if model_type not in ("mosaic_bert", "bert"):
         raise CheckpointError(f"{folder}: model_type: expected mosaic_bert or bert, got {model_type!r}")
@@ -144,6 +158,13 @@ def _read_folder(folder: Path) -> tuple[type, dict[str, Any], dict[str, Tensor]]
             raise CheckpointError(f"{paths[0]}: the file is damaged ({first_line(error)})") from None
     else:
         weights = checkpoint.load_data(paths[0])
+        if not checkpoint.is_weights(weights):
+            raise CheckpointError(f"{paths[0]}: expected tensors by name")
+    # The first files of torch.save were no archives, and have no checksums; nor has safetensors.
+    reason = checkpoint.damage(paths[0]) if zipfile.is_zipfile(paths[0]) else None
+    reason = reason or checkpoint.not_finite(weights)
+    if reason is not None:
+        raise CheckpointError(f"{paths[0]}: the file is damaged: {reason}")
     # The first BERT checkpoints name LayerNorm's parameters gamma and beta.
     weights = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): w for name, w in weights.items()}
     if "embeddings.word_embeddings.weight" in weights:  # an encoder without a head

@@ -152,9 +152,14 @@ def is_same(one: Any, other: Any) -> bool:
     """Whether two values that checkpoints hold are the same; of interpolations, whether their digests are."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(is_same(value, other[name]) for name, value in one.items())
-    held = [STORED.fullmatch(value) if isinstance(value, str) else None for value in (one, other)]
+    held = [is_stored(value) for value in (one, other)]
     digests = [match[1] if match else _digest(value) for match, value in zip(held, (one, other), strict=True)]
     return one == other or (any(held) and digests[0] == digests[1])
+
+
+def is_stored(value: Any) -> re.Match[str] | None:
+    """Whether a value that a checkpoint holds is an interpolation with the digest of its value."""
+    return STORED.fullmatch(value) if isinstance(value, str) else None
 
 
 STORED = re.compile(r".*\$\{.* \(([0-9a-f]{4})\)", re.DOTALL)

@@ -1,5 +1,6 @@
 """The reader of checkpoints: what it refuses, by whatever key a file is named; and what reaches the disk."""
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -140,14 +141,87 @@ def test_folder_in_place_of_a_checkpoint_is_damage(overrides, tmp_path):
     ("held", "message"),
     [
         ([1], "it has no 'state'"),
-        ({"state": {"callbacks": {}, "timestamp": {}}}, "its 'state' has no 'model'"),
-        ({"state": {"model": {}, "callbacks": {}}}, "its 'state' has no 'timestamp'"),
+        ({"state": [1]}, "it has no 'state'"),
     ],
 )
 def test_file_of_something_else_is_refused(held, message, overrides, tmp_path):
     torch.save(held, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=f"x.pt: not a checkpoint of a run: {message}"):
         trainer_of([*overrides, *UNSAVED, f"load_path={tmp_path}/x.pt"])
+
+
+JUNK = {
+    "model": [None, {}, {"a": 1}, {1: torch.zeros(1)}],
+    "callbacks": [None, [], {"RunEnd": []}, {"RunEnd": {"stopped": {"x": 1}}}, {"ResumeCheck": ["a"]}],
+    "timestamp": [None, {}, {"Timestamp": {}}, {"Timestamp": {"batch": "x"}}],
+    "optimizers": [None, {}, {"AdamW": 1}],
+    "schedulers": [None, {}],
+    "algorithms": [None, 3],
+    "dataset_state": [None, [], {"train": {}}, {"train": {"epoch": "x"}}],
+    "rng": [None, 3],
+}
+"""Other values of each field that is read; None: the field is missing."""
+
+
+def with_field(start, path, name, value):
+    held = checkpoint.load_data(start)
+    part = held if name == "rng" else held["state"]
+    if value is None:
+        del part[name]
+    else:
+        part[name] = value
+    torch.save(held, path)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in JUNK.items() for value in values])
+def test_each_field_of_a_checkpoint_is_checked(name, value, trained, tmp_path):
+    path, message = tmp_path / "x.pt", f"x.pt: not a checkpoint of a run: its '{name}' is missing or of another form"
+    with_field(trained / "latest-rank0.pt", path, name, value)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(path, to_resume=True)
+    needed = name in ("model", "callbacks", "timestamp")
+    with pytest.raises(CheckpointError, match=message) if needed else contextlib.nullcontext():
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("algorithms", lambda _: [["EMA", {"weights": torch.tensor([1.0, float("nan")])}]], "is NaN or infinite"),
+        ("optimizers", lambda held: {**held, "x": {"exp_avg": torch.tensor(float("inf"))}}, "is NaN or infinite"),
+        ("model", lambda held: {**held, "x": torch.zeros(2).to_sparse()}, "x is not a dense tensor"),
+        ("model", lambda held: {**held, "x": torch.zeros(2, device="meta")}, "x is not a dense tensor"),
+        ("model", lambda held: {**held, "x": torch.full([2], float("nan")).to(torch.float8_e4m3fn)}, "is NaN or"),
+    ],
+)
+def test_numbers_of_a_checkpoint_are_checked(name, change, reason, trained, tmp_path):
+    state = checkpoint.load_data(trained / "latest-rank0.pt")["state"]
+    with_field(trained / "latest-rank0.pt", tmp_path / "x.pt", name, change(state[name]))
+    with pytest.raises(CheckpointError, match=rf"x\.pt: .*{reason}"):
+        checkpoint.read(tmp_path / "x.pt", to_resume=True)
+
+
+def test_parts_that_do_not_fit_the_run_are_one_message(trained, overrides, tmp_path):
+    """Composer gives them to optimizers and schedules, which have errors of their own."""
+    (name,) = checkpoint.load_data(trained / "latest-rank0.pt")["state"]["optimizers"]
+    with_field(trained / "latest-rank0.pt", tmp_path / "x.pt", "optimizers", {name: {"state": 3}})
+    with pytest.raises(SystemExit, match=r"x\.pt: the checkpoint does not fit this run \("):
+        more = ["max_duration=6ba", "resume.allow=[max_duration,optimizer]"]
+        main.run([QUICKSTART, *overrides, *UNSAVED, *more, f"load_path={tmp_path}/x.pt"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval"], ["--validate"]])
+@pytest.mark.parametrize("name", ["x.tar", "x.tgz", "x.tar.gz", "x.pt.gz", "x.pt.symlink", "missing.pt"])
+def test_no_archive_is_unpacked_and_no_other_file_is_written(name, flags, trained, overrides, tmp_path):
+    """A checkpoint that is an archive, too, would write where its members say; x.pt.gz is unpacked into x.pt."""
+    if name != "missing.pt":
+        shutil.copy((trained / "latest-rank0.pt").resolve(), tmp_path / name)
+    (tmp_path / "x.pt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    message = "no such file" if name == "missing.pt" else "an archive or a link by its name"
+    with pytest.raises(SystemExit, match=rf"{name}: {message}"):
+        main.run([QUICKSTART, *flags, *overrides, *UNSAVED, f"load_path={tmp_path}/{name}"])
+    assert (tmp_path / "x.pt").read_text() == "mine" and sorted(tmp_path.rglob("*")) == before
 
 
 # Object stores
@@ -177,7 +251,7 @@ def test_checkpoint_of_an_object_store_is_checked(bucket, unsound, trained, over
     options = [QUICKSTART, "--eval", *overrides, *UNSAVED]
     main.main([*options, f"load_path={uri}/good.pt"])
     assert "eval LanguageCrossEntropy=" in capsys.readouterr().out
-    for name, message in (("bad.pt", reason), ("good.tar", "an archive, which is not unpacked")):
+    for name, message in (("bad.pt", reason), ("good.tar", "an archive or a link by its name")):
         with pytest.raises(CheckpointError, match=f"^{uri}/{name}: .*{message}"):
             main.main([*options, f"load_path={uri}/{name}"])
     with pytest.raises(CheckpointError, match=f"^{uri}/good.pt: the checkpoint is of another model"):

@@ -8,8 +8,8 @@ import torch
 from composer.core import Callback, Timestamp
 
 import main
-from src.common.errors import ConfigError, Finished
-from src.train import builders, run, yaml12
+from src.common.errors import CheckpointError, ConfigError, Finished
+from src.train import builders, checkpoint, run, weights, yaml12
 from src.train.config import from_environment, load, settings
 from src.train.ending import RunEnd
 from src.train.resume import ResumeCheck
@@ -243,6 +243,23 @@ def test_checkpoints_config_and_terminal_have_no_value(overrides, monkeypatch, t
     monkeypatch.setenv("MY_NUMBER", "3")
     with pytest.raises(ConfigError, match="seed: .*MY_NUMBER.* there, .*MY_NUMBER.* here"):
         losses_of([*options, "max_duration=3ba", "autoresume=true", "resume.allow=[max_duration]"])
+
+
+def test_a_model_from_the_environment_can_be_loaded_again(overrides, monkeypatch, tmp_path):
+    """Its settings are in the checkpoint, because its weights mean nothing without them; an older one is refused."""
+    monkeypatch.setenv("WIDTH", "24")
+    monkeypatch.setenv("KIND", "mosaic_bert")
+    options = ["model.model_config.hidden_size=${oc.decode:${oc.env:WIDTH}}", "model.name=${oc.env:KIND}"]
+    losses_of([*overrides, *options, "max_duration=2ba", "eval_interval=0"])
+    monkeypatch.delenv("WIDTH")
+    path = tmp_path / "checkpoints" / "latest-rank0.pt"
+    assert weights.read(path).config.hidden_size == 24
+    held = checkpoint.load_data(path)
+    settings = held["state"]["callbacks"]["ResumeCheck"]
+    settings["model.model_config.hidden_size"] = "${oc.env:WIDTH} (0a1b)"
+    torch.save(held, tmp_path / "older.pt")
+    with pytest.raises(CheckpointError, match="model.model_config.hidden_size came from the environment"):
+        weights.read(tmp_path / "older.pt")
 
 
 def test_settings_of_earlier_versions_are_compared_by_value(monkeypatch):

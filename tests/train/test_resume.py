@@ -99,6 +99,14 @@ def test_resume_is_bit_identical(save, kills, masking, options, whole):
     check_resumes([*run, f"train_loader.num_workers={len(kills) - 1}"], whole, first=max(kills))
 
 
+def test_run_that_began_with_other_weights_resumes_with_its_own_state(options, trained):
+    """Optimizer, step and place in the data, though ``load_weights_only`` is set."""
+    run = [*options, f"load_path={trained}/latest-rank0.pt", "load_weights_only=true", "save_interval=2ba"]
+    whole = losses_of([*run, *UNSAVED])
+    losses_of(run, kill_at=3)
+    check_resumes(run, whole, first=3)
+
+
 # Checkpoints
 
 

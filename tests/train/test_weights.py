@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 from src.common.errors import CheckpointError, ConfigError
-from src.train import weights
+from src.train import checkpoint, weights
 from src.train.weights import load_pretrained, load_tokenizer, load_weights, read
 from tests.model.test_bert_layers import SMALL, batch_of, model_of
 
@@ -240,7 +240,7 @@ def test_unreadable_checkpoints(tmp_path, trained, capsys):
     content[len(content) // 2] ^= 1  # in a tensor, so that torch reads it without an error
     (tmp_path / "changed.pt").write_bytes(content)
     others = {"attack": {"state": Attack()}, "other": {"weights": 1}, "unnamed": {"state": {}}}
-    others["unnamed"]["state"] = {"model": {}, "callbacks": {}, "timestamp": {}}
+    others["unnamed"]["state"] = {**checkpoint.load_data(trained / "latest-rank0.pt")["state"], "callbacks": {}}
     for name, held in others.items():
         torch.save(held, tmp_path / f"{name}.pt")
     for name, message in (
@@ -270,13 +270,78 @@ def test_unreadable_folders(published, capsys, monkeypatch):
         ('{"model_type": "gpt2"}', "expected mosaic_bert or bert, got 'gpt2'"),
         ('{"model_type": "bert", "alibi_starting_size": 1, "hidden_act": "relu"}', "expected gelu, got 'relu'"),
         ("{", "config.json: Expecting"),
+        ("[1]", "config.json: expected keys and values, got list"),
+        ("[" * 100_000, "config.json: "),
     ):
         (published / "config.json").write_text(config)
         refused(message, read, published)
     assert "it ran" not in capsys.readouterr().out
 
 
+CONFIGS = [
+    ("num_attention_heads", 0, "config.num_attention_heads: expected a positive number"),
+    ("num_attention_heads", "four", "config.num_attention_heads: expected"),
+    ("num_hidden_layers", -1, "config.num_hidden_layers: expected a positive number"),
+    ("num_hidden_layers", None, "config.num_hidden_layers: expected"),
+    ("hidden_dropout_prob", 5, "config.hidden_dropout_prob: expected a number from 0 to less than 1"),
+    ("id2label", [1], "the model's "),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), CONFIGS)
+def test_each_field_of_a_folders_config_is_checked(name, value, message, published):
+    path = published / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    refused(message, read, published)
+
+
+@pytest.mark.parametrize("form", weights.WEIGHTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_folder_with_weights_that_are_not_finite_is_refused(value, form, source, published):
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    state["cls.predictions.decoder.bias"][3] = value
+    write = safetensors.torch.save_file if form == weights.WEIGHTS[0] else torch.save
+    write(state, published / form)
+    refused(f"{form}: the file is damaged: cls.predictions.decoder.bias is NaN or infinite", read, published)
+
+
+def test_folder_with_changed_bytes_is_refused(published):
+    path = published / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    refused("pytorch_model.bin: the file is damaged: wrong CRC of", read, published)
+
+
+@pytest.mark.parametrize("held", [[1], {1: torch.zeros(1)}, {"a": 1}, {}])
+def test_file_that_has_no_tensors_by_name_is_refused(held, published):
+    torch.save(held, published / "pytorch_model.bin")
+    refused("pytorch_model.bin: expected tensors by name", read, published)
+
+
+def test_folder_of_an_old_torch_is_read(source, published):
+    """Its file is no archive."""
+    torch.save(source.state_dict(), published / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert read(published).state.keys() == source.state_dict().keys()
+
+
 # Tokenizers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "tokenizer_name cannot be read"),
+        ("a: 1", "tokenizer_name cannot be read"),
+        ("tokenizer_name: 5", "expected a name, got 5"),
+        ("tokenizer_name: x/${oc.env:HOME}", "expected a name, got 'x/..oc.env:HOME.'"),
+    ],
+)
+def test_tokenizers_name_of_an_earlier_version_is_checked(text, message, trained, tmp_path):
+    """And does not read the environment."""
+    alone = read(shutil.copy(trained / "latest-rank0.pt", tmp_path / "alone.pt"))
+    (tmp_path / "config.yaml").write_text(text)
+    refused(f"config.yaml: .*{message}", load_tokenizer, alone)
 
 
 def test_tokenizer_must_be_the_one_of_the_weights(trained, tokenizer_folder, tmp_path, folder, caplog):
