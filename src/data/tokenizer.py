@@ -1,8 +1,10 @@
 """Tokenizers: loading, saving, fingerprints. Ids are the same under transformers 4 and 5."""
 
 import hashlib
+import itertools
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,18 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with BERT's special tokens: from a folder, else the local cache, else the Hugging Face Hub.
 
     Raises:
-        DataError: it is not there, cannot be read, is not fast, or lacks one of [CLS], [SEP], [MASK], [PAD].
+        DataError: it is not there, cannot be read or is not fast; it lacks one of [CLS], [SEP], [MASK], [PAD], or two
+            of them are the same; it has no words, gaps between its ids, or no entry for unknown words.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
-        if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
-            raise DataError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer")
+        files = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+        present = [name for name in files if os.path.lexists(folder / name)]
+        for name in present:  # transformers would take it as missing
+            if not (folder / name).is_file():
+                raise DataError(f"tokenizer {name_or_folder!r}: {name} is a broken link, or not a regular file")
+        if not {*present} & {"tokenizer.json", "vocab.txt"}:  # without, transformers 5 makes one that knows no word
+            raise DataError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer.json and no vocab.txt")
         tokenizer = _from_pretrained(name_or_folder, local_files_only=True)
     elif name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1:
         raise DataError(f"tokenizer {name_or_folder!r}: there is no such folder")
@@ -35,13 +43,34 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         tokenizer = _from_cache_or_hub(name_or_folder)
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {name_or_folder!r} has no fast version (tokenizer.json), which is required")
-    lacking = [name for name in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
-    if lacking:
-        raise DataError(f"tokenizer {name_or_folder!r} has no {', '.join(lacking)} token, which BERT needs")
     _restore_saved_parts(tokenizer, name_or_folder)
+    if fault := _fault(tokenizer):
+        raise DataError(f"tokenizer {name_or_folder!r} {fault}")
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json set truncation and padding
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _fault(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Why BERT cannot be trained with this tokenizer."""
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad")}
+    if lacking := [name for name, i in special.items() if i is None]:
+        return f"has no {', '.join(lacking)} token, which BERT needs"
+    special |= {} if tokenizer.unk_token_id is None else {"unk": tokenizer.unk_token_id}
+    for (one, i), (other, j) in itertools.combinations(special.items(), 2):
+        if i == j:
+            return f"has one token, {tokenizer.convert_ids_to_tokens(i)!r}, as its {one} token and its {other} token"
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) <= len(set(tokenizer.all_special_ids)):
+        return f"has {len(vocabulary)} entries, and all of them are special tokens"
+    if {*vocabulary.values()} != {*range(len(tokenizer))}:
+        word, last = max(vocabulary.items(), key=lambda entry: entry[1])
+        return f"has {len(vocabulary):,} entries, whose ids are not 0 to {len(vocabulary) - 1:,} ({word!r} is {last:,})"
+    try:
+        tokenizer.backend_tokenizer.model.tokenize("\U0010ffff")  # no character, and in no vocabulary
+    except Exception as error:  # the library has no class of its own
+        return f"cannot tokenize unknown words ({first_line(error)})"
+    return None
 
 
 def _from_pretrained(name: str, **options: Any) -> Any:

@@ -104,6 +104,60 @@ def test_tokenizer_that_cannot_be_loaded_is_refused(name, message, tmp_path):
         load_tokenizer(name.format(tmp_path))
 
 
+def dangling(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("make", [dangling, Path.mkdir, os.mkfifo])
+def test_file_of_a_tokenizer_that_is_no_file_is_refused(make, file, tokenizer_folder, tmp_path):
+    """transformers would take it as missing."""
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).unlink(missing_ok=True)
+    make(tmp_path / file)
+    with pytest.raises(DataError, match=f"{file} is a broken link, or not a regular file"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_folder_without_a_vocabulary_is_refused(tokenizer_folder, tmp_path):
+    """transformers 5 would make a tokenizer that knows no word."""
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    for file in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / file).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"holds no tokenizer\.json and no vocab\.txt"):
+        load_tokenizer(str(tmp_path))
+
+
+SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+WORD = {**SPECIAL, "the": 5}
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "options", "message"),
+    [
+        (SPECIAL, {}, "has 5 entries, and all of them are special tokens"),
+        (SPECIAL | {"the": 5000}, {}, r"has 6 entries, whose ids are not 0 to 5 \('the' is 5,000\)"),
+        (WORD | {"a": 5}, {}, "has 7 entries, whose ids are not 0 to 6"),
+        (WORD, {"unk_token": "[?]"}, r"cannot tokenize unknown words \(.*Missing \[UNK\] token"),
+        (WORD, {"mask_token": "[PAD]"}, r"has one token, '\[PAD\]', as its mask token and its pad token"),
+        (WORD, {"sep_token": "[CLS]"}, r"has one token, '\[CLS\]', as its cls token and its sep token"),
+        (WORD, {"mask_token": "[UNK]"}, r"has one token, '\[UNK\]', as its mask token and its unk token"),
+    ],
+)
+def test_vocabulary_that_does_not_fit_bert_is_refused(vocabulary, options, message, tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    for path in tmp_path.glob("*.json"):
+        said = json.loads(path.read_text())
+        if path.name == "tokenizer.json":
+            said["model"] |= {"vocab": vocabulary, "unk_token": options.get("unk_token", "[UNK]")}
+        else:
+            said |= options
+        path.write_text(json.dumps(said))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
 def test_without_a_network_the_hub_is_asked_once(monkeypatch):
     """Without HF_HUB_OFFLINE, from_pretrained would retry for a minute."""
     asked = []
