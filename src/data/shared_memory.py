@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +36,10 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     record.flush()
     try:
         made.rename(path)  # nobody sees it unlocked or empty
-    except PermissionError:
+    except OSError as error:  # another user's, or a folder
         made.unlink()
-        log.warning("%s belongs to another user, so the shared memory of this run stays if it is killed", path)
+        reason = "%s cannot be replaced (%s), so the shared memory of this run stays if it is killed"
+        log.warning(reason, path, error.strerror)
     _owned.append((prefix, lock_folder, record))
 
 
@@ -60,9 +62,30 @@ def remove_stale_shared_memory() -> list[int]:
             # A new run takes a prefix without segments and lock files. What it looks at first is removed last; what it
             # makes meanwhile is not in the list.
             for leftover in [*segments, path, first, *_locks(prefix, lock_folder)]:
-                leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # gone, another user's, or a folder
+                    leftover.unlink()
             stale.append(prefix)
     return stale
+
+
+def foreign_prefixes(unpack: Callable[[bytes], Any]) -> set[int]:
+    """Prefixes that have a file, but are not a dataset's of this user.
+
+    ``unpack`` raises ValueError for bytes that are not those of a segment ``locals``.
+    """
+    found: dict[int, list[Path]] = {}
+    for path in SHARED.glob("[0-9]" * 6 + "_*"):
+        found.setdefault(int(path.name[:6]), []).append(path)
+    foreign = set[int]()
+    for prefix, paths in found.items():
+        try:
+            for state in (path.lstat() for path in paths):
+                if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid() or not state.st_size:
+                    raise ValueError
+            unpack(_segment(prefix, "locals").read_bytes())
+        except (OSError, ValueError):
+            foreign.add(prefix)
+    return foreign
 
 
 def _open_own(path: str, flags: int) -> int:

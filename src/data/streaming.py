@@ -1,6 +1,7 @@
 """Repairs of mosaicml-streaming 0.13. Private names of streaming are used in this file alone."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.partition import algos
+from streaming.base.shared import prefix as shm_prefix
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 from torch import distributed as dist
@@ -41,6 +43,16 @@ from src.data.source import Source, without_password
 log = logging.getLogger(__name__)
 
 algos["exact"] = partition
+
+
+def _prefixes() -> Iterator[int]:
+    """Prefixes that streaming tries. It would fail at files that are not its own
+    (test_prefix_with_files_that_are_not_streamings_is_skipped)."""
+    foreign = shared_memory.foreign_prefixes(shm_prefix._unpack_locals)
+    return (prefix for prefix in itertools.count() if prefix not in foreign)
+
+
+shm_prefix._each_prefix_int = _prefixes
 
 
 def alone_on_node() -> FileLock:

@@ -3,14 +3,16 @@
 Killed and live owners are in test_resume.py. ``SHARED`` is a folder of the test.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 
 from src.common.errors import DataError
-from src.data import shared_memory
+from src.data import shared_memory, streaming
 from src.data.streaming import alone_on_node
 
 
@@ -104,9 +106,48 @@ def test_record_of_another_user_in_its_place_is_a_warning(shared, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         shared_memory.own_shared_memory(7, str(tmp_path / "locks"))
-    assert "000007_owner belongs to another user" in caplog.text
+    assert "000007_owner cannot be replaced (Operation not permitted)" in caplog.text
     assert not list(shared.glob(".*"))
     shared_memory._owned.pop()[2].close()
+
+
+def test_folder_in_the_place_of_the_record_is_a_warning(shared, tmp_path, caplog):
+    (shared / "000007_owner").mkdir()
+    shared_memory.own_shared_memory(7, str(tmp_path / "locks"))
+    assert "000007_owner cannot be replaced (Is a directory), so the shared memory of this run stays" in caplog.text
+    assert not list(shared.glob(".*"))
+    shared_memory._owned.pop()[2].close()
+
+
+def test_folder_among_the_segments_of_a_dead_run_stays(shared, tmp_path):
+    (shared / "000009_barrier").mkdir()
+    assert shared_memory.remove_stale_shared_memory() == [9]
+    assert {name for name in left(tmp_path) if name.startswith("000009")} == {"000009_barrier"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.mkdir,
+        Path.touch,
+        os.mkfifo,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.write_bytes(b"\xff" * 9),
+    ],
+)
+@pytest.mark.parametrize("name", ["locals", "barrier", "owner"])
+def test_prefix_with_files_that_are_not_streamings_is_skipped(name, make, token_shards, opened, monkeypatch):
+    with alone_on_node():  # nobody else meets the file
+        monkeypatch.setattr(streaming, "alone_on_node", contextlib.nullcontext)
+        prefix = opened(token_shards, "val").shared_memory_prefix + 1
+        while [*shared_memory.SHARED.glob(f"{prefix:06}_*"), *Path(gettempdir()).glob(f"{prefix:06}_*")]:
+            prefix += 1  # of another run
+        file = shared_memory.SHARED / f"{prefix:06}_{name}"
+        make(file)
+        try:
+            assert opened(token_shards, "val").shared_memory_prefix > prefix
+        finally:
+            file.rmdir() if file.is_dir() else file.unlink()
 
 
 def test_record_is_written_to_a_new_file(shared, tmp_path):
