@@ -72,7 +72,7 @@ class StreamingC4(RepairedDataset):
         **kwargs: Any,
     ):
         super().__init__(sources or {"": Source(local, remote, split)}, verify, **kwargs)
-        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.tokenizer, self.max_seq_len, self.vocab_size = tokenizer, max_seq_len, len(tokenizer)
         self.length_window, self.moving_crop = length_window, moving_crop
         self.token_dtypes = [self._token_dtype(*item) for item in enumerate(self.sources.values())]
         """Type of the ids on disk, for each source; None for text."""
@@ -125,15 +125,27 @@ class StreamingC4(RepairedDataset):
 
     def ids(self, sample_id: int, turn: int | None = None, retry: int = 7) -> NDArray[Any]:
         """A sample's ids (length,). Of a text that is too long: its beginning, or part ``turn`` of it."""
-        columns, dtype = super().get_item(sample_id, retry), self.token_dtypes[self.stream_of(sample_id)]
-        if dtype is not None:
-            return np.frombuffer(columns["tokens"], dtype)
+        sample = super().get_item(sample_id, retry)
+        if not isinstance(sample, str):
+            return sample
         room = self.max_seq_len - 2
         if turn is None:
-            ids = encode_prefix(self.tokenizer, columns["text"], room)
+            ids = encode_prefix(self.tokenizer, sample, room)
         else:
-            ids = encode_crop(self.tokenizer, columns["text"], room, turn)
+            ids = encode_crop(self.tokenizer, sample, room, turn)
         return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
+
+    def decode(self, shard_id: int, data: bytes) -> NDArray[Any] | str:
+        """A sample's ids (length,), or its text."""
+        dtype = self.token_dtypes[self.stream_per_shard[shard_id]]
+        if dtype is None:
+            return super().decode(shard_id, data)["text"]
+        ids = np.frombuffer(data, dtype, offset=4)  # the only column: its size (uint32) and the ids
+        if not 0 < len(ids) <= self.max_seq_len:
+            raise ValueError(f"a sample has {len(ids):,} tokens, expected 1 to {self.max_seq_len:,}")
+        if (largest := np.maximum.reduce(ids)) >= self.vocab_size:
+            raise ValueError(f"a sample has the id {largest:,}, and the tokenizer {self.vocab_size:,} entries")
+        return ids
 
     def stream_of(self, sample_id: int) -> int:
         """Position of the source that a sample comes from."""

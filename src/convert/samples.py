@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.convert.stats import Stats
 from src.data.cutting import PIECE, pieces, word_boundary
+from src.data.shards import token_dtype
 from src.data.tokenizer import tokenizer_fingerprint
 
 BATCH = 256
@@ -29,8 +30,7 @@ class Tokens:
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, pack: str):
         self.max_seq_len, self.pack = max_seq_len, pack
-        # uint16 takes half the bytes on disk and in memory; most vocabularies fit.
-        self.dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+        self.dtype = np.dtype(token_dtype(len(tokenizer))).newbyteorder("<")
         self.cls: Any = tokenizer.cls_token_id
         self.sep: Any = tokenizer.sep_token_id
         self.backend: Tokenizer = tokenizer.backend_tokenizer

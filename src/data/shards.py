@@ -33,6 +33,11 @@ LENGTHS = "lengths.bin"
 """File next to the index.json of shards of tokens: the length of each sample, little-endian uint16, in their order."""
 
 
+def token_dtype(vocab_size: int) -> str:
+    """Type of the ids on disk. uint16 takes half the bytes on disk and in memory; most vocabularies fit."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]
 """Of a JSON object: what each field must be, in words and as a test."""
 
@@ -103,6 +108,11 @@ def _check_index(index: Any) -> None:
     _check_fields(index, INDEX, "", closed=False)
     if TOKENS_KEY in index:
         _check_fields(index[TOKENS_KEY], TOKENS, f"{TOKENS_KEY}.", closed=False)
+        found, entries = index[TOKENS_KEY]["dtype"], index[TOKENS_KEY]["vocab_size"]
+        if found != token_dtype(entries):
+            raise ValueError(
+                f"{TOKENS_KEY}.dtype: expected {token_dtype(entries)} for {entries:,} entries, got {found}"
+            )
     first, names = None, set[str]()
     for i, shard in enumerate(index["shards"]):
         path = f"shards[{i}]."
@@ -127,6 +137,8 @@ def _check_index(index: Any) -> None:
 
 def _check_columns(names: list[str], encodings: list[str], sizes: list[int | None], tokens: bool) -> None:
     """Check the columns of the first shard; one that is read must be a string, or bytes with ``tokens``."""
+    if len({*names}) < len(names):
+        raise ValueError(f"shards[0].column_names: expected different names, got {names!r:.80}")
     try:
         expected = [get_mds_encoded_size(encoding) for encoding in encodings]
     except Exception as error:  # each encoding has errors of its own
@@ -139,6 +151,8 @@ def _check_columns(names: list[str], encodings: list[str], sizes: list[int | Non
     found = dict(zip(names, encodings, strict=True)).get(column)
     if found != encoding and (found or tokens):
         raise ValueError(f"shards[0].column_encodings: expected {encoding!r} for column {column!r}, got {found!r}")
+    if tokens and len(names) > 1:
+        raise ValueError(f"shards[0].column_names: expected 'tokens' alone, got {names!r:.80}")
 
 
 def _check_fields(entry: Any, fields: Fields, path: str, closed: bool = True) -> None:
@@ -280,7 +294,7 @@ def _offsets(file: io.FileIO, path: str, size: int, samples: int) -> NDArray[np.
     if found != size:
         raise DataError(f"{path} has {found:,} bytes, not {size:,}; copy or convert it again")
     count, offsets = np.split(np.frombuffer(file.read(header), np.uint32), [1])
-    if count != samples or offsets[0] < header or offsets[-1] > size or (offsets[1:] < offsets[:-1]).any():
+    if count != samples or offsets[0] < header or (offsets[1:] < offsets[:-1]).any():
         raise DataError(f"{path} is not a shard of {samples:,} samples, or is damaged; copy or convert it again")
     return offsets
 
@@ -315,7 +329,8 @@ def token_description(folder: Path) -> dict[str, Any] | None:
 
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
     """Raise DataError if shards of tokens were made by another tokenizer or for another length."""
-    if description["fingerprint"] not in tokenizer_fingerprints(tokenizer):
+    known = description["fingerprint"] in tokenizer_fingerprints(tokenizer)
+    if not known or description["vocab_size"] != len(tokenizer):
         raise DataError(
             f"{name} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
             f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again"

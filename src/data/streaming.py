@@ -310,8 +310,13 @@ class RepairedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
             else:
                 self._shard_access_times[shard_id] = time.time_ns()
-                return shard.decode_sample(data)
+                return self.decode(shard_id, data)
         raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
+
+    def decode(self, shard_id: int, data: bytes) -> Any:
+        """A sample of the bytes that its shard has of it. After an error the shard is damaged."""
+        shard: Any = self.shards[shard_id]
+        return shard.decode_sample(data)
 
     def on_exception(self, future: Future) -> None:
         """Called when a thread that fetches shards ends. Streaming raises its error where nobody catches it

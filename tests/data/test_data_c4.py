@@ -231,6 +231,20 @@ def test_grouped_batches_are_the_same_for_any_number_of_processes(canonical, wit
     assert not np.array_equal(other[:12], whole) and np.unique(other[:12]).size == 288
 
 
+@pytest.mark.parametrize("other", [{"epoch": 1}, {"shuffle_seed": 1}], ids=str)
+def test_windows_and_the_order_in_them_change_with_epoch_and_seed(other, with_lengths, opened):
+    folder, lengths = with_lengths
+
+    def grouped(epoch=0, **seed):
+        dataset = opened(folder, **{**GROUPED, "length_window": 6}, **seed)
+        return global_batches(dataset, 24, 1, 1, 1, epoch=epoch)[:12].reshape(2, 6, 24)
+
+    first, second = grouped(), grouped(**other)
+    assert set(first[0].ravel()) != set(second[0].ravel())
+    ranks = [lengths[windows].mean(axis=2).argsort(axis=1) for windows in (first, second)]
+    assert not np.array_equal(*ranks)
+
+
 def test_batches_of_a_window_are_permuted():
     """Else each window would begin with its shortest samples."""
     lengths = np.random.default_rng(0).integers(3, 500, 480)

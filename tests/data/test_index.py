@@ -7,6 +7,7 @@ import math
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from streaming.base.format import reader_from_json
 
@@ -23,6 +24,7 @@ from src.data.shards import (
     read_index,
     token_description,
 )
+from tests.conftest import VALIDATION
 
 NAME = "here/index.json"
 
@@ -77,6 +79,7 @@ RAW, ZIP = ("shards", 0, "raw_data"), ("shards", 1, "zip_data")
         (("shards", 0, "compression"), "zstd", "(shards[0].zip_data: expected an object with compression, else null)"),
         (("shards", 1, "compression"), None, "(shards[1].zip_data: expected an object with compression, else null)"),
         (("shards", 0, "column_names"), ["tokens", "x"], "(shards[0].column_encodings: expected one for each of"),
+        (("shards", 0, "column_names"), ["tokens", "tokens"], "(shards[0].column_names: expected different names, got"),
         (("shards", 0, "column_names"), ["text"], "(shards[0].column_encodings: expected 'bytes' for column 'tokens'"),
         (("shards", 0, "column_encodings"), ["pkl"], "(shards[0].column_encodings: expected one for each of column_na"),
         (("shards", 0, "column_encodings"), ["pkl:1"], "(shards[0].column_encodings: unknown in ['pkl:1']"),
@@ -101,6 +104,12 @@ RAW, ZIP = ("shards", 0, "raw_data"), ("shards", 1, "zip_data")
         ((*RAW, "mode"), 1, "(shards[0].raw_data.'mode': unknown field)"),
         ((TOKENS_KEY,), None, f"({TOKENS_KEY}: expected an object, got None)"),
         ((TOKENS_KEY, "dtype"), "bogus", f"({TOKENS_KEY}.dtype: expected uint16 or uint32, got 'bogus')"),
+        ((TOKENS_KEY, "dtype"), "uint32", f"({TOKENS_KEY}.dtype: expected uint16 for 1,000 entries, got uint32)"),
+        (
+            (TOKENS_KEY, "vocab_size"),
+            2**16 + 1,
+            f"({TOKENS_KEY}.dtype: expected uint32 for 65,537 entries, got uint16)",
+        ),
         ((TOKENS_KEY, "fingerprint"), ..., f"({TOKENS_KEY}.fingerprint: missing)"),
         ((TOKENS_KEY, "max_seq_len"), "32", f"({TOKENS_KEY}.max_seq_len: expected a positive number, got '32')"),
         ((TOKENS_KEY, "vocab_size"), 0, f"({TOKENS_KEY}.vocab_size: expected a positive number, got 0)"),
@@ -111,6 +120,13 @@ def test_each_fault_is_named(path, value, message, sound):
     with pytest.raises(DataError) as refused:
         parse_index(json.dumps(change(sound, path, value)).encode(), NAME)
     assert f"{NAME} is broken {message}" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_other_columns_than_tokens_are_refused(sound):
+    for name, value in ("column_names", "extra"), ("column_encodings", "str"), ("column_sizes", None):
+        sound = change(sound, ("shards", 0, name), [*sound["shards"][0][name], value])
+    with pytest.raises(DataError, match=r"\(shards\[0\].column_names: expected 'tokens' alone, got"):
+        parse_index(json.dumps(sound).encode(), NAME)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +224,40 @@ def header(position, value):
     return edit
 
 
+def offsets(change):
+    """Changes the offsets of the samples and of their end."""
+
+    def edit(folder):
+        data = bytearray(shard(folder).read_bytes())
+        found = np.frombuffer(data, np.uint32, VALIDATION + 1, offset=4)
+        change(found)
+        shard(folder).write_bytes(data)
+
+    return edit
+
+
+def id_of_the_first_sample(value):
+    def edit(folder):
+        data = bytearray(shard(folder).read_bytes())
+        begin = struct.unpack_from("<I", data, 4)[0] + 4
+        data[begin : begin + 2] = struct.pack("<H", value)
+        shard(folder).write_bytes(data)
+
+    return edit
+
+
+def longer_first_sample(offsets):
+    offsets[1:9] = offsets[9]
+
+
+def empty_first_sample(offsets):
+    offsets[1] = offsets[0] + 4
+
+
+def half_an_id(offsets):
+    offsets[1] -= 1
+
+
 def append(folder):
     shard(folder).write_bytes(shard(folder).read_bytes() + b"more")
 
@@ -224,6 +274,14 @@ DAMAGE = [
     (header(1, 8), "is not a shard of .*, or is damaged; copy"),  # the first sample would begin within the header
     (header(2, 2**32 - 1), "is not a shard of .*, or is damaged; copy"),
     (header(4, 0), "is not a shard of .*, or is damaged; copy"),
+    (
+        id_of_the_first_sample(65_535),
+        r"cannot be read .*\(a sample has the id 65,535, and the tokenizer 1,000 entries\)",
+    ),
+    (id_of_the_first_sample(1000), r"cannot be read .*\(a sample has the id 1,000, and the tokenizer 1,000 entries\)"),
+    (offsets(longer_first_sample), r"cannot be read .*\(a sample has \d+ tokens, expected 1 to 32\); copy"),
+    (offsets(empty_first_sample), r"cannot be read .*\(a sample has 0 tokens, expected 1 to 32\); copy"),
+    (offsets(half_an_id), r"cannot be read .*\(buffer size must be a multiple of element size\); copy"),
 ]
 
 
@@ -239,6 +297,13 @@ def test_shard_is_compared_with_the_index_when_it_is_opened(damage, message, cac
     assert caplog.text.count("Fetching it again") == cached
     with pytest.raises(DataError, match="shard.00000.mds"):
         dataset[0]
+
+
+def test_last_sample_that_would_end_past_its_shard_is_refused(folder):
+    info = read_index(folder)["shards"][0]
+    header(info["samples"] + 1, info["raw_data"]["bytes"] + 2)(folder)
+    with pytest.raises(DataError, match=rf"ends at byte {info['raw_data']['bytes']:,}, within sample {VALIDATION - 1}"):
+        OpenShards().read(str(shard(folder)), info["samples"] - 1, info["raw_data"]["bytes"], info["samples"])
 
 
 def test_shard_that_another_replaced_is_not_read(folder):
