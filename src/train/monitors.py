@@ -241,8 +241,10 @@ class MetricsFile(LoggerDestination):
         for number, line in enumerate(text.splitlines(), start=1):
             try:
                 values = json.loads(line)
-                read[line] = {"batch": int(values["batch"]), **values}
-            except (ValueError, TypeError, KeyError):
+                if type(values["batch"]) is not int:
+                    raise TypeError
+                read[line] = values
+            except (ValueError, TypeError, KeyError, RecursionError):
                 log.warning("%s, line %d is not a line of metrics, and is dropped", self.path, number)
         return read
 

@@ -473,13 +473,15 @@ def test_metrics_file_is_json_and_drops_damaged_lines_at_a_restart(options, tmp_
     options, path = [*options, "max_duration=4ba", "eval_interval=0"], tmp_path / "metrics.jsonl"
     losses_of(options, kill_at=3)
     lines = path.read_text().splitlines()
-    path.write_bytes(b"\n".join([lines[0].encode(), b"\xff\x00{]", b"[1]", lines[1].encode()]) + b'\n{"batch": 2, "x"')
+    typed = [b'{"batch": %s}' % value for value in (b'"3"', b"1e999", b"NaN", b"2.0", b"true", b"null", b"[" * 100_000)]
+    damaged = [b"\xff\x00{]", b"[1]", *typed, b'{"batch": 2, "x"']
+    path.write_bytes(b"\n".join([lines[0].encode(), *damaged[:-1], lines[1].encode(), damaged[-1]]))
     trainer, infinite = trainer_of(options), Callback()
     infinite.batch_end = lambda state, logger: logger.log_metrics({"a": math.nan, "b": -math.inf, "c": 1.0})
     trainer.state.callbacks.append(infinite)
     with contextlib.closing(trainer):
         trainer.fit()
-    for number in (2, 3, 5):
+    for number in (*range(2, 1 + len(damaged)), 2 + len(damaged)):
         assert f"{path}, line {number} is not a line of metrics" in caplog.text
 
     def refuse(constant):
