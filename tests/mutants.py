@@ -50,6 +50,7 @@ MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_l
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
 BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
+STREAMING_C4 = "src/data_c4.py"
 SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
@@ -61,6 +62,7 @@ PLACES = "model/test_bert_layers.py::test_dropout_acts_in_three_places_and_nowhe
 ON_DISK = "test_files.py::test_file_is_on_the_disk_before_its_name_and_then_the_name"
 REFUSES = "train/test_resume.py::test_resume_refuses_changed_settings_with_both_values"
 ONCE = "data/test_data_c4.py::test_evaluation_sees_each_sample_once"
+WINDOWS = "data/test_data_c4.py::test_windows_and_the_order_in_them_change_with_epoch_and_seed"
 GROUPED = "data/test_data_c4.py::test_grouped_batches_are_the_same_for_any_number_of_processes"
 INDEX = "data/test_index.py::test_each_fault_is_named"
 OPENED = "data/test_index.py::test_shard_is_compared_with_the_index_when_it_is_opened"
@@ -191,6 +193,13 @@ MUTANTS = [
         'batch["attention_mask"].numel(), "loss',
         "data/test_microbatches.py::test_tokens_of_a_padded_batch_do_not_count_padding",
     ),
+    Mutant(
+        "label-zero-not-counted",
+        BATCHES,
+        'int((batch["labels"] >= 0).sum())',
+        'int((batch["labels"] > 0).sum())',
+        "data/test_microbatches.py::test_tokens_of_a_padded_batch_do_not_count_padding",
+    ),
     Mutant("split-order", BATCHES, "longest_first=True", "longest_first=False", "data/test_microbatches.py"),
     Mutant(
         "nothing-masked",
@@ -244,23 +253,39 @@ MUTANTS = [
         "data/test_data_c4.py::test_batches_of_a_window_are_permuted",
     ),
     Mutant(
+        "windows-without-epoch",
+        STREAMING_C4,
+        "nodes, seed, epoch, self.shuffle",
+        "nodes, seed, 0, self.shuffle",
+        WINDOWS,
+    ),
+    Mutant(
+        "windows-without-seed",
+        STREAMING_C4,
+        "nodes, seed, epoch, self.shuffle",
+        "nodes, 0, epoch, self.shuffle",
+        WINDOWS,
+    ),
+    Mutant("batches-without-epoch", STREAMING_C4, "default_rng([seed, epoch])", "default_rng([seed, 0])", WINDOWS),
+    Mutant("batches-without-seed", STREAMING_C4, "default_rng([seed, epoch])", "default_rng([0, epoch])", WINDOWS),
+    Mutant(
         "draws-masked-alike",
-        "src/data_c4.py",
+        STREAMING_C4,
         "ids = ids + occurrences(ids) * self.size",
         "ids = ids + 0 * occurrences(ids)",
         "data/test_data_c4.py::test_each_draw_of_a_sample_is_masked_differently",
     ),
-    Mutant("evaluation-repeats", "src/data_c4.py", "if index < self.dataset.size:", "if index >= 0:", ONCE),
+    Mutant("evaluation-repeats", STREAMING_C4, "if index < self.dataset.size:", "if index >= 0:", ONCE),
     Mutant(
         "evaluation-loses",
-        "src/data_c4.py",
+        STREAMING_C4,
         "return -(-self.dataset.size // self.world_size)",
         "return self.dataset.size // self.world_size",
         ONCE,
     ),
     Mutant(
         "evaluation-epoch",
-        "src/data_c4.py",
+        STREAMING_C4,
         "sample_id=index, epoch=0)",
         "sample_id=index, epoch=self.dataset.next_epoch)",
         "data/test_data_c4.py::test_random_crop_moves_with_sample_and_epoch_except_in_evaluation",
@@ -349,6 +374,13 @@ MUTANTS = [
         '["batch"] <= done',
         '["batch"] < done',
         "train/test_resume.py::test_kill_before_the_first_step_keeps_the_metrics_file",
+    ),
+    Mutant(
+        "metrics-lines-of-text",
+        MONITORS,
+        'if type(values["batch"]) is not int:',
+        'if values["batch"] is None:',
+        "train/test_run_end.py::test_metrics_file_is_json_and_drops_damaged_lines_at_a_restart",
     ),
     # Files, checkpoints, resuming
     Mutant(
@@ -579,7 +611,18 @@ MUTANTS = [
     Mutant("names-outside", SHARDS, '"/" not in name and', "", INDEX),
     Mutant("names-of-compressed", SHARDS, 'for kind in ("raw_data", "zip_data"):', 'for kind in ("raw_data",):', INDEX),
     Mutant("pickled-columns", SHARDS, " or not all(map(is_mds_encoding_safe, encodings))", "", INDEX),
+    Mutant(
+        "files-of-others-in-shared-memory",
+        "src/data/streaming.py",
+        "shm_prefix._each_prefix_int = _prefixes",
+        "_prefixes",
+        "data/test_shared_memory.py::test_prefix_with_files_that_are_not_streamings_is_skipped",
+    ),
     Mutant("header", SHARDS, "if count != samples or offsets[0]", "if offsets[0]", OPENED),
+    Mutant("ids-outside-the-vocabulary", STREAMING_C4, ">= self.vocab_size:", "> self.vocab_size:", OPENED),
+    Mutant("length-of-a-sample", STREAMING_C4, "if not 0 < len(ids) <= self.max_seq_len:", "if not len(ids):", OPENED),
+    Mutant("repeated-columns", SHARDS, "if len({*names}) < len(names):", "if not names:", INDEX),
+    Mutant("type-of-ids", SHARDS, "if found != token_dtype(entries):", "if found is None:", INDEX),
     Mutant("shard-size", SHARDS, "    if found != size:", "    if found < size:", OPENED),
     Mutant(
         "fingerprint-without-hashes",
