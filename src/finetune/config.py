@@ -207,8 +207,11 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
         expect(names_folder, "tasks", "a name of letters, digits, '_', '.' and '-'; it names folders", name)
         for key in ("lr", "batch_size", "epochs"):
             expect(getattr(task, key) > 0, f"{path}.{key}", "a positive number", getattr(task, key))
-        different = task.seeds != [] and len(set(task.seeds)) == len(task.seeds) and min(task.seeds) >= 0
-        expect(different, f"{path}.seeds", "one or more different seeds, none negative", task.seeds)
+        different = task.seeds != [] and len(set(task.seeds)) == len(task.seeds)
+        fit = different and min(task.seeds) >= 0 and max(task.seeds) < 2**32
+        expect(fit, f"{path}.seeds", "one or more different seeds, from 0 to less than 2^32", task.seeds)
+        decay = task.weight_decay
+        expect(decay is None or decay >= 0, f"{path}.weight_decay", "0 or more", decay)
         if task.data is not None:
             faults += [f"{path}.data.{fault}" for fault in _data_faults(task.data)]
         elif name not in glue.TASKS:

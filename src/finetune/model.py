@@ -13,7 +13,7 @@ from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
-from src.common.errors import CheckpointError, ConfigError
+from src.common.errors import CheckpointError, ConfigError, first_line
 from src.data.microbatches import Batch
 from src.data.tokenizer import load_tokenizer
 from src.finetune.config import FinetuneConfig
@@ -146,8 +146,8 @@ def build_model(
             model = weights.load_pretrained(source, model_class, new_classifier=True, **given)
     except (ConfigError, CheckpointError):
         raise
-    except ValueError as error:  # for example attention dropout, where no kernel has it
-        raise ConfigError(f"model.{component.name}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # attention dropout, where no kernel has it; weights beyond the memory
+        raise ConfigError(f"model.{component.name}: {first_line(error)}") from None
     models.check_positions(model.config, max_seq_len)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -218,6 +218,8 @@ FILLED_FROM = ("data_local", "data_remote", "seed", "train_loader.split")
 """Settings that are the default of others."""
 
 DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
+LONGEST_WAIT = 2_000_000
+"""Seconds: poll(2), which waits for workers, takes less than 2^31 milliseconds."""
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")
 
 
@@ -276,6 +278,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         expect(0 < rate < 1, "mlm_probability", "a share between 0 and 1", rate)
     for name in ("global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
         expect(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
+    waits = {"dist_timeout": config.dist_timeout}
+    evals = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
+    for path, loader in {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **evals}.items():
+        waits |= {f"{path}.timeout": loader.timeout, f"{path}.download_timeout": loader.download_timeout or 0}
+    for path, wait in waits.items():
+        expect(wait <= LONGEST_WAIT, path, f"at most {LONGEST_WAIT:,} seconds", wait)
     expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
     size = config.device_train_microbatch_size
     expect(size == "auto" or size > 0, "device_train_microbatch_size", "a positive number", size)

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from src.common.errors import ConfigError
+from src.common.errors import ConfigError, first_line
 from src.configuration_bert import MosaicBertConfig
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
@@ -108,5 +108,5 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Mosaic
     check_positions(model_config, config.max_seq_len)
     try:
         return kind.pretraining(model_config, options.gradient_checkpointing)
-    except (ValueError, *ILL_TYPED) as error:
-        raise ConfigError(f"model: {error}") from error
+    except (ValueError, RuntimeError, *ILL_TYPED) as error:  # RuntimeError: torch cannot allocate the weights
+        raise ConfigError(f"model: {first_line(error)}") from error

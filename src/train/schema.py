@@ -5,9 +5,8 @@ import dataclasses
 import difflib
 import enum
 import inspect
-import math
 import re
-import string
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from src.common.errors import ConfigError
 from src.train import yaml12
-from src.train.yaml12 import interpolation, is_within
+from src.train.yaml12 import hidden, interpolation, is_within
 
 NO_KEY = {"key": False}
 """Metadata of a dataclass's field that no YAML sets."""
@@ -63,23 +62,21 @@ class Faults(list[str]):
 
     def lines(self) -> list[str]:
         """The faults; a value from the environment is shown as the interpolation that reads it."""
-        return [_without_value(fault, self.interpolations) for fault in self]
+        return [hidden(_without_value(fault, self.interpolations), self.interpolations) for fault in self]
 
 
 def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]) -> Any:
     """A frozen dataclass ``kind`` from a YAML and ``key=value`` overrides, both YAML 1.2.
 
-    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable. ``check``
-    appends to a list what is wrong with values of the right type. A field ``interpolations`` of ``kind`` is set to the
-    texts of values that depend on the environment, by path: what is written and printed has them, not the values.
+    ``${other.key}`` is replaced by the value at that path, ``${oc.env:NAME}`` by an environment variable. ``_merged``
+    says what an override changes. ``check`` appends to a list what is wrong with values of the right type. A field
+    ``interpolations`` of ``kind`` is set to the texts of values that depend on the environment, by path: what is
+    written and printed has them, not the values.
 
     Raises:
         ConfigError: the file cannot be read, an override has no ``=``, or keys are unknown, missing or ill-typed. One
             message names all of them.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected key=value")
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file")
     faults = Faults({})
@@ -87,11 +84,9 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
         given: Any = yaml12.load(Path(path).read_text())
         if not isinstance(given, dict | None):
             raise ConfigError("the top level must be keys and values")
-        changes = OmegaConf.create({})
+        merged: Any = OmegaConf.create(given or {})
         for override in overrides:
-            key, value = re.split(r"(?<!\\)=", override, maxsplit=1)
-            OmegaConf.update(changes, key, yaml12.load(value))
-        merged: Any = OmegaConf.merge(OmegaConf.create(given or {}), changes)
+            merged = _merged(kind, merged, override)
         try:
             faults = Faults(yaml12.interpolations(merged))
             tree: Any = OmegaConf.to_container(merged, resolve=True)
@@ -101,7 +96,7 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
             unknown = [fault for fault in faults if isinstance(fault, UnknownKey)]
             raise ConfigError("\n  ".join([str(error), *unknown])) from None
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError, RecursionError, ValueError) as error:
-        # OmegaConf raises TypeError and AssertionError when an override does not fit the YAML's shape.
+        # OmegaConf raises TypeError and AssertionError for a key that it cannot read.
         raise ConfigError(f"{path}: {error}") from None
 
     config = _dataclass(kind, tree, "", faults)
@@ -112,6 +107,42 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
     assert config is not None, "else there is a fault"
     holds = any(f.name == "interpolations" for f in dataclasses.fields(config))
     return dataclasses.replace(config, interpolations=faults.interpolations) if holds else config
+
+
+def _merged(kind: type, config: DictConfig, override: str) -> Any:
+    """The config with an override.
+
+    A mapping changes the keys that it names, as dotted keys do. ``{}``, a list, and a mapping with the ``name`` of a
+    model, optimizer or scheduler replace what is there. ``null`` removes a callback, logger or algorithm.
+    """
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: expected key=value")
+    key, text = re.split(r"(?<!\\)=", override, maxsplit=1)
+    value = yaml12.load(text)
+    if MISSING in flat(value).values():
+        raise ConfigError(f"override {override!r}: {MISSING} stands for a value that is still to be given; give it")
+    hints, changes = typing.get_type_hints(kind), []
+    is_whole = hints.get(key) is Component and isinstance(value, dict) and "name" in value
+    for part in (None if is_whole else _nulls(value), value):  # null first, or OmegaConf would keep what {} replaces
+        changes.append(OmegaConf.create({}))
+        OmegaConf.update(changes[-1], key, part)
+    try:
+        merged: Any = OmegaConf.merge(config, *changes)
+    except TypeError:
+        raise ConfigError(f"override {override!r}: it changes a part of a list; give the whole list") from None
+    changed: Any = OmegaConf.to_container(changes[-1])
+    for section in (name for name, hint in hints.items() if hint == Named and isinstance(changed.get(name), dict)):
+        for name in (name for name, options in changed[section].items() if options is None):
+            known = list(config.get(section) or {})
+            if name not in known:
+                raise ConfigError(f"override {override!r}: nothing to remove; {section}: {', '.join(known) or 'none'}")
+            del merged[section][name]
+    return merged
+
+
+def _nulls(value: Any) -> Any:
+    """A mapping with null for all that is no mapping with keys."""
+    return {name: _nulls(part) for name, part in value.items()} if isinstance(value, dict) and value else None
 
 
 def _without_value(fault: str, interpolations: Mapping[str, Any]) -> str:
@@ -171,7 +202,7 @@ def _dataclass(kind: type, tree: Any, path: str, faults: Faults) -> Any:
             faults.append(UnknownKey(f"{prefix}{name}: unknown key; {nearest(str(name), list(fields))}"))
     values, before = {}, len(faults)  # unknown keys alone: the other values are still checked
     for name, f in fields.items():
-        if tree.get(name, "???") != "???":  # OmegaConf's mark of a required value
+        if name in tree:
             values[name] = _value(hints[name], tree[name], prefix + name, faults)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             faults.append(f"{prefix}{name}: missing")
@@ -181,22 +212,25 @@ def _dataclass(kind: type, tree: Any, path: str, faults: Faults) -> Any:
 def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
     """``value`` as a ``hint``; None if it does not fit, and ``faults`` then says why."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if value == MISSING:
+        faults.append(f"{path}: missing")
+        return None
     if not _is_checkable(hint):
         return value
     if hint is Component:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             options = {k: v for k, v in value.items() if k != "name"}
-            return Component(value["name"], options, path, faults.interpolations)
+            return _component(value["name"], options, path, faults)
     elif dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, faults)  # pyright: ignore[reportArgumentType]
     elif hint == Named and (value is None or isinstance(value, dict)):
         given = {name: {} if options is None else options for name, options in (value or {}).items()}
         checked = {k: (f"{path}.{k}", _value(dict, options, f"{path}.{k}", faults)) for k, options in given.items()}
-        return {k: Component(str(k), options, at, faults.interpolations) for k, (at, options) in checked.items()}
+        return {k: _component(str(k), options, at, faults) for k, (at, options) in checked.items()}
     elif origin in (dict, collections.abc.Mapping) and isinstance(value, dict):
         if not dataclasses.is_dataclass(args[1]):
             return value
-        return {name: _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
+        return {str(name): _value(args[1], section, f"{path}.{name}", faults) for name, section in value.items()}
     elif origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -209,7 +243,7 @@ def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
                 faults.extend(attempt)
                 return None
     elif hint is float:
-        if type(value) is int or (type(value) is float and math.isfinite(value)):
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
     elif origin is Literal:
         if value in args and type(value) in map(type, args):
@@ -232,6 +266,14 @@ def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
     return None
 
 
+def _component(name: str, options: Any, path: str, faults: Faults) -> Component:
+    """A component; ``faults`` name each of its options that is still to be given."""
+    faults += [f"{key}: missing" for key, value in flat(options, path).items() if value == MISSING]
+    return Component(name, options, path, faults.interpolations)
+
+
+MISSING = "???"
+"""OmegaConf's mark of a value that is still to be given."""
 PLAIN = (str, int, float, bool, list, dict, tuple, type(None))
 SEQUENCES = (list, tuple, collections.abc.Sequence)
 
@@ -283,7 +325,7 @@ def _advice(value: Any) -> str:
 # Components
 # ----------------------------------------------------------------------------------------------------------------------
 
-INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d*[1-9]\d*dur|1dur")
+INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d*[1-9]\d*dur|1(\.0+)?dur")
 """How often, in a unit of Composer."""
 LENGTH = re.compile(r"\d+(ba|sp|tok|ep|sec)|(0|1|[01]\.0+|0?\.\d+)dur")
 """How long, in a unit of Composer."""
@@ -296,9 +338,10 @@ NAMES = [*PLACEHOLDERS, *"epoch batch batch_in_epoch sample sample_in_epoch toke
 def are_known(text: str, known: Sequence[str]) -> bool:
     """Whether all names in braces are known, and the braces match."""
     try:
-        return all(name is None or name in known for _, name, _, _ in string.Formatter().parse(text))
-    except ValueError:
+        text.format(**{name: "" if name in ("run_name", "file_name") else 0 for name in known})
+    except (LookupError, ValueError, TypeError, AttributeError):
         return False
+    return True
 
 
 def _is_period(value: int | str) -> bool:
@@ -364,8 +407,8 @@ def build(path: str, table: Mapping[str, Callable[..., Any]], component: Compone
         raise
     except (ValueError, *ILL_TYPED) as error:
         values = flat(component.options, component.path).items()
-        hidden = [value for key, value in values if interpolation(key, component.interpolations) is not None]
-        shown = not any(str(value) in str(error) for value in hidden)
+        secrets = [value for key, value in values if interpolation(key, component.interpolations) is not None]
+        shown = not any(str(value) in str(error) for value in secrets)
         raise ConfigError(f"{path}: {error if shown else type(error).__name__}") from error
 
 

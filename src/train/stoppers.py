@@ -78,7 +78,7 @@ class ThresholdStopper(callbacks.ThresholdStopper):
 def check_stoppers(built: list[Callback], config: RunConfig, model: MaskedLMModel) -> None:
     """Refuse stoppers that could never end the run, in one ConfigError."""
     faults = []
-    for name, stopper in zip(config.callbacks, built, strict=False):
+    for name, stopper in zip(config.callbacks, built, strict=True):
         if not isinstance(stopper, (EarlyStopper, ThresholdStopper)):
             continue
         path, label = f"callbacks.{name}", stopper.dataloader_label

@@ -1,9 +1,11 @@
 """YAML 1.2, read and written, and which values depend on the environment. Imports no torch."""
 
+import contextlib
 import hashlib
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import yaml
@@ -11,17 +13,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
-from src.common.errors import ConfigError
+from src.common.errors import ConfigError, Interrupted, TrainingError
 
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's core schema (yaml.org/spec/1.2.2, section 10.3): ``off`` and ``1:04`` are texts, and 017 is 17.
 
-    Refuses a key that occurs twice in a mapping, and aliases that make a text larger than ``LARGEST`` values.
+    Keys are texts, as written. Refuses a key that occurs twice in a mapping, tags other than those of the core schema,
+    and aliases that make a text larger than ``LARGEST`` values.
     """
 
     LARGEST = 10_000
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # without those of YAML 1.1
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.endswith((":str", ":seq", ":map"))
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: Any = super().compose_mapping_node(anchor)
@@ -30,7 +38,12 @@ class Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        node.value = [(self._text(key), value) for key, value in node.value]
         return node
+
+    def _text(self, key: yaml.Node) -> yaml.Node:
+        is_text = not isinstance(key, yaml.ScalarNode) or key.tag == f"{CORE}merge"
+        return key if is_text else yaml.ScalarNode(f"{CORE}str", key.value, key.start_mark)
 
     def construct_document(self, node: yaml.Node) -> Any:
         sizes: dict[int, float] = {}
@@ -51,26 +64,32 @@ class Dumper(yaml.SafeDumper):
     """Quotes each text that ``Loader``, or a reader of YAML 1.1, would take for something else."""
 
 
-for _tag, _pattern in {
+CORE = "tag:yaml.org,2002:"
+PATTERNS = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "merge": r"<<",
-}.items():
-    for _class in (Loader, Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), [None])  # pyright: ignore
+}
 
 
-def _number(loader: Loader, node: yaml.ScalarNode) -> int | float:
-    text = node.value.lower()
-    if node.tag.endswith("int"):
+def _scalar(loader: Loader, node: yaml.ScalarNode) -> int | float | bool | None:
+    kind, text = node.tag.removeprefix(CORE), str(loader.construct_scalar(node))
+    if not re.fullmatch(PATTERNS[kind], text):
+        raise yaml.MarkedYAMLError(problem=f"expected {kind}, got {text!r}", problem_mark=node.start_mark)
+    text = text.lower()
+    if kind in ("null", "bool"):
+        return {"true": True, "false": False}.get(text)
+    if kind == "int":
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", _number)
-Loader.add_constructor("tag:yaml.org,2002:float", _number)
+for _kind, _pattern in {**PATTERNS, "merge": "<<"}.items():
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(f"{CORE}{_kind}", re.compile(rf"(?:{_pattern})\Z"), [None])  # pyright: ignore
+for _kind in PATTERNS:
+    Loader.add_constructor(f"{CORE}{_kind}", _scalar)
 
 
 def load(text: str) -> Any:
@@ -124,6 +143,36 @@ def interpolations(config: DictConfig) -> dict[str, Any]:
 def interpolation(path: str, texts: Mapping[str, Any]) -> Any:
     """The unresolved value at ``path`` or at a section that holds it; None if it does not depend on the environment."""
     return next((text for name, text in texts.items() if is_within(path, name)), None)
+
+
+def hidden(message: str, texts: Mapping[str, Any]) -> str:
+    """A message with ``${oc.env:NAME}`` in place of the values of environment variables.
+
+    Of those that ``texts``, interpolations by path, read. A value of less than 6 characters must be a word of the
+    message, and if it is a number, the message must name a key that reads it: others may have the same number.
+    """
+    shown: dict[str, str] = {}
+    for path, text in texts.items():
+        for name in re.findall(r"\$\{\s*oc\.env:\s*([^,}\s]+)", str(text)):
+            value = os.environ.get(name, "")
+            if len(value) > 5 or (value and not value.isdecimal()) or (value and path.split(".")[-1] in message):
+                shown |= dict.fromkeys((value, repr(value)[1:-1]), f"${{oc.env:{name}}}")
+    forms = [re.escape(form) for form in sorted(shown, key=len, reverse=True)]
+    words = [form if len(form) > 5 else rf"(?<!\w){form}(?!\w)" for form in forms]
+    return re.sub("|".join(words), lambda match: shown[match[0]], message) if shown else message
+
+
+@contextlib.contextmanager
+def hiding(texts: Mapping[str, Any]) -> Iterator[None]:
+    """``hidden`` for the messages of errors that the ``with`` block raises."""
+    try:
+        yield
+    except (ValueError, OSError, TrainingError, Interrupted) as error:
+        message = hidden(str(error), texts)
+        if isinstance(error, OSError) and message != str(error):
+            raise OSError(message) from None  # its own text is made of several arguments
+        error.args = (message,) if message != str(error) else error.args
+        raise
 
 
 def unresolved(tree: Any, texts: Mapping[str, Any], path: str = "") -> Any:

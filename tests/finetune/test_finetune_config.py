@@ -91,7 +91,15 @@ def test_each_key_misspelt_is_refused(path, write):
         ("tasks.mine.lr=0", "tasks.mine.lr: expected a positive number, got 0.0"),
         ("tasks.mine.batch_size=0", "tasks.mine.batch_size: expected a positive number, got 0"),
         ("tasks.mine.epochs=0", "tasks.mine.epochs: expected a positive number, got 0"),
-        ("tasks.mine.seeds=[]", "tasks.mine.seeds: expected one or more different seeds, none negative, got []"),
+        (
+            "tasks.mine.seeds=[]",
+            "tasks.mine.seeds: expected one or more different seeds, from 0 to less than 2^32",
+        ),
+        (
+            "tasks.mine.seeds=[5000000000]",
+            "tasks.mine.seeds: expected one or more different seeds, from 0 to",
+        ),
+        ("tasks.mine.weight_decay=-1", "tasks.mine.weight_decay: expected 0 or more, got -1.0"),
         ("tasks.mine.seeds=[1,2,1]", "tasks.mine.seeds: expected one or more different seeds"),
         ("tasks.mine.seeds=[-1]", "tasks.mine.seeds: expected one or more different seeds"),
         ("tasks.mine.seeds=[true]", "tasks.mine.seeds: "),
@@ -114,6 +122,13 @@ def test_each_kind_of_fault(override, fault):
     with pytest.raises(ConfigError) as error:
         own(override)
     assert fault in str(error.value)
+
+
+def test_a_name_of_digits_is_a_text(write):
+    tree = yaml.safe_load(Path("yamls/finetune_own.yaml").read_text())
+    tree["tasks"][2019] = tree["tasks"].pop("mine")
+    overrides = ["pretrained=x", "tasks.2019.data.train=a.csv", "tasks.2019.seeds=[0,4294967295]"]
+    assert load(write(tree), overrides).tasks["2019"].seeds == [0, 2**32 - 1]
 
 
 @pytest.mark.parametrize(

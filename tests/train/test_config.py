@@ -100,7 +100,17 @@ def test_one_error_reports_all_faults(write, quickstart):
         ("device_train_microbatch_size=0", "device_train_microbatch_size: expected a positive number, got 0"),
         ("max_seq_len=2", "max_seq_len: expected more than the 2 special tokens of a sample, got 2"),
         ("model=bert", "model: expected a section with a 'name', got 'bert'"),
-        ("loggers=[]", "Cannot merge"),
+        ("loggers=[]", "loggers: expected keys and values, got []"),
+        ("callbacks=3", "callbacks: expected keys and values, got 3"),
+        ("callbacks.nan_monitor=null", "nothing to remove; callbacks: step_monitor, lr_monitor"),
+        ("algorithms={ema: null}", "nothing to remove; algorithms: none"),
+        ("optimizer.betas[0]=0.8", "override 'optimizer.betas[0]=0.8': it changes a part of a list; give the whole"),
+        ("optimizer.betas.0=0.8", "it changes a part of a list; give the whole list"),
+        ("seed=???", "override 'seed=???': ??? stands for a value that is still to be given"),
+        ("pretrained=???", "override 'pretrained=???': ??? stands for a value"),
+        ("optimizer.lr=???", "override 'optimizer.lr=???': ??? stands for a value"),
+        ("optimizer={name: adamw, lr: '???'}", "??? stands for a value"),
+        ("train_loader={}", "train_loader.split: missing"),
         ("algorithms=[]", "algorithms: expected keys and values, got []"),
         ("callbacks.speed_monitor=3", "callbacks.speed_monitor: expected keys and values"),
         ("train_loader=3", "train_loader: expected keys and values, got 3"),
@@ -151,6 +161,79 @@ def test_each_fault_is_reported(override, fault, write, quickstart):
     with pytest.raises(ConfigError) as error:
         load(write(quickstart), override.split(" && "))
     assert fault in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "want"),
+    [
+        ("callbacks={}", "callbacks", {}),
+        ("callbacks=null", "callbacks", {}),
+        ("loggers={}", "loggers", {}),
+        ("algorithms.ema={} && algorithms={}", "algorithms", {}),
+        ("loggers={} && loggers.console_line={}", "loggers", {"console_line": {}}),
+        ("callbacks.step_monitor=null", "callbacks", {"lr_monitor": {}}),
+        ("callbacks={step_monitor: null, nan_monitor: {}}", "callbacks", {"lr_monitor": {}, "nan_monitor": {}}),
+        (
+            "callbacks.step_monitor.window_size=3 && callbacks={step_monitor: {}}",
+            "callbacks",
+            {"step_monitor": {}, "lr_monitor": {}},
+        ),
+        (
+            "loggers={wandb: {project: x}} && loggers.wandb={name: y} && loggers.tensorboard=null && "
+            "loggers.metrics_file=null",
+            "loggers",
+            {"wandb": {"project": "x", "name": "y"}},  # here, name is an option
+        ),
+        (
+            "scheduler={name: linear_decay_with_warmup, t_warmup: 5ba}",
+            "scheduler",
+            {"name": "linear_decay_with_warmup", "t_warmup": "5ba"},
+        ),
+        (
+            "scheduler={t_decay: 0.2dur} && scheduler.alpha_f=0.1",
+            "scheduler",
+            {"name": "warmup_stable_decay", "t_warmup": "0.1dur", "t_decay": "0.2dur", "alpha_f": 0.1},
+        ),
+        ("optimizer={name: adamw, lr: 1} && optimizer.eps=2", "optimizer", {"name": "adamw", "lr": 1, "eps": 2}),
+        ("model.model_config={} && model.name=hf_bert", "model", {"name": "hf_bert", "model_config": {}}),
+        ("resume.allow=[a, seed] && resume={allow: [seed]}", "resume", {"allow": ["seed"]}),
+    ],
+)
+def test_what_an_override_changes(overrides, section, want, write, quickstart):
+    assert to_dict(load(write(quickstart), overrides.split(" && ")))[section] == want
+
+
+def test_an_override_of_a_reference_changes_no_other_section(write, quickstart):
+    path = write({**quickstart, "eval_loaders": {"more": "${eval_loader}"}})
+    run = load(path, ["eval_loaders.more.split=dev", "eval_loaders.more.num_workers=0"])
+    assert (run.eval_loader.split, run.eval_loaders["more"].split) == ("val", "dev")
+
+
+def test_each_value_that_is_still_to_be_given_is_missing(write, quickstart):
+    """Also one with a default, and the options of components."""
+    for section, key in (("optimizer", "lr"), ("loggers", "tensorboard"), ("train_loader", "shuffle")):
+        quickstart[section] = {**quickstart[section], key: "???"}
+    quickstart["loggers"]["metrics_file"] = {"path": "???"}
+    with pytest.raises(ConfigError) as error:
+        load(write({**quickstart, "seed": "???", "pretrained": "???"}))
+    names = ("seed", "pretrained", "optimizer.lr", "loggers.tensorboard", "loggers.metrics_file.path")
+    for name in (*names, "train_loader.shuffle"):
+        assert f"  {name}: missing\n" in f"{error.value}\n"
+
+
+def test_names_are_texts_as_written(write):
+    streams = "{2019: {proportion: 1}, c4: {local: x, proportion: 1}, 0x1: {local: y, proportion: 2}}"
+    text = Path("yamls/quickstart.yaml").read_text().replace("  split: train", f"  split: train\n  streams: {streams}")
+    run = load(write(text), ["train_loader.streams.2019.proportion=3"])
+    proportions = {name: stream.proportion for name, stream in run.train_loader.streams.items()}
+    assert proportions == {"0x1": 2, "2019": 3, "c4": 1}
+    assert load(write(to_dict(run))) == run
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_given_seed_of_the_order_is_not_the_runs(seed):
+    run = load("yamls/quickstart.yaml", ["seed=3", f"train_loader.shuffle_seed={seed}"])
+    assert run.train_loader.shuffle_seed == seed
 
 
 def test_pretrained_may_stand_next_to_a_checkpoint_to_resume(write, quickstart):

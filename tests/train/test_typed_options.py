@@ -202,6 +202,18 @@ def test_a_schedule_in_shares_of_the_run_fits_any_duration(duration, warmup):
         ("time_limit=0h", "time_limit: expected a number with d, h, min or s, got '0h'"),
         ("seed=-1", "seed: expected a number from 0 to less than 2^32, got -1"),
         ("train_loader.shuffle_seed=-1", "train_loader.shuffle_seed: expected a number from 0"),
+        ("save_interval=1.1dur", "save_interval: expected a number with"),
+        ("save_folder='runs/{run_name:{rank}}'", "save_folder: expected no {placeholder} but run_name, got"),
+        ("save_folder='runs/{run_name:d}'", "save_folder: expected no {placeholder} but run_name, got"),
+        ("save_folder='runs/{run_name.x}'", "save_folder: expected no {placeholder} but run_name, got"),
+        ("save_folder='runs/{}'", "save_folder: expected no {placeholder} but run_name, got"),
+        ("load_path='x/{rank[}'", "load_path: expected no {placeholder} but run_name, rank"),
+        ("dist_timeout=1e15", "dist_timeout: expected at most 2,000,000 seconds, got 1000000000000000.0"),
+        (f"dist_timeout={10**400}", "dist_timeout: expected float, got 1000"),
+        (f"dist_timeout=-{10**400}", "dist_timeout: expected float, got -1000"),
+        ("train_loader.timeout=1e12", "train_loader.timeout: expected at most 2,000,000 seconds"),
+        ("eval_loaders={a: {split: x, timeout: 3e6}}", "eval_loaders.a.timeout: expected at most 2,000,000 seconds"),
+        ("eval_loader.download_timeout=1e12", "eval_loader.download_timeout: expected at most 2,000,000 seconds"),
         ("dist_timeout=.inf", "dist_timeout: expected float, got inf"),
         ("train_loader.timeout=.nan", "train_loader.timeout: expected float, got nan"),
         ("train_loader.shuffle=yes", "train_loader.shuffle: expected bool, got 'yes'; write true"),
@@ -219,6 +231,19 @@ def test_a_value_without_a_meaning_is_refused(override, message):
     with pytest.raises(ConfigError) as error:
         load(QUICKSTART, [override])
     assert message in str(error.value)
+
+
+def test_times_may_be_written_as_shares():
+    run = load(QUICKSTART, ["save_interval=1.0dur", "eval_interval=1.00dur", "save_folder='s3://b/{rank:02d}'"])
+    assert (run.save_interval, run.eval_interval) == ("1.0dur", "1.00dur")
+    assert run.save_folder == "s3://b/{rank:02d}"
+
+
+@pytest.mark.parametrize("size", [10**12, 10**30])
+def test_a_model_beyond_the_memory_is_refused(size, tokenizer):
+    run = load(QUICKSTART, [f"{SHAPE}.vocab_size={size}"])
+    with pytest.raises(ConfigError, match="^model: .+"):
+        models.build_model(run, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +288,10 @@ def test_resume_may_allow_all_that_can_differ():
         ("1.", 1.0),
         ("-.inf", -math.inf),
         ("[1, off]", [1, "off"]),
+        ("!!float 3", 3.0),
+        ("!!str 3", "3"),
+        ("!!bool true", True),
+        ("{1: a, off: b, 0x1: c, true: d, null: e}", {"1": "a", "off": "b", "0x1": "c", "true": "d", "null": "e"}),
     ],
 )
 def test_yaml_1_2_in_files_and_overrides(text, value, write):
@@ -348,7 +377,18 @@ def test_anchors_and_merges_still_work(write):
         ("a: &a [*a]", "hold themselves"),
         ("a: &a {b: *a}", "hold themselves"),
         ("\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]), "10,000"),
-        ("a: !!int x", "invalid literal"),
+        ("a: !!int x", "expected int, got 'x'"),
+        ("a: !!bool maybe", "expected bool, got 'maybe'"),
+        ("a: !!bool 'yes'", "expected bool, got 'yes'"),
+        ("a: !!float x", "expected float, got 'x'"),
+        ("a: !!null x", "expected null, got 'x'"),
+        ("a: !!int [1]", "expected a scalar node"),
+        ("a: !!seq 1", "expected a sequence node"),
+        ("a: !!timestamp foo", "could not determine a constructor"),
+        ("a: !!binary '*'", "could not determine a constructor"),
+        ("a: !!set {x}", "could not determine a constructor"),
+        ("a: <<", "could not determine a constructor"),
+        (f"a: {'1' * 5000}", "4300"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
     ],
 )
