@@ -25,7 +25,7 @@ from src.finetune.config import FinetuneConfig, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import to_dict
-from src.train.yaml12 import dump, stored
+from src.train.yaml12 import dump, hiding, stored
 
 
 def report(line: str) -> None:
@@ -80,12 +80,14 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv else 2)
     if argv[0] == "--run":  # a process that finetune() started
         die_with_parent()
-        train_and_evaluate(pickle.load(sys.stdin.buffer))  # not run.yaml, which hides values from the environment
+        spec = pickle.load(sys.stdin.buffer)  # not run.yaml, which hides values from the environment
+        with hiding(spec.config.interpolations):
+            train_and_evaluate(spec)
         return
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("start it with python, without a launcher: it starts a process for each run itself")
     config = load(argv[0], argv[1:])
-    with locked(Path(config.folder)):
+    with hiding(config.interpolations), locked(Path(config.folder)):
         if finetune(config):
             sys.exit(1)
 

@@ -16,6 +16,7 @@ from src.train import run as runs
 from src.train.config import load
 from src.train.processes import end_workers, share_cores
 from src.train.validate import validate
+from src.train.yaml12 import hiding
 
 
 def main(argv: list[str]) -> None:
@@ -29,12 +30,13 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"{' '.join(flags)}: expected a YAML and at most one of --validate, --eval")
     path, *overrides = words
     config = load(path, overrides)
-    if "--validate" in flags:
-        print(validate(config))
-    elif "--eval" in flags:
-        runs.evaluate(config)
-    else:
-        runs.train(config)
+    with hiding(config.interpolations):
+        if "--validate" in flags:
+            print(validate(config))
+        elif "--eval" in flags:
+            runs.evaluate(config)
+        else:
+            runs.train(config)
 
 
 def run(argv: list[str]) -> None:

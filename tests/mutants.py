@@ -52,6 +52,7 @@ BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", 
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
 STREAMING_C4 = "src/data_c4.py"
 SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
+SCHEMA, YAML = "src/train/schema.py", "src/train/yaml12.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
 STEP = "train/test_monitors.py::test_step_monitor_averages_over_its_window"
@@ -67,6 +68,7 @@ GROUPED = "data/test_data_c4.py::test_grouped_batches_are_the_same_for_any_numbe
 INDEX = "data/test_index.py::test_each_fault_is_named"
 OPENED = "data/test_index.py::test_shard_is_compared_with_the_index_when_it_is_opened"
 SECRETS = "train/test_environment_values.py"
+OVERRIDES = "train/test_config.py::test_what_an_override_changes"
 CLASSES = "finetune/test_classifier.py::test_metrics_of_three_classes"
 
 MUTANTS = [
@@ -208,9 +210,7 @@ MUTANTS = [
         "int(self) / total",
         "data/test_microbatches.py",
     ),
-    Mutant("epoch-repeats", ORDER, "ids[drop_first:num_samples]", "ids[drop_first:]", "data/test_order.py"),
     Mutant("epoch-gaps", ORDER, "last[last < starts[1:]]", "last", "data/test_order.py"),
-    Mutant("filler-lost", ORDER, "0 < left % num_ranks <= rank", "0 < left % num_ranks < rank", "data/test_order.py"),
     Mutant("fillers-counted", BATCHES, "lengths.where(~batch[", "lengths.where(batch[", "data/test_microbatches.py"),
     # Masking
     Mutant("hash-without-epoch", MASKING, "_mix(key ^ epochs.astype(np.uint64))", "_mix(key)", CHANGES),
@@ -607,6 +607,36 @@ MUTANTS = [
         "flat(to_dict(config))",
         f"{SECRETS}::test_checkpoints_config_and_terminal_have_no_value",
     ),
+    Mutant(
+        "secret-in-message",
+        "main.py",
+        "with hiding(config.interpolations):",
+        "with hiding({}):",
+        f"{SECRETS}::test_messages_of_a_run_show_the_interpolation",
+    ),
+    Mutant(
+        "text-as-interpolation",
+        YAML,
+        'if reads or "${" in str(value)',
+        "if reads",
+        f"{SECRETS}::test_a_text_that_is_no_interpolation_stays_one",
+    ),
+    # Overrides
+    Mutant(
+        "shuffle-seed",
+        "src/train/config.py",
+        "config.seed if seed is None else seed",
+        "config.seed",
+        "train/test_config.py::test_a_given_seed_of_the_order_is_not_the_runs",
+    ),
+    Mutant("override-merged", SCHEMA, "None if is_whole else _nulls(value)", "_nulls(value)", OVERRIDES),
+    Mutant(
+        "override-empty",
+        SCHEMA,
+        "isinstance(value, dict) and value else None",
+        "isinstance(value, dict) else None",
+        OVERRIDES,
+    ),
     # Index, cache, identity of data
     Mutant("names-outside", SHARDS, '"/" not in name and', "", INDEX),
     Mutant("names-of-compressed", SHARDS, 'for kind in ("raw_data", "zip_data"):', 'for kind in ("raw_data",):', INDEX),
@@ -750,6 +780,13 @@ MUTANTS = [
         "reproducibility.seed_all(spec.seed)",
         "reproducibility.seed_all(0)",
         "finetune/test_finetune.py::test_each_seed_has_its_own_head",
+    ),
+    Mutant(
+        "decay-of-task",
+        "src/finetune/run.py",
+        "{**config.optimizer.options, **decay}",
+        "{**decay, **config.optimizer.options}",
+        "finetune/test_finetune.py::test_a_tasks_weight_decay_is_in_place_of_the_optimizers",
     ),
     Mutant(
         "key-without-seed",

@@ -51,5 +51,8 @@ def real_folder(local: str | None, split: str | None) -> str:
 
 
 def without_password(text: str) -> str:
-    """A message in which no URI has a password: sftp://user:secret@host/data becomes sftp://user@host/data."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
+    """A message in which no URI has a password or a query, which may be a signature.
+
+    sftp://user:secret@host/data becomes sftp://user@host/data, and https://host/data?sig=secret https://host/data.
+    """
+    return re.sub(r"(://[^\s?]*)\?[^\s'\")]*", r"\1", re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text))

@@ -105,6 +105,8 @@ def test_password_of_a_remote_is_not_printed(opened, tmp_path):
         opened(tmp_path, "val", remote="s4://me:s@cret@host/c4")
     assert "Unsupported remote path: s4://me@host/c4" in str(refused.value) and "cret" not in str(refused.value)
     assert without_password("a: s3://b/c@d:e (hf://x:y/z)") == "a: s3://b/c@d:e (hf://x:y/z)"
+    signed = "a? 'https://u:p@h/x?sig=s3kr1t&b=c' (https://h/y?s3kr1t) https://h/z?s3kr1t/index.json: why?"
+    assert without_password(signed) == "a? 'https://u@h/x' (https://h/y) https://h/z why?"
 
 
 def test_complete_cache_outlives_its_bucket_without_the_remote(bucket, server, opened, tmp_path):

@@ -275,6 +275,23 @@ def test_each_seed_has_its_own_head(tree, spec_of, monkeypatch):
     assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
 
 
+def test_a_tasks_weight_decay_is_in_place_of_the_optimizers(tree, spec_of, monkeypatch):
+    built, build = {}, run.build
+
+    def recorded(path, table, component, **given):
+        built[path] = build(path, table, component, **given)
+        if path == "scheduler":
+            raise TrainingError("built")
+        return built[path]
+
+    monkeypatch.setattr(run, "build", recorded)
+    tree["optimizer"]["weight_decay"] = 0.25
+    for task, want in (("null", 0.25), ("0", 0.0), ("0.5", 0.5)):
+        with pytest.raises(TrainingError, match="built"):
+            run.train_and_evaluate(spec_of(f"tasks.mine.weight_decay={task}"))
+        assert max(group["weight_decay"] for group in built["optimizer"].param_groups) == want
+
+
 def test_the_same_seed_gives_the_same_run(tree, losses):
     tree["model"]["model_config"]["hidden_dropout_prob"] = 0.1
     want = losses()
@@ -548,6 +565,23 @@ def test_usage(monkeypatch, capsys, tree, write):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="start it with python, without a launcher"):
         finetune.main([write(tree)])
+
+
+def test_messages_of_runs_show_no_value_of_the_environment(tree, here, write, capsys, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3kr1t")
+    options = ["model.attention=${oc.env:MY_SECRET}"]
+    with pytest.raises(ConfigError) as error:
+        finetune.main([write(tree), *options])
+    assert "'${oc.env:MY_SECRET}'" in str(error.value) and "s3kr1t" not in str(error.value)
+
+    def fail(spec):
+        raise TrainingError(f"{spec.config.run_name} failed")
+
+    monkeypatch.setattr("finetune.train_and_evaluate", fail)
+    with pytest.raises(SystemExit):
+        finetune.main([write(tree), "run_name=x-${oc.env:MY_SECRET}"])
+    shown = capsys.readouterr()
+    assert "x-${oc.env:MY_SECRET} failed" in shown.out and "s3kr1t" not in shown.out + shown.err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The reader of checkpoints: what it refuses, by whatever key a file is named; and what reaches the disk."""
+"""The reader of checkpoints: what it refuses, by whatever key a file is named."""
 
 import contextlib
 import os
@@ -14,7 +14,6 @@ from moto.server import ThreadedMotoServer
 import export_hf
 import main
 from src.common.errors import CheckpointError
-from src.common.files import write_text
 from src.train import checkpoint
 from src.train.weights import read
 from tests.runs import QUICKSTART, UNSAVED, losses_of, trainer_of
@@ -280,16 +279,3 @@ def test_store_that_cannot_be_used_is_one_message(key, uri, reason, overrides, m
     with pytest.raises(SystemExit) as end:
         main.run([QUICKSTART, *overrides, *UNSAVED, f"{key}={uri}", f"autoresume={str(key == 'save_folder').lower()}"])
     assert uri in str(end.value) and reason in str(end.value) and "\n" not in str(end.value)
-
-
-# What reaches the disk
-
-
-def test_file_and_then_its_name_are_flushed(tmp_path, monkeypatch):
-    """The content before the rename, and the folder after it: a name never stands for what a power failure loses."""
-    path, did = tmp_path / "file.txt", []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: did.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
-    monkeypatch.setattr(Path, "replace", lambda self, target: did.append("rename") or replace(self, target))
-    write_text(path, "text")
-    assert did == [f"{path}.partial", "rename", str(tmp_path)]

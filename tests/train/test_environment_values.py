@@ -1,6 +1,7 @@
 """Values from the environment: used, and neither written, nor printed, nor in a checkpoint."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,59 @@ def test_messages_about_a_config_show_the_interpolation(override, message, writt
     with pytest.raises(ConfigError) as error:
         load(written(), override.split(" ") if " run_name" in override else [override])
     assert message in str(error.value) and "s3kr1t" not in str(error.value)
+
+
+def test_a_text_that_is_no_interpolation_stays_one(written, tmp_path):
+    config = load(written(**{"tokenizer_name": r"'a\${x}'"}), [r"data_local=\${run_name}"])
+    assert (config.tokenizer_name, config.data_local) == ("a${x}", "${run_name}")
+    (tmp_path / "config.yaml").write_text(run.describe(config))
+    assert load(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "message"),
+    [
+        (f"model.attention={ENV}", "s3kr1t", f"model: .*'{ENV}'"),
+        (f"model.kernels={ENV}", "s3kr1t", f"model: .*'{ENV}'"),
+        (f"model.attention={ENV}", "fast", f"model: .*'{ENV}'"),
+        (f"model.model_config.hidden_size=${{oc.decode:{ENV}}}", "25", f"hidden_size {ENV} is not a multiple of"),
+        (f"max_seq_len=${{oc.decode:{ENV}}}", "7", f"max_seq_len is {ENV}"),
+        (f"max_duration={ENV} scheduler.t_warmup=9ba scheduler.t_decay=9ba", "13ba", f"the run's length .{ENV}.; got"),
+        (f"data_local=x data_remote=https://h/x?sig={ENV}", "s3kr1t", "https://h/x"),
+        (f"data_local=x data_remote=./trial_{ENV}_x", "s3kr1t", f"trial_{ENV}_x/train holds no dataset"),
+        (f"tokenizer_name={ENV}", "/s3kr1t/", f"{ENV}"),
+        (f"pretrained={ENV}/x.pt", "/s3kr1t", f"{ENV}/x.pt"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--validate"]])
+def test_messages_of_a_run_show_the_interpolation(options, value, message, flags, overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", value)
+    options = [option.replace("=x", f"={tmp_path}/x") for option in options.split()]
+    with pytest.raises(SystemExit) as end:
+        main.run([QUICKSTART, *flags, *overrides, "save_folder=null", *options])
+    shown = str(end.value.code)
+    assert re.search(message.replace("${", r"\$\{"), shown), shown
+    assert not re.search(rf"(?<!\w){re.escape(value)}(?!\w)", shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "message", "shown"),
+    [
+        ("4", "x: 4 devices", "x: 4 devices"),
+        ("4", "a.b: 14 of 4", f"a.b: 14 of {ENV}"),
+        ("ab", "abc ab/ab 'ab' cab", f"abc {ENV}/{ENV} '{ENV}' cab"),
+        ("s3kr1t", "s3kr1ts_s3kr1t", f"{ENV}s_{ENV}"),
+        ("a\nb\n", "a\nb\n or 'a\\nb\\n'", f"{ENV} or '{ENV}'"),
+        ("oc.env", "${oc.env:MY_SECRET} oc.env", f"${{{ENV}:MY_SECRET}} {ENV}"),
+        ("", "", ""),
+    ],
+)
+def test_what_is_hidden_in_a_message(value, message, shown, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", value)
+    assert yaml12.hidden(message, {"a.b": f"x/{ENV}", "c": "${a.b}", "d": "${oc.env:NOT_SET,4}"}) == shown
+    with pytest.raises(OSError) as error, yaml12.hiding({"a.b": ENV}):
+        raise FileNotFoundError(2, "no such file", "s3kr1t/b")
+    assert str(error.value).endswith("'s3kr1t/b'" if value != "s3kr1t" else f"'{ENV}/b'")
 
 
 def test_messages_about_a_section_show_no_value_in_it(write, monkeypatch):
