@@ -25,7 +25,7 @@ from src.finetune.config import FinetuneConfig, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import to_dict
-from src.train.yaml12 import dump, hiding, stored
+from src.train.yaml12 import dump, hidden, hiding, stored
 
 
 def report(line: str) -> None:
@@ -48,7 +48,9 @@ def finetune(config: FinetuneConfig) -> int:
         write_text(folder / SPEC_FILE, dump(spec.described()))
         command = [sys.executable, __file__, "--run", spec.folder]
         jobs.append(gpus.Job(spec.name, command, folder / "log.txt", first, pickle.dumps(spec)))
-    failed = gpus.run_jobs(jobs, gpus.visible_devices(torch.cuda.device_count()), report)
+    devices, texts = gpus.visible_devices(torch.cuda.device_count()), config.interpolations
+    failed = gpus.run_jobs(jobs, devices, lambda line: report(hidden(line, texts)))
+    failed = {name: hidden(reason, texts) for name, reason in failed.items()}
     finished = [json.loads((Path(spec.folder) / RESULT_FILE).read_text()) for spec in specs if is_finished(spec)]
     write_table(config, finished, failed)
     return len(failed)

@@ -217,7 +217,7 @@ RESUME_SAFE = (
 FILLED_FROM = ("data_local", "data_remote", "seed", "train_loader.split")
 """Settings that are the default of others."""
 
-DURATION = re.compile(r"[1-9]\d*(ba|sp|tok|ep)")
+DURATION = re.compile(r"[1-9]\d{0,17}(ba|sp|tok|ep)")
 LONGEST_WAIT = 2_000_000
 """Seconds: poll(2), which waits for workers, takes less than 2^31 milliseconds."""
 TIME = re.compile(r"(\d+(?:\.\d+)?)(d|h|min|s)")

@@ -245,6 +245,9 @@ def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
     elif hint is float:
         if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
+    elif hint is int:
+        if type(value) is int and abs(value) < 2**63:  # not isinstance: True is an int, too
+            return value
     elif origin is Literal:
         if value in args and type(value) in map(type, args):
             return value
@@ -258,7 +261,7 @@ def _value(hint: Any, value: Any, path: str, faults: Faults) -> Any:
             result = [_value(kind, item, path, attempt) for kind, item in zip(kinds, value, strict=True)]
             if not attempt:
                 return result
-    elif type(value) is (list if hint is tuple else hint):  # not isinstance: True is an int, too
+    elif type(value) is (list if hint is tuple else hint):
         return value
     takes_text = origin is Literal or (inspect.isclass(hint) and issubclass(hint, enum.Enum))
     kind = IllTyped if isinstance(value, str) and not takes_text else str
@@ -313,7 +316,9 @@ def _described(hint: Any) -> str:
 
 
 def _advice(value: Any) -> str:
-    """How to write what YAML 1.1 reads in another way."""
+    """How to write what YAML 1.1 reads in another way; or why a number is refused."""
+    if type(value) is int and abs(value) >= 2**63:
+        return ", which has more than 64 bits"
     if isinstance(value, str) and re.fullmatch(r"y|yes|on|n|no|off", value.lower()):
         return f"; write {'true' if value.lower() in ('y', 'yes', 'on') else 'false'}"
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(_\d+)+", value):
@@ -325,9 +330,9 @@ def _advice(value: Any) -> str:
 # Components
 # ----------------------------------------------------------------------------------------------------------------------
 
-INTERVAL = re.compile(r"[1-9]\d*(ba|sp|tok|ep|sec)|0?\.\d*[1-9]\d*dur|1(\.0+)?dur")
+INTERVAL = re.compile(r"[1-9]\d{0,17}(ba|sp|tok|ep|sec)|0?\.\d*[1-9]\d*dur|1(\.0+)?dur")
 """How often, in a unit of Composer."""
-LENGTH = re.compile(r"\d+(ba|sp|tok|ep|sec)|(0|1|[01]\.0+|0?\.\d+)dur")
+LENGTH = re.compile(r"\d{1,18}(ba|sp|tok|ep|sec)|(0|1|[01]\.0+|0?\.\d+)dur")
 """How long, in a unit of Composer."""
 PLACEHOLDERS = "run_name rank local_rank world_size local_world_size node_rank".split()
 """Composer's names in braces."""

@@ -582,6 +582,12 @@ def test_messages_of_runs_show_no_value_of_the_environment(tree, here, write, ca
         finetune.main([write(tree), "run_name=x-${oc.env:MY_SECRET}"])
     shown = capsys.readouterr()
     assert "x-${oc.env:MY_SECRET} failed" in shown.out and "s3kr1t" not in shown.out + shown.err
+    monkeypatch.setenv("MY_SECRET", f"{tree['folder']}/s3kr1t")  # the reason ends with the log's path
+    with pytest.raises(SystemExit):
+        finetune.main([write(tree), "folder=${oc.env:MY_SECRET}"])
+    assert "failed: test failed (${oc.env:MY_SECRET}/mine-seed1-" in capsys.readouterr().err
+    for table in Path(tree["folder"], "s3kr1t").glob("table.*"):
+        assert "s3kr1t" not in table.read_text() and "test failed (${oc.env:MY_SECRET}/mine-" in table.read_text()
 
 
 @pytest.mark.slow
