@@ -50,7 +50,7 @@ MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_l
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
 BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
-STREAMING_C4 = "src/data_c4.py"
+STREAMING_C4, INDEX_FILE = "src/data_c4.py", "src/data/index.py"
 SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
 SCHEMA, YAML = "src/train/schema.py", "src/train/yaml12.py"
 
@@ -638,9 +638,11 @@ MUTANTS = [
         OVERRIDES,
     ),
     # Index, cache, identity of data
-    Mutant("names-outside", SHARDS, '"/" not in name and', "", INDEX),
-    Mutant("names-of-compressed", SHARDS, 'for kind in ("raw_data", "zip_data"):', 'for kind in ("raw_data",):', INDEX),
-    Mutant("pickled-columns", SHARDS, " or not all(map(is_mds_encoding_safe, encodings))", "", INDEX),
+    Mutant("names-outside", INDEX_FILE, '"/" not in name and', "", INDEX),
+    Mutant(
+        "names-of-compressed", INDEX_FILE, 'for kind in ("raw_data", "zip_data"):', 'for kind in ("raw_data",):', INDEX
+    ),
+    Mutant("pickled-columns", INDEX_FILE, " or not all(map(is_mds_encoding_safe, encodings))", "", INDEX),
     Mutant(
         "files-of-others-in-shared-memory",
         "src/data/streaming.py",
@@ -651,8 +653,8 @@ MUTANTS = [
     Mutant("header", SHARDS, "if count != samples or offsets[0]", "if offsets[0]", OPENED),
     Mutant("ids-outside-the-vocabulary", STREAMING_C4, ">= self.vocab_size:", "> self.vocab_size:", OPENED),
     Mutant("length-of-a-sample", STREAMING_C4, "if not 0 < len(ids) <= self.max_seq_len:", "if not len(ids):", OPENED),
-    Mutant("repeated-columns", SHARDS, "if len({*names}) < len(names):", "if not names:", INDEX),
-    Mutant("type-of-ids", SHARDS, "if found != token_dtype(entries):", "if found is None:", INDEX),
+    Mutant("repeated-columns", INDEX_FILE, "if len({*names}) < len(names):", "if not names:", INDEX),
+    Mutant("type-of-ids", INDEX_FILE, "if found != token_dtype(entries):", "if found is None:", INDEX),
     Mutant("shard-size", SHARDS, "    if found != size:", "    if found < size:", OPENED),
     Mutant(
         "fingerprint-without-hashes",
@@ -738,9 +740,9 @@ MUTANTS = [
     ),
     Mutant(
         "dtype-too-small",
-        "src/convert/samples.py",
-        "len(tokenizer) <= 2**16",
-        "len(tokenizer) <= 2**17",
+        INDEX_FILE,
+        "vocab_size <= 2**16",
+        "vocab_size <= 2**17",
         "convert/test_convert_c4.py::test_large_vocabularies_take_32_bits",
     ),
     Mutant(

@@ -43,9 +43,9 @@ from benchmarks import report, timing
 from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
 from src.common.environment import ROOT
+from src.data.index import TOKENS_KEY
 from src.data.masking import MaskingCollator
 from src.data.microbatches import num_tokens, split_unpadded
-from src.data.shards import TOKENS_KEY
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 MAX_SEQ_LEN, BATCH, RATE = 128, 128, 0.3

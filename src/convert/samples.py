@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.convert.stats import Stats
 from src.data.cutting import PIECE, pieces, word_boundary
-from src.data.shards import token_dtype
+from src.data.index import token_dtype
 from src.data.tokenizer import tokenizer_fingerprint
 
 BATCH = 256

@@ -20,7 +20,7 @@ from src.convert.samples import Tokens
 from src.convert.sources import Document, Span, read
 from src.convert.stats import Stats, rounded
 from src.convert.workers import Count
-from src.data.shards import LENGTHS
+from src.data.index import LENGTHS
 
 COUNTED = 256
 """Documents between two calls of ``count``."""

@@ -20,7 +20,7 @@ from src.common.errors import DataError
 from src.common.files import replace_folder, sync, write_text
 from src.convert.stats import Stats
 from src.convert.unit import DROPPED, UNIT
-from src.data.shards import LENGTHS, TOKENS_KEY
+from src.data.index import LENGTHS, TOKENS_KEY
 
 PLAN, CONVERSION = "plan.json", "conversion.json"
 """Name of the plan in the working folder, and in the finished split."""

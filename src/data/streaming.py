@@ -27,17 +27,9 @@ from torch import distributed as dist
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
+from src.data.index import LENGTHS, parse_index, read_index
 from src.data.order import filling_worker, partition
-from src.data.shards import (
-    LENGTHS,
-    Locator,
-    OpenShards,
-    check_index,
-    check_shards,
-    hash_algorithm,
-    parse_index,
-    read_index,
-)
+from src.data.shards import Locator, OpenShards, check_index, check_shards, hash_algorithm
 from src.data.source import Source, without_password
 
 log = logging.getLogger(__name__)

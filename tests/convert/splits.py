@@ -7,7 +7,7 @@ import numpy as np
 from streaming import StreamingDataset
 
 import convert_c4
-from src.data.shards import TOKENS_KEY
+from src.data.index import TOKENS_KEY
 from src.data.streaming import alone_on_node
 
 TEXTS = ["a short one", "the cat sat on the mat and looked at the moon . " * 40, "the album"]

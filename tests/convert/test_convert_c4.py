@@ -12,7 +12,7 @@ from src.convert import conversion
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
 from src.data.cutting import PIECE, encode_prefix, pieces
-from src.data.shards import TOKENS_KEY
+from src.data.index import TOKENS_KEY
 from src.data.tokenizer import tokenizer_fingerprint
 from tests.conftest import TRAIN
 from tests.convert.splits import TEXTS, bytes_of, convert, json_of, names_in, rows_of, texts_of, tokens_of

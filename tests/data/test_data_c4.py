@@ -16,9 +16,9 @@ from streaming.base.batching.random import generate_work_random_batching
 from src import data_c4
 from src.common.errors import DataError
 from src.data.cutting import encode_crop
+from src.data.index import LENGTHS
 from src.data.masking import MaskingCollator
 from src.data.order import group_lengths, occurrences
-from src.data.shards import LENGTHS
 from src.data.source import Source
 from src.data.tokenizer import load_tokenizer
 from src.data_c4 import ExactEvalDataset, StreamingC4

@@ -10,7 +10,8 @@ import pytest
 from streaming import MDSWriter
 
 from src.common.errors import ConfigError, DataError
-from src.data.shards import dataset_fingerprints, read_index
+from src.data.index import read_index
+from src.data.shards import dataset_fingerprints
 from src.data.source import Source
 from src.train.config import load, settings
 from src.train.resume import ResumeCheck

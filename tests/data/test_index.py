@@ -13,17 +13,8 @@ from streaming.base.format import reader_from_json
 
 from src import data_c4
 from src.common.errors import DataError
-from src.data.shards import (
-    LENGTHS,
-    TOKENS_KEY,
-    OpenShards,
-    check_shards,
-    dataset_fingerprints,
-    hash_algorithm,
-    parse_index,
-    read_index,
-    token_description,
-)
+from src.data.index import LENGTHS, TOKENS_KEY, parse_index, read_index
+from src.data.shards import OpenShards, check_shards, dataset_fingerprints, hash_algorithm, token_description
 from tests.conftest import VALIDATION
 
 NAME = "here/index.json"

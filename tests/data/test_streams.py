@@ -9,7 +9,7 @@ import torch
 
 import main
 from src.common.errors import ConfigError
-from src.data.shards import LENGTHS
+from src.data.index import LENGTHS
 from src.data.source import Source
 from tests.conftest import TRAIN, VALIDATION
 from tests.runs import QUICKSTART, fit, logged

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from src.common.errors import DataError
 from src.data import tokenizer as tokenizer_module
 from src.data.cutting import encode_crop, encode_prefix
-from src.data.shards import TOKENS_KEY, check_tokens
+from src.data.index import TOKENS_KEY
+from src.data.shards import check_tokens
 from src.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, tokenizer_fingerprints
 from tests.conftest import MAX_SEQ_LEN
 
