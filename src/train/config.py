@@ -11,7 +11,6 @@ Composer's Trainer keep Composer's names and units: ``ba`` batches, ``sp`` sampl
 
 import dataclasses
 import fnmatch
-import math
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -392,7 +391,8 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
         path = f"train_loader.streams.{name}"
         weights = [kind for kind in ("proportion", "repeat", "choose") if getattr(stream, kind) is not None]
         for kind in weights:
-            expect(0 < getattr(stream, kind) < math.inf, f"{path}.{kind}", "a positive number", getattr(stream, kind))
+            most, value = (1e6 if kind == "repeat" else 1e12), getattr(stream, kind)
+            expect(0 < value <= most, f"{path}.{kind}", f"a positive number of at most {most:g}", value)
         if len(weights) > 1:
             faults.append(f"{path}: {' and '.join(weights)}: give one of them")
         place = Source(stream.local or config.data_local, _remote(config, stream), stream.split or loader.split)

@@ -131,8 +131,9 @@ def test_one_error_reports_all_faults(write, quickstart):
             "global_train_batch_size: expected a multiple of num_canonical_nodes (7)",
         ),
         ("train_loader.streams={a: {weight: 2}}", "train_loader.streams.a.weight: unknown"),
-        ("train_loader.streams={a: {proportion: 0}}", "streams.a.proportion: expected a positive number, got 0.0"),
-        ("train_loader.streams={a: {choose: -5}}", "train_loader.streams.a.choose: expected a positive number, got -5"),
+        ("train_loader.streams={a: {proportion: 0}}", "a.proportion: expected a positive number of at most 1e+12"),
+        ("train_loader.streams={a: {choose: -5}}", "a.choose: expected a positive number of at most 1e+12, got -5"),
+        ("train_loader.streams={a: {repeat: 1e300}}", "streams.a.repeat: expected a positive number of at most 1e+06"),
         ("train_loader.streams={a: {repeat: 2, choose: 5}}", "streams.a: repeat and choose: give one of them"),
         (
             "train_loader.streams={a: {proportion: 2}, b: {local: x, repeat: 2}}",
