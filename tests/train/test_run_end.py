@@ -20,7 +20,7 @@ from src.train.callbacks import MemoryProbe, StopOnSignal
 from src.train.checkpoint import read
 from src.train.ending import SaveInterval
 from src.train.monitors import StreamShares
-from tests.conftest import TRAIN
+from tests.conftest import TRAIN, VALIDATION
 from tests.runs import DROPOUT, QUICKSTART, UNSAVED, Killed, fit, logged, losses_of, trainer_of
 
 EVAL = "metrics/eval/LanguageCrossEntropy"
@@ -353,6 +353,12 @@ def test_accepted_batch_size_makes_the_epoch_longer(duration, options, tmp_path)
     assert sizes == {"4ba": epoch[:4], "5ba": epoch, "2ep": epoch + after}[duration]
     end = latest(tmp_path)["timestamp"]["Timestamp"]
     assert (end["batch"], end["epoch"]) == (len(sizes), {"4ba": 0, "5ba": 1, "2ep": 2}[duration])
+
+
+def test_other_data_whose_epoch_has_ended_before_is_refused(options):
+    losses_of(options, kill_at=3)  # after 200 samples
+    with pytest.raises(ConfigError, match=f"is {200 - VALIDATION} samples beyond the end of this data's epoch"):
+        trainer_of([*options, "train_loader.split=val", "resume.allow=[dataset]"])
 
 
 def test_batch_size_within_an_epoch_grouped_by_length_is_refused(options):
