@@ -517,6 +517,13 @@ MUTANTS = [
         "train/test_run_end.py::test_swa_averages_in_a_run_of_epochs_whether_paused_or_not",
     ),
     Mutant(
+        "pauses-evaluate",
+        ENDING,
+        "if every.unit == TimeUnit.DURATION:",
+        "if False:",
+        "train/test_run_end.py::test_pauses_add_no_evaluation",
+    ),
+    Mutant(
         "stopper-forgotten",
         ENDING,
         """ or (self._stopped["options"] is None and options is not None)""",
