@@ -234,6 +234,8 @@ def test_algorithm_resumes_bit_for_bit_and_a_signal_saves_what_an_interval_does(
     assert all(torch.equal(weight, again[key]) for key, weight in end.items())
 
 
+STOPPER = "callbacks.threshold_stopper={monitor: LanguageCrossEntropy, threshold: 99.0, dataloader_label: eval}"
+"""Stops at the first evaluation."""
 TWO_STEPS = ["global_train_batch_size=200", "device_train_microbatch_size=200"]
 """Steps of an epoch."""
 
@@ -290,8 +292,7 @@ def test_pauses_add_no_evaluation(duration, interval, options, tmp_path):
 
 
 def test_stopper_that_fires_with_the_time_limit_ends_the_run(options, tmp_path):
-    stopper = "callbacks.threshold_stopper={monitor: LanguageCrossEntropy, threshold: 99.0, dataloader_label: eval}"
-    options = [*options, "max_duration=9ba", "eval_interval=2ba", stopper]
+    options = [*options, "max_duration=9ba", "eval_interval=2ba", STOPPER]
     assert ends_of_pauses(options) == [75, 0]
     assert latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
     assert end_of(options) == 0 and latest(tmp_path)["timestamp"]["Timestamp"]["batch"] == 2
@@ -441,9 +442,9 @@ def test_start_from_a_checkpoint_keeps_the_lines_of_a_finished_run(options, tmp_
 # Metrics
 
 
-@pytest.mark.parametrize("interval", ["1ba", "1ep", "1000ba"])
+@pytest.mark.parametrize("interval", ["1ba", "1ep", "1000ba", "stopper"])
 def test_last_step_is_evaluated_once(interval, options):
-    """Though it is due at the end of the step, of the epoch, and of the run."""
+    """Though it is due at the end of the step, of the epoch, and of the run; or stops the run at an epoch's end."""
 
     class Count(Callback):
         steps = []
@@ -451,12 +452,16 @@ def test_last_step_is_evaluated_once(interval, options):
         def eval_start(self, state, logger):
             self.steps.append(state.timestamp.batch.value)
 
-    trainer, count = trainer_of([*options, *UNSAVED, f"eval_interval={interval}"]), Count()
+    steps = -(-TRAIN // 100)
+    if interval == "stopper":
+        options = [*options, STOPPER, "max_duration=2ep"]
+    every = f"{steps}ba" if interval == "stopper" else interval
+    trainer, count = trainer_of([*options, *UNSAVED, f"eval_interval={every}"]), Count()
     trainer.state.callbacks.append(count)
     with contextlib.closing(trainer):
         trainer.fit()
-    last = trainer.state.timestamp.batch.value
-    assert count.steps == (list(range(1, last + 1)) if interval == "1ba" else [last])
+    assert trainer.state.timestamp.batch.value == steps
+    assert count.steps == (list(range(1, steps + 1)) if interval == "1ba" else [steps])
 
 
 @pytest.mark.parametrize("label", ["eval", "a/b"])
