@@ -209,8 +209,12 @@ def test_parts_that_do_not_fit_the_run_are_one_message(trained, overrides, tmp_p
         main.run([QUICKSTART, *overrides, *UNSAVED, *more, f"load_path={tmp_path}/x.pt"])
 
 
-@pytest.mark.parametrize("flags", [[], ["--eval"], ["--validate"]])
-@pytest.mark.parametrize("name", ["x.tar", "x.tgz", "x.tar.gz", "x.pt.gz", "x.pt.symlink", "missing.pt"])
+ARCHIVES = ["x.tar", "x.tgz", "x.tar.gz", "x.pt.gz", "x.pt.symlink", "missing.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [*((name, []) for name in ARCHIVES), ("x.tar", ["--eval"]), ("x.tar", ["--validate"])]
+)
 def test_no_archive_is_unpacked_and_no_other_file_is_written(name, flags, trained, overrides, tmp_path):
     """A checkpoint that is an archive, too, would write where its members say; x.pt.gz is unpacked into x.pt."""
     if name != "missing.pt":

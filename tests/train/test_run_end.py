@@ -90,8 +90,10 @@ def add_composers_saver(trainer, folder, interval):
 # Finished
 
 
-@pytest.mark.parametrize("duration", ["1ep", "3ba", "150sp", "3000tok", "EPOCH"])
-@pytest.mark.parametrize("interval", ["1ba", "1ep", "1000ba"])
+@pytest.mark.parametrize(
+    ("duration", "interval"),
+    [("1ep", "1ba"), ("1ep", "1ep"), ("3ba", "1ep"), ("150sp", "1ba"), ("3000tok", "1000ba"), ("EPOCH", "1000ba")],
+)
 def test_finished_run_is_known_by_any_unit(duration, interval, options, tmp_path, capsys):
     """EPOCH: as many steps as the epoch has. The last state is saved after its evaluation; a restart writes nothing."""
     steps = len(trainer_of([*options, *UNSAVED]).state.train_dataloader)
@@ -277,7 +279,7 @@ def test_longer_run_cannot_average_what_is_averaged(options):
 
 @pytest.mark.parametrize(
     ("duration", "interval"),
-    [("2ep", "0.5dur"), ("4ba", "0.5dur"), ("500sp", "0.5dur")],
+    [("2ep", "0.5dur"), ("4ba", "0.5dur")],
 )
 def test_pauses_add_no_evaluation(duration, interval, options, tmp_path):
     options = [*options, *TWO_STEPS, f"eval_interval={interval}", f"max_duration={duration}"]
@@ -344,7 +346,7 @@ def test_accepted_batch_size_ends_the_epoch_with_its_samples(options, tmp_path):
     assert latest(tmp_path)["timestamp"]["Timestamp"]["epoch"] == 1
 
 
-@pytest.mark.parametrize("duration", ["4ba", "5ba", "2ep"])
+@pytest.mark.parametrize("duration", ["4ba", "2ep"])
 def test_accepted_batch_size_makes_the_epoch_longer(duration, options, tmp_path):
     """A step of 40 samples, then of 100: the epoch of 307 has four steps, and with the first of them five or more."""
     small = ["global_train_batch_size=40", "device_train_microbatch_size=40", "resume.allow=[global_train_batch_size]"]
@@ -355,9 +357,9 @@ def test_accepted_batch_size_makes_the_epoch_longer(duration, options, tmp_path)
     sizes = [line["sample"] for line in logged(tmp_path) if EVAL not in line]
     epoch = [40, 80, 180, 280, TRAIN]
     after = [TRAIN + size for size in (100, 200, 300, TRAIN)]
-    assert sizes == {"4ba": epoch[:4], "5ba": epoch, "2ep": epoch + after}[duration]
+    assert sizes == {"4ba": epoch[:4], "2ep": epoch + after}[duration]
     end = latest(tmp_path)["timestamp"]["Timestamp"]
-    assert (end["batch"], end["epoch"]) == (len(sizes), {"4ba": 0, "5ba": 1, "2ep": 2}[duration])
+    assert (end["batch"], end["epoch"]) == (len(sizes), {"4ba": 0, "2ep": 2}[duration])
 
 
 def test_other_data_whose_epoch_has_ended_before_is_refused(options):
