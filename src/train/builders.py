@@ -152,8 +152,9 @@ def checked_start(
     """
     where, to_resume = start or f"{config.save_folder}", resumes or not config.load_weights_only
     if start is None or not is_local(start):  # Composer's to find
-        accept = partial(checkpoint.check_fits, where, model=model)
-        return checkpoint.checked_loading(where, lambda state: accept(state["model"]), to_resume)
+        return checkpoint.checked_loading(
+            where, lambda state: checkpoint.check_fits(where, state["model"], model), to_resume
+        )
     state = checkpoint.read(start, to_resume)
     if resumes:  # first: it names settings, check_fits only shapes
         check.compare(state["callbacks"].get("ResumeCheck"), start)

@@ -140,7 +140,7 @@ TO_RESUME: dict[str, Callable[[Any], bool]] = {
     "algorithms": lambda value: isinstance(value, list),
     "dataset_state": _is_place,
 }
-"""What a run needs in addition to go on. Composer goes on without what is missing, and only warns."""
+"""What a resumed run needs as well. If one of them is missing, Composer only warns, and trains without it."""
 
 
 def read(path: str | Path, to_resume: bool = False) -> dict[str, Any]:

@@ -277,12 +277,8 @@ def _check(config: RunConfig, faults: list[str]) -> None:
         expect(0 < rate < 1, "mlm_probability", "a share between 0 and 1", rate)
     for name in ("global_train_batch_size", "device_eval_batch_size", "dist_timeout"):
         expect(getattr(config, name) > 0, name, "a positive number", getattr(config, name))
-    waits = {"dist_timeout": config.dist_timeout}
-    evals = {f"eval_loaders.{name}": loader for name, loader in config.eval_loaders.items()}
-    for path, loader in {"train_loader": config.train_loader, "eval_loader": config.eval_loader, **evals}.items():
-        waits |= {f"{path}.timeout": loader.timeout, f"{path}.download_timeout": loader.download_timeout or 0}
-    for path, wait in waits.items():
-        expect(wait <= LONGEST_WAIT, path, f"at most {LONGEST_WAIT:,} seconds", wait)
+    wait = config.dist_timeout
+    expect(wait <= LONGEST_WAIT, "dist_timeout", f"at most {LONGEST_WAIT:,} seconds", wait)
     expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
     size = config.device_train_microbatch_size
     expect(size == "auto" or size > 0, "device_train_microbatch_size", "a positive number", size)
@@ -344,6 +340,9 @@ def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool,
         for name in ("prefetch_factor", "predownload", "download_retry", "download_timeout", "timeout"):
             value = getattr(loader, name, None)
             expect(value is None or value > 0, f"{path}.{name}", "a positive number", value)
+        for name in ("timeout", "download_timeout"):
+            wait = getattr(loader, name) or 0
+            expect(wait <= LONGEST_WAIT, f"{path}.{name}", f"at most {LONGEST_WAIT:,} seconds", wait)
         for name in ("prefetch_factor", "persistent_workers"):
             if getattr(loader, name) and not loader.num_workers:
                 faults.append(f"{path}.{name}: has no effect without num_workers")
@@ -360,11 +359,16 @@ def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool,
         if source.remote and not source.local and source.remote != config.data_remote:
             faults.append(f"{path}.remote: needs a local folder of its own as cache ({path}.local)")
             continue
-        split = source.split or config.train_loader.split
-        place = Source(source.local or config.data_local, _remote(config, source), split)
-        other, origin = seen.setdefault(real_folder(place.local, split), (path, place.origin))
+        place = _place(config, source)
+        other, origin = seen.setdefault(real_folder(place.local, place.split), (path, place.origin))
         if origin != place.origin:
             faults.append(f"{path}.local: {place.folder} is for {place.origin}, and in {other} for {origin}")
+
+
+def _place(config: RunConfig, source: LoaderConfig | Source) -> Source:
+    """Where a dataset is, with the defaults of the run."""
+    split = source.split or config.train_loader.split
+    return Source(source.local or config.data_local, _remote(config, source), split)
 
 
 def _remote(config: RunConfig, source: LoaderConfig | Source) -> str | None:
@@ -395,7 +399,7 @@ def _check_order(config: RunConfig, faults: list[str], expect: Callable[[bool, s
             expect(0 < value <= most, f"{path}.{kind}", f"a positive number of at most {most:g}", value)
         if len(weights) > 1:
             faults.append(f"{path}: {' and '.join(weights)}: give one of them")
-        place = Source(stream.local or config.data_local, _remote(config, stream), stream.split or loader.split)
+        place = _place(config, stream)
         folder = real_folder(place.local, place.split), place.origin
         if folder in seen:
             faults.append(f"{path}: same folder as streams.{seen[folder]}; raise the weight of that one")

@@ -116,7 +116,10 @@ def _read_checkpoint(path: Path) -> tuple[type, dict[str, Any], dict[str, Tensor
     settings = state["callbacks"].get("ResumeCheck", {})
     hidden = [name for name, value in settings.items() if is_within(name, "model") and yaml12.is_stored(value)]
     if hidden:  # of an earlier version
-        raise CheckpointError(f"{path}: {hidden[0]} came from the environment, and is not in the checkpoint")
+        raise CheckpointError(
+            f"{path}: {hidden[0]} came from the environment, and is not in the checkpoint. Resume its run with this "
+            "version, whose checkpoints hold it"
+        )
     kind = KINDS.get(str(settings.get("model.name")))
     if kind is None:
         raise CheckpointError(f"{path}: not a checkpoint of main.py: it does not say which model it is of")
