@@ -719,7 +719,7 @@ MUTANTS = [
     # Conversion, tokenizer
     Mutant(
         "blank-documents",
-        "src/convert/sources.py",
+        "src/convert/forms.py",
         'if document["text"].strip():\n                stats',
         'if document["text"]:\n                stats',
         "convert/test_sources.py::test_folder_is_read_in_sorted_order_with_its_subfolders",

@@ -1,6 +1,8 @@
 """From text to MDS shards (convert_c4.py).
 
-sources      files of text, C4 on the hub, MDS shards -> documents; shares of work ("units")
+sources      what --source names -> files -> documents; shares of work ("units")
+forms        the forms of text files: one file -> its documents
+hub          datasets on the Hugging Face Hub, streamed
 filters      duplicates and contaminated documents
 samples      documents -> token samples, truncated or in chunks
 unit         one unit -> a folder of shards, with statistics (stats)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from src.common.errors import DataError
 from src.common.files import atomic, locked, settle_folder
 from src.convert import filters, workers
+from src.convert.forms import COLUMNS, Span
 from src.convert.samples import Tokens
-from src.convert.sources import COLUMNS, Span, files_of, iter_documents, units_of
+from src.convert.sources import files_of, iter_documents, units_of
 from src.convert.stats import Stats
 from src.convert.unit import DUPLICATES, GRAMS, Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
 from src.convert.work_folder import PLAN, begin, check_free, differences, publish

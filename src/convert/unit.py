@@ -16,8 +16,8 @@ from streaming import MDSWriter
 
 from src.common.files import sync
 from src.convert import filters
+from src.convert.forms import Document, Span, read
 from src.convert.samples import Tokens
-from src.convert.sources import Document, Span, read
 from src.convert.stats import Stats, rounded
 from src.convert.workers import Count
 from src.data.index import LENGTHS

@@ -9,8 +9,9 @@ import pytest
 from streaming import MDSWriter
 
 from src.common.errors import DataError
-from src.convert import sources
-from src.convert.sources import BadText, Span, files_of, iter_documents, read, units_of
+from src.convert import forms, hub
+from src.convert.forms import BadText, Span, read
+from src.convert.sources import files_of, iter_documents, units_of
 from src.convert.stats import Stats
 
 TEXTS = ["First document.", "Zweites, mit Umlaut: ä.", "third"]
@@ -94,7 +95,7 @@ def test_c4_is_read_from_the_hub(monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=f"sha of {name}"))
-    sources._hub_revision.cache_clear()
+    hub.revision.cache_clear()
     want = [{"text": text, "timestamp": "t", "url": "u"} for text in ("a0", "a1", "b0", "b1")]
     assert list(iter_documents(split="val")) == want
     revision = "sha of allenai/c4"
@@ -110,8 +111,8 @@ def test_c4_is_read_from_the_hub(monkeypatch):
         monkeypatch.setattr(module, name, offline)
         with pytest.raises(DataError, match=r"Hub is unreachable \(no route\); offline, give a --source"):
             list(iter_documents(split="train"))
-        sources._hub_revision.cache_clear()
-    sources._hub_dataset.cache_clear()
+        hub.revision.cache_clear()
+    hub.dataset.cache_clear()
 
 
 GOOD, GZ = json_lines(["good"]), gzip.compress(json_lines(["good", "lost"] * 2000))
@@ -230,7 +231,7 @@ def test_parquet_is_read_by_row_groups(tmp_path):
 
 
 def test_too_long_lines_are_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE", 10)
+    monkeypatch.setattr(forms, "MAX_LINE", 10)
     (tmp_path / "a.txt").write_text("short\n" + "x" * 35 + "\nnine byte\nlast")
     with pytest.raises(BadText, match="a.txt:2: line longer than 10 bytes"):
         texts_of(tmp_path)

@@ -1,0 +1,42 @@
+"""C4 on the Hugging Face Hub, streamed by ``datasets``."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from src.common.errors import DataError, first_line
+
+C4_SPLITS = {"train": "train", "val": "validation"}
+"""Our names of C4's splits, and C4's names."""
+
+PREFIX = "hub:"
+"""Prefix of a path on the hub: ``hub:split@revision#number``."""
+
+
+@cache
+def revision() -> str:
+    import huggingface_hub
+
+    return str(_ask(huggingface_hub.dataset_info, "allenai/c4").sha)
+
+
+@cache
+def dataset(split: str, revision: str) -> Any:
+    from datasets import load_dataset  # takes seconds to import
+
+    return _ask(load_dataset, "allenai/c4", "en", split=C4_SPLITS[split], streaming=True, revision=revision)
+
+
+def _ask(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
+        message = f"the Hugging Face Hub is unreachable ({first_line(error)}); offline, give a --source of files"
+        raise DataError(f"allenai/c4: {message}") from None
+
+
+def rows(path: str) -> Iterator[tuple[str, Any]]:
+    name, number = path.removeprefix(PREFIX).split("#")
+    streamed = dataset(*name.split("@"))
+    for row_number, row in enumerate(streamed.shard(num_shards=streamed.num_shards, index=int(number)), start=1):
+        yield f"{path}:{row_number}", row
