@@ -24,7 +24,7 @@ from src.common.errors import DataError
 from src.convert import filters
 from src.convert.conversion import FIRST_DOCUMENTS, Settings, convert, merge
 from src.convert.samples import Tokens
-from src.convert.sources import is_c4_folder, iter_documents
+from src.convert.sources import TextSource, add_source_options, is_c4, iter_documents, text_source
 from src.convert.work_folder import CONVERSION, check_free
 from src.data.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out_root", type=Path, required=True, help="folder of the dataset; each split is a subfolder")
     splits = "for C4: train, val, train_small, val_small; otherwise one name of your choice"
     add("--splits", nargs="+", required=True, help=splits)
-    add("--source", help="folder of C4's files, or your file or folder (default: C4 from the hub)")
+    add_source_options(parser, "--source", nargs="+")
     add("--compression", help="compression of the shards, for example zstd or zstd:7 (default: none)")
     add("--size_limit", help="size of a shard before compression (default: 64mb)")
     add("--limit", type=int, help="convert only the first LIMIT documents of each split; one process")
@@ -65,7 +65,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     decontaminate = f"drop documents that share {filters.GRAM} consecutive words with these texts"
     add("--decontaminate", nargs="+", metavar="FILE", help=decontaminate)
-    add("--skip_bad", action="store_true", help="count and skip lines that cannot be read")
     add("--num_workers", type=int, help="worker processes (default: all cores for a large source, otherwise 1)")
     add("--part", type=part_of, help="convert one part of the split, for example 3/16")
     add("--merge", action="store_true", help="put the parts in --out_root together; takes no other settings")
@@ -79,10 +78,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--splits: expected a plain folder name, got {split!r}")
     if args.merge:
         used = ("out_root", "splits", "merge", "overwrite")
-        if given := [name for name, value in vars(args).items() if name not in used and value]:
+        others = {name: value for name, value in vars(args).items() if name not in used and value}
+        if given := [name for name, value in others.items() if value != parser.get_default(name)]:
             raise ValueError(f"--merge takes the parts as they are; omit --{', --'.join(given)}")
         return args
-    args.c4 = args.source is None or is_c4_folder(args.source)
+    args.source = text_source(args)
+    args.c4 = is_c4(args.source)
     if args.c4:
         if unknown := [split for split in args.splits if split not in ("train", "val", *FIRST_DOCUMENTS)]:
             raise ValueError(f"C4 has no split {', '.join(unknown)}; it has train, val, train_small, val_small")
@@ -108,7 +109,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def gram_set(files: list[str]) -> filters.Hashes:
     """Word sequences of the evaluation sets, which documents may not contain."""
-    grams, short = filters.gram_set(document["text"] for file in files for document in iter_documents(file))
+    grams, short = filters.gram_set(document["text"] for document in iter_documents(TextSource(tuple(files))))
     if not len(grams):
         raise DataError(f"{', '.join(files)}: no text has {filters.GRAM} words, so --decontaminate has nothing to find")
     print(f"--decontaminate: {len(grams):,} word sequences; {short:,} texts are too short to have one")

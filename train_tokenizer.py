@@ -1,6 +1,6 @@
 """Train BERT's WordPiece tokenizer on your text.
 
-    python train_tokenizer.py SOURCE --out ./tokenizer --vocab_size 30522
+    python train_tokenizer.py ./texts --out ./tokenizer --vocab_size 30522
 
 Writes a Hugging Face tokenizer folder, for tokenizer_name in a YAML and --tokenizer of convert_c4.py.
 """
@@ -21,7 +21,7 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast  # pyright: 
 
 from src.common.errors import DataError
 from src.common.files import PARTIAL, replace_folder, settle_folder, sync
-from src.convert.sources import iter_documents
+from src.convert.sources import add_source_options, iter_documents, text_source
 from src.convert.stats import Stats
 from src.data.cutting import pieces
 from src.data.tokenizer import load_tokenizer, save_tokenizer
@@ -167,8 +167,7 @@ def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: PreTrainedT
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = "text files, C4's files (train), or a split of MDS shards of text (default: C4's train split from the hub)"
-    parser.add_argument("source", nargs="?", help=source)
+    add_source_options(parser, "source", nargs="*")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--vocab_size", type=int, required=True, help="most entries, the 5 special tokens included")
     parser.add_argument("--no-lowercase", action="store_false", dest="lowercase", help="keep case and accents")
@@ -176,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", metavar="TOKENIZER", help="compare with this tokenizer (folder or hub name)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args(argv)
+    args.source = text_source(args)
     settle_folder(args.out)
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give --overwrite to replace it, or another --out")
@@ -190,13 +190,13 @@ def main(argv: list[str] | None = None) -> None:
     started, stats = time.perf_counter(), Stats()
 
     def texts(stats: Stats) -> Generator[str]:
-        source = itertools.islice(iter_documents(args.source, stats=stats), args.limit)
+        source = itertools.islice(iter_documents(args.source, "train", args.skip_bad, stats), args.limit)
         for document in tqdm(source, desc="train_tokenizer", unit="doc", unit_scale=True, mininterval=1):
             yield document["text"]
 
     words = count_words(texts(stats), normalizers.BertNormalizer(lowercase=args.lowercase))
     if not stats.documents:
-        raise DataError(f"{args.source or 'C4'}: the source has no document")
+        raise DataError(f"{args.source}: the source has no document")
     tokenizer = train(words, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:

@@ -42,9 +42,9 @@ def default_documents() -> Iterator[str]:
 
 def own_documents(source: str) -> Iterator[str]:
     """Documents of a file or folder that convert_c4.py can read."""
-    from src.convert.sources import iter_documents
+    from src.convert.sources import TextSource, iter_documents
 
-    return (document["text"] for document in iter_documents(source))
+    return (document["text"] for document in iter_documents(TextSource((source,))))
 
 
 def write_text(out: Path, source: str | None) -> None:

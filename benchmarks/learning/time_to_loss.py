@@ -44,7 +44,7 @@ from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Recipe, Set
 from benchmarks.texts import make_tokenizer
 from benchmarks.variants import Shape
 from scripts import quickstart
-from src.convert.sources import iter_documents
+from src.convert.sources import TextSource, iter_documents
 from src.data.tokenizer import load_tokenizer
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -84,7 +84,7 @@ def wikipedia(folder: Path, settings: Setup) -> Text:
         quickstart.write_text(folder / "partial", None)
         (folder / "partial" / "text").rename(folder / "text")
     paths = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
-    train, validation = ([document["text"] for document in iter_documents(path)] for path in paths)
+    train, validation = ([document["text"] for document in iter_documents(TextSource((path,)))] for path in paths)
     tokenizer = load_tokenizer(make_tokenizer(folder, train, settings.vocabulary))
     return Text(tokenizer, train, validation[::2], setup=settings)  # half: it is evaluated often
 

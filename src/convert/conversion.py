@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from src.common.errors import DataError
 from src.common.files import atomic, locked, settle_folder
-from src.convert import filters, workers
+from src.convert import filters, hub, workers
 from src.convert.forms import COLUMNS, Span
 from src.convert.samples import Tokens
-from src.convert.sources import files_of, iter_documents, units_of
+from src.convert.sources import TextSource, files_of, iter_documents, units_of
 from src.convert.stats import Stats
 from src.convert.unit import DUPLICATES, GRAMS, Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
 from src.convert.work_folder import PLAN, begin, check_free, differences, publish
@@ -42,8 +42,8 @@ class Settings:
 
     out_root: Path
     """Parent of the splits' folders."""
-    source: str | None = None
-    """File or folder of text; None for C4 from the hub."""
+    source: TextSource = TextSource()
+    """What to read; C4 from the hub by default."""
     tokens: Tokens | None = None
     """How to tokenize, or None to write text."""
     grams: filters.Hashes | None = None
@@ -81,7 +81,7 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers_pay = text_bytes >= WORKERS_PAY["tokens" if settings.tokens else "text"]
     num_workers = settings.num_workers or (cores if workers_pay else 1)
-    job = Job(work, plan, settings.tokens, settings.skip_bad)
+    job = Job(work, plan, settings.tokens, settings.source.text_column, settings.skip_bad)
 
     def run(task: Callable[[Job, Unit, workers.Count], None], path_of: Callable[[Path, int], Path], title: str) -> int:
         """Do the task for each unit of this machine whose output is missing; returns the number of documents."""
@@ -112,9 +112,11 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
     """All that decides what is written (a flat dict), and the source's bytes of text (approximate)."""
     c4_split, first = FIRST_DOCUMENTS.get(split, (split, None))
     limit = min((n for n in (first, settings.limit) if n is not None), default=None)
+    place = settings.source.places[0] if len(settings.source.places) == 1 else ""
+    local = bool(place) and not hub.is_dataset(place) and "://" not in place
     names, times, number, size, text = hashlib.sha256(), hashlib.sha256(), 0, 0, 0
     for file in files_of(settings.source, c4_split):
-        name = os.path.relpath(file.path, settings.source) if settings.source else file.path
+        name = os.path.relpath(file.path, place) if local else file.path
         names.update(f"{name}\t{file.size}\n".encode())
         times.update(f"{file.changed}\n".encode())
         number, size, text = number + 1, size + file.size, text + file.text_bytes
@@ -132,6 +134,7 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
         # Several machines may have copies of the source, with other times.
         "times": times.hexdigest()[:16] if settings.part is None else None,
         "limit": limit,
+        **({} if settings.source.text_column == "text" else {"text_column": settings.source.text_column}),
         "columns": [name for name in COLUMNS if name in document] if tokens is None else ["tokens"],
         "tokens": None if tokens is None else tokens.description,
         "compression": settings.compression,

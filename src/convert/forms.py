@@ -95,7 +95,7 @@ def spans_of(file: File, size: int) -> Iterator[tuple[Span, int]]:
             yield Span(path, start, stop), stop - start
 
 
-def read(span: Span, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Document]]:
+def read(span: Span, text_column: str, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Document]]:
     """The non-empty documents of a span, each with its place (file and line); raises as ``sources.iter_documents``."""
     parse = _parse_row
     if span.path.startswith(hub.PREFIX):

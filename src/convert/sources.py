@@ -3,8 +3,11 @@
 A source is a sequence of files. A unit of work is a list of ``Span``, parts of files.
 """
 
+import argparse
+import glob
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from src.common.errors import DataError
@@ -14,9 +17,54 @@ from src.convert.hub import C4_SPLITS
 from src.convert.stats import Stats
 
 
-def is_c4_folder(source: str) -> bool:
-    """Whether this folder holds C4's own files."""
-    return any(_c4_files(source, name) for name in C4_SPLITS.values())
+@dataclass(frozen=True)
+class TextSource:
+    """What to read: the options of ``add_source_options``."""
+
+    places: tuple[str, ...] = ()
+    """Files, folders, glob patterns, ``hf:OWNER/NAME``, URLs such as ``s3://...``; without any, C4 from the hub."""
+    name: str | None = None
+    """Configuration of the ``hf:`` dataset."""
+    split: str | None = None
+    """Split of the ``hf:`` dataset."""
+    text_column: str = "text"
+    """Column or field that holds the text."""
+
+    def __str__(self) -> str:
+        return ", ".join(self.places) or "C4"
+
+
+def add_source_options(parser: argparse.ArgumentParser, places: str, nargs: str) -> None:
+    """Add the argument ``places``, and the options that say how to read them, for ``text_source``."""
+    what = (
+        "files, folders, patterns such as 'texts/**/*.jsonl', hf:OWNER/NAME (a dataset of the Hugging Face Hub), or "
+        "URLs such as s3://...; a folder of C4's own files gives their split (default: C4 from the hub)"
+    )
+    parser.add_argument(places, nargs=nargs, metavar="PLACE", default=[], help=what)
+    parser.add_argument("--name", help="with hf:OWNER/NAME: configuration of the dataset, for example sample-10BT")
+    parser.add_argument("--split", help="with hf:OWNER/NAME: split of the dataset, for example train")
+    parser.add_argument("--text_column", default="text", help="column or field that holds the text (default: text)")
+    parser.add_argument("--skip_bad", action="store_true", help="count and skip what cannot be read")
+
+
+def text_source(args: argparse.Namespace) -> TextSource:
+    """The source that the options name.
+
+    Raises:
+        ValueError: ``--name`` or ``--split`` without a dataset of the hub.
+    """
+    if (args.name or args.split) and not any(hub.is_dataset(place) for place in args.source):
+        raise ValueError(f"--name and --split have no effect without a source {hub.HF}OWNER/NAME")
+    return TextSource(tuple(args.source), args.name, args.split, args.text_column)
+
+
+def is_c4(source: TextSource) -> bool:
+    """Whether this is C4 from the hub, or a folder of C4's own files."""
+    return not source.places or (len(source.places) == 1 and _is_c4_folder(source.places[0]))
+
+
+def _is_c4_folder(place: str) -> bool:
+    return any(_c4_files(place, name) for name in C4_SPLITS.values())
 
 
 def _c4_files(source: str, name: str) -> list[Path]:
@@ -24,22 +72,42 @@ def _c4_files(source: str, name: str) -> list[Path]:
     return sorted(folder.glob(pattern)) or sorted((folder / "en").glob(pattern))
 
 
-def files_of(source: str | None, split: str = "train") -> Iterator[File]:
+def files_of(source: TextSource, split: str = "train") -> Iterator[File]:
     """The files of a source in a fixed order. Memory holds the names of one folder at a time.
 
     Args:
-        source: a file, or a folder (read with its subfolders, sorted by name), or None for C4 on the hub.
+        source: its folders are read with their subfolders, sorted by name.
         split: ``train`` or ``val`` of C4; other sources have no splits.
 
     Raises:
-        DataError: the source does not exist, or has no file of a known format.
+        DataError: a place does not exist, or has no file of a known format.
     """
-    if source is None:
+    if not source.places:
         revision = hub.revision()
         for number in range(hub.dataset(split, revision).num_shards):
             yield File(f"{hub.PREFIX}{split}@{revision}#{number}", 1 << 30, 0)
-        return
-    if is_c4_folder(source):
+    for place in source.places:
+        if hub.is_dataset(place):
+            yield from hub.files(source, place)
+        elif "://" in place:
+            yield from hub.remote_files(place)
+        else:
+            for path in expanded(place):
+                yield from _local_files(path, split)
+
+
+def expanded(place: str) -> list[str]:
+    """The paths that match a pattern, sorted; the place itself if it is none."""
+    if Path(place).exists() or not glob.has_magic(place):
+        return [place]
+    paths = sorted(glob.glob(place, recursive=True))
+    if not paths:
+        raise DataError(f"{place}: no file matches this pattern")
+    return paths
+
+
+def _local_files(source: str, split: str) -> Iterator[File]:
+    if _is_c4_folder(source):
         paths: Iterable[Path] = _c4_files(source, C4_SPLITS[split])
         if not paths:
             raise DataError(f"{source}: C4's files of this split (c4-{C4_SPLITS[split]}.*) are missing")
@@ -102,7 +170,7 @@ def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
 
 
 def iter_documents(
-    source: str | None = None, split: str = "train", skip_bad: bool = False, stats: Stats | None = None
+    source: TextSource, split: str = "train", skip_bad: bool = False, stats: Stats | None = None
 ) -> Iterator[Document]:
     """The documents of a source, in a fixed order.
 
@@ -113,9 +181,9 @@ def iter_documents(
 
     Raises:
         BadText: something cannot be read, and ``skip_bad`` is off.
-        DataError: the source does not exist, or has no file of a known format.
+        DataError: a place does not exist, or has no file of a known format.
     """
     stats = Stats() if stats is None else stats
     for file in files_of(source, split):
-        for _, document in read(Span(file.path), skip_bad, stats):
+        for _, document in read(Span(file.path), source.text_column, skip_bad, stats):
             yield document

@@ -42,6 +42,8 @@ class Job(NamedTuple):
     """All that decides what is written (``conversion.plan_of``)."""
     tokens: Tokens | None
     """How to tokenize, or None to write text."""
+    text_column: str
+    """Column or field that holds the text."""
     skip_bad: bool
     """Count and skip what cannot be read, instead of raising."""
 
@@ -65,7 +67,7 @@ def hash_file(work: Path, number: int) -> Path:
 
 def documents_of(job: Job, unit: Unit, stats: Stats, count: Count) -> Iterator[tuple[str, Document]]:
     """Places and documents of a unit. Calls ``count`` after every ``COUNTED`` documents and at the end."""
-    documents = (item for span in unit.spans for item in read(span, job.skip_bad, stats))
+    documents = (item for span in unit.spans for item in read(span, job.text_column, job.skip_bad, stats))
     number = 0
     for number, item in enumerate(itertools.islice(documents, job.plan["limit"]), start=1):
         if number % COUNTED == 0:

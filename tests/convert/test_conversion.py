@@ -22,7 +22,7 @@ import convert_c4
 from src.convert import conversion, filters
 from src.convert import unit as units
 from src.convert.samples import Tokens
-from src.convert.sources import iter_documents
+from src.convert.sources import TextSource, iter_documents
 from tests.convert.splits import bytes_of, convert, json_of, names_in, texts_of, tokens_of
 
 
@@ -78,7 +78,7 @@ def test_worker_processes_start_only_for_large_sources(
     monkeypatch.setattr(conversion.workers, "run", lambda task, units, number, count: started.append(number))
     for name, tokens in (("text", None), ("tokens", Tokens("x", tokenizer, 16, "chunk"))):
         with pytest.raises(FileNotFoundError):  # no unit is written
-            conversion.convert(conversion.Settings(tmp_path / name, source, tokens=tokens), "mine")
+            conversion.convert(conversion.Settings(tmp_path / name, TextSource((source,)), tokens=tokens), "mine")
     cores = len(os.sched_getaffinity(0))
     assert started == [1 if least_text else cores, 1 if least_tokens else cores]
 
@@ -302,7 +302,7 @@ def test_stats_and_lengths(tmp_path, many, tokenizer, tokenizer_folder, capsys):
     assert stats["sample_tokens"]["percentiles"]["50"] == sorted(lengths)[120]
 
     cut = total = 0
-    for document in iter_documents(str(many)):
+    for document in iter_documents(TextSource((str(many),))):
         text = document["text"]
         encoding = tokenizer(text, truncation=True, max_length=16, return_offsets_mapping=True)
         total += len(text)
@@ -342,7 +342,7 @@ def test_dedup_continues_in_both_passes(tmp_path, many):
 
 
 def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
-    text = next(iter_documents(str(many / "b.txt")))["text"]
+    text = next(iter_documents(TextSource((str(many / "b.txt"),))))["text"]
     words = filters.words_of(text)[2:15]
     evaluation = tmp_path / "evaluation.jsonl"
     evaluation.write_text(json.dumps({"text": "Before: " + " -- ".join(words).upper() + "!"}) + '\n{"text": "short"}\n')

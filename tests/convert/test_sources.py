@@ -11,7 +11,7 @@ from streaming import MDSWriter
 from src.common.errors import DataError
 from src.convert import forms, hub
 from src.convert.forms import BadText, Span, read
-from src.convert.sources import files_of, iter_documents, units_of
+from src.convert.sources import TextSource, files_of, iter_documents, units_of
 from src.convert.stats import Stats
 
 TEXTS = ["First document.", "Zweites, mit Umlaut: ä.", "third"]
@@ -21,8 +21,12 @@ def json_lines(texts=TEXTS, **extra):
     return "".join(json.dumps({"text": text, **extra}) + "\n" for text in texts).encode()
 
 
+def documents_of(source, **options):
+    return list(iter_documents(TextSource((str(source),)), **options))
+
+
 def texts_of(source, **options):
-    return [document["text"] for document in iter_documents(str(source), **options)]
+    return [document["text"] for document in documents_of(source, **options)]
 
 
 def parquet_of(table, **options):
@@ -76,7 +80,7 @@ def test_c4_folder_has_splits_and_columns(tmp_path):
         (folder / f"c4-{name}-of-00002.json.gz").write_bytes(gzip.compress(data))
     for source in (tmp_path, folder):
         assert texts_of(source, split="train") == ["a", "b", "c"] and texts_of(source, split="val") == ["v"]
-    assert next(iter_documents(str(folder))) == {"text": "a", "timestamp": "2019-04-25T12:57:54Z", "url": "u"}
+    assert documents_of(folder)[0] == {"text": "a", "timestamp": "2019-04-25T12:57:54Z", "url": "u"}
 
 
 def test_c4_is_read_from_the_hub(monkeypatch):
@@ -97,12 +101,13 @@ def test_c4_is_read_from_the_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=f"sha of {name}"))
     hub.revision.cache_clear()
     want = [{"text": text, "timestamp": "t", "url": "u"} for text in ("a0", "a1", "b0", "b1")]
-    assert list(iter_documents(split="val")) == want
+    assert list(iter_documents(TextSource(), split="val")) == want
     revision = "sha of allenai/c4"
     assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True, "revision": revision})]
-    second = list(units_of(files_of(None, "val"), 1))[1]
+    second = list(units_of(files_of(TextSource(), "val"), 1))[1]
     assert second == [Span(f"hub:val@{revision}#1")]
-    assert list(read(second[0], False, Stats())) == [(f"hub:val@{revision}#1:{i + 1}", want[2 + i]) for i in range(2)]
+    places = [f"hub:val@{revision}#1:{i}" for i in (1, 2)]
+    assert list(read(second[0], "text", False, Stats())) == list(zip(places, want[2:], strict=True))
 
     def offline(*args, **kwargs):
         raise Exception("no route")  # such as httpx.ConnectError, which is no OSError
@@ -110,7 +115,7 @@ def test_c4_is_read_from_the_hub(monkeypatch):
     for module, name in ((datasets, "load_dataset"), (huggingface_hub, "dataset_info")):
         monkeypatch.setattr(module, name, offline)
         with pytest.raises(DataError, match=r"Hub is unreachable \(no route\); offline, give a --source"):
-            list(iter_documents(split="train"))
+            list(iter_documents(TextSource(), split="train"))
         hub.revision.cache_clear()
     hub.dataset.cache_clear()
 
@@ -187,8 +192,8 @@ def test_sources_without_files_are_refused(name, message, tmp_path):
 def of_units(source, size):
     """Texts of the source, one list per unit."""
     stats = Stats()
-    spans = units_of(files_of(str(source)), size)
-    return [[d["text"] for span in unit for _, d in read(span, False, stats)] for unit in spans]
+    spans = units_of(files_of(TextSource((str(source),))), size)
+    return [[d["text"] for span in unit for _, d in read(span, "text", False, stats)] for unit in spans]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10, 1000])
@@ -205,17 +210,17 @@ def test_parts_of_a_large_file_lose_and_repeat_nothing(size, ending, tmp_path):
 def test_places_in_parts_are_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\nthree\n")
-    assert list(read(Span(str(path), 2, 99), False, Stats())) == [
+    assert list(read(Span(str(path), 2, 99), "text", False, Stats())) == [
         (f"{path}:byte 4", {"text": "two"}),
         (f"{path}:byte 8", {"text": "three"}),
     ]
-    assert [place for place, _ in read(Span(str(path)), False, Stats())] == [f"{path}:{i}" for i in (1, 2, 3)]
+    assert [place for place, _ in read(Span(str(path)), "text", False, Stats())] == [f"{path}:{i}" for i in (1, 2, 3)]
 
 
 def test_units_group_small_files_and_leave_gzip_whole(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    assert [len(unit) for unit in units_of(files_of(str(tmp_path)), 3 * 4096)] == [3, 3, 3]
+    assert [len(unit) for unit in units_of(files_of(TextSource((str(tmp_path),))), 3 * 4096)] == [3, 3, 3]
     folder = tmp_path / "gz"
     folder.mkdir()
     (folder / "a.json.gz").write_bytes(GZ)
@@ -226,7 +231,7 @@ def test_parquet_is_read_by_row_groups(tmp_path):
     table = {"text": [f"row {i}" for i in range(10)]}
     (tmp_path / "a.parquet").write_bytes(parquet_of(table, row_group_size=4))
     assert [len(unit) for unit in of_units(tmp_path, 1)] == [4, 4, 2]
-    places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), False, Stats())]
+    places = [place for place, _ in read(Span(str(tmp_path / "a.parquet"), 1, 2), "text", False, Stats())]
     assert places == [f"{tmp_path / 'a.parquet'}:{i}" for i in (5, 6, 7, 8)]
 
 
@@ -244,7 +249,7 @@ def test_mds_shards_are_a_source(compression, tmp_path):
     rows = [{"text": f"{text} {i}", "url": "u" * i, "n": i} for i, text in enumerate(TEXTS * 20)]
     columns = {"text": "str", "url": "str", "n": "int"}
     write_mds(tmp_path / "s", columns, rows, compression=compression, size_limit=500)
-    assert list(iter_documents(str(tmp_path / "s"))) == [{"text": r["text"], "url": r["url"]} for r in rows]
+    assert documents_of(tmp_path / "s") == [{"text": r["text"], "url": r["url"]} for r in rows]
     assert len(of_units(tmp_path / "s", 1)) == len(list((tmp_path / "s").glob("shard*"))) > 3
 
 

@@ -8,7 +8,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
 
 import train_tokenizer
-from src.convert.sources import iter_documents
+from src.convert.sources import TextSource, iter_documents
 
 
 @pytest.fixture
@@ -70,14 +70,14 @@ def test_continuing_characters_do_not_split_words():
 def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
     asked = []
 
-    def documents(source, stats):
+    def documents(source, split, skip_bad, stats):
         asked.append(source)
         stats.documents = 1
         yield {"text": "some words and some more"}
 
     monkeypatch.setattr(train_tokenizer, "iter_documents", documents)
     train_tokenizer.main(["--out", str(tmp_path / "t"), "--vocab_size", "100"])
-    assert asked == [None] and (tmp_path / "t" / "tokenizer.json").exists()
+    assert asked == [TextSource()] and (tmp_path / "t" / "tokenizer.json").exists()
 
 
 def test_words_are_counted_in_bounded_memory(monkeypatch):
@@ -106,7 +106,8 @@ def test_compare_prints_tokens_per_word_and_gains(source, tmp_path, capsys):
     capsys.readouterr()
     tokenizer = train(source, tmp_path / "t", "--compare", str(tmp_path / "other"))
     lines = capsys.readouterr().out.splitlines()
-    words = [word for d in iter_documents(source) for word, _ in BertPreTokenizer().pre_tokenize_str(d["text"])]
+    texts = [document["text"] for document in iter_documents(TextSource((source,)))]
+    words = [word for text in texts for word, _ in BertPreTokenizer().pre_tokenize_str(text)]
     pieces = sum(len(tokenizer.tokenize(word)) for word in words)
     unknown = sum("[UNK]" in tokenizer.tokenize(word) for word in words)
     assert lines[0] == (
