@@ -27,23 +27,27 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import ConfigError, DataError, first_line
+from src.data.columns import TEXT, Column, ids_of, text_of
 from src.data.cutting import encode_crop, encode_prefix
+from src.data.index import TOKENS_KEY, read_index
 from src.data.masking import EVALUATION_SEED, MaskingCollator, Sample
 from src.data.microbatches import Batch, num_tokens
 from src.data.order import group_lengths, occurrences
-from src.data.shards import check_shards, check_tokens, token_description
+from src.data.shards import check_shards, check_tokens
 from src.data.source import Source
-from src.data.streaming import RepairedDataset
+from src.data.streaming import RepairedDataset, fetch_index
 from src.data.tokenizer import load_tokenizer
+
+LONGER = "set max_seq_len (--max_seq_len) to the length of the samples"
 
 
 class StreamingC4(RepairedDataset):
-    """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, as convert_c4.py writes them.
+    """Samples of at most ``max_seq_len`` ids from MDS shards of text or of tokens, by convert_c4.py or other programs.
 
     Args:
         tokenizer: from ``load_tokenizer``.
-        max_seq_len: longest sample in tokens, special tokens included. Texts are truncated to it; shards of tokens must
-            have been written for exactly this length.
+        max_seq_len: longest sample in tokens, special tokens included. Texts are truncated to it; convert_c4.py must
+            have written shards of tokens for exactly this length, and those of other programs may not be longer.
         local, remote, split: the one dataset, as for ``Source``.
         sources: several datasets to mix, by name, in place of the one.
         verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
@@ -55,7 +59,8 @@ class StreamingC4(RepairedDataset):
 
     Raises:
         DataError: as ``RepairedDataset``; or the shards have neither text nor tokens, or tokens of another tokenizer or
-            length; ``length_window`` without lengths; ``moving_crop`` with tokens.
+            length; ``length_window`` without lengths; ``moving_crop`` with tokens. While reading: a text is not UTF-8,
+            or another program's ids do not fit the tokenizer or are too many.
     """
 
     def __init__(
@@ -74,36 +79,36 @@ class StreamingC4(RepairedDataset):
         super().__init__(sources or {"": Source(local, remote, split)}, verify, **kwargs)
         self.tokenizer, self.max_seq_len, self.vocab_size = tokenizer, max_seq_len, len(tokenizer)
         self.length_window, self.moving_crop = length_window, moving_crop
-        self.token_dtypes = [self._token_dtype(*item) for item in enumerate(self.sources.values())]
-        """Type of the ids on disk, for each source; None for text."""
+        formats = [self._format(source) for source in self.sources.values()]
+        self.columns = [column for column, _ in formats]
+        """For each source the column that is read."""
+        self.token_dtypes = [dtype for _, dtype in formats]
+        """Type of the ids on disk, for each source; None for text, and for tokens of other programs."""
         if length_window:
             assert self.shuffle, "grouping by length starts from a shuffled order"
             self.shuffle = False  # resample_streams shuffles; streaming must not shuffle its result
             self.lengths = [self.open_lengths(i) for i in range(self.num_streams)]
 
-    def _token_dtype(self, stream_id: int, source: Source) -> np.dtype[Any] | None:
-        """Check that a source's shards fit the run."""
-        description = token_description(source.folder)
-        if description is None:
-            columns: Any = self.shards[self.shard_offset_per_stream[stream_id]].column_names  # pyright: ignore
-            if "text" not in columns:
-                raise DataError(
-                    f"{source.folder}: the shards have no column 'text' ({', '.join(columns)}); write them with "
-                    "convert_c4.py"
-                )
-            if self.length_window:
-                raise DataError(
-                    f"{source.folder} holds text, whose lengths in tokens are not known: set "
-                    "train_loader.length_window to 0, or convert it to tokens (convert_c4.py --tokenizer)"
-                )
-            return None
-        check_tokens(description, self.tokenizer, self.max_seq_len, source.folder)
-        if self.moving_crop:
+    def _format(self, source: Source) -> tuple[Column, np.dtype[Any] | None]:
+        """Check that a source's shards fit the run. Returns an item of ``columns`` and of ``token_dtypes``."""
+        index = read_index(source.folder)
+        column, description = Column.of(index, source.folder), index.get(TOKENS_KEY)
+        text = column.name == TEXT
+        if self.length_window and description is None:
+            kind = "text, whose lengths in tokens are" if text else "tokens, whose lengths are"
+            raise DataError(
+                f"{source.folder} holds {kind} not known: set train_loader.length_window to 0, or convert text to "
+                "tokens (convert_c4.py --tokenizer)"
+            )
+        if self.moving_crop and not text:
             raise DataError(
                 f"{source.folder} holds tokens: what --pack truncate cut off is not there, and --pack chunk cuts "
                 "nothing off. Set train_loader.moving_crop to false, or convert to text (without --tokenizer)"
             )
-        return np.dtype(description["dtype"]).newbyteorder("<")
+        if description is None:
+            return column, None
+        check_tokens(description, self.tokenizer, self.max_seq_len, source.folder)
+        return column, np.dtype(description["dtype"]).newbyteorder("<")
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its id."""
@@ -135,16 +140,30 @@ class StreamingC4(RepairedDataset):
             ids = encode_crop(self.tokenizer, sample, room, turn)
         return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
 
-    def decode(self, shard_id: int, data: bytes) -> NDArray[Any] | str:
+    def decode(self, shard_id: int, index: int, data: bytes) -> NDArray[Any] | str:
         """A sample's ids (length,), or its text."""
         dtype = self.token_dtypes[self.stream_per_shard[shard_id]]
         if dtype is None:
-            return super().decode(shard_id, data)["text"]
+            return self._decode_column(shard_id, index, data)
         ids = np.frombuffer(data, dtype, offset=4)  # the only column: its size (uint32) and the ids
         if not 0 < len(ids) <= self.max_seq_len:
             raise ValueError(f"a sample has {len(ids):,} tokens, expected 1 to {self.max_seq_len:,}")
         if (largest := np.maximum.reduce(ids)) >= self.vocab_size:
             raise ValueError(f"a sample has the id {largest:,}, and the tokenizer {self.vocab_size:,} entries")
+        return ids
+
+    def _decode_column(self, shard_id: int, index: int, data: bytes) -> NDArray[np.int64] | str:
+        """The same, of shards that do not describe their tokens, or of text."""
+        column = self.columns[self.stream_per_shard[shard_id]]
+        value = column.value(data)
+        try:
+            if column.name == TEXT:
+                return text_of(value)
+            ids = ids_of(value, column.encoding, self.vocab_size, int(self.tokenizer.pad_token_id))  # pyright: ignore
+            if not 0 < len(ids) <= self.max_seq_len:
+                raise DataError(f"it has {len(ids):,} tokens, expected 1 to {self.max_seq_len:,}; {LONGER}")
+        except DataError as error:
+            raise DataError(f"{self._paths[shard_id]}, sample {index}: {error}") from None
         return ids
 
     def stream_of(self, sample_id: int) -> int:
@@ -275,12 +294,16 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{args.remote} is remote: give a local folder to stream it to")
     local = args.local or args.remote
 
-    folder = Path(args.remote) / args.split
-    description = (token_description(folder) if (folder / "index.json").is_file() else None) or {}
+    source = Source(local, args.remote, args.split)
+    fetch_index(source)
+    index = read_index(source.folder)
+    description, column = index.get(TOKENS_KEY, {}), Column.of(index, source.folder)
+    if not (description or args.tokenizer or column.name == TEXT):
+        raise ConfigError(f"{source.folder} does not say which tokenizer made its {column.name!r}: give --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
     dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
-    kind = "text" if dataset.token_dtypes == [None] else "tokens"
+    kind = "text" if column.name == TEXT else "tokens"
     print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 
     exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)

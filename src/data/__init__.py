@@ -5,7 +5,8 @@ streaming       mosaicml-streaming 0.13, repaired        shards         files of
 tokenizer       loading, saving, fingerprints            cutting        the first tokens of a text, and crops of it
 order           grouping by length, repeated samples     masking        samples -> padded, masked batch
 unigram         the unigram baseline                     microbatches   padded batch -> unpadded microbatches
-shared_memory   removal of what killed runs left in /dev/shm
+shared_memory   removal of what killed runs left in      columns        the column of a sample that is read
+                /dev/shm
 
 src/data_c4.py puts them together.
 """

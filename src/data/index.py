@@ -1,6 +1,8 @@
 """index.json of a split of MDS shards: every field that streaming or this project uses is checked."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from streaming.base.format.mds.encodings import get_mds_encoded_size, is_mds_enc
 from streaming.base.hashing import is_hash
 
 from src.common.errors import DataError, first_line
+from src.data.columns import READ, name_of
 
 TOKENS_KEY = "mosaic_bert_tokens"
 """Key of index.json that describes shards of tokens; streaming ignores it. Shards of text have none."""
@@ -34,6 +37,9 @@ STRINGS = "a list of strings", lambda x: type(x) is list and all(type(item) is s
 SIZES = "a list of numbers or null", lambda x: type(x) is list and all(type(i) in (int, type(None)) for i in x)
 VERSION = "2", lambda x: type(x) is int and x == 2
 
+CONVERTIBLE = {"csv", "json", "tsv", "xsv"}
+"""Formats of streaming's that convert_c4.py reads, and training does not."""
+
 INDEX: Fields = {"version": VERSION, "shards": LIST}
 TOKENS: Fields = {
     "dtype": ("uint16 or uint32", lambda x: x in ("uint16", "uint32")),
@@ -56,7 +62,7 @@ SHARD: Fields = {
     "zip_data": ("an object or null", lambda x: x is None or type(x) is dict),
 }
 FILE: Fields = {
-    "basename": ("the name of a file in its folder", lambda x: type(x) is str and _is_plain(x)),
+    "basename": ("a file in the index's folder or below", lambda x: type(x) is str and _is_plain(x)),
     "bytes": COUNT,
     "hashes": (
         "digests by hash",
@@ -75,17 +81,39 @@ def parse_index(content: bytes, name: str) -> dict[str, Any]:
 
     Raises:
         DataError: a field is missing, unknown, ill-typed, or does not fit the others; a file is not in the index's
-            folder. The message has the index's ``name`` and the field.
+            folder or below; the shards are of another format of streaming's. The message has the index's ``name`` and
+            the field.
     """
     try:
         index = json.loads(content.decode())
-        _check_index(index)
+        others = _formats(index) & CONVERTIBLE
+        if not others:
+            _check_index(index)
     except (ValueError, RecursionError) as error:
-        hint = "copy or convert the split again; delete it if it is a cache"
+        hint = remedy(name, "copy or convert the split again; delete it if it is a cache")
         raise DataError(f"{name} is broken ({first_line(error)}); {hint}") from None
+    if others:
+        folder = name.removesuffix("/index.json")
+        raise DataError(
+            f"{name} describes shards of format {min(others)!r}, and only MDS is read; convert them: python "
+            f"convert_c4.py --out_root NEW --splits {os.path.basename(folder)} --source {folder}"
+        )
     if not any(shard["samples"] for shard in index["shards"]):
-        raise DataError(f"{name} lists no samples; convert the text again")
+        raise DataError(f"{name} lists no samples; {remedy(name, 'convert the text again')}")
     return index
+
+
+def remedy(path: str | Path, again: str) -> str:
+    """What to do about a damaged file: ``again``, which replaces it, unless its folder is read-only."""
+    folder = os.path.dirname(path)
+    read_only = os.path.isdir(folder) and not os.access(folder, os.W_OK)
+    return "its folder is read-only: use another copy of the dataset, or ask its owner" if read_only else again
+
+
+def _formats(index: Any) -> set[str]:
+    """Formats of the shards of an index that was not checked."""
+    shards = index.get("shards") if type(index) is dict else None
+    return {str(shard.get("format")) for shard in shards if type(shard) is dict} if type(shards) is list else set()
 
 
 def _check_index(index: Any) -> None:
@@ -121,7 +149,7 @@ def _check_index(index: Any) -> None:
 
 
 def _check_columns(names: list[str], encodings: list[str], sizes: list[int | None], tokens: bool) -> None:
-    """Check the columns of the first shard; one that is read must be a string, or bytes with ``tokens``."""
+    """Check the columns of the first shard. With ``tokens``, they are one of bytes; else the one that is read fits."""
     if len({*names}) < len(names):
         raise ValueError(f"shards[0].column_names: expected different names, got {names!r:.80}")
     try:
@@ -132,12 +160,15 @@ def _check_columns(names: list[str], encodings: list[str], sizes: list[int | Non
         raise ValueError("shards[0].column_encodings: expected one for each of column_names, without pkl")
     if sizes != expected:
         raise ValueError(f"shards[0].column_sizes: expected {expected!r:.80}, got {sizes!r:.80}")
-    column, encoding = ("tokens", "bytes") if tokens else ("text", "str")
-    found = dict(zip(names, encodings, strict=True)).get(column)
-    if found != encoding and (found or tokens):
-        raise ValueError(f"shards[0].column_encodings: expected {encoding!r} for column {column!r}, got {found!r}")
-    if tokens and len(names) > 1:
+    if tokens and names != ["tokens"]:
         raise ValueError(f"shards[0].column_names: expected 'tokens' alone, got {names!r:.80}")
+    column = name_of(names)
+    if column is None:  # convert_c4.py reads it
+        return
+    found = encodings[names.index(column)]
+    what, pattern = ("bytes", re.compile("bytes")) if tokens else READ[column]
+    if not pattern.fullmatch(found):
+        raise ValueError(f"shards[0].column_encodings: expected {what} for column {column!r}, got {found!r:.80}")
 
 
 def _check_fields(entry: Any, fields: Fields, path: str, closed: bool = True) -> None:
@@ -154,7 +185,9 @@ def _check_fields(entry: Any, fields: Fields, path: str, closed: bool = True) ->
 
 
 def _is_plain(name: str) -> bool:
-    return name.isprintable() and "/" not in name and name not in ("", ".", "..", "index.json", LENGTHS)
+    """Whether a name is a relative path, as MDSWriter and merge_index write it: ``00000/shard.00000.mds``."""
+    plain = name.isprintable() and "\\" not in name
+    return plain and all(part[:1] not in ("", ".") and part not in ("index.json", LENGTHS) for part in name.split("/"))
 
 
 def header_size(samples: int) -> int:

@@ -18,11 +18,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import DataError
-from src.data.index import TOKENS_KEY, header_size, read_index
+from src.data.index import header_size, read_index, remedy
 from src.data.source import Source
 from src.data.tokenizer import tokenizer_fingerprints
 
 log = logging.getLogger(__name__)
+
+AGAIN = "copy or convert it again"
 
 
 def check_index(source: Source) -> None:
@@ -31,6 +33,10 @@ def check_index(source: Source) -> None:
     if "://" not in str(source.remote) and not (origin / split / "index.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in origin.glob("*/index.json")))
         hint = f"splits there: {splits}" if splits else "make one with convert_c4.py"
+        if (origin / "index.json").is_file():
+            hint = (
+                f"{origin.name} is a split itself: name {origin.parent} as the folder, and {origin.name} as the split"
+            )
         raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
 
 
@@ -45,8 +51,8 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
             checks the index alone.
 
     Raises:
-        DataError: the index is broken (``parse_index``); a shard is missing, or has another size or hash; the index has
-            no hashes to compare.
+        DataError: the index is broken (``parse_index``); a shard is missing, or has another size or hash, or is
+            compressed in a read-only folder; the index has no hashes to compare.
     """
     files = [
         [info for info in (shard["raw_data"], shard["zip_data"]) if info is not None]
@@ -59,6 +65,11 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
         present = [info for info in infos if (folder / info["basename"]).exists()]
         if complete and not present:
             faults[infos[0]["basename"]] = "is missing"
+        elif complete and infos[0] not in present and not os.access((folder / infos[0]["basename"]).parent, os.W_OK):
+            raise DataError(
+                f"{folder} is read-only, and its shards are compressed, so they cannot be unpacked there: give this "
+                "dataset as the remote (data_remote), and a folder of your own as the local one (data_local)"
+            )
         for info in present:
             found = (folder / info["basename"]).stat().st_size
             if found == info["bytes"]:
@@ -72,7 +83,8 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
     shown = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:3])
     shown += f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
     if complete:
-        raise DataError(f"{folder}: {shown}. Copy these shards again, or convert the split again")
+        advice = remedy(folder / "index.json", "copy these shards again, or convert the split again")
+        raise DataError(f"{folder}: {shown}; {advice}")
     log.warning("%s: %s. Downloading the damaged ones again", folder, shown)
     for name in faults:
         (folder / name).unlink()
@@ -94,7 +106,7 @@ def _hash(folder: Path, info: dict[str, Any]) -> tuple[str, str]:
     """Algorithm and digest of a file, as its index states them."""
     for expected in info["hashes"].items():
         return expected
-    raise DataError(f"{folder / 'index.json'} has no hashes to compare; convert again, or set data_verify to size")
+    raise DataError(f"{folder / 'index.json'} has no hashes to compare; set data_verify to size")
 
 
 def hash_algorithm(folder: Path) -> str:
@@ -145,10 +157,11 @@ def _offsets(file: io.FileIO, path: str, size: int, samples: int) -> NDArray[np.
     """Offsets (samples + 1,) of a shard's samples and of their end. Raises what ``OpenShards.read`` does."""
     found, header = os.fstat(file.fileno()).st_size, header_size(samples)
     if found != size:
-        raise DataError(f"{path} has {found:,} bytes, not {size:,}; copy or convert it again")
+        raise DataError(f"{path} has {found:,} bytes, not {size:,}; {remedy(path, AGAIN)}")
     count, offsets = np.split(np.frombuffer(file.read(header), np.uint32), [1])
     if count != samples or offsets[0] < header or (offsets[1:] < offsets[:-1]).any():
-        raise DataError(f"{path} is not a shard of {samples:,} samples, or is damaged; copy or convert it again")
+        fault = f"{path} is not a shard of {samples:,} samples, or is damaged"
+        raise DataError(f"{fault}; {remedy(path, AGAIN)}")
     return offsets
 
 
@@ -168,11 +181,6 @@ class Locator:
         index = int(sample_id) % self.num_samples
         shard_id = bisect.bisect_right(self.starts, index) - 1
         return shard_id, index - self.starts[shard_id]
-
-
-def token_description(folder: Path) -> dict[str, Any] | None:
-    """What a split's index says of its tokens (``Tokens.description``); None for shards of text."""
-    return read_index(folder).get(TOKENS_KEY)
 
 
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:

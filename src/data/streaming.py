@@ -27,9 +27,9 @@ from torch import distributed as dist
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
-from src.data.index import LENGTHS, parse_index, read_index
+from src.data.index import LENGTHS, parse_index, read_index, remedy
 from src.data.order import filling_worker, partition
-from src.data.shards import Locator, OpenShards, check_index, check_shards, hash_algorithm
+from src.data.shards import AGAIN, Locator, OpenShards, check_index, check_shards, hash_algorithm
 from src.data.source import Source, without_password
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,9 @@ CLIENTS = {
 """Packages that streaming imports for a remote, by the scheme of its URI, as pip names them."""
 
 
-def _stream(source: Source, **options: Any) -> Stream:
+def _stream(source: Source, download_retry: int = 2, download_timeout: float = 60) -> Stream:
     """Streaming's Stream of a dataset. Raises DataError: its remote is of no known kind, or needs another package."""
+    options = {"download_retry": download_retry, "download_timeout": download_timeout}
     try:
         return Stream(**{**vars(source), "remote": None if source.complete else source.remote}, **options)
     except Exception as error:  # each object store has errors of its own
@@ -141,6 +142,15 @@ def _fetch_index(source: Source, stream: Stream) -> None:
         fetched.unlink(missing_ok=True)
 
 
+def fetch_index(source: Source) -> None:
+    """Check a dataset's index.json; put that of a remote into its cache. Raises what ``RepairedDataset`` does."""
+    check_index(source)
+    stream = _stream(source)
+    if not source.complete:
+        with alone_on_node():
+            _fetch_index(source, stream)
+
+
 class RepairedDataset(StreamingDataset):
     """StreamingDataset of checked sources, in which a fault ends every process and thread with one error.
 
@@ -172,7 +182,7 @@ class RepairedDataset(StreamingDataset):
         streams = []
         for source in self.sources.values():
             check_index(source)
-            streams.append(_stream(source, download_retry=download_retry, download_timeout=download_timeout))
+            streams.append(_stream(source, download_retry, download_timeout))
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
         with alone_on_node() if leads else contextlib.nullcontext():
             for source, stream in zip(self.sources.values(), streams, strict=True):
@@ -252,8 +262,8 @@ class RepairedDataset(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            compressed: Any = self.shards[shard_id].zip_data  # pyright: ignore[reportAttributeAccessIssue]
-            path = Path(self._paths[shard_id]).with_name(compressed.basename) if compressed else None
+            shard: Any = self.shards[shard_id]
+            path = Path(shard.dirname, shard.split, shard.zip_data.basename) if shard.zip_data else None
             if path is None or not path.exists() or not self._fetches_again(shard_id, error):
                 self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
                 raise self._fail(error, shard_id) from error
@@ -302,11 +312,11 @@ class RepairedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
             else:
                 self._shard_access_times[shard_id] = time.time_ns()
-                return self.decode(shard_id, data)
+                return self.decode(shard_id, index, data)
         raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
 
-    def decode(self, shard_id: int, data: bytes) -> Any:
-        """A sample of the bytes that its shard has of it. After an error the shard is damaged."""
+    def decode(self, shard_id: int, index: int, data: bytes) -> Any:
+        """Sample ``index`` of a shard, from its bytes. After an error the shard is damaged."""
         shard: Any = self.shards[shard_id]
         return shard.decode_sample(data)
 
@@ -321,7 +331,7 @@ class RepairedDataset(StreamingDataset):
         """Keep the first error, and end this process's threads: while they run, it cannot exit."""
         if shard_id is not None and not isinstance(error, DataError):
             path = self._paths[shard_id]
-            message = f"{path} cannot be read or fetched ({error}); copy or convert it again"
+            message = f"{path} cannot be read or fetched ({error}); {remedy(path, AGAIN)}"
             error = DataError(without_password(message))
         self.failure = self.failure or error
         if hasattr(self, "_event"):  # made by the first iteration

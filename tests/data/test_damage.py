@@ -99,7 +99,7 @@ def remove_all(folder):
         (edit_index(lambda index: index.pop("shards")), "index.json is broken"),
         (
             edit_index(lambda index: index["shards"][0]["raw_data"].update(basename="../x")),
-            r"index.json is broken \(shards\[0\].raw_data.basename: expected the name of a file .*'../x'",
+            r"index.json is broken \(shards\[0\].raw_data.basename: expected a file in .*'../x'",
         ),
         (edit_index(lambda index: index["shards"].clear()), "index.json lists no samples"),
         (lambda folder: (folder / "index.json").unlink(), r"holds no dataset \(no index.json\); make one with convert"),
@@ -242,13 +242,6 @@ def test_compressed_shard_with_changed_bytes_in_the_cache_is_fetched_again_once(
     dataset = StreamingC4(tokenizer, 32, str(tmp_path / "cache"), str(tmp_path / "remote"), "val", shuffle=False)
     assert dataset[3]["input_ids"].tolist() == tokenizer("text 3")["input_ids"]
     assert "shard.00000.mds in the cache is damaged" in caplog.text and archive.read_bytes() == sound
-
-
-def test_shards_without_text_or_tokens_are_refused(tokenizer, tmp_path):
-    with MDSWriter(out=str(tmp_path / "val"), columns={"image": "bytes", "label": "int"}) as writer:
-        writer.write({"image": b"x", "label": 1})
-    with pytest.raises(DataError, match=r"no column 'text' \(image, label\)"):
-        open_dataset(tmp_path / "val", tokenizer)
 
 
 def test_shortest_documents_are_masked_and_split(tokenizer, tmp_path):

@@ -333,8 +333,8 @@ def test_script_prints_what_training_sees(token_shards, tmp_path, capsys):
         assert last["batches"] == "3" and 0 <= float(last["padding_share"]) < 1 and float(last["tokens_per_s"]) > 0
 
 
-def test_script_refuses_a_missing_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data_c4.py", str(tmp_path), "--tokenizer", str(tmp_path / "none")])
+def test_script_refuses_a_missing_tokenizer(token_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data_c4.py", token_shards, "--tokenizer", str(tmp_path / "none")])
     monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
     with pytest.raises(SystemExit, match="^data_c4.py: .*no such folder"):
         runpy.run_path(data_c4.__file__, run_name="__main__")

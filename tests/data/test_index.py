@@ -14,7 +14,7 @@ from streaming.base.format import reader_from_json
 from src import data_c4
 from src.common.errors import DataError
 from src.data.index import LENGTHS, TOKENS_KEY, parse_index, read_index
-from src.data.shards import OpenShards, check_shards, dataset_fingerprints, hash_algorithm, token_description
+from src.data.shards import OpenShards, check_shards, dataset_fingerprints, hash_algorithm
 from tests.conftest import VALIDATION
 
 NAME = "here/index.json"
@@ -55,7 +55,7 @@ RAW, ZIP = ("shards", 0, "raw_data"), ("shards", 1, "zip_data")
         (("shards",), ..., "(shards: missing)"),
         (("shards", 0), 5, "(shards[0]: expected an object, got 5)"),
         (("shards", 1, "version"), True, "(shards[1].version: expected 2, got True)"),
-        (("shards", 0, "format"), "xsv", "(shards[0].format: expected 'mds', the only one that is read, got 'xsv')"),
+        (("shards", 0, "format"), "abc", "(shards[0].format: expected 'mds', the only one that is read, got 'abc')"),
         (("shards", 0, "format"), ..., "(shards[0].format: missing)"),
         (("shards", 0, "raw_meta"), {}, "(shards[0].'raw_meta': unknown field)"),
         (("shards", 0, "samples"), 5.5, "(shards[0].samples: expected a number of at most 32 bits, got 5.5)"),
@@ -71,13 +71,20 @@ RAW, ZIP = ("shards", 0, "raw_data"), ("shards", 1, "zip_data")
         (("shards", 1, "compression"), None, "(shards[1].zip_data: expected an object with compression, else null)"),
         (("shards", 0, "column_names"), ["tokens", "x"], "(shards[0].column_encodings: expected one for each of"),
         (("shards", 0, "column_names"), ["tokens", "tokens"], "(shards[0].column_names: expected different names, got"),
-        (("shards", 0, "column_names"), ["text"], "(shards[0].column_encodings: expected 'bytes' for column 'tokens'"),
+        (("shards", 0, "column_names"), ["text"], "(shards[0].column_names: expected 'tokens' alone, got ['text'])"),
         (("shards", 0, "column_encodings"), ["pkl"], "(shards[0].column_encodings: expected one for each of column_na"),
         (("shards", 0, "column_encodings"), ["pkl:1"], "(shards[0].column_encodings: unknown in ['pkl:1']"),
-        (("shards", 0, "column_encodings"), ["str"], "(shards[0].column_encodings: expected 'bytes' for column 'token"),
+        (("shards", 0, "column_encodings"), ["str"], "(shards[0].column_encodings: expected bytes for column 'tokens'"),
         (("shards", 0, "column_sizes"), [4], "(shards[0].column_sizes: expected [None], got [4])"),
         (("shards", 1, "column_names"), ["text"], "(shards[1].column_names: other columns than in shards[0])"),
-        ((*RAW, "basename"), "../x", "(shards[0].raw_data.basename: expected the name of a file in its folder"),
+        ((*RAW, "basename"), "../x", "(shards[0].raw_data.basename: expected a file in the index's folder or below"),
+        ((*RAW, "basename"), "a/../../x", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "a/.x", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "a//x", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "a/", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "./x", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "a\\x", "(shards[0].raw_data.basename: expected"),
+        ((*RAW, "basename"), "a/index.json", "(shards[0].raw_data.basename: expected"),
         ((*RAW, "basename"), "..", "(shards[0].raw_data.basename: expected"),
         ((*RAW, "basename"), "", "(shards[0].raw_data.basename: expected"),
         ((*RAW, "basename"), "a\0b", "(shards[0].raw_data.basename: expected"),
@@ -86,7 +93,7 @@ RAW, ZIP = ("shards", 0, "raw_data"), ("shards", 1, "zip_data")
         ((*RAW, "basename"), LENGTHS, "(shards[0].raw_data.basename: expected"),
         ((*RAW, "basename"), 5, "(shards[0].raw_data.basename: expected"),
         ((*RAW, "basename"), "shard.99999.mds", "(shards[1].raw_data.basename: 'shard.99999.mds' is another file's"),
-        ((*ZIP, "basename"), "/etc/x", "(shards[1].zip_data.basename: expected the name of a file in its folder"),
+        ((*ZIP, "basename"), "/etc/x", "(shards[1].zip_data.basename: expected a file in the index's folder or below"),
         ((*RAW, "bytes"), "x", "(shards[0].raw_data.bytes: expected a number of at most 32 bits, got 'x')"),
         ((*ZIP, "bytes"), -1, "(shards[1].zip_data.bytes: expected"),
         ((*RAW, "hashes"), {"sha1": 5}, "(shards[0].raw_data.hashes: expected digests by hash, got {'sha1': 5})"),
@@ -188,7 +195,6 @@ def test_every_reader_checks_the_index(folder, opened, tokenizer_folder):
     write_index(folder, lambda index: index["shards"][0].pop("format"))
     for read in (
         read_index,
-        token_description,
         hash_algorithm,
         lambda folder: dataset_fingerprints([folder]),
         lambda folder: check_shards(folder, True, "off"),
@@ -305,8 +311,14 @@ def test_shard_that_another_replaced_is_not_read(folder):
         OpenShards().read(str(shard(folder)), 0, info["raw_data"]["bytes"], info["samples"] - 1)
 
 
-@pytest.mark.parametrize("kind", ["meta of another format", "raw_data", "zip_data"])
-def test_index_of_a_remote_cannot_write_outside_the_cache(kind, tokenizer, opened, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("meta of another format", "describes shards of format 'xsv', and only MDS is read"),
+        *((kind, r"is broken \(shards\[0\]") for kind in ("raw_data", "zip_data")),
+    ],
+)
+def test_index_of_a_remote_cannot_write_outside_the_cache(kind, message, tokenizer, opened, tmp_path):
     """As in a bucket, whose keys may contain '..'."""
     remote, outside = tmp_path / "store" / "remote" / "train", tmp_path / "store" / "home" / "keys"
     for path, content in ((remote / "d.mds", b"hello\n"), (outside, b"a key")):
@@ -327,7 +339,7 @@ def test_index_of_a_remote_cannot_write_outside_the_cache(kind, tokenizer, opene
         shard |= {name: files[name] for name in ("raw_data", "zip_data")}
         shard[kind] = files["raw_meta"]
     (remote / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
-    with pytest.raises(DataError, match=r"store/remote/train/index.json is broken \(shards\[0\]"):
+    with pytest.raises(DataError, match=rf"store/remote/train/index.json {message}"):
         list(opened(tmp_path / "user" / "cache", remote=str(remote.parent), batch_size=4, download_retry=1))
     gc.collect()
     assert not [path for path in (tmp_path / "user").rglob("*") if path.is_file()]

@@ -11,8 +11,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import main
+from src import data_c4
 from src.common.errors import DataError
 from src.data.source import without_password
+from tests.conftest import VALIDATION
 from tests.runs import QUICKSTART
 
 
@@ -49,6 +51,11 @@ def test_samples_are_read_through_the_cache(bucket, token_shards, opened, tmp_pa
     assert sorted(sample["sample_id"] for sample in streamed) == list(range(here.size))
     assert all(np.array_equal(here[i]["input_ids"], streamed[i]["input_ids"]) for i in range(here.size))
     assert list(tmp_path.rglob("*.mds"))
+
+
+def test_script_takes_tokenizer_and_length_from_the_bucket(bucket, tmp_path, capsys):
+    data_c4.main([bucket, str(tmp_path), "--num_batches", "1"])
+    assert f"{VALIDATION} samples of tokens" in capsys.readouterr().out
 
 
 def test_run_trains_from_a_bucket(bucket, overrides, tmp_path, capsys):
