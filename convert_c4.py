@@ -59,11 +59,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--dedup",
-        action="store_true",
-        help="drop documents with the same words as an earlier one; reads the source twice; takes 17 bytes of disk per "
-        "document (6 GB for C4) and 0.7 GB of memory",
+        nargs="?",
+        const="exact",
+        choices=list(filters.METHODS),
+        help="drop documents with the same words as an earlier one, or with nearly the same (near); reads the source "
+        "twice, with --part all of it on each machine; takes 17 bytes of disk per document (6 GB for C4), 89 for near, "
+        "and 0.7 GB of memory",
     )
-    decontaminate = f"drop documents that share {filters.GRAM} consecutive words with these texts"
+    decontaminate = (
+        f"drop documents that share {filters.GRAM} consecutive words with these texts, or contain one of "
+        f"{filters.SHORTEST} words or more; takes 8 bytes of memory per word of these texts"
+    )
     add("--decontaminate", nargs="+", metavar="FILE", help=decontaminate)
     add("--num_workers", type=int, help="worker processes (default: all cores for a large source, otherwise 1)")
     add("--part", type=part_of, help="convert one part of the split, for example 3/16")
@@ -102,17 +108,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name} must be at least 1")
     if args.part and (args.limit is not None or any(split in FIRST_DOCUMENTS for split in args.splits)):
         raise ValueError("--part cannot be combined with a limit, which takes one machine")
-    if args.part and args.dedup:
-        raise ValueError("--part cannot be combined with --dedup, which compares documents of all parts")
     return args
 
 
-def gram_set(files: list[str]) -> filters.Hashes:
+def gram_set(files: list[str]) -> filters.Grams:
     """Word sequences of the evaluation sets, which documents may not contain."""
     grams, short = filters.gram_set(document["text"] for document in iter_documents(TextSource(tuple(files))))
-    if not len(grams):
-        raise DataError(f"{', '.join(files)}: no text has {filters.GRAM} words, so --decontaminate has nothing to find")
-    print(f"--decontaminate: {len(grams):,} word sequences; {short:,} texts are too short to have one")
+    if not grams:
+        raise DataError(f"{', '.join(files)}: no text has {filters.SHORTEST} words, so --decontaminate finds nothing")
+    print(
+        f"--decontaminate: {sum(map(len, grams.values())):,} word sequences; {short:,} texts have fewer than "
+        f"{filters.SHORTEST} words, and are not looked for"
+    )
     return grams
 
 

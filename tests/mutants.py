@@ -762,8 +762,8 @@ MUTANTS = [
     Mutant(
         "duplicates-by-case",
         "src/convert/filters.py",
-        '"NFKC", text).lower().split()',
-        '"NFKC", text).split()',
+        '"NFKC", text).lower()',
+        '"NFKC", text)',
         "convert/test_filters.py::test_equal_texts_have_equal_hashes",
     ),
     Mutant(

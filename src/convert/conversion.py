@@ -21,7 +21,7 @@ from src.convert.forms import COLUMNS, Span
 from src.convert.samples import Tokens
 from src.convert.sources import TextSource, files_of, iter_documents, units_of
 from src.convert.stats import Stats
-from src.convert.unit import DUPLICATES, GRAMS, Job, Unit, convert_unit, hash_file, hash_unit, unit_folder
+from src.convert.unit import DUPLICATES, Job, Unit, convert_unit, gram_file, hash_file, hash_unit, unit_folder
 from src.convert.work_folder import PLAN, begin, check_free, differences, publish
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
@@ -46,10 +46,10 @@ class Settings:
     """What to read; C4 from the hub by default."""
     tokens: Tokens | None = None
     """How to tokenize, or None to write text."""
-    grams: filters.Hashes | None = None
+    grams: filters.Grams | None = None
     """Drop documents that contain one of these word sequences (from ``filters.gram_set``)."""
-    dedup: bool = False
-    """Drop documents whose words an earlier one has."""
+    dedup: str | None = None
+    """Drop documents whose words an earlier one has: ``exact`` or ``near`` (``filters.METHODS``)."""
     limit: int | None = None
     """Read only the first ``limit`` documents, in one process."""
     skip_bad: bool = False
@@ -81,11 +81,16 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers_pay = text_bytes >= WORKERS_PAY["tokens" if settings.tokens else "text"]
     num_workers = settings.num_workers or (cores if workers_pay else 1)
-    job = Job(work, plan, settings.tokens, settings.source.text_column, settings.skip_bad)
+    job = Job(work, plan, settings.tokens, settings.source.text_column, settings.skip_bad, settings.dedup)
 
-    def run(task: Callable[[Job, Unit, workers.Count], None], path_of: Callable[[Path, int], Path], title: str) -> int:
-        """Do the task for each unit of this machine whose output is missing; returns the number of documents."""
-        todo = units_without(partial(path_of, work), settings, plan)
+    def run(
+        task: Callable[[Job, Unit, workers.Count], None],
+        path_of: Callable[[Path, int], Path],
+        title: str,
+        part: tuple[int, int] | None,
+    ) -> int:
+        """Do the task for each unit of a part whose output is missing; returns the number of documents."""
+        todo = units_without(partial(path_of, work), settings, plan, part)
         with tqdm(desc=title, unit="doc", unit_scale=True, mininterval=1) as progress:
             workers.run(partial(task, job), todo, num_workers, progress.update)
             return progress.n
@@ -96,13 +101,15 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
         check_free(folder, settings.overwrite)
         begin(work, plan, settings.overwrite)
         if (work / PLAN).exists():  # else the split is complete and lacks only its name
-            if settings.grams is not None:
-                np.save(work / GRAMS, settings.grams)
+            for size, hashes in (settings.grams or {}).items():
+                np.save(gram_file(work, size), hashes)
             if settings.dedup and not (work / DUPLICATES).exists():
-                run(hash_unit, hash_file, "looking for duplicates")
+                # Of all parts: an earlier document may belong to another machine.
+                run(hash_unit, hash_file, "looking for duplicates", None)
+                files = [hash_file(work, number) for number in range(plan["units"])]
                 with atomic(work / DUPLICATES) as out:
-                    filters.find_duplicates([hash_file(work, number) for number in range(plan["units"])], out)
-            documents = run(convert_unit, unit_folder, work.name)
+                    filters.find_duplicates(files, filters.METHODS[settings.dedup], out)
+            documents = run(convert_unit, unit_folder, work.name, settings.part)
         if not settings.part:
             publish(work, folder, partial(unit_folder, work), settings.overwrite)
     return documents, plan["units"]
@@ -139,22 +146,31 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
         "tokens": None if tokens is None else tokens.description,
         "compression": settings.compression,
         "size_limit": settings.size_limit or "64mb",
-        "dedup": settings.dedup,
-        "decontaminate": None if grams is None else hashlib.sha256(grams.tobytes()).hexdigest(),
+        "dedup": filters.NEAR if settings.dedup == "near" else settings.dedup is not None,
+        "decontaminate": None if grams is None else _digest(grams),
         "unit_bytes": unit_bytes,
         "units": 1 if limit else sum(1 for _ in units_of(files_of(settings.source, c4_split), unit_bytes)),
     }
     return plan, text
 
 
-def units_without(path_of: Callable[[int], Path], settings: Settings, plan: dict[str, Any]) -> Iterator[Unit]:
-    """This machine's units whose ``path_of(number)`` does not exist, in order."""
+def _digest(grams: filters.Grams) -> str:
+    digest = hashlib.sha256()
+    for size, hashes in grams.items():
+        digest.update(f"{size} {len(hashes)}\n".encode() + hashes.tobytes())
+    return digest.hexdigest()
+
+
+def units_without(
+    path_of: Callable[[int], Path], settings: Settings, plan: dict[str, Any], part: tuple[int, int] | None
+) -> Iterator[Unit]:
+    """The units of a part, or of the split, whose ``path_of(number)`` does not exist, in order."""
     files = files_of(settings.source, plan["split"])
     # Documents are counted in order, so a limit makes one unit of all files.
     units = [(Span(file.path) for file in files)] if plan["limit"] else units_of(files, plan["unit_bytes"])
-    part, parts = settings.part or (1, 1)
+    mine, parts = part or (1, 1)
     for number, spans in enumerate(units):
-        if number % parts == part - 1 and not path_of(number).exists():
+        if number % parts == mine - 1 and not path_of(number).exists():
             yield Unit(number, spans)
 
 

@@ -29,8 +29,8 @@ UNIT, DROPPED = "unit.json", "dropped.jsonl"
 """Files of a unit besides its shards: their part of index.json with the unit's ``Stats``, and the documents that the
 filters dropped. Shards of tokens also have LENGTHS."""
 
-DUPLICATES, GRAMS = "duplicates", "grams.npy"
-"""Files in the working folder: output of ``filters.find_duplicates`` and of ``filters.gram_set``."""
+DUPLICATES = "duplicates"
+"""File in the working folder: output of ``filters.find_duplicates``."""
 
 
 class Job(NamedTuple):
@@ -46,6 +46,8 @@ class Job(NamedTuple):
     """Column or field that holds the text."""
     skip_bad: bool
     """Count and skip what cannot be read, instead of raising."""
+    dedup: str | None
+    """Which of ``filters.METHODS`` drops duplicates, if any."""
 
 
 class Unit(NamedTuple):
@@ -63,6 +65,11 @@ def unit_folder(work: Path, number: int) -> Path:
 def hash_file(work: Path, number: int) -> Path:
     """File of the hashes of a unit's documents, written by the first pass of --dedup."""
     return work / "units" / f"{number:06}.hashes"
+
+
+def gram_file(work: Path, size: int | str) -> Path:
+    """File of the word sequences of one size (``filters.Grams``), or with "*" a pattern for all of them."""
+    return work / f"grams-{size}.npy"
 
 
 def documents_of(job: Job, unit: Unit, stats: Stats, count: Count) -> Iterator[tuple[str, Document]]:
@@ -119,17 +126,18 @@ def _kept(
 ) -> Iterator[Document]:
     """The documents that no filter drops. The others are counted, and listed in the file ``dropped``."""
     first, duplicate, grams = 0, None, None  # first: index in the split of the unit's first document
-    if job.plan["dedup"]:
+    if job.dedup:
         earlier = (hash_file(job.work, number).stat().st_size for number in range(unit.number))
-        first = sum(earlier) // filters.HASH_BYTES
+        first = sum(earlier) // filters.METHODS[job.dedup].bytes
         duplicate = np.memmap(job.work / DUPLICATES, dtype=bool, mode="r")
     if job.plan["decontaminate"]:
-        grams = np.load(job.work / GRAMS, mmap_mode="r")
+        files = job.work.glob(gram_file(job.work, "*").name)
+        grams = {int(file.stem.split("-")[1]): np.load(file, mmap_mode="r") for file in files}
     for i, (place, document) in enumerate(documents, start=first):
         text = document["text"]
         if duplicate is not None and duplicate[i]:
             stats.duplicate += 1
-            reason = {"reason": "duplicate"}
+            reason = {"reason": "near duplicate" if job.dedup == "near" else "duplicate"}
         elif grams is not None and (words := filters.overlap(text, grams)):
             stats.contaminated += 1
             reason = {"reason": "contaminated", "words": words}
@@ -142,11 +150,18 @@ def _kept(
 
 
 def hash_unit(job: Job, unit: Unit, count: Count) -> None:
-    """First pass of --dedup: write the 16-byte hashes of a unit's documents, in order."""
-    file = hash_file(job.work, unit.number)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as out:
+    """First pass of --dedup: write the keys of a unit's documents, as ``filters.find_duplicates`` reads them."""
+    assert job.dedup is not None
+    method, file = filters.METHODS[job.dedup], hash_file(job.work, unit.number)
+    rows, partial = (file.with_suffix(f".{os.getpid()}{suffix}.partial") for suffix in (".rows", ""))
+    with rows.open("wb") as out:
         for _, document in documents_of(job, unit, Stats(), count):
-            out.write(filters.text_hash(document["text"]))
+            out.write(method.keys(document["text"]))
+    with partial.open("wb") as out:
+        if size := rows.stat().st_size:  # an empty file cannot be mapped
+            table = np.memmap(rows, "<u8", "r", shape=(size // method.bytes, sum(method.widths)))
+            for end, width in zip(itertools.accumulate(method.widths), method.widths, strict=True):
+                table[:, end - width : end].tofile(out)
+    rows.unlink()
     sync(partial)
     partial.rename(file)

@@ -350,5 +350,5 @@ def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
     dropped = {"reason": "contaminated", "words": " ".join(words), "place": f"{many / 'b.txt'}:1", "text": text[:80]}
     assert json_of(folder / "dropped.jsonl") == dropped and len(texts_of(folder)) == 240
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(ValueError, match="no text has 13 words"):
+    with pytest.raises(ValueError, match="no text has 8 words"):
         convert(tmp_path, many, "--decontaminate", str(tmp_path / "short.txt"), split="other")

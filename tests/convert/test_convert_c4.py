@@ -200,7 +200,6 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
         (["--splits", "a", "--num_workers", "0"], "--num_workers must be at least 1"),
         (["--splits", "a", "--tokenizer", "x", "--max_seq_len", "65536"], "from 3 to 65,535"),
         (["--splits", "a", "--part", "1/2", "--limit", "5"], "--part cannot be combined with a limit"),
-        (["--splits", "a", "--part", "1/2", "--dedup"], "--part cannot be combined with --dedup"),
         (["--splits", "a", "--merge"], "omit --source"),
         (["--splits", "a", "--tokenizer", "/none", "--max_seq_len", "8"], "no such folder"),
     ],
