@@ -1,8 +1,10 @@
 """From text to MDS shards (convert_c4.py).
 
 sources      what --source names -> files -> documents; shares of work ("units")
-forms        the forms of text files: one file -> its documents
-hub          datasets on the Hugging Face Hub, streamed
+hub          datasets on the Hugging Face Hub, streamed; files at URLs
+forms        the forms of text files: one file -> its documents; text, JSON, CSV
+tables       Parquet and Arrow     mds    shards of streaming
+files        names of forms, parts of files, rows     streams   files as decompressed bytes
 filters      duplicates and contaminated documents
 samples      documents -> token samples, truncated or in chunks
 unit         one unit -> a folder of shards, with statistics (stats)

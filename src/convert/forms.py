@@ -1,124 +1,82 @@
 """Forms of text: a file -> its documents.
 
-.json.gz, .jsonl.gz, .jsonl, .json    one JSON object per line, with a field "text"
-.txt, .txt.gz                         one document per line
-.parquet                              a column "text"
-.mds                                  a shard of MDS, with a column "text"
+.jsonl, .ndjson, .json    one JSON object per line; also one array of objects, or objects over several lines
+.csv, .tsv                a header, then one row per document; quoted as by Excel
+.txt                      one document per line
+.parquet, .arrow          a column of strings or of UTF-8 bytes
+.mds                      a shard of MDS; streaming's shards of JSON, CSV and TSV (``mds``)
 
-A ``Span`` is a part of a file.
+JSON, CSV, TSV and text may also end in .gz, .bz2, .xz, .zst or .zstd. A ``Span`` is a part of a file.
 """
 
-import gzip
+import csv
 import io
-import itertools
 import json
 import math
-import os
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import pyarrow
-import pyarrow.parquet
+import re
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 from src.common.errors import DataError, first_line
-from src.convert import hub
+from src.convert import hub, mds, tables
+from src.convert.files import COLUMNS, BadText, File, Form, Rows, Span, form_of, missing, named
 from src.convert.stats import QUOTED, Stats
+from src.convert.streams import UNREADABLE, cannot_decompress, open_stream
+from src.data.source import without_password
 
 Document = dict[str, str]
 """``text``, and ``timestamp`` and ``url`` if the source has them."""
 
-COLUMNS = ("text", "timestamp", "url")
-
-SUFFIXES = (".json.gz", ".jsonl.gz", ".jsonl", ".json", ".txt", ".txt.gz", ".parquet")
-
 MAX_LINE = 1 << 31
 """Longest line in bytes. A longer one is an error, because memory would hold it several times."""
 
-TEXT_BYTES = {".gz": 3, ".parquet": 2}
-"""Approximate bytes of text per byte of such a file, used only to divide the work."""
+MAX_VALUE = 1 << 28
+"""Longest field of a CSV file, and element of a JSON array, in characters, for the same reason."""
 
-
-class BadText(DataError):
-    """A line, or the rest of a file, that cannot be read."""
-
-
-class File(NamedTuple):
-    """One file of a source."""
-
-    path: str
-    size: int
-    """Bytes on disk; for a file of the hub always 1 GiB."""
-    changed: int
-    """Time of the last change in nanoseconds; 0 for the hub."""
-
-    @property
-    def text_bytes(self) -> int:
-        """About how many bytes of text the file holds."""
-        return self.size * TEXT_BYTES.get(os.path.splitext(self.path)[1], 1)
-
-
-class Span(NamedTuple):
-    """A part of a file.
-
-    Files of lines: the lines that begin in bytes [start, stop). Parquet: row groups [start, stop). Others: the whole.
-    """
-
-    path: str
-    start: int = 0
-    stop: int | None = None
-
-
-Rows = Iterator[tuple[str, Any]]
-"""Places (file and line), each with its unparsed row, or with the error why it cannot be read."""
+BOM = b"\xef\xbb\xbf"
 
 
 def spans_of(file: File, size: int) -> Iterator[tuple[Span, int]]:
     """Parts of a file, each with its bytes of text."""
-    path, weight = file.path, file.text_bytes
-    if weight <= size or path.endswith(".gz") or not path.endswith(SUFFIXES):  # the last: on the hub, or MDS
+    path, weight, form = file.path, file.text_bytes, form_of(file.path)
+    if form is None or weight <= size or hub.is_dataset(path) or mds.is_shard(path):
         yield Span(path), weight
-    elif path.endswith(".parquet"):
-        try:
-            groups = pyarrow.parquet.read_metadata(path).num_row_groups
-        except (pyarrow.ArrowInvalid, OSError):
-            groups = 0
+    elif form.kind == "parquet" and (groups := tables.row_groups(path)):
         for group in range(groups):
             yield Span(path, group, group + 1), weight // groups
-        if not groups:  # damaged; reading it raises
-            yield Span(path), weight
-    else:
+    elif READERS[form.kind] in (_text_rows, _json_rows) and not form.compression and not _holds_values(path, form):
         for start in range(0, file.size, size):
             stop = min(start + size, file.size)
             yield Span(path, start, stop), stop - start
+    else:
+        yield Span(path), weight
+
+
+def columns_of(path: str, text_column: str) -> list[str]:
+    """Which of COLUMNS a file has: by the schema of a table, else by the first document. A damaged file has none."""
+    form = form_of(path)
+    if form is not None and form.kind in ("parquet", "arrow"):
+        names = tables.names_of(path, form.kind)
+        return [name for name in COLUMNS if (text_column.split(".")[0] if name == "text" else name) in names]
+    document = next(read(Span(path), text_column, True, Stats()), ("", {}))[1]
+    return [name for name in COLUMNS if name in document]
 
 
 def read(span: Span, text_column: str, skip_bad: bool, stats: Stats) -> Iterator[tuple[str, Document]]:
     """The non-empty documents of a span, each with its place (file and line); raises as ``sources.iter_documents``."""
-    parse = _parse_row
-    if span.path.startswith(hub.PREFIX):
-        rows = hub.rows(span.path)
-    elif span.path.endswith(".parquet"):
-        rows = _parquet_rows(span)
-    elif span.path.endswith(SUFFIXES):
-        rows, parse = _lines(span), _parse_text if span.path.endswith((".txt", ".txt.gz")) else _parse_json
-    else:
-        rows = _mds_rows(span.path)
-    for place, row in rows:
+    for place, row in _rows(span, text_column):
         try:
             if isinstance(row, Exception):
                 raise row
-            document = parse(row)
+            document = _document(row, text_column)
         except UnicodeDecodeError as error:
             fault = f"invalid UTF-8 ({error.reason} at byte {error.start})"
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; files and tokenizers refuse it
             fault = f"invalid Unicode ({error.reason})"
-        except (json.JSONDecodeError, RecursionError) as error:
-            fault = f"invalid JSON ({error})"
         except BadText as error:
             fault = str(error)
+        except (ValueError, RecursionError) as error:  # too many digits of a number are no JSONDecodeError
+            fault = f"invalid JSON ({error})"
         else:
             if document["text"].strip():
                 stats.documents += 1
@@ -133,24 +91,53 @@ def read(span: Span, text_column: str, skip_bad: bool, stats: Stats) -> Iterator
             stats.first_bad.append(f"{place}: {fault}")
 
 
-def _parse_text(line: bytes) -> Document:
-    return {"text": line.decode("utf-8-sig").rstrip("\r\n")}  # Windows begins files with a byte order mark
+def _rows(span: Span, column: str) -> Rows:
+    if hub.is_dataset(span.path):
+        yield from hub.rows(span.path)
+        return
+    form = form_of(span.path)
+    assert form is not None, span.path
+    try:
+        yield from (mds.rows if mds.is_shard(span.path) else READERS[form.kind])(span, form, column)
+    except Exception as error:  # each file system has its own
+        if "://" not in span.path or isinstance(error, DataError):
+            raise
+        raise DataError(f"{without_password(span.path)}: {without_password(first_line(error))}") from None
 
 
-def _parse_json(line: bytes) -> Document:
-    document = _parse_text(line)
-    return _parse_row(json.loads(document["text"])) if document["text"].strip() else document
+def _document(row: Any, column: str) -> Document:
+    """The document in a row.
 
-
-def _parse_row(row: Any) -> Document:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise BadText("expected a field 'text' that holds a string")
-    document = {name: str(row[name]) for name in COLUMNS if row.get(name) is not None}
+    Raises:
+        ValueError: it has none; BadText if it has no string in the column.
+    """
+    if isinstance(row, bytes):  # a line of JSON
+        line = row.decode("utf-8-sig")  # Windows begins files with a byte order mark
+        row = json.loads(line) if line.strip() else {column: ""}
+    if not isinstance(row, dict):
+        raise BadText(f"expected a field {column!r} of an object, got {_kind(row)}")
+    value = row
+    for name in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise missing(column, row)
+        value = value[name]
+    text = _string(value)
+    if not isinstance(text, str):
+        raise BadText(f"expected a field {column!r} that holds a string, got {_kind(text)}")
+    document = {"text": text, **{name: str(_string(row[name])) for name in COLUMNS[1:] if row.get(name) is not None}}
     "".join(document.values()).encode()
     return document
 
 
-def _lines(span: Span) -> Rows:
+def _string(value: Any) -> Any:
+    return "" if value is None else value.decode() if isinstance(value, bytes) else value
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "an array", str: "a string"}.get(type(value), type(value).__name__)
+
+
+def _lines(span: Span, form: Form, column: str) -> Rows:
     """The lines of a file that begin within the span."""
     path, offset, number = span.path, span.start, 0
     stop = math.inf if span.stop is None else span.stop
@@ -159,7 +146,7 @@ def _lines(span: Span) -> Rows:
         return f"{path}:{number}" if span.start == 0 else f"{path}:byte {offset}"
 
     try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
+        with open_stream(path, form.compression) as lines:
             if span.start:  # the line that crosses the start belongs to the span before
                 offset = lines.seek(span.start - 1)
                 offset += _skip_line(lines, stop - offset)
@@ -171,12 +158,12 @@ def _lines(span: Span) -> Rows:
                 else:
                     yield place(), line
                 offset += len(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except UNREADABLE as error:
         number += 1
-        yield place(), BadText(f"the rest of the file cannot be decompressed ({error})")
+        yield place(), cannot_decompress(error)
 
 
-def _skip_line(lines: gzip.GzipFile | io.BufferedReader, limit: float) -> int:
+def _skip_line(lines: IO[bytes], limit: float) -> int:
     """Read to the end of the line, or past ``limit`` bytes, 1 MB at a time; returns the number of bytes."""
     skipped, piece = 0, b""
     while skipped < limit and not piece.endswith(b"\n") and (piece := lines.readline(1 << 20)):
@@ -184,54 +171,112 @@ def _skip_line(lines: gzip.GzipFile | io.BufferedReader, limit: float) -> int:
     return skipped
 
 
-def _parquet_rows(span: Span) -> Rows:
+def _text_rows(span: Span, form: Form, column: str) -> Rows:
+    for place, line in _lines(span, form, column):
+        yield place, {column: line.removeprefix(BOM).rstrip(b"\r\n")} if isinstance(line, bytes) else line
+
+
+def _json_rows(span: Span, form: Form, column: str) -> Rows:
+    return (_value_rows if span.start == 0 and _holds_values(span.path, form) else _lines)(span, form, column)
+
+
+def _holds_values(path: str, form: Form) -> bool:
+    """Whether a file of JSON is an array, or objects over several lines, not one object per line."""
+    if form.kind == "txt":
+        return False
+    try:
+        with open_stream(path, form.compression) as stream:
+            head = stream.peek(1 << 12).removeprefix(BOM).lstrip()
+    except UNREADABLE:  # reading its lines says it
+        return False
+    # Each line of a .jsonl may be an array, so there only one of objects counts.
+    return (form.kind == "json" and head[:1] == b"[") or re.match(rb"\{[ \t\r]*\n|\[\s*\{", head) is not None
+
+
+def _value_rows(span: Span, form: Form, column: str) -> Rows:
+    """The elements of an array, or values one after another; their places are numbers of values. Strings are texts."""
     number = 0
     try:
-        reader = pyarrow.parquet.ParquetFile(span.path)
-        groups = range(span.start, reader.num_row_groups if span.stop is None else span.stop)
-        number = sum(reader.metadata.row_group(group).num_rows for group in range(span.start))
-        columns = [name for name in COLUMNS if name in reader.schema_arrow.names]
-        for batch in reader.iter_batches(batch_size=1024, row_groups=list(groups), columns=columns):
-            for i in range(batch.num_rows):
-                number += 1
+        with open_stream(span.path, form.compression) as stream:
+            for number, value in enumerate(_values(io.TextIOWrapper(stream, "utf-8-sig")), start=1):
+                yield f"{span.path}:{number}", {column: value} if isinstance(value, str) else value
+    except UNREADABLE as error:
+        yield f"{span.path}:{number + 1}", cannot_decompress(error)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or str(error)  # of a JSONDecodeError, without its place in the buffer
+        yield f"{span.path}:{number + 1}", BadText(f"the rest of the file cannot be read as JSON ({reason})")
+
+
+def _values(stream: IO[str]) -> Iterator[Any]:
+    buffer, at, decode, between, closed = "", 0, json.JSONDecoder().raw_decode, re.compile(r"\s*"), True
+
+    def fill() -> bool:
+        nonlocal buffer, at
+        piece = stream.read(max(1 << 16, len(buffer) - at))
+        buffer, at = buffer[at:] + piece, 0
+        return bool(piece)
+
+    def following() -> str:
+        """The first character after the separators; empty at the end of the file."""
+        nonlocal at
+        while (at := between.match(buffer, at).end()) == len(buffer) and fill():  # pyright: ignore[reportOptionalMemberAccess]
+            pass
+        return buffer[at : at + 1]
+
+    if following() == "[":
+        at, between, closed = at + 1, re.compile(r"[\s,]*"), False
+    while (character := following()) and (closed or character != "]"):
+        while True:
+            try:
+                value, at = decode(buffer, at)
+                break
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(buffer) - len("-Infinity")
+                if not cut or not fill():
+                    raise
+                if len(buffer) > 2 * MAX_VALUE:
+                    raise ValueError(f"a value longer than {MAX_VALUE:,} characters") from None
+        yield value
+    if not closed:
+        at += 1
+        if not character or following():
+            raise ValueError("the array is not closed" if not character else "text follows the array")
+
+
+def _csv_rows(span: Span, form: Form, column: str) -> Rows:
+    csv.field_size_limit(MAX_VALUE)
+    number, header = 1, None
+    try:
+        with open_stream(span.path, form.compression) as stream:
+            # Bad bytes become surrogates, which make only their own row a bad one.
+            lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+            rows = csv.reader(lines, delimiter="\t" if form.kind == "tsv" else ",", strict=True)
+            while True:
+                number, row = rows.line_num + 1, None
                 try:
-                    row = {name: batch[name][i].as_py() for name in columns}
-                except UnicodeDecodeError as error:
-                    row = error
-                yield f"{span.path}:{number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        yield f"{span.path}:{number + 1}", BadText(f"the rest of the file cannot be read as parquet ({error})")
+                    row = next(rows)
+                    if header is None:
+                        header = named(row, column) and row
+                        continue
+                    if row and len(row) != len(header):
+                        raise BadText(f"expected {len(header)} fields as in the header, got {len(row)}")
+                    yield f"{span.path}:{number}", dict(zip(header, row, strict=True)) if row else {column: ""}
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"{span.path}:{number}", BadText(f"the row is not {form.kind.upper()} ({error})")
+                except BadText as error:
+                    yield f"{span.path}:{number}", error
+                if header is None:
+                    return
+    except UNREADABLE as error:
+        yield f"{span.path}:{number}", cannot_decompress(error)
 
 
-def _mds_rows(path: str) -> Rows:
-    """An MDS shard: number of samples, offsets of all samples and of the end (uint32), columns as JSON, samples.
-
-    Replaces streaming's LocalDataset, which reads no compressed shard, decodes pickles, and does not notice damage.
-    """
-    from streaming.base.compression import decompress  # takes seconds to import
-    from streaming.base.format.mds.encodings import mds_decode
-
-    number = 0
-    try:
-        data = Path(path).read_bytes()
-        if not path.endswith(".mds"):
-            data = decompress(path.rsplit(".", 1)[1], data)
-        (samples,) = np.frombuffer(data, "<u4", 1).tolist()
-        offsets = np.frombuffer(data, "<u4", samples + 1, 4).tolist()
-        config = json.loads(data[4 * (samples + 2) : offsets[0]])
-        columns = [config[key] for key in ("column_names", "column_encodings", "column_sizes")]
-        variable = config["column_sizes"].count(None)  # a sample begins with the sizes of these columns
-        for begin, end in itertools.pairwise(offsets):
-            sizes = iter(np.frombuffer(data, "<u4", variable, begin).tolist())
-            at, row = begin + 4 * variable, {}
-            for name, encoding, fixed in zip(*columns, strict=True):
-                size = next(sizes) if fixed is None else fixed
-                if name in COLUMNS and encoding != "pkl":  # a pickle could run any code
-                    row[name] = mds_decode(encoding, data[at : at + size])
-                at += size
-            if at != end or end > len(data):
-                raise DataError(f"the sample does not end at byte {end:,} as the shard says")
-            number += 1
-            yield f"{path}:{number}", row
-    except Exception as error:  # each compression has its own error type
-        yield f"{path}:{number + 1}", BadText(f"the rest of the shard cannot be read ({first_line(error)})")
+READERS: dict[str, Callable[[Span, Form, str], Rows]] = {
+    **dict.fromkeys(("json", "jsonl", "ndjson"), _json_rows),
+    **dict.fromkeys(("csv", "tsv"), _csv_rows),
+    **dict.fromkeys(("parquet", "arrow"), tables.rows),
+    "txt": _text_rows,
+    "mds": mds.rows,
+}

@@ -5,14 +5,14 @@ A source is a sequence of files. A unit of work is a list of ``Span``, parts of 
 
 import argparse
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from src.common.errors import DataError
-from src.convert import hub
-from src.convert.forms import SUFFIXES, Document, File, Span, read, spans_of
+from src.convert import hub, mds
+from src.convert.files import SUFFIXES
+from src.convert.forms import Document, File, Span, form_of, read, spans_of
 from src.convert.hub import C4_SPLITS
 from src.convert.stats import Stats
 
@@ -83,9 +83,7 @@ def files_of(source: TextSource, split: str = "train") -> Iterator[File]:
         DataError: a place does not exist, or has no file of a known format.
     """
     if not source.places:
-        revision = hub.revision()
-        for number in range(hub.dataset(split, revision).num_shards):
-            yield File(f"{hub.PREFIX}{split}@{revision}#{number}", 1 << 30, 0)
+        yield from hub.c4_files(split)
     for place in source.places:
         if hub.is_dataset(place):
             yield from hub.files(source, place)
@@ -114,10 +112,10 @@ def _local_files(source: str, split: str) -> Iterator[File]:
     elif not Path(source).exists():
         raise DataError(f"{source}: no such file or folder")
     elif (Path(source) / "index.json").is_file():
-        paths = _mds_files(Path(source))
+        paths = mds.files(Path(source), "text")
     else:
         paths = [Path(source)] if Path(source).is_file() else _walk(Path(source))
-        paths = (path for path in paths if path.name.endswith(SUFFIXES))
+        paths = (path for path in paths if form_of(path.name))
     path = None
     for path in paths:
         stat = path.stat()
@@ -132,23 +130,6 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
         elif path.is_file():
             yield path
-
-
-def _mds_files(folder: Path) -> list[Path]:
-    """The shards of a split, in the order of its index; the uncompressed file if it exists."""
-    try:
-        shards = json.loads((folder / "index.json").read_text())["shards"]
-        raw = [folder / shard["raw_data"]["basename"] for shard in shards]
-        stored = [folder / (shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
-        columns = {name for shard in shards for name in shard["column_names"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
-    if "text" not in columns:
-        raise DataError(f"{folder}: the shards have no column 'text' ({', '.join(sorted(columns))})")
-    outside = [path for path in (*raw, *stored) if path.parent != folder or path.name in ("", "..")]
-    if outside:
-        raise DataError(f"{folder / 'index.json'} names {outside[0]}, outside its folder")
-    return [a if a.exists() else b for a, b in zip(raw, stored, strict=True)]
 
 
 def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:

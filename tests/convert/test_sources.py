@@ -97,16 +97,17 @@ def test_c4_is_read_from_the_hub(monkeypatch):
         return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": ["a", "b"]})
 
     calls = []
+    hub.revision.cache_clear()
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=f"sha of {name}"))
-    hub.revision.cache_clear()
     want = [{"text": text, "timestamp": "t", "url": "u"} for text in ("a0", "a1", "b0", "b1")]
     assert list(iter_documents(TextSource(), split="val")) == want
     revision = "sha of allenai/c4"
     assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True, "revision": revision})]
     second = list(units_of(files_of(TextSource(), "val"), 1))[1]
-    assert second == [Span(f"hub:val@{revision}#1")]
-    places = [f"hub:val@{revision}#1:{i}" for i in (1, 2)]
+    part = f"hf:allenai/c4@{revision}?name=en&split=validation#1"
+    assert second == [Span(part)]
+    places = [f"{part}:{i}" for i in (1, 2)]
     assert list(read(second[0], "text", False, Stats())) == list(zip(places, want[2:], strict=True))
 
     def offline(*args, **kwargs):
@@ -117,7 +118,7 @@ def test_c4_is_read_from_the_hub(monkeypatch):
         with pytest.raises(DataError, match=r"Hub is unreachable \(no route\); offline, give a --source"):
             list(iter_documents(TextSource(), split="train"))
         hub.revision.cache_clear()
-    hub.dataset.cache_clear()
+    hub.load.cache_clear()
 
 
 GOOD, GZ = json_lines(["good"]), gzip.compress(json_lines(["good", "lost"] * 2000))

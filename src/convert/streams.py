@@ -1,0 +1,84 @@
+"""Local files and URLs as streams of bytes, decompressed piece by piece."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import fsspec
+import zstandard
+
+from src.common.errors import first_line
+from src.convert.files import BadText
+
+
+class _Zstd(io.RawIOBase):
+    """A file of zstd frames, decompressed. zstandard's own reader does not notice that the last one is truncated."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.frame, self.rest, self.ready = file, None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            piece = self.rest or self.file.read(4096)  # gives at most 32,768 times its size
+            if not piece:
+                if self.frame is not None and not self.frame.eof:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # zstd --long=31
+            self.ready = memoryview(self.frame.decompress(piece))
+            self.rest = self.frame.unused_data
+        count = min(len(buffer), len(self.ready))
+        buffer[:count] = self.ready[:count]
+        self.ready = self.ready[count:]
+        return count
+
+
+OPENERS: dict[str, Callable[[Any], Any]] = {
+    "": contextlib.nullcontext,
+    "gz": gzip.open,
+    "bz2": bz2.open,
+    "xz": lzma.open,
+    "zst": lambda file: io.BufferedReader(_Zstd(file), 1 << 17),
+}
+"""By the suffix of a compression: a stream of its bytes -> a buffered stream of the decompressed ones."""
+
+
+@contextlib.contextmanager
+def open_stream(path: str, compression: str = "") -> Iterator[Any]:
+    """A local file or a URL as a buffered stream of bytes, decompressed; reading it may raise UNREADABLE."""
+    if "://" in path:
+        file = io.BufferedReader(fsspec.open(path, "rb").open(), 1 << 17)  # pyright: ignore
+    else:
+        file = open(path, "rb")
+    with file, OPENERS[compression](file) as stream:
+        yield stream
+
+
+UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+"""What reading a damaged stream raises. For an OSError, ``damage`` tells."""
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with the content of a file; raises the error again if it is one of the disk or the network."""
+    plain = type(error) is OSError and error.errno is None  # bz2 and pyarrow raise these
+    if isinstance(error, OSError) and not plain and not isinstance(error, gzip.BadGzipFile):
+        raise error
+    return first_line(error)
+
+
+def cannot_decompress(error: Exception) -> BadText:
+    """The error for the rest of a stream; raises errors of the disk and the network again."""
+    return BadText(f"the rest of the file cannot be decompressed ({damage(error)})")

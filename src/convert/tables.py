@@ -1,0 +1,121 @@
+"""Tables of Arrow: Parquet, and Arrow's own files and streams (``save_to_disk`` of ``datasets``)."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.ipc
+import pyarrow.parquet
+
+from src.common.errors import DataError, first_line
+from src.convert.files import BATCH, BadText, Form, Rows, Span, named
+from src.convert.streams import damage, open_stream
+
+TEXT_TYPES = (
+    *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),
+    *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()),  # Spark and Impala write strings so
+)
+
+DAMAGED = (pyarrow.ArrowException, OSError)
+"""What reading a damaged table raises."""
+
+
+def _open(path: str) -> Any:
+    return open_stream(path) if "://" in path else pyarrow.OSFile(path)
+
+
+def _arrow(stream: Any) -> Any:
+    """A reader of a file of Arrow's format of files, or else of streams."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    return pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
+
+
+def names_of(path: str, kind: str) -> list[str]:
+    """The columns of a table; none if it is damaged."""
+    with contextlib.suppress(*DAMAGED), _open(path) as stream:
+        return (pyarrow.parquet.read_schema(stream) if kind == "parquet" else _arrow(stream).schema).names
+    return []
+
+
+def row_groups(path: str) -> int:
+    """The number of row groups of a Parquet file; none if it is damaged."""
+    with contextlib.suppress(*DAMAGED), _open(path) as stream:
+        return pyarrow.parquet.read_metadata(stream).num_row_groups
+    return 0
+
+
+def rows(span: Span, form: Form, column: str) -> Rows:
+    """The rows of a table, or of some row groups of a Parquet file."""
+    number = 0
+    try:
+        with _open(span.path) as stream:
+            if form.kind == "parquet":
+                reader = pyarrow.parquet.ParquetFile(stream)
+                groups = range(span.start, reader.num_row_groups if span.stop is None else span.stop)
+                number = sum(reader.metadata.row_group(group).num_rows for group in range(span.start))
+                columns = named(reader.schema_arrow.names, column)
+                batches = reader.iter_batches(batch_size=BATCH, row_groups=list(groups), columns=columns)
+            else:
+                reader = _arrow(stream)
+                columns = named(reader.schema.names, column)
+                is_stream = isinstance(reader, pyarrow.ipc.RecordBatchStreamReader)
+                batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                for start in range(0, batch.num_rows, BATCH):
+                    cells = [_cells(batch.slice(start, BATCH), name) for name in columns]
+                    for values in zip(*cells, strict=True):
+                        number += 1
+                        yield f"{span.path}:{number}", dict(zip(columns, values, strict=True))
+    except BadText as error:
+        yield f"{span.path}:{number + 1}", error
+    except DAMAGED as error:
+        fault = f"the rest of the file cannot be read as {form.kind} ({damage(error)})"
+        yield f"{span.path}:{number + 1}", BadText(fault)
+
+
+def _cells(batch: pyarrow.RecordBatch, name: str) -> list[Any]:
+    """Values of a column, or of a field of it such as ``a.b``. Strings as bytes, so that a bad one is bad alone."""
+    if name in batch.schema.names:
+        array = batch.column(name)
+    else:
+        first, *fields = name.split(".")
+        try:
+            array = pyarrow.compute.struct_field(batch.column(first), fields)
+        except pyarrow.ArrowException as error:
+            raise BadText(f"expected a field {name!r}: {first_line(error)}") from None
+    kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
+    return (array.cast(pyarrow.large_binary()) if kind in TEXT_TYPES else array).to_pylist()
+
+
+def saved_files(folder: Path, split: str | None) -> list[Path] | None:
+    """The files of a folder that ``save_to_disk`` of datasets wrote, in their order; None if it is no such folder.
+
+    Its other .arrow files are caches of ``map``. ``split`` names a split of a DatasetDict, and may be None if it is the
+    only one.
+
+    Raises:
+        DataError: there are several splits, or not this one; or the folder is damaged.
+    """
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            if split is None and len(splits) == 1:
+                split = splits[0]
+            if split not in splits:
+                raise DataError(f"{folder}: --split names one of its splits: {', '.join(splits)}")
+            folder = folder / str(split)
+        state = json.loads((folder / "state.json").read_text())
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if state.get("_indices_data_files"):
+            raise DataError(f"{folder}: saved with indices by an old datasets; load it and save_to_disk again")
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return None  # another program's files of these names
+    if strange := [name for name in names if Path(name).name != name]:
+        raise DataError(f"{folder / 'state.json'} names {strange[0]}, outside its folder")
+    return [folder / name for name in names]
