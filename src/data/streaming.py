@@ -145,10 +145,9 @@ def _fetch_index(source: Source, stream: Stream) -> None:
 def fetch_index(source: Source) -> None:
     """Check a dataset's index.json; put that of a remote into its cache. Raises what ``RepairedDataset`` does."""
     check_index(source)
-    stream = _stream(source)
     if not source.complete:
         with alone_on_node():
-            _fetch_index(source, stream)
+            _fetch_index(source, _stream(source))
 
 
 class RepairedDataset(StreamingDataset):
@@ -245,7 +244,8 @@ class RepairedDataset(StreamingDataset):
             hint = "Convert again, which writes it, or set train_loader.length_window to 0"
             raise DataError(without_password(f"{reason}. {hint}")) from error
         if len(lengths) != samples:
-            raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; copy or convert again")
+            advice = remedy(path, "copy or convert again")
+            raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; {advice}")
         return lengths
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:

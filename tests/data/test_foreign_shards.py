@@ -149,6 +149,13 @@ def test_sample_that_does_not_fit_is_named(columns, rows, message, opened, tmp_p
     assert "\n" not in str(refused.value) and "again" not in str(refused.value)
 
 
+def test_sample_whose_sizes_do_not_fit_is_damaged(opened, tmp_path):
+    path = write(tmp_path, {"text": "str", "z": "str"}, [{"text": "a", "z": "b"}]) / "val" / "shard.00000.mds"
+    path.write_bytes(path.read_bytes()[:-10] + np.array([1, 2], np.uint32).tobytes() + b"ab")
+    with pytest.raises(DataError, match=r"\(a sample has 10 bytes, expected 11\); copy or convert it again"):
+        opened(tmp_path, "val")[0]
+
+
 @pytest.mark.parametrize(
     ("columns", "row", "message"),
     [
