@@ -57,6 +57,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="with --tokenizer: keep the beginning of a document, or cut all of it into samples (default: truncate for "
         "C4, chunk for your text)",
     )
+    special = "with --tokenizer: what the word [MASK] in a text becomes: word pieces (text, the default), or the token"
+    add("--special_tokens", choices=["text", "tokens"], help=special)
     add(
         "--dedup",
         nargs="?",
@@ -95,8 +97,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"C4 has no split {', '.join(unknown)}; it has train, val, train_small, val_small")
     elif len(args.splits) != 1:
         raise ValueError(f"{args.source} is one split; expected one name in --splits, got {len(args.splits)}")
-    if args.tokenizer is None and (args.max_seq_len is not None or args.pack):
-        raise ValueError("--max_seq_len and --pack have no effect without --tokenizer")
+    if args.tokenizer is None and (args.max_seq_len is not None or args.pack or args.special_tokens):
+        raise ValueError("--max_seq_len, --pack and --special_tokens have no effect without --tokenizer")
     if args.tokenizer is not None and (args.max_seq_len is None or not 3 <= args.max_seq_len <= LONGEST):
         raise ValueError(f"--tokenizer needs a --max_seq_len from 3 to {LONGEST:,}")
     if args.compression is not None and not is_compression(args.compression):
@@ -126,7 +128,8 @@ def gram_set(files: list[str]) -> filters.Grams:
 def report(folder: Path, speed: dict[str, Any]) -> None:
     """Print what stats.json holds, for people and, in the last line, for scripts (with the fields ``speed``)."""
     stats = json.loads((folder / "stats.json").read_text())
-    tokens = json.loads((folder / CONVERSION).read_text())["tokens"]
+    plan = json.loads((folder / CONVERSION).read_text())
+    tokens, special = plan["tokens"], plan.get("special_tokens", "tokens")
     dropped = stats["dropped"]
     print(
         f"{folder}: {stats['documents']:,} documents ({stats['empty']:,} empty and {stats['bad']:,} bad ones skipped, "
@@ -139,6 +142,8 @@ def report(folder: Path, speed: dict[str, Any]) -> None:
             f"fill {stats['fill']:.1%}, {stats['cut_share']:.1%} of the text cut off, "
             f"{stats['bytes_per_token']:.2f} bytes and {stats['characters_per_token']:.2f} characters per token"
         )
+        if stats["special_in_text"]:
+            print(f"    special tokens such as [MASK] in the text: {stats['special_in_text']:,}, taken as {special}")
     counts = {name: stats.get(name, 0) for name in ("documents", "samples", "tokens", "bytes")}
     fields = {"split": folder.name, **counts, **speed, "empty": stats["empty"], "bad": stats["bad"], **dropped}
     if stats["first_bad"]:
@@ -163,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     args.tokens = args.grams = None
     if args.tokenizer is not None:
         pack = args.pack or ("truncate" if args.c4 else "chunk")
-        args.tokens = Tokens(args.tokenizer, load_tokenizer(args.tokenizer), args.max_seq_len, pack)
+        tokenizer, special = load_tokenizer(args.tokenizer), args.special_tokens or "text"
+        args.tokens = Tokens(args.tokenizer, tokenizer, args.max_seq_len, pack, special)
         print(f"samples of at most {args.max_seq_len} tokens, --pack {pack}")
     if args.decontaminate:
         args.grams = gram_set(args.decontaminate)

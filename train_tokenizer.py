@@ -45,7 +45,11 @@ COMPARED = 5_000_000
 """Words that --compare reads, from the beginning of the text."""
 
 ALPHABET = 1000
-"""Most characters in the vocabulary, by frequency; words with any other are [UNK]. The trainer's own default."""
+"""Characters in the vocabulary, by frequency, if the text has as many; words with any other are [UNK]."""
+
+COVERAGE = 0.9995
+"""Share of the text's characters for which more than ``ALPHABET`` are taken: Chinese and Japanese need thousands. The
+default of SentencePiece (Kudo and Richardson, 2018)."""
 
 
 def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Counter[str]:
@@ -57,7 +61,7 @@ def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Cou
     counts: Counter[str] = Counter()
     splitter = pre_tokenizers.BertPreTokenizer()
     for text in texts:
-        for piece, _ in pieces(text):
+        for piece in pieces(text):
             words = normalizer.normalize_str(piece).split()
             if len(max(words, key=len, default="")) > MAX_CHARACTERS:  # scripts without blanks, tables, addresses
                 parts = (part for word in words for part, _ in splitter.pre_tokenize_str(word))
@@ -82,7 +86,26 @@ def continues_words(character: str) -> bool:
     return len(first.pre_tokenize_str(second.normalize_str(f"a{character}"))) == 1
 
 
-def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+def alphabet_of(words: Counter[str], vocab_size: int) -> tuple[list[str], int, float]:
+    """The most frequent characters, how many others there are, and the share of the text's characters that are taken.
+
+    At least ``ALPHABET``, if there are as many; above that up to ``COVERAGE``, as far as ``vocab_size`` allows.
+    """
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    taken, covered, entries = list[str](), 0, len(SPECIAL)
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        entries += 1 + continues_words(character)
+        if len(taken) >= ALPHABET and (covered >= COVERAGE * counts.total() or entries > vocab_size):
+            break
+        taken.append(character)
+        covered += counts[character]
+    return sorted(taken), len(counts) - len(taken), covered / max(counts.total(), 1)
+
+
+def train(words: Counter[str], alphabet: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     """Train WordPiece as in BERT (Devlin et al., 2019): split at white space and punctuation, continuations with ##.
 
     The same words give the same tokenizer. The library's trainer alone is not deterministic: it numbers the continuing
@@ -91,6 +114,7 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
 
     Args:
         words: from ``count_words``, with the normalizer of ``lowercase``.
+        alphabet: from ``alphabet_of``.
         vocab_size: size of the vocabulary at most, special tokens included.
         lowercase: lower the case and strip accents, as bert-base-uncased does.
 
@@ -98,11 +122,6 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
         ValueError: ``vocab_size`` is too small for the characters.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    counts: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            counts[character] += count
-    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:ALPHABET])
     first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if continues_words(c))]
     if vocab_size < len(first):
         raise ValueError(f"--vocab_size {vocab_size} is too small for the text's characters; use at least {len(first)}")
@@ -131,11 +150,12 @@ def train(words: Counter[str], vocab_size: int, lowercase: bool) -> Tokenizer:
 def compare(texts: Iterable[str], ours: Tokenizer, name: str, other: PreTrainedTokenizerFast) -> None:
     """Print how two tokenizers split the first words, and which words gain most (count * pieces saved)."""
     splitter = pre_tokenizers.BertPreTokenizer()
+    chinese = normalizers.BertNormalizer(clean_text=False, strip_accents=False, lowercase=False)  # each one is a word
     counts: Counter[str] = Counter()
     total = 0
     for text in texts:
-        for piece, _ in pieces(text):
-            words = [word for word, _ in splitter.pre_tokenize_str(piece)]
+        for piece in pieces(text):
+            words = [word for word, _ in splitter.pre_tokenize_str(chinese.normalize_str(piece))]
             counts.update(words)
             total += len(words)
         if total >= COMPARED:
@@ -197,21 +217,29 @@ def main(argv: list[str] | None = None) -> None:
     words = count_words(texts(stats), normalizers.BertNormalizer(lowercase=args.lowercase))
     if not stats.documents:
         raise DataError(f"{args.source}: the source has no document")
-    tokenizer = train(words, args.vocab_size, args.lowercase)
+    alphabet, rare, coverage = alphabet_of(words, args.vocab_size)
+    tokenizer = train(words, alphabet, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
+    if rare:
+        left = f"{rare:,} rare characters, {1 - coverage:.3%} of the text, are not in the vocabulary"
+        print(f"{left}: words with them are [UNK]; {len(alphabet):,} characters are", file=sys.stderr)
     if size < args.vocab_size:
         print(f"the text gives only {size} entries, fewer than --vocab_size {args.vocab_size}", file=sys.stderr)
 
     partial = args.out.with_name(f"{args.out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase), partial)
-    for file in partial.iterdir():
-        sync(file)
-    replace_folder(partial, args.out)
+    try:
+        save_tokenizer(BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase), partial)
+        for file in partial.iterdir():
+            sync(file)
+        replace_folder(partial, args.out)
+    finally:  # after an error, such as a full disk
+        shutil.rmtree(partial, ignore_errors=True)
     if args.compare is not None and other is not None:
         with contextlib.closing(texts(Stats())) as again:  # ends the progress bar's line
             compare(again, tokenizer, args.compare, other)
-    print(f"tokenizer vocab_size={size} documents={stats.documents} seconds={time.perf_counter() - started:.1f}")
+    counted = f"vocab_size={size} documents={stats.documents} seconds={time.perf_counter() - started:.1f}"
+    print(f"tokenizer {counted} characters={len(alphabet)} coverage={coverage:.5f}")
 
 
 if __name__ == "__main__":

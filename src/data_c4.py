@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import ConfigError, DataError, first_line
 from src.data.columns import TEXT, Column, ids_of, text_of
-from src.data.cutting import encode_crop, encode_prefix
+from src.data.cutting import TextEncoder, encode_crop, encode_prefix
 from src.data.index import TOKENS_KEY, read_index
 from src.data.masking import EVALUATION_SEED, MaskingCollator, Sample
 from src.data.microbatches import Batch, num_tokens
@@ -36,7 +36,7 @@ from src.data.order import group_lengths, occurrences
 from src.data.shards import check_shards, check_tokens
 from src.data.source import Source
 from src.data.streaming import RepairedDataset, fetch_index
-from src.data.tokenizer import load_tokenizer
+from src.data.tokenizer import load_tokenizer, vocab_size
 
 LONGER = "set max_seq_len (--max_seq_len) to the length of the samples"
 
@@ -55,6 +55,7 @@ class StreamingC4(RepairedDataset):
             not group. Needs ``shuffle`` and shards of tokens with their lengths.bin.
         moving_crop: random crop: an epoch takes part sample id + epoch of a text that is too long (``encode_crop``),
             instead of its beginning. Needs shards of text.
+        special_tokens: what a word such as [MASK] in a text becomes (``text_backend``). No effect on shards of tokens.
         kwargs: StreamingDataset's.
 
     Raises:
@@ -74,16 +75,18 @@ class StreamingC4(RepairedDataset):
         verify: str = "size",
         length_window: int = 0,
         moving_crop: bool = False,
+        special_tokens: str = "text",
         **kwargs: Any,
     ):
         super().__init__(sources or {"": Source(local, remote, split)}, verify, **kwargs)
-        self.tokenizer, self.max_seq_len, self.vocab_size = tokenizer, max_seq_len, len(tokenizer)
+        self.tokenizer, self.max_seq_len, self.vocab_size = tokenizer, max_seq_len, vocab_size(tokenizer)
         self.length_window, self.moving_crop = length_window, moving_crop
         formats = [self._format(source) for source in self.sources.values()]
         self.columns = [column for column, _ in formats]
         """For each source the column that is read."""
         self.token_dtypes = [dtype for _, dtype in formats]
         """Type of the ids on disk, for each source; None for text, and for tokens of other programs."""
+        self.encoder = TextEncoder.of(tokenizer, special_tokens)
         if length_window:
             assert self.shuffle, "grouping by length starts from a shuffled order"
             self.shuffle = False  # resample_streams shuffles; streaming must not shuffle its result
@@ -135,9 +138,9 @@ class StreamingC4(RepairedDataset):
             return sample
         room = self.max_seq_len - 2
         if turn is None:
-            ids = encode_prefix(self.tokenizer, sample, room)
+            ids = encode_prefix(self.encoder, sample, room)
         else:
-            ids = encode_crop(self.tokenizer, sample, room, turn)
+            ids = encode_crop(self.encoder, sample, room, turn)
         return np.array([self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id])
 
     def decode(self, shard_id: int, index: int, data: bytes) -> NDArray[Any] | str:

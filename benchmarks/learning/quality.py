@@ -53,7 +53,7 @@ from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Setup, Text
 from benchmarks.texts import UNCATEGORIZED, Labelled, film_reviews, make_tokenizer, part_of, wikipedia_topics
 from benchmarks.variants import Batch, Shape, Variant
 from src.common.files import replace_folder
-from src.data.cutting import encode_prefix
+from src.data.cutting import TextEncoder, encode_prefix
 from src.data.masking import MaskingCollator
 from src.data.tokenizer import load_tokenizer, save_tokenizer
 from src.finetune import plan as finetuning
@@ -246,7 +246,8 @@ def extrapolate(folder: Path, text: Text, settings: Settings) -> dict[str, Any]:
     lengths = [times * (trained - 2) + 2 for times in TIMES]
     content = lengths[-1] - 2
     texts = [review.text for review in film_reviews("imdb") if part_of(review.text) == "test"][: settings.documents]
-    encoded = [encode_prefix(text.tokenizer, review, content) for review in texts]
+    encoder = TextEncoder.of(text.tokenizer)
+    encoded = [encode_prefix(encoder, review, content) for review in texts]
     reviews = [masked_review(text, i, ids) for i, ids in enumerate(ids for ids in encoded if len(ids) == content)]
     masked = np.array([int((review["labels"] >= 0).sum()) for review in reviews])
     sums: dict[str, dict[int, NDArray[np.float64]]] = {}  # (seeds, reviews) by model and length

@@ -46,7 +46,7 @@ from src.common.environment import ROOT
 from src.data.index import TOKENS_KEY
 from src.data.masking import MaskingCollator
 from src.data.microbatches import num_tokens, split_unpadded
-from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
 
 MAX_SEQ_LEN, BATCH, RATE = 128, 128, 0.3
 REPEATS = 4
@@ -210,7 +210,7 @@ def pretend(folder: Path, samples: int, tokenizer_folder: str) -> None:
         os.link(folder / "one" / one["raw_data"]["basename"], folder / "train" / name)
         index["shards"].append({**one, "raw_data": {**one["raw_data"], "basename": name}})
     known = {"tokenizer": tokenizer_folder, "fingerprint": tokenizer_fingerprint(tokenizer)}
-    index[TOKENS_KEY] = known | {"vocab_size": len(tokenizer), "max_seq_len": MAX_SEQ_LEN, "dtype": "uint16"}
+    index[TOKENS_KEY] = known | {"vocab_size": vocab_size(tokenizer), "max_seq_len": MAX_SEQ_LEN, "dtype": "uint16"}
     (folder / "train" / "index.json").write_text(json.dumps(index))
 
 

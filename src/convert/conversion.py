@@ -144,6 +144,7 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
         **({} if settings.source.text_column == "text" else {"text_column": settings.source.text_column}),
         "columns": [name for name in COLUMNS if name in document] if tokens is None else ["tokens"],
         "tokens": None if tokens is None else tokens.description,
+        "special_tokens": None if tokens is None else tokens.special_tokens,
         "compression": settings.compression,
         "size_limit": settings.size_limit or "64mb",
         "dedup": filters.NEAR if settings.dedup == "near" else settings.dedup is not None,

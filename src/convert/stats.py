@@ -40,6 +40,8 @@ class Stats:
     """Characters of the documents kept."""
     cut_characters: int = 0
     """Characters of them after the last token of a truncated document."""
+    special_in_text: int = 0
+    """Words in them such as [MASK], written as the tokenizer's special tokens."""
     samples: int = 0
     tokens: int = 0
     """Tokens, [CLS] and [SEP] included; 0 for shards of text."""
@@ -78,6 +80,7 @@ class Stats:
         if max_seq_len is not None:
             report |= {
                 "tokens": self.tokens,
+                "special_in_text": self.special_in_text,
                 "cut_share": self.cut_characters / max(self.characters, 1),
                 "fill": self.tokens / (self.samples * max_seq_len),
                 "bytes_per_token": self.bytes / self.tokens,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from src.data.microbatches import Batch
+from src.data.tokenizer import vocab_size, word_ids
 from src.masked_lm_loss import IGNORED
 
 EVALUATION_SEED = 17
@@ -79,9 +80,9 @@ class MaskingCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
         self.rate, self.seed = rate, seed
         self.pad_token_id, self.mask_token_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)  # pyright: ignore
-        self.is_special = np.zeros(len(tokenizer), dtype=bool)
+        self.is_special = np.zeros(vocab_size(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
-        self.words = np.flatnonzero(~self.is_special)
+        self.words = word_ids(tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         lengths = np.array([len(sample["input_ids"]) for sample in samples])

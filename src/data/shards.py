@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from src.common.errors import DataError
 from src.data.index import header_size, read_index, remedy
 from src.data.source import Source
-from src.data.tokenizer import tokenizer_fingerprints
+from src.data.tokenizer import tokenizer_fingerprints, vocab_size
 
 log = logging.getLogger(__name__)
 
@@ -186,10 +186,10 @@ class Locator:
 def check_tokens(description: dict[str, Any], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, name: Path) -> None:
     """Raise DataError if shards of tokens were made by another tokenizer or for another length."""
     known = description["fingerprint"] in tokenizer_fingerprints(tokenizer)
-    if not known or description["vocab_size"] != len(tokenizer):
+    if not known or description["vocab_size"] != vocab_size(tokenizer):
         raise DataError(
             f"{name} was tokenized with another tokenizer ({description['tokenizer']!r}, {description['vocab_size']} "
-            f"entries; this one has {len(tokenizer)}). Set tokenizer_name to it, or convert the text again"
+            f"entries; this one has {vocab_size(tokenizer)}). Set tokenizer_name to it, or convert the text again"
         )
     if description["max_seq_len"] != max_seq_len:
         raise DataError(

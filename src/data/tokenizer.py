@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import transformers
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -25,18 +28,11 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
     Raises:
         DataError: it is not there, cannot be read or is not fast; it lacks one of [CLS], [SEP], [MASK], [PAD], or two
-            of them are the same; it has no words, gaps between its ids, or no entry for unknown words.
+            of them are the same; it has no words, one id for two words, or no entry for unknown words.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
-        files = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
-        present = [name for name in files if os.path.lexists(folder / name)]
-        for name in present:  # transformers would take it as missing
-            if not (folder / name).is_file():
-                raise DataError(f"tokenizer {name_or_folder!r}: {name} is a broken link, or not a regular file")
-        if not {*present} & {"tokenizer.json", "vocab.txt"}:  # without, transformers 5 makes one that knows no word
-            raise DataError(f"tokenizer {name_or_folder!r}: this folder holds no tokenizer.json and no vocab.txt")
-        tokenizer = _from_pretrained(name_or_folder, local_files_only=True)
+        tokenizer = _from_folder(folder, name_or_folder)
     elif name_or_folder.startswith((".", "/", "~")) or name_or_folder.count("/") > 1:
         raise DataError(f"tokenizer {name_or_folder!r}: there is no such folder")
     else:
@@ -44,11 +40,108 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {name_or_folder!r} has no fast version (tokenizer.json), which is required")
     _restore_saved_parts(tokenizer, name_or_folder)
+    _find_special_tokens(tokenizer)
     if fault := _fault(tokenizer):
         raise DataError(f"tokenizer {name_or_folder!r} {fault}")
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json set truncation and padding
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+FILES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+"""Files that hold a vocabulary. The first is enough alone; the others need one that names the class."""
+
+
+def _from_folder(folder: Path, name: str) -> Any:
+    """The tokenizer of a folder; raises DataError for what transformers would take as missing or guess."""
+    described = ("tokenizer_config.json", "config.json")
+    present = {file for files in (*FILES, described) for file in files if os.path.lexists(folder / file)}
+    for file in sorted(present):
+        if not (folder / file).is_file():
+            raise DataError(f"tokenizer {name!r}: {file} is a broken link, or not a regular file")
+    found = next((files for files in FILES if present.issuperset(files)), None)
+    if found is None:  # transformers 5 would make one that knows no word
+        raise DataError(
+            f"tokenizer {name!r}: this folder holds no tokenizer.json and no vocab.txt, nor vocab.json with merges.txt"
+        )
+    if present.intersection(described):
+        return _from_pretrained(name, local_files_only=True)
+    if found != FILES[0]:
+        kind = "BertTokenizer" if found == FILES[1] else "RobertaTokenizer"
+        options = ', "do_lower_case": true or false' if found == FILES[1] else ""
+        raise DataError(
+            f"tokenizer {name!r}: {' and '.join(found)} alone do not say how to tokenize; add a tokenizer_config.json: "
+            f'{{"tokenizer_class": "{kind}"{options}}}'
+        )
+    try:
+        saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library has no class of its own
+        raise DataError(f"tokenizer {name!r}: tokenizer.json cannot be read ({first_line(error)[:200]})") from None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=saved, name_or_path=name)
+    tokenizer.backend_tokenizer.pre_tokenizer = saved.pre_tokenizer  # transformers 4 clears its add_prefix_space
+    return tokenizer
+
+
+def _find_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Take [CLS] or <s>, [SEP] or </s>, ... of the vocabulary where the files do not say which token it is. A tokenizer
+    that frames no text, for lack of a post-processor, then gets [CLS] A [SEP]."""
+    names = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
+    names |= {name: (f"[{name.upper()}]", f"<{name}>") for name in ("mask", "pad", "unk")}
+    vocabulary, backend, found = tokenizer.get_vocab(), tokenizer.backend_tokenizer, dict[str, str]()
+    for name, words in names.items():
+        if getattr(tokenizer, f"{name}_token") is None and (known := [word for word in words if word in vocabulary]):
+            found[f"{name}_token"] = known[0]
+    if found:
+        log.info("tokenizer %r: %s by their names", tokenizer.name_or_path, ", ".join(found.values()))
+        tokenizer.add_special_tokens(found)
+    if {"cls_token", "sep_token"} <= found.keys() and backend.post_processor is None:
+        cls, sep = ((str(found[name]), vocabulary[found[name]]) for name in ("cls_token", "sep_token"))
+        backend.post_processor = TemplateProcessing(
+            single=f"{cls[0]} $A {sep[0]}", pair=f"{cls[0]} $A {sep[0]} $B:1 {sep[0]}:1", special_tokens=[cls, sep]
+        )
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest id + 1: the number of entries, unless ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def word_ids(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
+    """Ids, in order, that exist and are no special token's."""
+    return np.array(sorted({*tokenizer.get_vocab().values()}.difference(tokenizer.all_special_ids)), np.int64)
+
+
+def special_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """How the special tokens are written: [CLS], [MASK], ... and others that the tokenizer treats as such."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+
+
+def text_backend(tokenizer: PreTrainedTokenizerFast, special_tokens: str = "text") -> Tokenizer:
+    """The tokenizer of texts. Ids of texts without special words do not depend on ``special_tokens``.
+
+    Args:
+        special_tokens: what a word such as [MASK] in a text becomes: with ``text`` ordinary word pieces, with
+            ``tokens`` the special token.
+    """
+    backend = tokenizer.backend_tokenizer
+    if special_tokens == "tokens":
+        return backend
+    # The library's encode_special_tokens is lost in pickling, and SentencePiece's model knows the words all the same.
+    content = json.loads(backend.to_str())
+    names = {word: f"\uffff{word}\uffff" for word in special_words(tokenizer)}  # no text holds this code point
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(word, word): i for word, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if not names.keys() & {*pair, "".join(pair)}]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _fault(tokenizer: PreTrainedTokenizerFast) -> str | None:
@@ -63,9 +156,10 @@ def _fault(tokenizer: PreTrainedTokenizerFast) -> str | None:
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) <= len(set(tokenizer.all_special_ids)):
         return f"has {len(vocabulary)} entries, and all of them are special tokens"
-    if {*vocabulary.values()} != {*range(len(tokenizer))}:
-        word, last = max(vocabulary.items(), key=lambda entry: entry[1])
-        return f"has {len(vocabulary):,} entries, whose ids are not 0 to {len(vocabulary) - 1:,} ({word!r} is {last:,})"
+    if len({*vocabulary.values()}) < len(vocabulary):
+        ordered = sorted(vocabulary.items(), key=lambda entry: entry[1])
+        one, other, i = next((a, b, i) for (a, i), (b, j) in itertools.pairwise(ordered) if i == j)
+        return f"has one id, {i:,}, for two words, {one!r} and {other!r}"
     try:
         tokenizer.backend_tokenizer.model.tokenize("\U0010ffff")  # no character, and in no vocabulary
     except Exception as error:  # the library has no class of its own
@@ -122,9 +216,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a tokenizer that AutoTokenizer of transformers 4 and 5 loads with the same ids.
 
     transformers 5 writes what 4 cannot read: the class TokenizersBackend, a list of extra special tokens.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    try:
+        tokenizer.save_pretrained(folder)
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    except OSError:
+        raise
+    except Exception as error:  # the library has no class of its own
+        raise OSError(f"{folder / 'tokenizer.json'} cannot be written ({first_line(error)})") from None
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     extra = config.pop("extra_special_tokens", None)
@@ -138,6 +240,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     if bert_normalizer:  # under both versions these options override tokenizer.json
         config["do_lower_case"], config["strip_accents"] = normalizer["lowercase"], normalizer["strip_accents"]
         config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
+    if (prefix := (parts["pre_tokenizer"] or {}).get("add_prefix_space")) is not None:
+        config["add_prefix_space"] = prefix  # transformers 4 takes its absence as false
     word_piece = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     word_piece["unk_token"] = str(tokenizer.unk_token)
     is_bert = (

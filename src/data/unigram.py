@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from src.data.microbatches import Batch
+from src.data.tokenizer import vocab_size, word_ids
 
 
 def unigram_loss(
@@ -19,9 +20,9 @@ def unigram_loss(
         samples: ids (length,) of the training samples. Special tokens are not counted, as they are never masked.
         batches: masked batches of the validation set.
     """
-    counts = np.ones(len(tokenizer))
+    counts = np.ones(vocab_size(tokenizer))
     for ids in samples:
         counts += np.bincount(ids, minlength=len(counts))
-    counts[tokenizer.all_special_ids] = 0
+    counts[np.setdiff1d(np.arange(len(counts)), word_ids(tokenizer))] = 0
     targets = np.concatenate([batch["labels"][batch["labels"] >= 0].numpy() for batch in batches])
     return float(-np.log(counts[targets] / counts.sum()).mean())

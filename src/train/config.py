@@ -150,6 +150,9 @@ class RunConfig:
     """Stop and save after this time, for example 4h, 30min or 90s. The schedule stays that of the whole run."""
     data_remote: str | None = None
     """Where to stream the dataset from: a path or an object-store URI. None: it is in ``data_local``."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What a word such as [MASK] in a text becomes: ordinary word pieces, or the special token. No effect on shards of
+    tokens."""
     data_verify: Literal["size", "hash", "off"] = "size"
     """Check of the shards before the first step. ``size``: every shard is there, with its size. ``hash``: its hash too,
     which reads all the data once; streamed shards are checked when they arrive. ``off``: only the index."""

@@ -86,6 +86,7 @@ def _streaming_c4(
     for name in ("download_retry", "download_timeout"):
         if getattr(loader, name) is not None:  # None: streaming's default
             options[name] = getattr(loader, name)
+    options["special_tokens"] = config.special_tokens
     options |= {"verify": config.data_verify, "cache_limit": loader.cache_limit, "batch_size": batch_size}
     dataset = data_c4.StreamingC4(tokenizer, config.max_seq_len, **options)
     if dist.get_local_rank() == 0:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.common.errors import ConfigError, first_line
 from src.configuration_bert import MosaicBertConfig
+from src.data.tokenizer import vocab_size
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert
 from src.train.config import RunConfig
@@ -69,7 +70,7 @@ def read_options(component: Component) -> ModelOptions:
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Rows of the word embeddings: the tokenizer's size, rounded up to a multiple of 64 for fast matrix products."""
-    return math.ceil(len(tokenizer) / 64) * 64
+    return math.ceil(vocab_size(tokenizer) / 64) * 64
 
 
 def check_shape(kind: ModelKind, given: dict[str, Any], texts: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -82,9 +83,8 @@ def build_config(kind: ModelKind, options: ModelOptions, tokenizer: PreTrainedTo
     path, given = "model.model_config", options.model_config or {}
     check_shape(kind, given)
     given = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **given}
-    if given["vocab_size"] < len(tokenizer):
-        size = given["vocab_size"]
-        raise ConfigError(f"{path}.vocab_size: expected at least the tokenizer's {len(tokenizer)}, got {size}")
+    if given["vocab_size"] < (size := vocab_size(tokenizer)):
+        raise ConfigError(f"{path}.vocab_size: expected at least the tokenizer's {size}, got {given['vocab_size']}")
     try:
         return kind.config_class(**given)
     except (ValueError, *ILL_TYPED) as error:

@@ -310,8 +310,8 @@ def check_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerFast) -> N
         log.warning("%s does not say which tokenizer it was trained with, so this one is not checked", source.path)
     elif trained_with not in tokenizers.tokenizer_fingerprints(tokenizer):
         raise CheckpointError(f"{source.path}: the tokenizer {name} is not the one that it was trained with")
-    if len(tokenizer) > source.config.vocab_size:
+    if (size := tokenizers.vocab_size(tokenizer)) > source.config.vocab_size:
         raise CheckpointError(
-            f"{source.path}: the tokenizer {name} has {len(tokenizer)} entries, but the model only "
+            f"{source.path}: the tokenizer {name} has {size} entries, but the model only "
             f"{source.config.vocab_size} embeddings"
         )

@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -106,7 +107,7 @@ def test_compare_prints_tokens_per_word_and_gains(source, tmp_path, capsys):
     capsys.readouterr()
     tokenizer = train(source, tmp_path / "t", "--compare", str(tmp_path / "other"))
     lines = capsys.readouterr().out.splitlines()
-    texts = [document["text"] for document in iter_documents(TextSource((source,)))]
+    texts = [document["text"].replace("日本", "日 本") for document in iter_documents(TextSource((source,)))]
     words = [word for text in texts for word, _ in BertPreTokenizer().pre_tokenize_str(text)]
     pieces = sum(len(tokenizer.tokenize(word)) for word in words)
     unknown = sum("[UNK]" in tokenizer.tokenize(word) for word in words)
@@ -130,6 +131,59 @@ def test_existing_folders_are_replaced_only_with_overwrite(source, tmp_path):
     with pytest.raises(ValueError, match=r"holds more than a tokenizer \(model.safetensors\)"):
         train(source, out, "--overwrite")
     assert (out / "model.safetensors").exists()
+
+
+def chinese(characters, count):
+    """Each of ``characters`` from U+4E00 on ``count`` times, in lines without blanks."""
+    text = "".join(chr(0x4E00 + i) for i in range(characters)) * count
+    return "\n".join(text[i : i + 90] for i in range(0, len(text), 90))
+
+
+@pytest.mark.parametrize(
+    ("common", "count", "rare", "size", "kept"),
+    [
+        (900, 60, 100, 2000, 1000),
+        (900, 450, 300, 2000, 1000),  # coverage alone would stop at 998
+        (1500, 60, 30, 2000, 1485),
+        (1500, 60, 30, 1200, 1195),  # as many as fit
+    ],
+)
+def test_the_alphabet_grows_with_the_text(common, count, rare, size, kept, tmp_path, capsys):
+    """Chinese has thousands of characters. The first 1,000 are kept however rare."""
+    text = chinese(common, count) + "\n" + "".join(chr(0x8000 + i) for i in range(rare))[:99].replace("", " ")
+    text += "\n" + "".join(chr(0x8000 + i) + " " for i in range(99, rare))
+    (tmp_path / "zh.txt").write_text(text)
+    tokenizer = train(str(tmp_path / "zh.txt"), tmp_path / "t", size=str(size))
+    printed = capsys.readouterr()
+    total = common * count + rare
+    covered = min(kept, common) * count + max(kept - common, 0)
+    assert f" characters={kept} coverage={covered / total:.5f}" in printed.out
+    assert len(tokenizer) == kept + 5
+    left = common + rare - kept
+    assert (f"{left:,} rare characters, {1 - covered / total:.3%} of the text, are not in" in printed.err) == (left > 0)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.unk_token_id) == total - covered
+
+
+def test_compare_takes_each_chinese_character_as_a_word(tmp_path, capsys):
+    (tmp_path / "zh.txt").write_text(chinese(30, 40))
+    train(str(tmp_path / "zh.txt"), tmp_path / "a", size="100")
+    train(str(tmp_path / "zh.txt"), tmp_path / "b", "--compare", str(tmp_path / "a"), size="100")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens per word" in line]
+    assert all("1.000 tokens per word, 0.000% of 1,200 words unknown" in line for line in lines) and len(lines) == 2
+
+
+@pytest.mark.parametrize("limit", [10, 4000])
+def test_full_disk_is_one_message_and_leaves_nothing(limit, source, tmp_path):
+    """Where the library writes, and where Python does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"(?i)file too large"):
+            train_tokenizer.main([source, "--out", str(tmp_path / "t"), "--vocab_size", "700"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
 @pytest.mark.parametrize(

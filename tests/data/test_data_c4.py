@@ -15,7 +15,7 @@ from streaming.base.batching.random import generate_work_random_batching
 
 from src import data_c4
 from src.common.errors import DataError
-from src.data.cutting import encode_crop
+from src.data.cutting import TextEncoder, encode_crop
 from src.data.index import LENGTHS
 from src.data.masking import MaskingCollator
 from src.data.order import group_lengths, occurrences
@@ -82,10 +82,11 @@ def test_evaluation_sees_each_sample_once(world_size, num_workers, batch_size, t
 
 def test_random_crop_moves_with_sample_and_epoch_except_in_evaluation(text_shards, opened, tokenizer, documents):
     dataset = opened(text_shards, shuffle=True, num_canonical_nodes=1, batch_size=20, moving_crop=True)
+    encoder = TextEncoder.of(tokenizer)
     epochs = [{sample["sample_id"]: sample["input_ids"].tolist() for sample in dataset} for _ in range(3)]
     for epoch, samples in enumerate(epochs):
         for i, ids in samples.items():
-            want = encode_crop(tokenizer, documents[i], MAX_SEQ_LEN - 2, i + epoch)
+            want = encode_crop(encoder, documents[i], MAX_SEQ_LEN - 2, i + epoch)
             assert ids == [tokenizer.cls_token_id, *want, tokenizer.sep_token_id]
     longer = [i for i in range(TRAIN) if len(epochs[0][i]) == MAX_SEQ_LEN]
     assert np.mean([epochs[0][i] != epochs[1][i] for i in longer]) > 0.9  # a few texts repeat themselves

@@ -261,10 +261,12 @@ def test_loader_settings_reach_dataset_and_workers(overrides, text_shards, token
     options = ["num_workers=3", "prefetch_factor=5", "persistent_workers=true", "timeout=77", "moving_crop=true"]
     options += ["cache_limit=20mb", "predownload=32", "download_retry=4", "download_timeout=8"]
     remote = [f"data_remote={text_shards}", f"data_local={tmp_path}/cache"]
+    remote += ["special_tokens=tokens"]
     run = config.load("yamls/quickstart.yaml", [*overrides, *remote, *(f"train_loader.{option}" for option in options)])
     loader = build_train_data(run, tokenizer).dataloader
     found = [loader.num_workers, loader.prefetch_factor, loader.persistent_workers, loader.timeout]
     assert found == [3, 5, True, 77]
     dataset = loader.dataset
     assert (dataset.cache_limit, dataset.predownload, dataset.moving_crop) == (20 << 20, 32, True)
+    assert dataset.encoder.ids("[MASK]") == [tokenizer.mask_token_id]
     assert (dataset.streams[0].download_retry, dataset.streams[0].download_timeout) == (4, 8)

@@ -318,6 +318,12 @@ def test_finished_run_is_reported_and_not_changed(saving, folder, capsys):
     assert names(folder) == before
 
 
+def test_checkpoints_of_earlier_versions_lack_settings():
+    assert ResumeCheck({"seed": 1, "special_tokens": "text"}, []).compare({"seed": 1}, "x.pt") == []
+    with pytest.raises(ConfigError, match="special_tokens: 'text' there, 'tokens' here"):
+        ResumeCheck({"special_tokens": "tokens"}, []).compare({"special_tokens": "text"}, "x.pt")
+
+
 def test_settings_are_compared_by_default():
     run = load("yamls/mosaic_bert.yaml")
     compared = settings(run)
