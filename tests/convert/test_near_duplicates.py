@@ -136,7 +136,7 @@ def test_the_first_pass_writes_one_key_after_another(tmp_path, monkeypatch):
     monkeypatch.setattr(filters, "METHODS", {"near": filters.Method(lambda text: bytes(range(24)), (2, 1))})
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "units").mkdir()
-    job = units.Job(tmp_path, {"limit": None}, None, False, "near")
+    job = units.Job(tmp_path, {"limit": None}, None, "text", False, "near")
     units.hash_unit(job, units.Unit(0, [Span(str(tmp_path / "a.txt"))]), lambda number: None)
     (file,) = (tmp_path / "units").iterdir()
     assert file.read_bytes() == bytes(range(16)) * 3 + bytes(range(16, 24)) * 3
