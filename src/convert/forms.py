@@ -33,6 +33,9 @@ MAX_LINE = 1 << 31
 MAX_VALUE = 1 << 28
 """Longest field of a CSV file, and element of a JSON array, in characters, for the same reason."""
 
+CHUNK = 1 << 16
+"""Least number of characters of JSON values that are read at once."""
+
 BOM = b"\xef\xbb\xbf"
 
 
@@ -212,7 +215,7 @@ def _values(stream: IO[str]) -> Iterator[Any]:
 
     def fill() -> bool:
         nonlocal buffer, at
-        piece = stream.read(max(1 << 16, len(buffer) - at))
+        piece = stream.read(max(CHUNK, len(buffer) - at))
         buffer, at = buffer[at:] + piece, 0
         return bool(piece)
 

@@ -82,7 +82,7 @@ def _ask(dataset: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
         # datasets lists the configurations or splits on lines of their own, before an example in Python.
         message = " ".join(str(error).split("Example of usage")[0].split()) or first_line(error)
         about = f"{type(error).__name__} {message}"
-        if re.search(r"(?i)\bconfig.*(missing|not found)|\bsplit", message):
+        if re.search(r"(?i)config.*(missing|not found)|\bsplit", message):
             hint = "choose with --name and --split"
         elif re.search(r"(?i)gated|\b40[134]\b|private|doesn't exist|not ?found", about):
             hint = "it does not exist, or needs `hf auth login` and its terms accepted on the hub"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.common.errors import DataError
-from src.convert import hub, mds
+from src.convert import hub, mds, tables
 from src.convert.files import SUFFIXES
 from src.convert.forms import Document, File, Span, form_of, read, spans_of
 from src.convert.hub import C4_SPLITS
@@ -91,7 +91,7 @@ def files_of(source: TextSource, split: str = "train") -> Iterator[File]:
             yield from hub.remote_files(place)
         else:
             for path in expanded(place):
-                yield from _local_files(path, split)
+                yield from _local_files(path, split, source.text_column)
 
 
 def expanded(place: str) -> list[str]:
@@ -104,15 +104,18 @@ def expanded(place: str) -> list[str]:
     return paths
 
 
-def _local_files(source: str, split: str) -> Iterator[File]:
+def _local_files(source: str, split: str, column: str) -> Iterator[File]:
     if _is_c4_folder(source):
         paths: Iterable[Path] = _c4_files(source, C4_SPLITS[split])
         if not paths:
             raise DataError(f"{source}: C4's files of this split (c4-{C4_SPLITS[split]}.*) are missing")
     elif not Path(source).exists():
         raise DataError(f"{source}: no such file or folder")
+    elif len(splits := tables.splits_of(Path(source))) > 1:
+        names = ", ".join(str(Path(source) / name) for name in splits)
+        raise DataError(f"{source}: a DatasetDict; name one of its splits ({names})")
     elif (Path(source) / "index.json").is_file():
-        paths = mds.files(Path(source), "text")
+        paths = mds.files(Path(source), column)
     else:
         paths = [Path(source)] if Path(source).is_file() else _walk(Path(source))
         paths = (path for path in paths if form_of(path.name))

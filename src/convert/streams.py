@@ -31,7 +31,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
-            piece = self.rest or self.file.read(4096)  # gives at most 32,768 times its size
+            piece = self.rest or self.file.read(1024)  # of zeros it makes 32 MB; of text some KB
             if not piece:
                 if self.frame is not None and not self.frame.eof:
                     raise EOFError("the file ends within a frame")

@@ -10,7 +10,6 @@ import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
-from src.common.errors import DataError, first_line
 from src.convert.files import BATCH, BadText, Form, Rows, Span, named
 from src.convert.streams import damage, open_stream
 
@@ -85,37 +84,15 @@ def _cells(batch: pyarrow.RecordBatch, name: str) -> list[Any]:
         first, *fields = name.split(".")
         try:
             array = pyarrow.compute.struct_field(batch.column(first), fields)
-        except pyarrow.ArrowException as error:
-            raise BadText(f"expected a field {name!r}: {first_line(error)}") from None
+        except (KeyError, pyarrow.ArrowException):
+            raise BadText(f"expected a field {name!r}, but column {first!r} has none of this name") from None
     kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
     return (array.cast(pyarrow.large_binary()) if kind in TEXT_TYPES else array).to_pylist()
 
 
-def saved_files(folder: Path, split: str | None) -> list[Path] | None:
-    """The files of a folder that ``save_to_disk`` of datasets wrote, in their order; None if it is no such folder.
-
-    Its other .arrow files are caches of ``map``. ``split`` names a split of a DatasetDict, and may be None if it is the
-    only one.
-
-    Raises:
-        DataError: there are several splits, or not this one; or the folder is damaged.
-    """
+def splits_of(folder: Path) -> list[str]:
+    """The splits, which are its subfolders, of a DatasetDict that datasets saved in a folder; none in other folders."""
     try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            if split is None and len(splits) == 1:
-                split = splits[0]
-            if split not in splits:
-                raise DataError(f"{folder}: --split names one of its splits: {', '.join(splits)}")
-            folder = folder / str(split)
-        state = json.loads((folder / "state.json").read_text())
-        names = [entry["filename"] for entry in state["_data_files"]]
-        if state.get("_indices_data_files"):
-            raise DataError(f"{folder}: saved with indices by an old datasets; load it and save_to_disk again")
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, json.JSONDecodeError):
-        return None  # another program's files of these names
-    if strange := [name for name in names if Path(name).name != name]:
-        raise DataError(f"{folder / 'state.json'} names {strange[0]}, outside its folder")
-    return [folder / name for name in names]
+        return json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return []
