@@ -153,7 +153,7 @@ def test_urls_of_files_folders_and_patterns(bucket):
         [d["text"] for span in unit for _, d in read(span, "text", False, Stats())] for unit in units_of(files[1:3], 6)
     ]
     assert units == [["three"], ["four"], ["p1", "p2"], ["p3"]]
-    with pytest.raises(BadText, match=f"{bucket}/sub/d.csv.gz:1: expected a field 'no'"):
+    with pytest.raises(BadText, match="/bucket/sub/d.csv.gz:1: expected a field 'no'"):
         list(iter_documents(TextSource((f"{bucket}/sub/d.csv.gz",), text_column="no")))
 
 
