@@ -115,7 +115,8 @@ def unigram_baseline(run: Any, tokenizer: Any) -> float:
         return data_c4.StreamingC4(tokenizer, run.max_seq_len, local=loader.local, split=loader.split)
 
     train, batch_size = dataset(run.train_loader), run.device_eval_batch_size
-    collator = MaskingCollator(tokenizer, run.eval_loader.mlm_probability, EVALUATION_SEED)
+    masking = run.eval_loader.mlm_probability, EVALUATION_SEED, run.eval_loader.mlm_whole_words
+    collator = MaskingCollator(tokenizer, *masking)
     validation = data_c4.ExactEvalDataset(dataset(run.eval_loader), batch_size, rank=0, world_size=1)
     batches = data_c4.build_dataloader(validation, collator, batch_size)
     return unigram_loss((train[i]["input_ids"] for i in range(train.size)), batches, tokenizer)

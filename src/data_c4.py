@@ -289,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="name or folder (default: the shards' own, else bert-base-uncased)")
     parser.add_argument("--max_seq_len", type=int, help="default: the shards' own, else 128")
     parser.add_argument("--mlm_probability", type=float, default=0.15)
+    parser.add_argument("--mlm_whole_words", action="store_true", help="mask all pieces of a word or none")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_batches", type=int, default=100, help="batches to time")
     parser.add_argument("--print", type=int, default=2, dest="shown", help="batches to print, two samples each")
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 
     exact = ExactEvalDataset(dataset, args.batch_size, rank=0, world_size=1)
-    collator = MaskingCollator(tokenizer, args.mlm_probability, EVALUATION_SEED)
+    collator = MaskingCollator(tokenizer, args.mlm_probability, EVALUATION_SEED, args.mlm_whole_words)
     batches = tokens = padded = masked = 0
     started = time.perf_counter()
     for batch in build_dataloader(exact, collator, args.batch_size):

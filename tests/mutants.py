@@ -293,15 +293,15 @@ MUTANTS = [
     Mutant(
         "evaluation-rate",
         DATA,
-        "loader.mlm_probability, EVALUATION_SEED)",
-        "highest_rate(config), EVALUATION_SEED)",
+        "loader.mlm_probability, EVALUATION_SEED,",
+        "highest_rate(config), EVALUATION_SEED,",
         "train/test_main.py::test_evaluation_is_exact",
     ),
     Mutant(
         "evaluation-seed",
         DATA,
-        "loader.mlm_probability, EVALUATION_SEED)",
-        "loader.mlm_probability, config.seed)",
+        "loader.mlm_probability, EVALUATION_SEED,",
+        "loader.mlm_probability, config.seed,",
         "train/test_main.py::test_evaluations_masks_do_not_depend_on_the_seed",
     ),
     Mutant(

@@ -4,8 +4,9 @@
 
 Text: Wikipedia leads and film reviews (benchmarks/texts.py), bert-base-uncased's vocabulary, samples of 128 tokens.
 
-1. convert_c4.py: documents per second to shards of text and of tokens, by 1 and 2 workers, without the start of Python;
-   its peak memory (sum of its processes' proportional set sizes) over ``--gigabytes`` of recombined sentences.
+1. convert_c4.py: documents per second to shards of text and of tokens, by 1 and 2 workers, without the start of
+   Python; to text without duplicates and near duplicates; its peak memory (sum of its processes' proportional set
+   sizes) over ``--gigabytes`` of recombined sentences.
 2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation
    and the layout of microbatches; and a baseline, which tokenizes whole documents, pads them to 128 and
    masks them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage
@@ -254,6 +255,10 @@ def measure(args: argparse.Namespace, folder: Path, say: Callable[[str], None]) 
             f"{megabytes / min(times):14.1f}{gain:14.2f}"
         )
     written = {kind: convert(source, folder / kind, 1, *options)[0] for kind, options in kinds.items()}["tokens"]
+    for options in (["--dedup"], ["--dedup", "near"]):
+        numbers, _ = convert(source, folder / "filtered", 1, *options)
+        rate = numbers["documents"] / max(numbers["seconds"], 0.1)
+        say(f"text {' '.join(options)}: {rate:,.0f} documents/s, {numbers['duplicate']:,.0f} dropped")
     if args.gigabytes:
         large = folder / "large.jsonl"
         write_json_lines(large, recombined(texts, int(args.gigabytes * 1e9)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from src.data.microbatches import Batch
-from src.data.tokenizer import vocab_size, word_ids
+from src.data.tokenizer import continues_word, vocab_size, word_ids
 from src.masked_lm_loss import IGNORED
 
 EVALUATION_SEED = 17
@@ -57,6 +57,16 @@ def counter_hash(
     return _mix(np.repeat(key, lengths) + position.astype(np.uint64) * _GOLDEN)
 
 
+def first_pieces(
+    continues: NDArray[np.bool_], is_special: NDArray[np.bool_], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """For each token, the index of its word's first piece: (T,), of tokens (T,) in samples of these lengths (B,)."""
+    begins = ~continues
+    begins[1:] |= is_special[:-1]
+    begins[np.cumsum(lengths) - lengths] = True
+    return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+
+
 class MaskingCollator:
     """Samples -> padded batch, masked as in BERT (Devlin et al., 2019, section 3.1).
 
@@ -64,11 +74,19 @@ class MaskingCollator:
     of the masked tokens become [MASK], 10% a random word of the tokenizer, 10% stay. Masks do not depend on workers,
     ranks, batch sizes or restarts; those of a lower rate are a subset of those of a higher one.
 
+    With ``whole_words``, all pieces of a word share the u of its first piece, so a word is masked as a whole or not at
+    all, and the expected share of masked tokens is still the rate. Each masked piece becomes [MASK], a random word or
+    stays on its own, as in BERT's code (create_pretraining_data.py, do_whole_word_mask).
+
     Args:
         tokenizer: from ``load_tokenizer``.
         rate: share of positions to mask. None: ``mask_batch`` masks later, in the main process, for a rate that
             depends on the step; workers load ahead of it.
         seed: of the masks.
+        whole_words: mask all pieces of a word or none. A special token ends a word, as a sample does.
+
+    Raises:
+        DataError: ``whole_words``, and the tokenizer does not mark words (``continues_word``).
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``, each (B, S) int64, S the longest length in the batch. With
@@ -77,12 +95,13 @@ class MaskingCollator:
         filler ``filler`` (B, 1) bool.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rate: float | None, seed: int, whole_words: bool = False):
         self.rate, self.seed = rate, seed
         self.pad_token_id, self.mask_token_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)  # pyright: ignore
         self.is_special = np.zeros(vocab_size(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
         self.words = word_ids(tokenizer)
+        self.continues = continues_word(tokenizer) if whole_words else None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
@@ -90,7 +109,10 @@ class MaskingCollator:
         sample_ids = np.array([sample["sample_id"] for sample in samples])
         ids = np.concatenate([sample["input_ids"] for sample in samples]).astype(np.int64)  # (T,)
         bits = counter_hash(self.seed, epochs, sample_ids, lengths)
-        u = np.where(self.is_special[ids], 2.0, (bits >> np.uint64(11)) * 2.0**-53)
+        draws = (
+            bits if self.continues is None else bits[first_pieces(self.continues[ids], self.is_special[ids], lengths)]
+        )
+        u = np.where(self.is_special[ids], 2.0, (draws >> np.uint64(11)) * 2.0**-53)
 
         is_token = np.arange(lengths.max())[None, :] < lengths[:, None]  # (B, S), False where padded
 

@@ -290,3 +290,29 @@ def _bert_post_processors(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, 
         "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (cls, sep)},
     }
     return [{"type": "BertProcessing", "sep": list(sep), "cls": list(cls)}, template]
+
+
+def continues_word(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.bool_]:
+    """Which ids are pieces that continue a word, (V,).
+
+    WordPiece: those with "##". Byte-level: those without "Ġ" or another white space. SentencePiece: those without "▁".
+    Special and added tokens never continue a word.
+
+    Raises:
+        DataError: the tokenizer marks words in none of these ways.
+    """
+    parts, vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
+    rules = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+    prefix = parts["model"].get("continuing_subword_prefix")
+    begins = ("Ġ", "Ċ", "ĉ", "č") if '"ByteLevel"' in rules else "▁" if "▁" in rules else None
+    continues = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
+    if prefix or begins:
+        pieces = vocabulary.keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
+        inner = [piece for piece in pieces if (piece.startswith(prefix) if prefix else not piece.startswith(begins))]
+        continues[[vocabulary[piece] for piece in inner]] = True
+    if not continues.any():
+        raise DataError(
+            "the tokenizer does not mark which pieces continue a word (as WordPiece does by ##, byte-level BPE by Ġ, "
+            "SentencePiece by ▁), so mlm_whole_words cannot be true"
+        )
+    return continues

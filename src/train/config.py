@@ -103,6 +103,8 @@ class EvalLoaderConfig(LoaderConfig):
 
     mlm_probability: float = 0.15
     """Share of tokens masked. 15% at any rate of training: losses stay comparable."""
+    mlm_whole_words: bool = False
+    """Mask all pieces of a word or none. False, also if training masks whole words: losses stay comparable."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class RunConfig:
     device_eval_batch_size: int
     """Sequences per evaluation batch, on each device. No effect on the result."""
 
+    mlm_whole_words: bool = False
+    """Mask all pieces of a word or none, in training; the share of tokens stays ``mlm_probability``."""
     time_limit: str | None = None
     """Stop and save after this time, for example 4h, 30min or 90s. The schedule stays that of the whole run."""
     data_remote: str | None = None
@@ -215,6 +219,9 @@ RESUME_SAFE = (
     *("compile_config", "parallelism_config", "model.attention", "model.gradient_checkpointing"),
 )
 """Settings and sections that may change on resume: they affect the result at most by rounding. ``*`` is any name."""
+
+ADDED = {"train_loader.moving_crop": False, "mlm_whole_words": False}
+"""Settings that checkpoints of earlier versions lack, with the values that these runs had."""
 
 FILLED_FROM = ("data_local", "data_remote", "seed", "train_loader.split")
 """Settings that are the default of others."""

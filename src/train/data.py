@@ -35,7 +35,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
     options = {name: getattr(loader, name) for name in order}
     dataset = _streaming_c4(config, tokenizer, loader, batch_size, **options)
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
-    collator = MaskingCollator(tokenizer, rate, config.seed)
+    collator = MaskingCollator(tokenizer, rate, config.seed, config.mlm_whole_words)
     return _data_spec(config, dataset, collator, loader, batch_size)
 
 
@@ -56,7 +56,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
         if folder not in datasets:
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size)
         once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
-        collator = MaskingCollator(tokenizer, loader.mlm_probability, EVALUATION_SEED)
+        collator = MaskingCollator(tokenizer, loader.mlm_probability, EVALUATION_SEED, loader.mlm_whole_words)
         spec = _data_spec(config, once, collator, loader, batch_size)
         evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
     return evaluators

@@ -9,7 +9,7 @@ from composer.loggers import Logger
 
 from src.common.errors import ConfigError
 from src.train.callbacks import epoch_size
-from src.train.config import resume_safe
+from src.train.config import ADDED, resume_safe
 from src.train.yaml12 import is_same, is_within
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ResumeCheck(Callback):
             return []
         accepted, refused, lines = [], [], [f"{path} is of a run with different settings"]
         for name in sorted({*there, *self.settings}):
-            old, new = there.get(name, ABSENT), self.settings.get(name, ABSENT)
+            old, new = there.get(name, ADDED.get(name, ABSENT)), self.settings.get(name, ABSENT)
             # resume_safe: earlier versions compared settings that no longer count.
             if resume_safe(name) or is_same(old, new) or old == self.earlier.get(name, new):
                 continue

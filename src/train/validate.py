@@ -50,7 +50,8 @@ def validate(config: RunConfig) -> str:
 
     dataset: Any = train_data.dataloader.dataset  # pyright: ignore[reportAttributeAccessIssue]
     rate, sequences = config.mlm_probability, config.global_train_batch_size
-    collator = MaskingCollator(tokenizer, rate.initial if isinstance(rate, MaskingSchedule) else rate, config.seed)
+    rate = rate.initial if isinstance(rate, MaskingSchedule) else rate
+    collator = MaskingCollator(tokenizer, rate, config.seed, config.mlm_whole_words)
     picked = sample_ids(dataset)
     batch = collator([dataset[i] for i in picked])
     tokens = num_tokens(batch)["total"]
