@@ -2,11 +2,11 @@
 
 source          a dataset's place and weight             index          index.json: every field checked
 streaming       mosaicml-streaming 0.13, repaired        shards         files of index.json: checks, reading
+cache           downloading, unpacking, deleting files   shared_memory  removal of what killed runs left in /dev/shm
 tokenizer       loading, saving, fingerprints            cutting        the first tokens of a text, and crops of it
 order           grouping by length, repeated samples     masking        samples -> padded, masked batch
 unigram         the unigram baseline                     microbatches   padded batch -> unpadded microbatches
-shared_memory   removal of what killed runs left in      columns        the column of a sample that is read
-                /dev/shm
+columns         the column of a sample that is read
 
 src/data_c4.py puts them together.
 """

@@ -40,15 +40,18 @@ def check_index(source: Source) -> None:
         raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
 
 
-def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
+def check_shards(folder: Path, complete: bool, verify: str = "size") -> frozenset[str]:
     """Compare the files of a split with its index.json. Takes less than a second for 20,000 shards without hashes.
 
     Args:
         folder: of the split, with index.json.
         complete: whether every shard must be there. Else the folder is a cache: missing shards are skipped, and damaged
-            ones are deleted with a warning, so they are downloaded again.
+            ones give a warning.
         verify: ``size`` compares sizes; ``hash`` also reads each file, on all cores, under a progress bar; ``off``
             checks the index alone.
+
+    Returns:
+        Names of the damaged files of a cache, which are to be downloaded again.
 
     Raises:
         DataError: the index is broken (``parse_index``); a shard is missing, or has another size or hash, or is
@@ -59,7 +62,7 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
         for shard in read_index(folder)["shards"]
     ]
     if verify == "off":
-        return
+        return frozenset()
     faults, sound = dict[str, str](), []  # faults by file name
     for infos in files:
         present = [info for info in infos if (folder / info["basename"]).exists()]
@@ -79,15 +82,14 @@ def check_shards(folder: Path, complete: bool, verify: str = "size") -> None:
     if verify == "hash":
         faults |= dict.fromkeys(_changed(folder, sound), "has other bytes than when it was written")
     if not faults:
-        return
+        return frozenset()
     shown = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:3])
     shown += f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
     if complete:
         advice = remedy(folder / "index.json", "copy these shards again, or convert the split again")
         raise DataError(f"{folder}: {shown}; {advice}")
     log.warning("%s: %s. Downloading the damaged ones again", folder, shown)
-    for name in faults:
-        (folder / name).unlink()
+    return frozenset(faults)
 
 
 def _changed(folder: Path, files: Sequence[dict[str, Any]]) -> list[str]:

@@ -32,7 +32,8 @@ def own_shared_memory(prefix: int, lock_folder: str) -> None:
     made.unlink(missing_ok=True)
     record = made.open("x")  # everybody may write to the folder: never through what is there
     fcntl.flock(record, fcntl.LOCK_EX)
-    json.dump({"locks": lock_folder, "locals": _segment(prefix, "locals").stat().st_ino}, record)
+    inode = _segment(prefix, "locals").stat().st_ino
+    json.dump({"locks": lock_folder, "locals": inode, "pid": os.getpid()}, record)
     record.flush()
     try:
         made.rename(path)  # nobody sees it unlocked or empty
@@ -66,6 +67,21 @@ def remove_stale_shared_memory() -> list[int]:
                     leftover.unlink()
             stale.append(prefix)
     return stale
+
+
+def user_of(folder: str, unpack: Callable[[bytes], tuple[list[str], int]]) -> str | None:
+    """The dataset of this node that uses ``folder``, an absolute path, in words; None if there is none.
+
+    ``unpack`` gives the folders that a segment ``locals`` names.
+    """
+    for path in SHARED.glob("[0-9]" * 6 + "_locals"):
+        prefix = int(path.name[:6])
+        with contextlib.suppress(OSError, ValueError):
+            if folder in unpack(path.read_bytes())[0]:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    return f"process {json.loads(_segment(prefix, 'owner').read_text())['pid']}"
+                return f"if none runs, a killed one left its shared memory: delete {SHARED}/{prefix:06}_*"
+    return None
 
 
 def foreign_prefixes(unpack: Callable[[bytes], Any]) -> set[int]:

@@ -33,8 +33,13 @@ class Source:
 
     @property
     def complete(self) -> bool:
-        """Whether all shards are in ``local``; else it is a cache that fills up."""
-        return self.local is None or os.path.realpath(self.remote or self.local) == os.path.realpath(self.local)
+        """Whether all shards are in ``folder``; else it is a cache that fills up. So they are if it is the remote's own
+        folder, by whatever path."""
+        if self.local is None or self.remote is None:
+            return True
+        ours, theirs = self.folder, os.path.join(self.remote, self.split or "")
+        same = os.path.exists(ours) and os.path.exists(theirs) and os.path.samefile(ours, theirs)
+        return same or os.path.realpath(ours) == os.path.realpath(theirs)
 
     @property
     def origin(self) -> str:

@@ -1,6 +1,7 @@
-"""Repairs of mosaicml-streaming 0.13. Private names of streaming are used in this file alone."""
+"""Repairs of mosaicml-streaming 0.13. Private names of streaming are used in this file and in cache.py alone."""
 
 import contextlib
+import errno
 import itertools
 import logging
 import math
@@ -16,18 +17,19 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.partition import algos
 from streaming.base.shared import prefix as shm_prefix
-from streaming.base.util import wait_for_file_to_exist
+from streaming.base.util import bytes_to_int, wait_for_file_to_exist
 from streaming.base.world import World
 from torch import distributed as dist
 
 from src.common.errors import DataError, first_line
 from src.data import shared_memory
-from src.data.index import LENGTHS, parse_index, read_index, remedy
+from src.data.cache import SourceStream, lengths_fault
+from src.data.index import LENGTHS, read_index, remedy
 from src.data.order import filling_worker, partition
 from src.data.shards import AGAIN, Locator, OpenShards, check_index, check_shards, hash_algorithm
 from src.data.source import Source, without_password
@@ -85,69 +87,12 @@ def _together_alone_on_node(leads: bool) -> Iterator[None]:
         yield
 
 
-CLIENTS = {
-    "azure": "azure-storage-blob azure-identity",
-    "azure-dl": "azure-storage-file-datalake azure-identity",
-    "gs": "google-cloud-storage",
-    "oci": "oci",
-    "sftp": "paramiko",
-}
-"""Packages that streaming imports for a remote, by the scheme of its URI, as pip names them."""
-
-
-def _stream(source: Source, download_retry: int = 2, download_timeout: float = 60) -> Stream:
-    """Streaming's Stream of a dataset. Raises DataError: its remote is of no known kind, or needs another package."""
-    options = {"download_retry": download_retry, "download_timeout": download_timeout}
-    try:
-        return Stream(**{**vars(source), "remote": None if source.complete else source.remote}, **options)
-    except Exception as error:  # each object store has errors of its own
-        packages = CLIENTS.get(str(source.remote).split(":")[0]) if isinstance(error, ImportError) else None
-        install = f"; pip install {packages}" if packages else ""
-        message = f"remote: {source.remote} cannot be opened ({first_line(error)}){install}"
-        raise DataError(without_password(message)) from None
-
-
-def _download(stream: Stream, name: str) -> Path:
-    """Download a file of a split into the cache, under a temporary name. Returns its path."""
-    temporary = f"{name}.{gethostname()}.tmp"  # nodes may share the cache
-    # Streaming would take what a killed run left for the whole file.
-    Path(stream.local, stream.split, temporary).unlink(missing_ok=True)
-    return Path(stream._download_file(name, temporary))
-
-
-def _fetch_index(source: Source, stream: Stream) -> None:
-    """Check the index.json of a remote, and compare it with the cache's, or put it there if there is none.
-
-    Streaming would use a cached one, whatever the remote, and one that it fetches without any check. Raises DataError:
-    it cannot be fetched, is broken, or is another than the cache's.
-    """
-    cached, remote = source.folder / "index.json", source.origin
-    try:
-        fetched = _download(stream, "index.json")
-    except Exception as error:  # each object store has errors of its own
-        alone = f"; if {source.folder} holds all shards, it can be used without the remote" if cached.exists() else ""
-        message = f"{remote}: index.json cannot be fetched ({first_line(error)})"
-        advice = f"Check the address, the credentials and the network{alone}"
-        raise DataError(without_password(f"{message}. {advice}")) from error
-    try:
-        index = parse_index(fetched.read_bytes(), without_password(f"{remote}/index.json"))
-        if not cached.exists():
-            os.replace(fetched, cached)
-        elif read_index(source.folder) != index:
-            raise DataError(
-                f"{source.folder} is the cache of another dataset than {without_password(remote)} holds; name another "
-                "local folder, or delete this one"
-            )
-    finally:
-        fetched.unlink(missing_ok=True)
-
-
 def fetch_index(source: Source) -> None:
     """Check a dataset's index.json; put that of a remote into its cache. Raises what ``RepairedDataset`` does."""
     check_index(source)
     if not source.complete:
         with alone_on_node():
-            _fetch_index(source, _stream(source))
+            SourceStream(source).open_cache(limited=False)
 
 
 class RepairedDataset(StreamingDataset):
@@ -158,45 +103,57 @@ class RepairedDataset(StreamingDataset):
 
     Args:
         sources: datasets by name; their samples are numbered in this order.
-        verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
+        verify: of the shards that are there, as for ``check_shards``. A download is always compared with the index.
+        cache_limit: bytes of the caches together, such as ``100gb``, above which their least recently used shards are
+            deleted. Complete sources do not count.
         download_retry: attempts of a download.
         download_timeout: seconds that a download may take.
         kwargs: StreamingDataset's.
 
     Raises:
-        DataError: a dataset is not there, or is damaged; its remote cannot be opened; its index cannot be
-            downloaded, or is another than the cache's; its weight draws no sample; a shuffled epoch has fewer samples
-            than ``num_canonical_nodes``. While reading: a shard is lost, damaged or cannot be downloaded.
+        DataError: a dataset is not there, or is damaged; its remote cannot be opened; its folder cannot be its cache
+            (``SourceStream.open_cache``), or another run streams into it; ``cache_limit`` is below 4 shards; its weight
+            draws no sample; a shuffled epoch has fewer samples than ``num_canonical_nodes``. While reading: a shard is
+            lost, damaged or cannot be downloaded.
     """
+
+    streams: Any  # of SourceStream
 
     def __init__(
         self,
         sources: Mapping[str, Source],
         verify: str = "size",
+        cache_limit: str | int | None = None,
         download_retry: int = 2,
         download_timeout: float = 60,
         **kwargs: Any,
     ):
         self.sources = dict(sources)
-        streams = []
+        streams: list[SourceStream] = []
         for source in self.sources.values():
             check_index(source)
-            streams.append(_stream(source, download_retry, download_timeout))
+            streams.append(SourceStream(source, download_retry=download_retry, download_timeout=download_timeout))
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
         with alone_on_node() if leads else contextlib.nullcontext():
-            for source, stream in zip(self.sources.values(), streams, strict=True):
-                if not source.complete and leads:
-                    _fetch_index(source, stream)
+            for stream in streams:
+                if not stream.source.complete and leads:
+                    stream.open_cache(limited=bool(cache_limit))
         for source, stream in zip(self.sources.values(), streams, strict=True):
             if not source.complete and not leads:  # if the leader fails, the launcher ends the others
                 wait_for_file_to_exist(str(source.folder / "index.json"), TICK, math.inf, "")
             quick = "size" if source.complete and verify != "off" else "off"
             # A cache too: before streaming notes which shards it has.
-            check_shards(source.folder, source.complete, verify if leads else quick)
+            stream.damaged = check_shards(source.folder, source.complete, verify if leads else quick)
             if verify == "hash" and not source.complete:
-                stream.validate_hash = hash_algorithm(source.folder)
+                hash_algorithm(source.folder)  # raises if the index has no hashes
         with _together_alone_on_node(leads):
-            super().__init__(streams=streams, partition_algo="exact", **kwargs)
+            try:
+                super().__init__(streams=streams, partition_algo="exact", **kwargs)
+            except ValueError:
+                self._check_caches_are_free()
+                raise
+        self._cached = np.array([not streams[i].source.complete for i in self.stream_per_shard])
+        self._set_cache_limit(cache_limit)
         for (name, source), stream, size in zip(self.sources.items(), streams, self.samples_per_stream, strict=True):
             if not stream.choose:  # streaming would look for a sample without end
                 weight = f"repeat {source.repeat}" if source.repeat is not None else f"proportion {source.proportion}"
@@ -225,53 +182,105 @@ class RepairedDataset(StreamingDataset):
         """Record that this process, the first of its node, owns the dataset's shared memory."""
         shared_memory.own_shared_memory(self.shared_memory_prefix, self._filelock_root)
 
+    def _check_caches_are_free(self) -> None:
+        """Raise DataError if another dataset of this node streams into a cache of this one; streaming's error speaks of
+        Python calls (test_second_run_in_a_cache_is_refused)."""
+        for stream in self.streams:
+            user = shared_memory.user_of(os.path.abspath(stream.folder), shm_prefix._unpack_locals)
+            if user and not stream.source.complete:
+                raise DataError(
+                    f"{stream.source.folder} is the cache of another run on this machine ({user}). Name another folder "
+                    "as local, or wait until it ends"
+                ) from None
+
+    def _set_cache_limit(self, limit: str | int | None) -> None:
+        """Streaming would compare the limit with the shards of complete sources, too."""
+        caches = [stream for stream in self.streams if not stream.source.complete]
+        if not limit or not caches:
+            return
+        self.cache_limit = bytes_to_int(limit) if isinstance(limit, str) else limit
+        largest = max(shard.get_max_size() for i, shard in enumerate(self.shards) if self._cached[i])
+        least = 4 * largest + sum(stream.get_index_size() for stream in caches)
+        if self.cache_limit < least:
+            raise DataError(
+                f"cache_limit: expected at least {least:,} bytes, 4 times the largest shard of {largest:,} bytes and "
+                f"the indexes, got {limit}"
+            )
+
     def open_lengths(self, stream_id: int) -> NDArray[np.uint16]:
-        """Lengths (N,) of a source's samples, memory-mapped. Raises DataError if the file is missing or has another
-        number of lengths."""
+        """Lengths (N,) of a source's samples, memory-mapped. Raises DataError if the file is missing, cannot be fetched
+        or differs from the index."""
         source, stream = list(self.sources.values())[stream_id], self.streams[stream_id]
-        path, samples = source.folder / LENGTHS, int(self.samples_per_stream[stream_id])
+        path, index, leads = source.folder / LENGTHS, read_index(source.folder), World.detect().is_local_leader
         try:
-            if not source.complete and not path.exists():
-                # Not under ``alone_on_node``: its holder may wait for the other processes of the node. They wait for as
-                # long as the file takes; if the leader fails, the launcher ends them.
-                if World.detect().is_local_leader:
-                    os.replace(_download(stream, LENGTHS), path)
-                else:
-                    wait_for_file_to_exist(str(path), TICK, math.inf, "")
-            lengths = np.memmap(path, "<u2", "r")
+            fault = lengths_fault(path, index)
+            # Not under ``alone_on_node``: its holder may wait for the other processes of the node. They wait for as
+            # long as the file takes; if the leader fails, the launcher ends them.
+            while fault and not source.complete and not leads:
+                time.sleep(TICK)
+                fault = lengths_fault(path, index)
+            if fault and not source.complete:
+                with stream.fetched(LENGTHS) as fetched:
+                    if not (fault := lengths_fault(fetched, index)):
+                        fetched.replace(path)
         except Exception as error:  # each object store has errors of its own
-            reason = f"{source.origin}: {LENGTHS} cannot be read or fetched ({first_line(error)})"
+            fault = f"cannot be read or fetched ({first_line(error)})"
+        if fault:
+            message = f"{source.origin}: {LENGTHS} {fault}"
             hint = "Convert again, which writes it, or set train_loader.length_window to 0"
-            raise DataError(without_password(f"{reason}. {hint}")) from error
-        if len(lengths) != samples:
-            advice = remedy(path, "copy or convert again")
-            raise DataError(f"{path} has {len(lengths):,} lengths for {samples:,} samples; {advice}")
-        return lengths
+            raise DataError(without_password(f"{message}. {hint}"))
+        return np.memmap(path, "<u2", "r")
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download and unpack a shard if it is not there.
 
-        After a failure, streaming leaves the shard in the state PREPARING, and all who need it hang
-        (test_lost_shard_stops_the_run, test_lost_remote_shard_stops_the_run). Streaming also takes a file lock for each
-        sample; here only a shard that is not known to be there takes one.
+        Streaming's own makes room by deleting shards of complete sources (test_a_limit_deletes_shards_of_caches_only).
+        After a failure it leaves the shard in the state PREPARING, and all who need it hang
+        (test_lost_shard_stops_the_run, test_lost_remote_shard_stops_the_run). It takes a file lock for each sample;
+        here only a shard that is not known to be there takes one.
         """
+        states = self._shard_states
         # The state may be old, as no lock is held. Then the file is missing when it is read, and is prepared again.
-        if shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
+        if shard_id in self._prepared and states[shard_id] == _ShardState.LOCAL:
             self._shard_access_times[shard_id] = time.time_ns()
             return
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except Exception as error:
-            shard: Any = self.shards[shard_id]
-            path = Path(shard.dirname, shard.split, shard.zip_data.basename) if shard.zip_data else None
-            if path is None or not path.exists() or not self._fetches_again(shard_id, error):
-                self._shard_states[shard_id] = _ShardState.LOCAL  # others stop waiting, miss the file, and fail too
+        shard: Any = self.shards[shard_id]
+        with FileLock(self._cache_filelock_path):
+            state = states[shard_id]
+            if state == _ShardState.LOCAL and not os.path.exists(self._paths[shard_id]):  # evicted by another node
+                self.cache_usage -= shard.raw_data.bytes if self._cached[shard_id] else 0
+                state = _ShardState.REMOTE
+            if state == _ShardState.REMOTE:
+                states[shard_id] = _ShardState.PREPARING
+                self._make_room(shard.get_max_size() if self._cached[shard_id] else 0)
+        if state == _ShardState.REMOTE:
+            try:
+                size = self.streams[self.stream_per_shard[shard_id]].prepare_shard(shard)
+            except Exception as error:
+                states[shard_id] = _ShardState.REMOTE  # others stop waiting, try, and fail too
                 raise self._fail(error, shard_id) from error
-            path.unlink()
-            self._shard_states[shard_id] = _ShardState.REMOTE
-            return RepairedDataset.prepare_shard(self, shard_id, blocking)
-        if self._shard_states[shard_id] == _ShardState.LOCAL:  # else another process is preparing it
+            with FileLock(self._cache_filelock_path):
+                self.cache_usage += size
+                self._shard_access_times[shard_id] = time.time_ns()
+                states[shard_id] = _ShardState.LOCAL
+        while blocking and states[shard_id] == _ShardState.PREPARING:
+            time.sleep(TICK)
+        if states[shard_id] == _ShardState.LOCAL:
+            self._shard_access_times[shard_id] = time.time_ns()
             self._prepared.add(shard_id)
+
+    def _make_room(self, size: int) -> None:
+        """Evict the least recently used shards of caches until ``size`` bytes fit. Call it under the lock."""
+        while self.cache_limit and self.cache_usage + size > int(self.cache_limit):
+            evictable = np.flatnonzero(self._cached & (self._shard_states.numpy() == _ShardState.LOCAL))
+            if not len(evictable):
+                return  # the others are being downloaded
+            self._evict_shard(int(evictable[np.argmin(self._shard_access_times.numpy()[evictable])]))
+
+    def _evict_shard(self, shard_id: int) -> None:
+        """Evict a shard, under the lock. Every eviction comes here; ``SourceStream.evict`` raises where it must not."""
+        self.cache_usage -= self.streams[self.stream_per_shard[shard_id]].evict(self.shards[shard_id])
+        self._shard_states[shard_id] = _ShardState.REMOTE
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """A sample as its shard holds it.
@@ -288,9 +297,11 @@ class RepairedDataset(StreamingDataset):
         except Exception as error:
             if not self._fetches_again(shard_id, error):
                 raise self._fail(error, shard_id) from None
-        self._prepared.discard(shard_id)
+        try:
+            self.streams[self.stream_per_shard[shard_id]].fetch_shard(self.shards[shard_id])
+        except Exception as error:
+            raise self._fail(error, shard_id) from None
         self.open_shards.forget(self._paths[shard_id])
-        self.evict_shard(shard_id)
         return RepairedDataset.get_item(self, sample_id, retry)
 
     def _fetches_again(self, shard_id: int, error: Exception) -> bool:
@@ -304,16 +315,22 @@ class RepairedDataset(StreamingDataset):
 
     def _read(self, shard_id: int, index: int, retry: int) -> Any:
         shard: Any = self.shards[shard_id]
+        path = self._paths[shard_id]
         for _ in range(retry + 1):
+            if path not in self.open_shards.files and self._shard_states[shard_id] != _ShardState.LOCAL:
+                self.prepare_shard(shard_id)  # a file may be there, and damaged
             try:
-                data = self.open_shards.read(self._paths[shard_id], index, shard.raw_data.bytes, shard.samples)
-            except FileNotFoundError:  # not downloaded yet, or evicted
+                data = self.open_shards.read(path, index, shard.raw_data.bytes, shard.samples)
+            except OSError as error:  # not downloaded yet, or evicted, perhaps by another node
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                self.open_shards.forget(path)
                 self._prepared.discard(shard_id)
                 self.prepare_shard(shard_id)
             else:
                 self._shard_access_times[shard_id] = time.time_ns()
                 return self.decode(shard_id, index, data)
-        raise DataError(f"{self._paths[shard_id]} was evicted from the cache {retry + 1} times; raise cache_limit")
+        raise DataError(f"{path} was evicted from the cache {retry + 1} times; raise cache_limit")
 
     def decode(self, shard_id: int, index: int, data: bytes) -> Any:
         """Sample ``index`` of a shard, from its bytes. After an error the shard is damaged."""

@@ -220,7 +220,7 @@ RESUME_SAFE = (
 )
 """Settings and sections that may change on resume: they affect the result at most by rounding. ``*`` is any name."""
 
-ADDED = {"train_loader.moving_crop": False, "mlm_whole_words": False}
+ADDED = {"train_loader.moving_crop": False, "mlm_whole_words": False, "special_tokens": "tokens"}
 """Settings that checkpoints of earlier versions lack, with the values that these runs had."""
 
 FILLED_FROM = ("data_local", "data_remote", "seed", "train_loader.split")

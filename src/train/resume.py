@@ -19,8 +19,6 @@ RESTORED_BY_STREAMING = ("train_loader.shuffle_seed", "train_loader.num_canonica
 LEARNING_RATE = ("optimizer", "scheduler", "max_duration")
 """Settings that decide the learning rate. Loading the optimizer's state overrides the optimizer's options."""
 ABSENT = "not set"
-ADDED = ("special_tokens",)
-"""Settings that checkpoints of earlier versions lack; their default is accepted."""
 
 
 class ResumeCheck(Callback):
@@ -59,8 +57,6 @@ class ResumeCheck(Callback):
             old, new = there.get(name, ADDED.get(name, ABSENT)), self.settings.get(name, ABSENT)
             # resume_safe: earlier versions compared settings that no longer count.
             if resume_safe(name) or is_same(old, new) or old == self.earlier.get(name, new):
-                continue
-            if old == ABSENT and name in ADDED:
                 continue
             if name not in RESTORED_BY_STREAMING and any(is_within(name, section) for section in self.allow):
                 accepted.append(name)

@@ -156,7 +156,7 @@ def test_record_is_written_to_a_new_file(shared, tmp_path):
     (shared / f".000007_owner-{os.getpid()}").symlink_to(tmp_path / "mine")
     shared_memory.own_shared_memory(7, str(tmp_path / "locks"))
     assert (tmp_path / "mine").read_text() == "mine"
-    assert json.loads((shared / "000007_owner").read_text()) == record(tmp_path, 7)
+    assert json.loads((shared / "000007_owner").read_text()) == {**record(tmp_path, 7), "pid": os.getpid()}
     shared_memory._owned.pop()[2].close()
 
 

@@ -3,13 +3,11 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import main
 from src.common.errors import ConfigError
-from src.data.index import LENGTHS
 from src.data.source import Source
 from tests.conftest import TRAIN, VALIDATION
 from tests.runs import QUICKSTART, fit, logged
@@ -20,8 +18,6 @@ def options(overrides, token_shards, text_shards, tmp_path):
     """Training documents with lengths, and validation documents drawn twice each, in batches of 16."""
     shutil.copytree(Path(token_shards) / "train", tmp_path / "train")
     shutil.copytree(Path(token_shards) / "val", tmp_path / "held-out")
-    for split, samples in (("train", TRAIN), ("held-out", VALIDATION)):
-        np.random.default_rng(samples).integers(3, 32, samples).astype("<u2").tofile(tmp_path / split / LENGTHS)
     streams = f"{{c4: {{local: {tmp_path}}}, own: {{local: {tmp_path}, split: held-out, repeat: 2}}}}"
     return [*overrides, f"train_loader.streams={streams}", "callbacks.lr_monitor={}"]
 
