@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from streaming.base.compression import is_compression
+from streaming.base.util import bytes_to_int
 
 from src.common.errors import DataError
 from src.convert import filters
 from src.convert.conversion import FIRST_DOCUMENTS, Settings, convert, merge
 from src.convert.samples import Tokens
-from src.convert.sources import TextSource, add_source_options, is_c4, iter_documents, text_source
+from src.convert.sources import Inventory, TextSource, add_source_options, documents, is_c4, text_source
 from src.convert.work_folder import CONVERSION, check_free
 from src.data.tokenizer import load_tokenizer
 
@@ -39,10 +40,18 @@ def part_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as 64mb; 0 if it is none."""
+    try:
+        return bytes_to_int(size)
+    except (ValueError, OverflowError):
+        return 0
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out_root", type=Path, required=True, help="folder of the dataset; each split is a subfolder")
+    add("--out_root", required=True, help="folder of the dataset; each split is a subfolder")
     splits = "for C4: train, val, train_small, val_small; otherwise one name of your choice"
     add("--splits", nargs="+", required=True, help=splits)
     add_source_options(parser, "--source", nargs="+")
@@ -79,6 +88,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing split or unfinished work")
     args = parser.parse_args(argv)
 
+    if "://" in args.out_root:
+        raise ValueError(
+            f"--out_root: {args.out_root} is no folder of this machine; write to one, and copy it when it is "
+            f"complete, for example: aws s3 sync ./data {args.out_root}"
+        )
+    args.out_root = Path(args.out_root)
+    if args.out_root.exists() and not args.out_root.is_dir():
+        raise ValueError(f"--out_root: {args.out_root} is a file; name a folder")
     if len(set(args.splits)) < len(args.splits):
         raise ValueError("--splits: a name is given twice")
     for split in args.splits:
@@ -105,6 +122,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(
             f"--compression: expected zstd, gz, br, bz2 or snappy, with or without a :level, got {args.compression!r}"
         )
+    if args.size_limit is not None and not 1 <= bytes_of(args.size_limit) < 1 << 32:
+        raise ValueError(f"--size_limit: expected a size below 4gb, for example 64mb, got {args.size_limit!r}")
     for name in ("limit", "num_workers"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1")
@@ -115,7 +134,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def gram_set(files: list[str]) -> filters.Grams:
     """Word sequences of the evaluation sets, which documents may not contain."""
-    grams, short = filters.gram_set(document["text"] for document in iter_documents(TextSource(tuple(files))))
+    found = Inventory(TextSource(tuple(files)))
+    found.print_skipped()
+    grams, short = filters.gram_set(document["text"] for document in documents(found))
     if not grams:
         raise DataError(f"{', '.join(files)}: no text has {filters.SHORTEST} words, so --decontaminate finds nothing")
     print(
@@ -148,6 +169,12 @@ def report(folder: Path, speed: dict[str, Any]) -> None:
     fields = {"split": folder.name, **counts, **speed, "empty": stats["empty"], "bad": stats["bad"], **dropped}
     if stats["first_bad"]:
         print(f"{folder.name}: bad, skipped: {'; '.join(stats['first_bad'])}", file=sys.stderr)
+    for name, number in stats["columns_not_kept"].items():
+        print(
+            f"{folder.name}: the column {name} of {number:,} documents is not kept, because no file's first document "
+            "has it",
+            file=sys.stderr,
+        )
     print("convert " + " ".join(f"{name}={value}" for name, value in fields.items()))
 
 

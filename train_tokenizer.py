@@ -21,7 +21,7 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast  # pyright: 
 
 from src.common.errors import DataError
 from src.common.files import PARTIAL, replace_folder, settle_folder, sync
-from src.convert.sources import add_source_options, iter_documents, text_source
+from src.convert.sources import Inventory, add_source_options, documents, text_source
 from src.convert.stats import Stats
 from src.data.cutting import pieces
 from src.data.tokenizer import load_tokenizer, save_tokenizer
@@ -208,13 +208,17 @@ def main(argv: list[str] | None = None) -> None:
 
     other = None if args.compare is None else load_tokenizer(args.compare)  # may raise: before the work
     started, stats = time.perf_counter(), Stats()
+    files = Inventory(args.source, skip_bad=args.skip_bad)
+    files.print_skipped()
 
     def texts(stats: Stats) -> Generator[str]:
-        source = itertools.islice(iter_documents(args.source, "train", args.skip_bad, stats), args.limit)
+        source = itertools.islice(documents(files, args.skip_bad, stats), args.limit)
         for document in tqdm(source, desc="train_tokenizer", unit="doc", unit_scale=True, mininterval=1):
             yield document["text"]
 
     words = count_words(texts(stats), normalizers.BertNormalizer(lowercase=args.lowercase))
+    if stats.bad:
+        print(f"{stats.bad:,} bad ones skipped: {'; '.join(stats.first_bad)}", file=sys.stderr)
     if not stats.documents:
         raise DataError(f"{args.source}: the source has no document")
     alphabet, rare, coverage = alphabet_of(words, args.vocab_size)

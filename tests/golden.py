@@ -91,7 +91,8 @@ class Golden:
     def files(self, name: str, folder: Path) -> None:
         """SHA-256 of each file that a reader of the data depends on."""
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name.startswith(".") or path.name in ("stats.json", "conversion.json"):
+            reports = ("stats.json", "conversion.json", "files.jsonl")
+            if path.is_dir() or path.name.startswith(".") or path.name in reports:
                 continue
             content = path.read_bytes()
             if path.name == "index.json":  # holds the tokenizer's path

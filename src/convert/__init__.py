@@ -1,6 +1,7 @@
 """From text to MDS shards (convert_c4.py).
 
-sources      what --source names -> files -> documents; shares of work ("units")
+sources      what --source names, the list of its files, their documents; shares of work ("units")
+walk         places -> files, each read, skipped with a reason, or refused
 hub          datasets on the Hugging Face Hub, streamed; files at URLs
 forms        the forms of text files: one file -> its documents; text, JSON, CSV
 tables       Parquet and Arrow     mds    shards of streaming

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from src.common.errors import DataError
 from src.common.files import atomic, locked, settle_folder
-from src.convert import filters, hub, workers
-from src.convert.forms import COLUMNS, Span
+from src.convert import filters, workers
+from src.convert.files import Span
 from src.convert.samples import Tokens
-from src.convert.sources import TextSource, files_of, iter_documents, units_of
+from src.convert.sources import Inventory, TextSource, columns_of_files, documents, units_of
 from src.convert.stats import Stats
 from src.convert.unit import DUPLICATES, Job, Unit, convert_unit, gram_file, hash_file, hash_unit, unit_folder
-from src.convert.work_folder import PLAN, begin, check_free, differences, publish
+from src.convert.walk import expanded, is_local
+from src.convert.work_folder import FILES, PLAN, begin, check_free, differences, publish
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
 """Splits that are the first documents of a split of C4: which, and how many."""
@@ -77,7 +78,9 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
     """
     folder = settings.out_root / split
     work = part_folder(folder, *settings.part) if settings.part else folder.with_name(f"{split}.partial")
-    plan, text_bytes = plan_of(settings, split)
+    files = Inventory(settings.source, FIRST_DOCUMENTS.get(split, (split,))[0], settings.skip_bad, folder)
+    files.print_skipped()
+    plan, text_bytes = plan_of(settings, split, files)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers_pay = text_bytes >= WORKERS_PAY["tokens" if settings.tokens else "text"]
     num_workers = settings.num_workers or (cores if workers_pay else 1)
@@ -90,46 +93,46 @@ def convert(settings: Settings, split: str) -> tuple[int, int]:
         part: tuple[int, int] | None,
     ) -> int:
         """Do the task for each unit of a part whose output is missing; returns the number of documents."""
-        todo = units_without(partial(path_of, work), settings, plan, part)
+        todo = units_without(partial(path_of, work), files, part, plan)
         with tqdm(desc=title, unit="doc", unit_scale=True, mininterval=1) as progress:
             workers.run(partial(task, job), todo, num_workers, progress.update)
             return progress.n
 
-    documents = 0
+    done = 0
     with locked(work if settings.part else folder):
         settle_folder(folder)
         check_free(folder, settings.overwrite)
         begin(work, plan, settings.overwrite)
         if (work / PLAN).exists():  # else the split is complete and lacks only its name
+            files.save(work / FILES)
             for size, hashes in (settings.grams or {}).items():
                 np.save(gram_file(work, size), hashes)
             if settings.dedup and not (work / DUPLICATES).exists():
                 # Of all parts: an earlier document may belong to another machine.
                 run(hash_unit, hash_file, "looking for duplicates", None)
-                files = [hash_file(work, number) for number in range(plan["units"])]
+                keys = [hash_file(work, number) for number in range(plan["units"])]
                 with atomic(work / DUPLICATES) as out:
-                    filters.find_duplicates(files, filters.METHODS[settings.dedup], out)
-            documents = run(convert_unit, unit_folder, work.name, settings.part)
+                    filters.find_duplicates(keys, filters.METHODS[settings.dedup], out)
+            done = run(convert_unit, unit_folder, work.name, settings.part)
+            files.check_unchanged()
         if not settings.part:
             publish(work, folder, partial(unit_folder, work), settings.overwrite)
-    return documents, plan["units"]
+    return done, plan["units"]
 
 
-def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
+def plan_of(settings: Settings, split: str, files: Inventory) -> tuple[dict[str, Any], int]:
     """All that decides what is written (a flat dict), and the source's bytes of text (approximate)."""
     c4_split, first = FIRST_DOCUMENTS.get(split, (split, None))
     limit = min((n for n in (first, settings.limit) if n is not None), default=None)
-    place = settings.source.places[0] if len(settings.source.places) == 1 else ""
-    local = bool(place) and not hub.is_dataset(place) and "://" not in place
+    column, base = settings.source.text_column, _base(settings.source)
     names, times, number, size, text = hashlib.sha256(), hashlib.sha256(), 0, 0, 0
-    for file in files_of(settings.source, c4_split):
-        name = os.path.relpath(file.path, place) if local else file.path
-        names.update(f"{name}\t{file.size}\n".encode())
+    for file in files:
+        name = os.path.relpath(file.path, base) if base and is_local(file.path) else file.path
+        names.update(os.fsencode(f"{name}\t{file.size}\n"))
         times.update(f"{file.changed}\n".encode())
         number, size, text = number + 1, size + file.size, text + file.text_bytes
     stats = Stats()
-    document = next(iter_documents(settings.source, c4_split, settings.skip_bad, stats), None)
-    if document is None:
+    if next(documents(files, settings.skip_bad, stats), None) is None:
         raise DataError(f"{split}: the source has no document ({stats.empty} empty, {stats.bad} bad)")
     unit_bytes = min(max(text // 64, UNIT_BYTES[0]), UNIT_BYTES[1])
     tokens, grams = settings.tokens, settings.grams
@@ -141,8 +144,8 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
         # Several machines may have copies of the source, with other times.
         "times": times.hexdigest()[:16] if settings.part is None else None,
         "limit": limit,
-        **({} if settings.source.text_column == "text" else {"text_column": settings.source.text_column}),
-        "columns": [name for name in COLUMNS if name in document] if tokens is None else ["tokens"],
+        **({} if column == "text" else {"text_column": column}),
+        "columns": columns_of_files(files, limit) if tokens is None else ["tokens"],
         "tokens": None if tokens is None else tokens.description,
         "special_tokens": None if tokens is None else tokens.special_tokens,
         "compression": settings.compression,
@@ -150,7 +153,7 @@ def plan_of(settings: Settings, split: str) -> tuple[dict[str, Any], int]:
         "dedup": filters.NEAR if settings.dedup == "near" else settings.dedup is not None,
         "decontaminate": None if grams is None else _digest(grams),
         "unit_bytes": unit_bytes,
-        "units": 1 if limit else sum(1 for _ in units_of(files_of(settings.source, c4_split), unit_bytes)),
+        "units": 1 if limit else sum(1 for _ in units_of(files, unit_bytes)),
     }
     return plan, text
 
@@ -162,16 +165,21 @@ def _digest(grams: filters.Grams) -> str:
     return digest.hexdigest()
 
 
+def _base(source: TextSource) -> str | None:
+    """Folder or file to which the names of local files are relative, wherever the source lies."""
+    local = [path for place in source.places if is_local(place) for path in expanded(place)]
+    return os.path.commonpath(list(map(os.path.abspath, local))) if local else None
+
+
 def units_without(
-    path_of: Callable[[int], Path], settings: Settings, plan: dict[str, Any], part: tuple[int, int] | None
+    path_of: Callable[[int], Path], files: Inventory, part: tuple[int, int] | None, plan: dict[str, Any]
 ) -> Iterator[Unit]:
     """The units of a part, or of the split, whose ``path_of(number)`` does not exist, in order."""
-    files = files_of(settings.source, plan["split"])
     # Documents are counted in order, so a limit makes one unit of all files.
     units = [(Span(file.path) for file in files)] if plan["limit"] else units_of(files, plan["unit_bytes"])
-    mine, parts = part or (1, 1)
+    of, parts = part or (1, 1)
     for number, spans in enumerate(units):
-        if number % parts == mine - 1 and not path_of(number).exists():
+        if number % parts == of - 1 and not path_of(number).exists():
             yield Unit(number, spans)
 
 
@@ -217,6 +225,8 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
         check_free(folder, overwrite)
         work = folder.with_name(f"{split}.partial")
         begin(work, plan, overwrite)
+        if (parts[0] / FILES).exists() and (work / PLAN).exists():  # older versions wrote none
+            shutil.copyfile(parts[0] / FILES, work / FILES)
         publish(work, folder, folder_of, overwrite)
         for path in parts:
             shutil.rmtree(path)

@@ -4,17 +4,24 @@ A source is a sequence of files. A unit of work is a list of ``Span``, parts of 
 """
 
 import argparse
-import glob
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.common.errors import DataError
-from src.convert import hub, mds, tables
-from src.convert.files import SUFFIXES
-from src.convert.forms import Document, File, Span, form_of, read, spans_of
-from src.convert.hub import C4_SPLITS
-from src.convert.stats import Stats
+from src.common.files import atomic
+from src.convert import hub
+from src.convert.files import COLUMNS, File, Span
+from src.convert.forms import Document, columns_of, read, spans_of
+from src.convert.stats import FilesReport, Stats, printable
+from src.convert.walk import Skipped, expanded, is_c4_folder, is_local, walk
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class TextSource:
     """Column or field that holds the text."""
 
     def __str__(self) -> str:
-        return ", ".join(self.places) or "C4"
+        more = [f"and {len(self.places) - 3} more"] if len(self.places) > 3 else []
+        return ", ".join([*self.places[:3], *more]) or "C4"
 
 
 def add_source_options(parser: argparse.ArgumentParser, places: str, nargs: str) -> None:
@@ -60,79 +68,75 @@ def text_source(args: argparse.Namespace) -> TextSource:
 
 def is_c4(source: TextSource) -> bool:
     """Whether this is C4 from the hub, or a folder of C4's own files."""
-    return not source.places or (len(source.places) == 1 and _is_c4_folder(source.places[0]))
+    paths = [path for place in source.places if is_local(place) for path in expanded(place)]
+    return not source.places or (len(paths) == 1 and is_c4_folder(paths[0]))
 
 
-def _is_c4_folder(place: str) -> bool:
-    return any(_c4_files(place, name) for name in C4_SPLITS.values())
+class Inventory:
+    """The files of a source, from one walk: a list on disk, so memory does not grow with their number.
 
-
-def _c4_files(source: str, name: str) -> list[Path]:
-    folder, pattern = Path(source), f"c4-{name}.*.json.gz"
-    return sorted(folder.glob(pattern)) or sorted((folder / "en").glob(pattern))
-
-
-def files_of(source: TextSource, split: str = "train") -> Iterator[File]:
-    """The files of a source in a fixed order. Memory holds the names of one folder at a time.
-
-    Args:
-        source: its folders are read with their subfolders, sorted by name.
-        split: ``train`` or ``val`` of C4; other sources have no splits.
-
-    Raises:
-        DataError: a place does not exist, or has no file of a known format.
+    Arguments and errors as for ``walk``.
     """
-    if not source.places:
-        yield from hub.c4_files(split)
-    for place in source.places:
-        if hub.is_dataset(place):
-            yield from hub.files(source, place)
-        elif "://" in place:
-            yield from hub.remote_files(place)
-        else:
-            for path in expanded(place):
-                yield from _local_files(path, split, source.text_column)
+
+    def __init__(self, source: TextSource, split: str = "train", skip_bad: bool = False, output: Path | None = None):
+        self.source = source
+        self.report = FilesReport()
+        self._list = tempfile.NamedTemporaryFile("w", prefix="files-", suffix=".jsonl")  # noqa: SIM115
+        for entry in walk(source, split, skip_bad, output):
+            self.report.add(entry.path, entry.reason if isinstance(entry, Skipped) else None)
+            self._list.write(json.dumps(_record(entry)) + "\n")
+        self._list.flush()
+
+    def __iter__(self) -> Iterator[File]:
+        """The files to read, in their order."""
+        with open(self._list.name, encoding="utf-8") as lines:
+            for line in lines:
+                if "skipped" not in (record := json.loads(line)):
+                    path = os.fsdecode(bytes.fromhex(record["hex"])) if "hex" in record else record["path"]
+                    yield File(path, record["bytes"], record["changed"])
+
+    def save(self, path: Path) -> None:
+        """Write the list, skipped files included: one JSON object per line."""
+        with atomic(path) as partial:
+            shutil.copyfile(self._list.name, partial)
+
+    def print_skipped(self) -> None:
+        """Say on stderr what is not read."""
+        for line in self.report.lines():
+            print(f"{self.source}: {line}", file=sys.stderr)
+
+    def check_unchanged(self) -> None:
+        """Raise a DataError if a file has another size or time than in the list."""
+        for file in filter(lambda file: is_local(file.path), self):
+            status = os.stat(file.path)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
+                raise DataError(
+                    f"{printable(file.path)} changed while it was read, so part of its text may be missing; once it no "
+                    "longer changes, give --overwrite to start again"
+                )
 
 
-def expanded(place: str) -> list[str]:
-    """The paths that match a pattern, sorted; the place itself if it is none."""
-    if Path(place).exists() or not glob.has_magic(place):
-        return [place]
-    paths = sorted(glob.glob(place, recursive=True))
-    if not paths:
-        raise DataError(f"{place}: no file matches this pattern")
-    return paths
+def _record(entry: File | Skipped) -> dict[str, Any]:
+    path = printable(entry.path)
+    name: dict[str, Any] = {"path": path}
+    if path != entry.path:
+        name["hex"] = os.fsencode(entry.path).hex()
+    if isinstance(entry, Skipped):
+        return {**name, "skipped": entry.reason}
+    return {**name, "bytes": entry.size, "changed": entry.changed}
 
 
-def _local_files(source: str, split: str, column: str) -> Iterator[File]:
-    if _is_c4_folder(source):
-        paths: Iterable[Path] = _c4_files(source, C4_SPLITS[split])
-        if not paths:
-            raise DataError(f"{source}: C4's files of this split (c4-{C4_SPLITS[split]}.*) are missing")
-    elif not Path(source).exists():
-        raise DataError(f"{source}: no such file or folder")
-    elif len(splits := tables.splits_of(Path(source))) > 1:
-        names = ", ".join(str(Path(source) / name) for name in splits)
-        raise DataError(f"{source}: a DatasetDict; name one of its splits ({names})")
-    elif (Path(source) / "index.json").is_file():
-        paths = mds.files(Path(source), column)
-    else:
-        paths = [Path(source)] if Path(source).is_file() else _walk(Path(source))
-        paths = (path for path in paths if form_of(path.name))
-    path = None
-    for path in paths:
-        stat = path.stat()
-        yield File(str(path), stat.st_size, stat.st_mtime_ns)
-    if path is None:
-        raise DataError(f"{source}: no file of a known format ({', '.join(SUFFIXES)}, or a folder of MDS shards)")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        elif path.is_file():
-            yield path
+def columns_of_files(files: Inventory, limit: int | None) -> list[str]:
+    """Those of COLUMNS that the first document of some file has; with ``limit``, of the first ``limit`` files."""
+    found, looked = set(), None
+    for file in itertools.islice(files, limit):
+        # Files of the hub, of a server, and shards of one folder are alike, and slow to open.
+        alike = not is_local(file.path) or ".mds" in os.path.basename(file.path)
+        group = os.path.dirname(file.path) if alike else file.path
+        if group != looked:
+            found.update(columns_of(file.path, files.source.text_column))
+            looked = group
+    return [name for name in COLUMNS if name in found]
 
 
 def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
@@ -153,21 +157,24 @@ def units_of(files: Iterable[File], size: int) -> Iterator[list[Span]]:
         yield unit
 
 
-def iter_documents(
-    source: TextSource, split: str = "train", skip_bad: bool = False, stats: Stats | None = None
-) -> Iterator[Document]:
-    """The documents of a source, in a fixed order.
+def documents(files: Inventory, skip_bad: bool = False, stats: Stats | None = None) -> Iterator[Document]:
+    """The documents of the files, in their order.
 
     Args:
-        source, split: as for ``files_of``.
         skip_bad: count and skip what cannot be read, instead of raising.
         stats: receives the counts of documents, empty and bad ones.
 
     Raises:
         BadText: something cannot be read, and ``skip_bad`` is off.
-        DataError: a place does not exist, or has no file of a known format.
     """
     stats = Stats() if stats is None else stats
-    for file in files_of(source, split):
-        for _, document in read(Span(file.path), source.text_column, skip_bad, stats):
+    for file in files:
+        for _, document in read(Span(file.path), files.source.text_column, skip_bad, stats):
             yield document
+
+
+def iter_documents(
+    source: TextSource, split: str = "train", skip_bad: bool = False, stats: Stats | None = None
+) -> Iterator[Document]:
+    """The documents of a source, in a fixed order; arguments and errors as for ``walk`` and ``documents``."""
+    yield from documents(Inventory(source, split, skip_bad), skip_bad, stats)

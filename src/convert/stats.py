@@ -1,9 +1,11 @@
 """Counts of a conversion: for each unit of work, then added up for the split."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,54 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 
 QUOTED = 5
 """Number of unreadable lines that are quoted."""
+
+NAMED = 3
+"""Number of skipped files that are named for each reason."""
+
+
+def printable(text: str) -> str:
+    """A text with the bytes of a file's name that are not UTF-8 written as \\xe9."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@dataclass
+class FilesReport:
+    """How many files of a source are read, and how many are skipped for each reason."""
+
+    read: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+    """The first ``NAMED`` for each reason."""
+
+    def add(self, path: str, reason: str | None) -> None:
+        """Count a file that is skipped for this reason, or is read."""
+        if reason is None:
+            self.read += 1
+            return
+        self.skipped[reason] += 1
+        first = self.first.setdefault(reason, [])
+        if len(first) < NAMED:
+            first.append(printable(path))
+
+    @classmethod
+    def of_list(cls, path: Path) -> "FilesReport":
+        """From a list that ``Inventory.save`` has written."""
+        report = cls()
+        with path.open(encoding="utf-8") as lines:
+            for record in map(json.loads, lines):
+                report.add(record["path"], record.get("skipped"))
+        return report
+
+    def lines(self) -> list[str]:
+        """One line for each reason, for people."""
+        return [
+            f"skipped {number:,} ({reason}): {', '.join(self.first[reason])}{', ...' if number > NAMED else ''}"
+            for reason, number in self.skipped.items()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry ``files`` of stats.json."""
+        return {"read": self.read, "skipped": dict(self.skipped), "first_skipped": self.first}
 
 
 def rounded(length: int) -> int:
@@ -36,6 +86,8 @@ class Stats:
     """Documents dropped because an earlier one has the same text."""
     contaminated: int = 0
     """Documents dropped because they share words with an evaluation set."""
+    not_kept: Counter[str] = field(default_factory=Counter)
+    """Documents that have a column which the shards lack, by column."""
     characters: int = 0
     """Characters of the documents kept."""
     cut_characters: int = 0
@@ -62,7 +114,8 @@ class Stats:
     def from_json(cls, record: Mapping[str, Any]) -> "Stats":
         """From ``vars(stats)``, written to JSON and read again: keys that were int are strings."""
         counters = ("document_characters", "sample_tokens")
-        return cls(**{**record, **{name: Counter({int(k): v for k, v in record[name].items()}) for name in counters}})
+        ints = {name: Counter({int(k): v for k, v in record[name].items()}) for name in counters}
+        return cls(**{**record, **ints, "not_kept": Counter(record.get("not_kept", {}))})
 
     def report(self, max_seq_len: int | None) -> dict[str, Any]:
         """The content of stats.json, independent of time and machine. ``max_seq_len`` is None for shards of text."""
@@ -70,7 +123,8 @@ class Stats:
             "documents": self.documents,
             "empty": self.empty,
             "bad": self.bad,
-            "first_bad": self.first_bad,
+            "first_bad": [printable(bad) for bad in self.first_bad],
+            "columns_not_kept": dict(self.not_kept),
             "dropped": {"duplicate": self.duplicate, "contaminated": self.contaminated},
             "samples": self.samples,
             "bytes": self.bytes,

@@ -18,7 +18,7 @@ from src.common.files import sync
 from src.convert import filters
 from src.convert.forms import Document, Span, read
 from src.convert.samples import Tokens
-from src.convert.stats import Stats, rounded
+from src.convert.stats import Stats, printable, rounded
 from src.convert.workers import Count
 from src.data.index import LENGTHS
 
@@ -100,6 +100,7 @@ def convert_unit(job: Job, unit: Unit, count: Count) -> None:
         if job.tokens is None:
             for document in documents:
                 writer.write({name: document.get(name, "") for name in columns})
+                stats.not_kept.update(document.keys() - columns.keys())
                 stats.samples += 1
         else:
             for sample in job.tokens.samples((document["text"] for document in documents), stats):
@@ -146,7 +147,7 @@ def _kept(
             stats.document_characters[rounded(len(text))] += 1
             yield document
             continue
-        dropped.write(json.dumps({**reason, "place": place, "text": text[:80]}) + "\n")
+        dropped.write(json.dumps({**reason, "place": printable(place), "text": text[:80]}) + "\n")
 
 
 def hash_unit(job: Job, unit: Unit, count: Count) -> None:

@@ -2,6 +2,7 @@
 
     SPLIT.partial/                 or SPLIT.part-003-of-016/ on one of several machines
       plan.json                    all that decides what is written
+      files.jsonl                  the files of the source, read and skipped
       units/000000/ ...            complete units (unit.py); units/*.hashes of the first pass of --dedup
       split/                       the split, assembled from the units, before it is renamed to SPLIT/
 
@@ -18,12 +19,22 @@ from typing import Any
 
 from src.common.errors import DataError
 from src.common.files import replace_folder, sync, write_text
-from src.convert.stats import Stats
-from src.convert.unit import DROPPED, UNIT
+from src.convert.stats import FilesReport, Stats
+from src.convert.unit import DROPPED, DUPLICATES, UNIT
 from src.data.index import LENGTHS, TOKENS_KEY
 
 PLAN, CONVERSION = "plan.json", "conversion.json"
 """Name of the plan in the working folder, and in the finished split."""
+
+FILES = "files.jsonl"
+"""Name of the list of the source's files, read and skipped, in the working folder and in the finished split."""
+
+
+OF_A_SPLIT = ("index.json", "stats.json", CONVERSION, FILES, LENGTHS, DROPPED, "shard.", ".")
+"""Beginnings of the names in a split."""
+
+OF_WORK = {PLAN, FILES, DUPLICATES, "units", "split"}
+"""Names in a working folder."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -32,6 +43,9 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
     if folder.exists() and not (folder / "index.json").exists():
         raise ValueError(f"{folder} is not a dataset (no index.json), so it is not replaced; choose another name")
+    if folder.exists() and (others := [path.name for path in folder.iterdir() if not path.name.startswith(OF_A_SPLIT)]):
+        kept = "so it is not replaced; move them away, or choose another name"
+        raise ValueError(f"{folder} holds more than a dataset ({', '.join(sorted(others)[:3])}), {kept}")
 
 
 def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
@@ -44,17 +58,21 @@ def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
     if found:
         other = json.loads(found[0].read_text())
         changed = differences(other, plan)
-        if changed and not overwrite:
+        complete = sum(path.suffix == "" for path in (work / "units").iterdir())
+        if changed and complete and not overwrite:
             raise ValueError(
-                f"{work} was begun with other settings or another source ({changed}). Give the same again, or "
-                "--overwrite to start again"
+                f"{work} was begun with other settings or another source ({changed}). Give the same again or another "
+                f"--out_root; --overwrite discards the {complete} units that are complete"
             )
         if not changed:
             for path in (work / "units").glob("*.partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            complete = sum(path.suffix == "" for path in (work / "units").iterdir())
             print(f"continuing {work}: {complete} of {plan['units']} units are complete", file=sys.stderr)
             return
+    elif work.exists() and not (work / "units").exists():
+        others = {path.name for path in work.iterdir() if path.suffix not in (".partial", ".npy")} - OF_WORK
+        if others:
+            raise ValueError(f"{work} is not the work of a conversion ({min(others)}), so it is kept; move it away")
     if work.exists():
         print(f"removing {work}, left by an earlier conversion", file=sys.stderr)
         shutil.rmtree(work)
@@ -113,6 +131,10 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
         index[TOKENS_KEY] = tokens
     write_text(split / "index.json", json.dumps(index, sort_keys=True))
     report = stats.report(tokens["max_seq_len"] if tokens else None)
+    if (work / FILES).exists():
+        shutil.copyfile(work / FILES, split / FILES)
+        sync(split / FILES)
+        report["files"] = FilesReport.of_list(split / FILES).as_json()
     write_text(split / "stats.json", json.dumps(report, indent=1))
     (work / PLAN).rename(split / CONVERSION)  # now the split is complete and lacks only its name
     sync(split)
@@ -127,4 +149,4 @@ def _move(shard: dict[str, Any], folder: Path, split: Path, number: int) -> None
     if (folder / old).exists():
         os.rename(folder / old, split / new)
     elif not (split / new).exists():
-        raise OSError(f"{folder / old} is missing; give --overwrite to convert again")
+        raise OSError(f"{folder / old} is missing, although its unit is complete; put it back")

@@ -22,7 +22,7 @@ def test_text(tmp_path, source, capsys):
     assert texts_of(folder) == TEXTS
     index = json_of(folder / "index.json")
     assert TOKENS_KEY not in index and all("sha1" in shard["raw_data"]["hashes"] for shard in index["shards"])
-    assert names_in(folder) == ["conversion.json", "index.json", "shard.00000.mds", "stats.json"]
+    assert names_in(folder) == ["conversion.json", "files.jsonl", "index.json", "shard.00000.mds", "stats.json"]
     stats = json_of(folder / "stats.json")
     assert "tokens" not in stats and stats["document_characters"]["histogram"] == {"9": 1, "11": 1, "1920": 1}
     last = capsys.readouterr().out.splitlines()[-1]

@@ -11,7 +11,7 @@ from streaming import MDSWriter
 from src.common.errors import DataError
 from src.convert import forms, hub
 from src.convert.forms import BadText, Span, read
-from src.convert.sources import TextSource, files_of, iter_documents, units_of
+from src.convert.sources import Inventory, TextSource, iter_documents, units_of
 from src.convert.stats import Stats
 
 TEXTS = ["First document.", "Zweites, mit Umlaut: ä.", "third"]
@@ -104,7 +104,7 @@ def test_c4_is_read_from_the_hub(monkeypatch):
     assert list(iter_documents(TextSource(), split="val")) == want
     revision = "sha of allenai/c4"
     assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True, "revision": revision})]
-    second = list(units_of(files_of(TextSource(), "val"), 1))[1]
+    second = list(units_of(Inventory(TextSource(), "val"), 1))[1]
     part = f"hf:allenai/c4@{revision}?name=en&split=validation#1"
     assert second == [Span(part)]
     places = [f"{part}:{i}" for i in (1, 2)]
@@ -193,7 +193,7 @@ def test_sources_without_files_are_refused(name, message, tmp_path):
 def of_units(source, size):
     """Texts of the source, one list per unit."""
     stats = Stats()
-    spans = units_of(files_of(TextSource((str(source),))), size)
+    spans = units_of(Inventory(TextSource((str(source),))), size)
     return [[d["text"] for span in unit for _, d in read(span, "text", False, stats)] for unit in spans]
 
 
@@ -221,7 +221,7 @@ def test_places_in_parts_are_bytes(tmp_path):
 def test_units_group_small_files_and_leave_gzip_whole(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    assert [len(unit) for unit in units_of(files_of(TextSource((str(tmp_path),))), 3 * 4096)] == [3, 3, 3]
+    assert [len(unit) for unit in units_of(Inventory(TextSource((str(tmp_path),))), 3 * 4096)] == [3, 3, 3]
     folder = tmp_path / "gz"
     folder.mkdir()
     (folder / "a.json.gz").write_bytes(GZ)

@@ -9,6 +9,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoTokenizer
 
 import train_tokenizer
+from src.convert import sources
+from src.convert.forms import File
 from src.convert.sources import TextSource, iter_documents
 
 
@@ -71,14 +73,14 @@ def test_continuing_characters_do_not_split_words():
 def test_c4_from_the_hub_is_the_default(tmp_path, monkeypatch):
     asked = []
 
-    def documents(source, split, skip_bad, stats):
-        asked.append(source)
-        stats.documents = 1
-        yield {"text": "some words and some more"}
+    def walk(source, *options):
+        asked.append((source, *options))
+        (tmp_path / "a.txt").write_text("some words and some more")
+        yield File(str(tmp_path / "a.txt"), 24, 0)
 
-    monkeypatch.setattr(train_tokenizer, "iter_documents", documents)
+    monkeypatch.setattr(sources, "walk", walk)
     train_tokenizer.main(["--out", str(tmp_path / "t"), "--vocab_size", "100"])
-    assert asked == [TextSource()] and (tmp_path / "t" / "tokenizer.json").exists()
+    assert asked == [(TextSource(), "train", False, None)] and (tmp_path / "t" / "tokenizer.json").exists()
 
 
 def test_words_are_counted_in_bounded_memory(monkeypatch):

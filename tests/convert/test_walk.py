@@ -1,37 +1,364 @@
 """What the places of a source name: every file is read, skipped with the reason, or refused."""
 
+import contextlib
+import json
+import os
 import pickle
+import socket
+from pathlib import Path
 
+import pyarrow
 import pytest
+from streaming import MDSWriter
 
 import convert_c4
 import train_tokenizer
-from src.convert.sources import TextSource, iter_documents
-from tests.convert.splits import convert, texts_of
+from src.convert import conversion, walk
+from src.convert.sources import Inventory, TextSource, documents
+from tests.convert.splits import bytes_of, convert, json_of, names_in, rows_of, texts_of
+
+DOCUMENT = '{"text": "one"}\n'
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 318000000\n"
 
 
-def texts(*places, **options):
-    return [document["text"] for document in iter_documents(TextSource(tuple(map(str, places))), **options)]
+def make(folder, tree):
+    """Write files: a text, bytes, or ("->", target) for a link. None makes a folder."""
+    for name, content in tree.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, tuple):
+            path.symlink_to(content[1])
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def test_several_places_and_patterns_are_read_in_their_order(tmp_path):
-    for name in ("b.txt", "sub/a1.txt", "sub/deep/a2.txt", "c[1].txt", "c1.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{name}\n")
-    pattern = tmp_path / "sub" / "**" / "*.txt"
-    assert texts(tmp_path / "c[1].txt", tmp_path / "b.txt", pattern) == [
-        "c[1].txt",  # a name that exists is no pattern
-        "b.txt",
-        "sub/a1.txt",
-        "sub/deep/a2.txt",
-    ]
-    assert texts_of(convert(tmp_path / "out", tmp_path / "b.txt", str(pattern))) == [
-        "b.txt",
-        "sub/a1.txt",
-        "sub/deep/a2.txt",
-    ]
+def inventory(*places, **options):
+    text_column = options.pop("text_column", "text")
+    return Inventory(TextSource(tuple(map(str, places)), text_column=text_column), **options)
+
+
+def found(folder, *places, **options):
+    """Names of the files that are read, in their order, and of those skipped, with the reasons."""
+    files = inventory(*(places or [folder]), **options)
+    files.save(folder.parent / "list.jsonl")
+    records = [json.loads(line) for line in (folder.parent / "list.jsonl").read_text().splitlines()]
+    names = {os.path.relpath(record["path"], folder): record.get("skipped") for record in records}
+    read = [name for name, reason in names.items() if reason is None]
+    assert [os.path.relpath(file.path, folder) for file in files] == read and files.report.read == len(read)
+    return read, {name: reason for name, reason in names.items() if reason is not None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "s").mkdir()
+    return tmp_path / "s"
+
+
+INDENTED = json.dumps({"default": {"features": {"text": {}}}}, indent=1)
+READ_AND_SKIPPED = {
+    "any case": ({"a.JSONL": DOCUMENT, "b.Txt": "x", "c.json": DOCUMENT}, {}),
+    "unknown": (
+        {"a.jsonl": DOCUMENT, "LICENSE": "x", "README.md": "x", "b.jsonl.old": DOCUMENT},
+        {"LICENSE": walk.UNKNOWN, "README.md": walk.UNKNOWN, "b.jsonl.old": walk.UNKNOWN},
+    ),
+    "archives": (
+        {"a.txt": "x", "b.ZIP": "x", "c.tar.gz": "x", "d.7z": "x"},
+        {"b.ZIP": walk.ARCHIVE, "c.tar.gz": walk.ARCHIVE, "d.7z": walk.ARCHIVE},
+    ),
+    "hidden": (
+        {"a.txt": "x", ".b.txt": "x", "._a.txt": b"\0\5", ".ipynb_checkpoints/a.txt": "x", "sub/.git/c.txt": "x"},
+        {".b.txt": walk.HIDDEN, "._a.txt": walk.HIDDEN, ".ipynb_checkpoints": walk.HIDDEN, "sub/.git": walk.HIDDEN},
+    ),
+    "system": (
+        {"a.txt": "x", "__MACOSX/a.txt": "x", "Thumbs.db": "x", "desktop.ini": "x"},
+        {"__MACOSX": walk.SYSTEM, "Thumbs.db": walk.SYSTEM, "desktop.ini": walk.SYSTEM},
+    ),
+    "metadata": (
+        {
+            "data/a.jsonl": DOCUMENT,
+            "dataset_infos.json": INDENTED,
+            "config.json": '{"a": 1}',
+            "vocab.json": '{"text": 5}',
+        },
+        {name: walk.METADATA for name in ("dataset_infos.json", "config.json", "vocab.json")},
+    ),
+    "tokenizer": (
+        {
+            "a.txt": "x",
+            "vocab.txt": "a line",
+            "t/tokenizer.json": "{\n}",
+            "t/vocab.txt": "[PAD]",
+            "t/merges.txt": "a b",
+        },
+        {name: walk.METADATA for name in ("t/tokenizer.json", "t/vocab.txt", "t/merges.txt")},
+    ),
+    "documents named as metadata": ({"config.json": DOCUMENT * 2, "stats.json": '{\n"text": "x"\n}'}, {}),
+    "what a conversion dropped": (
+        {"a.txt": "x", "dropped.jsonl": '{"reason": "duplicate", "place": "a:1", "text": "x"}\n'},
+        {"dropped.jsonl": walk.OUTPUT},
+    ),
+    "a record of DVC, fetched": (
+        {"a.txt": "x", "a.txt.dvc": "outs:", "model.pt.dvc": "outs:"},
+        {"a.txt.dvc": walk.UNKNOWN, "model.pt.dvc": walk.UNKNOWN},
+    ),
+    "a list of no dataset": ({"a.jsonl": DOCUMENT, "sub/index.json": '{"a": 1}'}, {"sub/index.json": walk.METADATA}),
+    "empty files": ({"a.txt": "", "b.json": "", "c.txt": "x"}, {}),
+    "links to files": (
+        {
+            "../blobs/1": DOCUMENT,
+            "../blobs/2": "x",
+            "a.jsonl": ("->", "../blobs/1"),
+            "b.jsonl": ("->", "../blobs/1"),
+            "c.jsonl": ("->", "d.jsonl"),
+            "d.jsonl": DOCUMENT,
+            "e.md": ("->", "../blobs/2"),
+            "f.md": ("->", "nowhere"),
+        },
+        {"b.jsonl": walk.LINKED, "c.jsonl": walk.LINKED, "e.md": walk.UNKNOWN, "f.md": walk.UNKNOWN},
+    ),
+    "a cache of the hub": (
+        {"blobs/1": "x", "snapshots/r1/a.txt": ("->", "../../blobs/1"), "snapshots/r2/a.txt": ("->", "../../blobs/1")},
+        {"blobs/1": walk.UNKNOWN, "snapshots/r2/a.txt": walk.LINKED},
+    ),
+    "links to folders": (
+        {
+            "../other/a.txt": "x",
+            "../other/back": ("->", "../s"),
+            "../other/self": ("->", "."),
+            "a": ("->", "../other"),
+            "b": ("->", "../other"),
+            "c/d.txt": "x",
+            "e": ("->", "c"),
+            "f": ("->", ".."),
+            "g": ("->", "."),
+        },
+        {
+            "a/back": walk.LINKED,
+            "a/self": walk.LINKED,
+            "b": walk.LINKED,
+            "e": walk.LINKED,
+            "f": walk.AROUND,
+            "g": walk.LINKED,
+        },
+    ),
+    "a hidden folder by a link": ({".h/a.txt": "x", "b": ("->", ".h")}, {".h": walk.HIDDEN}),
+    "a link into a folder that a link reads": (
+        {"../o/p/a.txt": "x", "a": ("->", "../o/p"), "b": ("->", "../o"), "c.txt": ("->", "../o/p/a.txt")},
+        {"b/p": walk.LINKED, "c.txt": walk.LINKED},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_AND_SKIPPED)
+def test_each_file_is_read_or_skipped_with_its_reason(name, folder):
+    tree, skipped = READ_AND_SKIPPED[name]
+    make(folder, tree)
+    reached = {name for name in tree if not name.startswith("..") and (folder / name).is_file()}
+    within = {name for name in reached if any(name.startswith(f"{folder}/") for folder in skipped)}
+    read, left_out = found(folder)
+    assert left_out == skipped and read == sorted(read)
+    linked = {"a/a.txt"} if (folder / "a").is_dir() else {"b/a.txt"} if (folder / "b").is_dir() else set()
+    assert set(read) == reached - within - set(skipped) | linked
+
+
+def test_second_names_of_a_file_are_skipped(folder):
+    make(folder, {"a.txt": "x", "c.txt": "y"})
+    os.link(folder / "a.txt", folder / "b.txt")
+    assert found(folder) == (["a.txt", "c.txt"], {"b.txt": walk.LINKED})
+
+
+def test_pipes_and_sockets_are_skipped_or_refused_by_name(folder):
+    make(folder, {"a.txt": "x"})
+    os.mkfifo(folder / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        server.bind("socket.txt")
+    assert found(folder) == (["a.txt"], {"pipe.txt": walk.SPECIAL, "socket.txt": walk.SPECIAL})
+    with pytest.raises(ValueError, match="pipe.txt: no regular file; write the text to a file"):
+        inventory(folder / "pipe.txt")
+
+
+def test_only_listed_files_of_a_saved_dataset_are_read(folder):
+    table = pyarrow.table({"text": ["one"]})
+    for name in ("data-00000-of-00001.arrow", "cache-1f.arrow"):  # map() leaves the second one
+        with pyarrow.ipc.new_stream(str(folder / name), table.schema) as out:
+            out.write_table(table)
+    make(folder, {"a.txt": "x", "state.json": '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'})
+    skipped = found(folder)[1]
+    assert skipped["state.json"] == walk.METADATA and skipped["cache-1f.arrow"] in (walk.UNINDEXED, walk.UNKNOWN)
+
+
+NOT_FETCHED = {
+    "annexed.jsonl": (("->", ".git/annex/objects/x/y"), "a link to .git/annex/.* does not exist; run git annex get"),
+    "cached.jsonl": (("->", "../blobs/0f"), "does not exist; download the dataset again"),
+    "folder": (("->", "/mnt/none"), "does not exist; fetch it, or remove the link"),
+    "loop.txt": (("->", "loop.txt"), "does not exist"),
+    "lfs.txt": (LFS, "not fetched; run git lfs pull"),
+    "lfs.parquet": (LFS, "not fetched; run git lfs pull"),
+    "unlocked.jsonl": ("/annex/objects/SHA256E-s5--0.jsonl\n", "not fetched; run git annex get"),
+    "flat.jsonl": ("../.git/annex/objects/x\n", "not fetched; run git annex get"),
+    "b.jsonl.dvc": ("outs:\n", r"b.jsonl is not fetched; run dvc pull"),
+    "corpus.dvc": ("outs:\n", "corpus is not fetched; run dvc pull"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FETCHED)
+def test_what_is_not_fetched_is_refused_or_skipped(name, folder):
+    content, message = NOT_FETCHED[name]
+    make(folder, {"a.jsonl": DOCUMENT, name: content})
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        inventory(folder)
+    assert found(folder, skip_bad=True) == (["a.jsonl"], {name: walk.NOT_FETCHED})
+    if not name.endswith(".dvc") and name != "folder":
+        with pytest.raises(ValueError, match=message):
+            inventory(folder / name)
+
+
+def test_what_is_unreadable_is_refused_or_skipped(folder, monkeypatch):
+    """Also for a superuser, whom no permission stops."""
+    make(folder, {"a.txt": "x", "b.txt": "x", "sub/c.txt": "x"})
+    listdir = os.listdir
+
+    def denied(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(ValueError, match=r"s/sub: .*permission denied"):
+        inventory(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.txt")
+    with pytest.raises(ValueError, match=r"s/b.txt: .*permission denied"):
+        inventory(folder)
+    unreadable = {"b.txt": walk.UNREADABLE, "sub": walk.UNREADABLE}
+    assert found(folder, skip_bad=True) == (["a.txt"], unreadable)
+
+
+def mds(folder, **columns):
+    with MDSWriter(out=str(folder), columns=dict.fromkeys(columns, "str")) as writer:
+        writer.write(columns)
+
+
+REFUSED = {
+    "a described object": (
+        {"a.jsonl": DOCUMENT, "b.json": '{\n"n": 1\n}'},
+        ["."],
+        r"b.json: one JSON object .*\(it has n\)",
+    ),
+    "an unknown suffix by name": ({"a.md": "x"}, ["a.md"], "a.md: no file of a known format"),
+    "an archive by name": ({"a.zip": "x"}, ["a.zip"], "a.zip: an archive, unpack it"),
+    "a pattern of unknown suffixes": ({"a.md": "x"}, ["*.md"], r"\*.md: no file .*skipped .*a.md: of no known format"),
+    "nothing": ({"sub": None}, ["."], "no file of a known format"),
+    "an empty place among others": ({"a.txt": "x", "b/c.md": "x"}, ["a.txt", "b"], "b: no file of a known format"),
+    "a place twice": ({"a.txt": "x"}, ["a.txt", "./a.txt"], "are the same; name it once"),
+    "a link and its target": ({"a.txt": "x", "b.txt": ("->", "a.txt")}, ["a.txt", "b.txt"], "are the same"),
+    "two patterns of one file": ({"a.txt": "x"}, ["*.txt", "a*"], "are the same; name it once"),
+    "a place in another": ({"b/a.txt": "x"}, ["b/a.txt", "."], "a.txt lies in .*; name one of them"),
+    "unfinished work": (
+        {"x.partial/plan.json": "{}", "x.partial/units": None},
+        ["."],
+        "unfinished work of a conversion",
+    ),
+    "C4 beside others": (
+        {"c4/c4-train.00000-of-00001.json.gz": "x", "a.txt": "x"},
+        ["c4", "a.txt"],
+        r"name C4's files themselves: '.*c4-train.\*.json.gz'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_meant_is_refused(name, folder):
+    tree, places, message = REFUSED[name]
+    make(folder, tree)
+    with pytest.raises(ValueError, match=message):
+        inventory(*(folder / place if place != "./a.txt" else f"{folder}/./a.txt" for place in places))
+
+
+def test_a_text_column_decides_what_is_a_document(folder):
+    make(folder, {"a.json": '{\n"content": "x"\n}', "b.json": '{\n"meta": {"text": "x"}\n}'})
+    with pytest.raises(ValueError, match=r"a.json: one JSON object without 'text' \(it has content\).*--text_column"):
+        inventory(folder)
+    assert found(folder, folder / "a.json", text_column="content") == (["a.json"], {})
+    assert found(folder, folder / "b*.json", text_column="meta.text") == (["b.json"], {})
+    assert found(folder, skip_bad=True, text_column="content") == (["a.json"], {"b.json": walk.NO_TEXT})
+
+
+def test_shards_inside_a_place_are_refused_and_read_by_name(folder, tmp_path):
+    make(folder, {"a.txt": "x"})
+    for split in ("train", "val"):
+        mds(folder / split, text="shard")
+    with pytest.raises(ValueError, match=r"s/train: a dataset of shards .*name it itself \(.*s/train, .*s/val\)"):
+        inventory(folder)
+    make(folder, {"train/stats.json": "{}", "train/shard.00001.mds": "left over"})
+    unlisted = {"train/shard.00001.mds": walk.UNINDEXED, "train/stats.json": walk.UNINDEXED}
+    assert found(folder, folder / "train", folder / "a.txt") == (["train/shard.00000.mds", "a.txt"], unlisted)
+    (folder / "train" / "shard.00000.mds").unlink()
+    with pytest.raises(ValueError, match="shard.00000.mds is missing; .*index.json names it"):
+        inventory(folder / "train")
+
+
+def test_the_output_inside_the_source_is_skipped(folder):
+    """The first conversion and one that continues give the same lists. Other splits in the folder are skipped, too."""
+    make(folder, {"a.txt": "x\n", "train.part1.txt": "y\n"})
+    mds(folder / "val", text="of an earlier conversion")
+    (folder / "test.partial").mkdir()
+    first = bytes_of(convert(folder, folder, split="train"))
+    assert texts_of(folder / "train") == ["x", "y"]
+    output = {name: walk.OUTPUT for name in ("test.partial", "train", "val")}
+    assert found(folder, output=folder / "train") == (["a.txt", "train.part1.txt"], output)
+    convert(folder, folder, "--overwrite", split="train")
+    assert bytes_of(folder / "train") == first
+    with pytest.raises(ValueError, match=r"train lies in .*, which is written"):
+        convert(folder, folder / "train", "--overwrite", split="train")
+
+
+def test_a_folder_of_c4_skips_what_is_not_of_its_split(folder):
+    names = ["c4-train.00000-of-00002.json.gz", "c4-train.00001-of-00002.json.gz"]
+    make(folder, {**dict.fromkeys(names, "x"), "c4-validation.00000-of-00001.json.gz": "x", "mine.jsonl": DOCUMENT})
+    make(folder, {"sub/a.txt": "x", ".x": "x"})
+    left_out = {"mine.jsonl": walk.NOT_C4, "sub": walk.NOT_C4, ".x": walk.HIDDEN}
+    train = {**left_out, "c4-validation.00000-of-00001.json.gz": walk.NOT_C4}
+    assert found(folder, split="train") == (names, train)
+    read, skipped = found(folder, split="val", output=folder / "out" / "val")
+    assert read == ["c4-validation.00000-of-00001.json.gz"] and set(names) < set(skipped)
+    (folder / "en").mkdir()
+    for name in names:
+        (folder / name).rename(folder / "en" / name)
+    (folder / "c4-validation.00000-of-00001.json.gz").rename(folder / "en" / "v.json.gz")
+    read, skipped = found(folder)
+    assert read == [f"en/{name}" for name in names] and skipped == {**left_out, "en/v.json.gz": walk.NOT_C4}
+    (folder / "en" / names[0]).write_text(LFS)
+    with pytest.raises(ValueError, match="run git lfs pull"):
+        inventory(folder)
+
+
+def test_names_that_are_not_utf8(folder, capsys):
+    """They are converted, and printed with escapes."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    make(folder, {name: DOCUMENT + DOCUMENT + "bad\n", os.fsdecode(b"\xe9.md"): "x"})
+    split = convert(folder.parent, folder, "--skip_bad", "--dedup")
+    assert texts_of(split) == ["one"]
+    for file in ("stats.json", "files.jsonl", "dropped.jsonl"):
+        assert r"\\xe9" in (split / file).read_text(encoding="utf-8")
+    assert r"\xe9.md" in capsys.readouterr().err
+
+
+def test_several_places_and_patterns_are_read_in_their_order(folder):
+    make(folder, {name: f"{name}\n" for name in ("b.txt", "sub/a1.txt", "sub/deep/a2.txt", "c[1].txt", "c1.txt")})
+    pattern = folder / "sub" / "**"
+    files = inventory(folder / "c[1].txt", folder / "b.txt", pattern)
+    want = ["c[1].txt", "b.txt", "sub/a1.txt", "sub/deep/a2.txt"]  # a name that exists is no pattern
+    assert [document["text"] for document in documents(files)] == want
+    assert texts_of(convert(folder.parent, folder / "b.txt", str(pattern / "*.txt"))) == want[1:]
     with pytest.raises(ValueError, match=r"x\*\.txt: no file matches this pattern"):
-        texts(tmp_path / "b.txt", tmp_path / "x*.txt")
+        inventory(folder / "b.txt", folder / "x*.txt")
+
+
+def test_what_a_pattern_matches_may_be_links(folder):
+    make(folder, {"../blobs/1": "x", "a.txt": ("->", "../blobs/1"), "b.md": "x"})
+    assert found(folder, folder / "*") == (["a.txt"], {"b.md": walk.UNKNOWN})
 
 
 @pytest.mark.parametrize("options", [["--name", "en"], ["--split", "train"]])
@@ -46,4 +373,105 @@ def test_options_of_hub_datasets_are_refused_without_one(options, tmp_path):
 
 def test_a_source_can_be_sent_to_another_process():
     source = TextSource(("a", "hf:b/c"), "name", "split", "content")
-    assert pickle.loads(pickle.dumps(source)) == source
+    assert pickle.loads(pickle.dumps(source)) == source and str(source) == "a, hf:b/c"
+
+
+# Reports
+
+
+def test_the_split_and_both_scripts_say_what_is_skipped(folder, capsys):
+    make(folder, {**{f"{i}.md": "x" for i in range(5)}, "a.txt": "a word and some words more\n", ".x": "x"})
+    split = convert(folder.parent, folder)
+    said = f"skipped 5 (of no known format): {folder}/0.md, {folder}/1.md, {folder}/2.md, ...\n"
+    assert said in capsys.readouterr().err
+    assert json_of(split / "stats.json")["files"] == {
+        "read": 1,
+        "skipped": {"hidden": 1, "of no known format": 5},
+        "first_skipped": {"hidden": [f"{folder}/.x"], "of no known format": [f"{folder}/{i}.md" for i in range(3)]},
+    }
+    lines = [json.loads(line) for line in (split / "files.jsonl").read_text().splitlines()]
+    assert len(lines) == 7 and lines[0] == {"path": f"{folder}/.x", "skipped": "hidden"}
+    assert lines[-1] == {"path": f"{folder}/a.txt", "bytes": 27, "changed": (folder / "a.txt").stat().st_mtime_ns}
+    train_tokenizer.main([str(folder), "--out", str(folder.parent / "t"), "--vocab_size", "100"])
+    assert said in capsys.readouterr().err
+
+
+def test_the_tokenizer_counts_bad_lines(folder, capsys):
+    make(folder, {"a.jsonl": '{"text": "a word and some words more"}\nbad\n'})
+    options = ["--out", str(folder.parent / "t"), "--vocab_size", "100"]
+    with pytest.raises(ValueError, match="a.jsonl:2: "):
+        train_tokenizer.main([str(folder), *options])
+    train_tokenizer.main([str(folder), *options, "--skip_bad"])
+    assert "1 bad ones skipped: " in capsys.readouterr().err
+
+
+def test_columns_of_later_files_are_kept(folder, capsys):
+    make(folder, {"a.jsonl": DOCUMENT, "b.jsonl": DOCUMENT + '{"text": "two", "timestamp": "t"}\n'})
+    make(folder, {"c.jsonl": '{"text": "three", "url": "u"}\n'})
+    split = convert(folder.parent, folder)
+    assert [row["url"] for row in rows_of(split)] == ["", "", "", "u"]
+    assert json_of(split / "stats.json")["columns_not_kept"] == {"timestamp": 1}
+    assert "the column timestamp of 1 documents is not kept" in capsys.readouterr().err
+    limited = convert(folder.parent, folder, "--limit", "2", split="limited")
+    assert "url" not in rows_of(limited)[0]  # no file is looked at that is not read
+
+
+@pytest.mark.parametrize("part", [[], ["--part", "1/1"]])
+def test_a_file_that_changes_while_it_is_read_is_named(part, folder, monkeypatch):
+    make(folder, {"a.txt": "x\n"})
+    convert_unit = conversion.convert_unit
+
+    def growing(*args):
+        convert_unit(*args)
+        with (folder / "a.txt").open("a") as file:
+            file.write("more\n")
+
+    monkeypatch.setattr(conversion, "convert_unit", growing)
+    with pytest.raises(ValueError, match="a.txt changed while it was read"):
+        convert(folder.parent, folder, *part)
+    assert not (folder.parent / "mine").exists()
+
+
+# Options and folders
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size_limit", "big"], "--size_limit: expected a size below 4gb, for example 64mb, got 'big'"),
+        (["--size_limit", "0"], "--size_limit: expected"),
+        (["--size_limit", "5gb"], "--size_limit: expected"),
+        (["--compression", "zstd:99"], "--compression: expected"),
+        (["--out_root", "s3://bucket/c4"], "s3://bucket/c4 is no folder of this machine; .*aws s3 sync"),
+        (["--out_root", "a.txt"], "a.txt is a file; name a folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(arguments, message, folder, monkeypatch):
+    make(folder, {"a.txt": "x\n"})
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        convert_c4.main(["--out_root", "out", "--splits", "mine", "--source", "a.txt", *arguments])
+    assert names_in(folder) == ["a.txt"]
+
+
+def test_work_without_a_complete_unit_does_not_block_other_settings(folder, monkeypatch):
+    make(folder, {"a.txt": "x\n"})
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no codec"):
+        patched.setattr(MDSWriter, "write", lambda *args: (_ for _ in ()).throw(OSError("no codec")))
+        convert(folder.parent, folder, "--compression", "br")
+    assert texts_of(convert(folder.parent, folder)) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"mine.partial/precious.txt": "x"}, r"mine.partial is not the work of a conversion \(precious.txt\)"),
+        ({"mine/index.json": "{}", "mine/notes/a.md": "x"}, r"mine holds more than a dataset \(notes\)"),
+    ],
+)
+def test_folders_of_others_are_never_replaced(tree, message, folder, tmp_path):
+    make(folder, {"a.txt": "x\n"})
+    make(tmp_path, tree)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path, folder, "--overwrite")
+    assert all((tmp_path / name).exists() for name in tree)
