@@ -92,7 +92,7 @@ def fetch_index(source: Source) -> None:
     check_index(source)
     if not source.complete:
         with alone_on_node():
-            SourceStream(source).open_cache(limited=False)
+            SourceStream(source, download_retry=2, download_timeout=60).open_cache(limited=False)
 
 
 class RepairedDataset(StreamingDataset):
