@@ -304,7 +304,7 @@ def continues_word(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.bool_]:
     parts, vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
     rules = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     prefix = parts["model"].get("continuing_subword_prefix")
-    begins = ("Ġ", "Ċ", "ĉ", "č") if '"ByteLevel"' in rules else "▁" if "▁" in rules else None
+    begins = ("Ġ", "Ċ", "ĉ", "č") if '"ByteLevel"' in rules else ("▁",) if "▁" in rules else ()
     continues = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
     if prefix or begins:
         pieces = vocabulary.keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
