@@ -83,7 +83,7 @@ class Stats:
     first_bad: list[str] = field(default_factory=list)
     """The first ``QUOTED`` of them: file, line and reason."""
     duplicate: int = 0
-    """Documents dropped because an earlier one has the same text."""
+    """Documents dropped because an earlier one has the same text, or nearly the same."""
     contaminated: int = 0
     """Documents dropped because they share words with an evaluation set."""
     not_kept: Counter[str] = field(default_factory=Counter)
