@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from streaming import CSVWriter, JSONWriter, MDSWriter
+from streaming import JSONWriter, MDSWriter
 from streaming.base.util import merge_index
 
 from src import data_c4
@@ -39,9 +39,26 @@ def tokens(encoding, dtype, column="tokens", ids=IDS, shape=lambda x: x, **other
 MASKS = {"attention_mask": ("ndarray:int8", np.ones(4, np.int8)), "labels": ("ndarray:int64", np.array([-100, 5]))}
 
 
-@pytest.mark.parametrize(
-    ("columns", "rows"),
-    [
+@pytest.fixture
+def mixed(tokenizer, tmp_path):
+    """Opens datasets of these columns and rows as one mixture, numbered in this order."""
+
+    def mixed(parts):
+        for i, part in enumerate(parts):
+            write(tmp_path / f"{i:03}", *part)
+        sources = {f"{i:03}": Source(str(tmp_path / f"{i:03}"), split="val") for i in range(len(parts))}
+        return data_c4.StreamingC4(tokenizer, 32, sources=sources)
+
+    return mixed
+
+
+def fixed(*shape):
+    array = np.arange(1, 33, dtype=np.int32).reshape(shape)
+    return {"tokens": f"ndarray:int32:{','.join(map(str, shape))}"}, [{"tokens": array}]
+
+
+def test_tokens_of_other_programs_are_read_as_they_are(mixed):
+    forms = [
         tokens("bytes", np.int64),  # mosaicml/examples
         tokens("ndarray:int32", np.int32),  # llm-foundry
         tokens("ndarray:uint16", np.uint16, "input_ids"),  # ModernBERT
@@ -51,24 +68,10 @@ MASKS = {"attention_mask": ("ndarray:int8", np.ones(4, np.int8)), "labels": ("nd
         tokens("ndarray:int64", np.int64, "input_ids", **MASKS),
         tokens("bytes", np.int64, id=("str", "doc"), len=("int", 4), a=("jpeg_array", [b"x"])),
         tokens("ndarray:int32", np.int32, shape=lambda x: x[None], z=("uint8", 3)),  # of return_tensors="np"
-    ],
-    ids=lambda each: str(each)[:60] if isinstance(each, dict) else "",
-)
-def test_tokens_of_other_programs_are_read_as_they_are(columns, rows, opened, tmp_path):
-    dataset = opened(write(tmp_path, columns, rows), "val")
-    assert [dataset[i]["input_ids"].tolist() for i in range(3)] == IDS
-
-
-@pytest.mark.parametrize("rows", [[[0] * 32] * 2, [[[0] * 16] * 2] * 2], ids=["one", "two"])
-def test_arrays_of_a_fixed_shape(rows, opened, tmp_path):
-    array = np.arange(32, dtype=np.int32).reshape(np.shape(rows[0])) + 5
-    shape = ",".join(map(str, array.shape))
-    dataset = opened(write(tmp_path, {"tokens": f"ndarray:int32:{shape}"}, [{"tokens": array}] * 2), "val")
-    if array.ndim == 1:
-        assert dataset[1]["input_ids"].tolist() == array.tolist()
-    else:
-        with pytest.raises(DataError, match=r"sample 1: its tokens are int32\[2, 16\], expected integers in one dim"):
-            dataset[1]
+    ]
+    dataset = mixed([*forms, fixed(32), fixed(1, 32)])
+    found = [dataset[i]["input_ids"].tolist() for i in range(dataset.size)]
+    assert found == [*IDS * len(forms), *[list(range(1, 33))] * 2]
 
 
 def test_padding_at_the_ends_is_cut_off(opened, tokenizer, tmp_path):
@@ -78,9 +81,8 @@ def test_padding_at_the_ends_is_cut_off(opened, tokenizer, tmp_path):
     assert [dataset[i]["input_ids"].tolist() for i in range(2)] == [[2, 9, pad, 8, 3], [9]]
 
 
-@pytest.mark.parametrize(
-    ("columns", "values"),
-    [
+def test_text_beside_other_columns_is_read(mixed, tokenizer):
+    forms = [
         ({"text": "bytes"}, [{"text": text.encode()} for text in TEXTS]),
         ({"text": "str", "a": "json", "z": "int"}, [{"text": text, "a": [text], "z": 5} for text in TEXTS]),
         # Text comes first: it fits every tokenizer.
@@ -89,11 +91,10 @@ def test_padding_at_the_ends_is_cut_off(opened, tokenizer, tmp_path):
             {"text": "str", "tokens": "str", "input_ids": "int"},
             [{"text": t, "tokens": "", "input_ids": 5} for t in TEXTS],
         ),
-    ],
-)
-def test_text_beside_other_columns_is_read(columns, values, opened, tokenizer, tmp_path):
-    dataset = opened(write(tmp_path, columns, values), "val")
-    assert [dataset[i]["input_ids"].tolist() for i in range(3)] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    ]
+    dataset = mixed(forms)
+    found = [dataset[i]["input_ids"].tolist() for i in range(dataset.size)]
+    assert found == [tokenizer(text)["input_ids"] for text in TEXTS] * len(forms)
 
 
 def test_they_train_like_ours_alone_and_mixed(token_shards, opened, tokenizer, tmp_path):
@@ -116,37 +117,31 @@ def collate_all(dataset, collate):
     return [collate(samples[i : i + 8]) for i in range(0, dataset.size, 8)]
 
 
-BAD_TEXT = {"text": b"caf\xe9"}
-
-
-@pytest.mark.parametrize(
-    ("columns", "rows", "message"),
-    [
+def test_sample_that_does_not_fit_is_named(mixed):
+    misfits = [
         (
-            *tokens("bytes", np.uint16),
+            tokens("bytes", np.uint16),
             r"8 bytes are not int64 ids below 1,000; they fit ndarray:uint16: write the column so",
         ),
-        (*tokens("bytes", np.int32), r"16 bytes are not int64 ids below 1,000; they fit ndarray:int32: write"),
-        (*tokens("bytes", np.int64, ids=[[1000]]), "8 bytes are not int64 .*; name the tokenizer that made them"),
+        (tokens("bytes", np.int32), "16 bytes are not int64 ids below 1,000; they fit ndarray:int32: write the column"),
+        (tokens("bytes", np.int64, ids=[[1000]]), "8 bytes are not int64 .*; name the tokenizer that made them"),
+        (tokens("ndarray:int32", np.int32, ids=[[5, 1000]]), "its ids are 5 to 1,000, .*1,000 entries; name the token"),
+        (tokens("ndarray:int32", np.int32, ids=[[5, -100]]), "its ids are -100 to 5, .*; name the tokenizer"),
+        (tokens("ndarray", np.float32), r"its tokens are float32\[4\], expected integers in one dimension"),
+        (fixed(2, 16), r"its tokens are int32\[2, 16\], expected integers in one dimension"),
         (
-            *tokens("ndarray:int32", np.int32, ids=[[5, 1000]]),
-            "its ids are 5 to 1,000, .*1,000 entries; name the tokenizer",
+            tokens("bytes", np.int64, ids=[[5] * 33]),
+            r"it has 33 tokens, expected 1 to 32; set max_seq_len .--max_seq_le",
         ),
-        (*tokens("ndarray:int32", np.int32, ids=[[5, -100]]), "its ids are -100 to 5, .*; name the tokenizer"),
-        (*tokens("ndarray", np.float32), r"its tokens are float32\[4\], expected integers"),
-        (
-            *tokens("bytes", np.int64, ids=[[5] * 33]),
-            r"it has 33 tokens, expected 1 to 32; set max_seq_len .--max_seq_l",
-        ),
-        (*tokens("bytes", np.int64, ids=[[]]), "it has 0 tokens, expected 1 to 32"),
-        ({"text": "bytes"}, [BAD_TEXT], r"the text is not UTF-8 \(.*0xe9 in position 3.*\); write it as UTF-8"),
-    ],
-)
-def test_sample_that_does_not_fit_is_named(columns, rows, message, opened, tmp_path):
-    dataset = opened(write(tmp_path, columns, rows), "val")
-    with pytest.raises(DataError, match=rf"val/shard.00000.mds, sample 0: {message}") as refused:
-        dataset[0]
-    assert "\n" not in str(refused.value) and "again" not in str(refused.value)
+        (tokens("bytes", np.int64, ids=[[]]), "it has 0 tokens, expected 1 to 32"),
+        (({"text": "bytes"}, [{"text": b"caf\xe9"}]), r"the text is not UTF-8 \(.*0xe9 in position 3.*; write it as U"),
+    ]
+    dataset = mixed([part for part, _ in misfits])
+    for (_, message), first in zip(misfits, dataset.sample_offset_per_stream, strict=True):
+        with pytest.raises(DataError, match=rf"val/shard.00000.mds, sample 0: {message}") as refused:
+            dataset[first]
+        assert "\n" not in str(refused.value) and "again" not in str(refused.value)
+        dataset.failure = None
 
 
 def test_sample_whose_sizes_do_not_fit_is_damaged(opened, tmp_path):
@@ -210,13 +205,12 @@ def test_merged_datasets_have_their_shards_in_subfolders(compression, cached, op
     assert all(path.suffix == ".mds" or cached for path in made)
 
 
-@pytest.mark.parametrize(("writer", "name"), [(JSONWriter, "json"), (CSVWriter, "csv")])
-def test_streamings_json_and_csv_are_refused_with_the_command_that_converts_them(writer, name, tmp_path):
-    with writer(out=str(tmp_path / "val"), columns={"text": "str"}) as out:
+def test_streamings_json_and_csv_are_refused_with_the_command_that_converts_them(tmp_path):
+    with JSONWriter(out=str(tmp_path / "val"), columns={"text": "str"}) as out:
         out.write({"text": "a"})
     command = f"python convert_c4.py --out_root NEW --splits val --source {tmp_path}/val"
     for place in ([str(tmp_path)], [str(tmp_path), str(tmp_path / "cache")]):
-        with pytest.raises(DataError, match=f"val/index.json describes shards of format '{name}', .*: {command}$"):
+        with pytest.raises(DataError, match=f"val/index.json describes shards of format 'json', .*: {command}$"):
             data_c4.main(place)
 
 
