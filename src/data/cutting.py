@@ -1,7 +1,8 @@
 """Cutting text: a part gets the ids that the whole text has there.
 
-WordPiece, byte-level BPE and SentencePiece never join two words to one token, so cutting at a blank is exact. Where a
-text has no blank, a position is tried: the ids on both sides of it must be those of the text around it.
+WordPiece, BPE and SentencePiece do not join two words to one token, so cutting at a blank is exact (but not for the few
+tokenizers that were trained to join them, such as SuperBPE's). Where a text has no blank, positions are tried: the ids
+of the parts must be those of the text around.
 """
 
 from collections.abc import Callable, Iterator

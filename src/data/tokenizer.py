@@ -87,7 +87,7 @@ def _find_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     that frames no text, for lack of a post-processor, then gets [CLS] A [SEP]."""
     names = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
     names |= {name: (f"[{name.upper()}]", f"<{name}>") for name in ("mask", "pad", "unk")}
-    vocabulary, backend, found = tokenizer.get_vocab(), tokenizer.backend_tokenizer, dict[str, str]()
+    vocabulary, backend, found = tokenizer.get_vocab(), tokenizer.backend_tokenizer, dict[str, Any]()
     for name, words in names.items():
         if getattr(tokenizer, f"{name}_token") is None and (known := [word for word in words if word in vocabulary]):
             found[f"{name}_token"] = known[0]
@@ -95,7 +95,7 @@ def _find_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
         log.info("tokenizer %r: %s by their names", tokenizer.name_or_path, ", ".join(found.values()))
         tokenizer.add_special_tokens(found)
     if {"cls_token", "sep_token"} <= found.keys() and backend.post_processor is None:
-        cls, sep = ((str(found[name]), vocabulary[found[name]]) for name in ("cls_token", "sep_token"))
+        cls, sep = ((found[name], vocabulary[found[name]]) for name in ("cls_token", "sep_token"))
         backend.post_processor = TemplateProcessing(
             single=f"{cls[0]} $A {sep[0]}", pair=f"{cls[0]} $A {sep[0]} $B:1 {sep[0]}:1", special_tokens=[cls, sep]
         )

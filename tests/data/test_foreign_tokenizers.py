@@ -32,9 +32,8 @@ HAN = [chr(0x4E00 + i) for i in range(200)]
 
 
 def chinese(sentences):
-    return "".join(
-        "".join(RANDOM.choices(HAN, k=RANDOM.randint(3, 14))) + RANDOM.choice("，。") for _ in range(sentences)
-    )
+    ends = RANDOM.choices("，。", k=sentences)
+    return "".join("".join(RANDOM.choices(HAN, k=RANDOM.randint(3, 14))) + end for end in ends)
 
 
 def english(sentences):
@@ -175,9 +174,7 @@ def test_added_tokens_are_after_the_vocabulary(tokenizer):
     before = vocab_size(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[E1]"]})
     tokenizer.add_tokens(["naloxone"])
-    assert (
-        vocab_size(tokenizer) == before + 2 and before + 1 in word_ids(tokenizer) and before not in word_ids(tokenizer)
-    )
+    assert vocab_size(tokenizer) == before + 2 and word_ids(tokenizer)[-2:].tolist() == [before - 1, before + 1]
     encoder = TextEncoder.of(tokenizer)
     assert encoder.ids("naloxone") == [before + 1] and before not in encoder.ids("[E1]")
 
@@ -212,7 +209,7 @@ def test_vocabulary_and_merges(folders, tmp_path):
     """As RoBERTa's; alone they do not say so."""
     saved = Tokenizer.from_file(str(folders / "byte-level" / "tokenizer.json"))
     saved.model.save(str(tmp_path))
-    with pytest.raises(DataError, match=r'merges.json|vocab.json and merges.txt alone .*"RobertaTokenizer"}'):
+    with pytest.raises(DataError, match=r'vocab.json and merges.txt alone .*"RobertaTokenizer"}'):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
     assert load_tokenizer(str(tmp_path))("a b").input_ids == [0, *saved.encode("a b").ids, 2]
@@ -289,11 +286,11 @@ def test_special_words_in_conversion_and_loading(how, want, pack, tmp_path, caps
     convert(tmp_path / "text", tmp_path / "texts.txt")
     tokenizer = load_tokenizer(name)
     datasets = [
-        StreamingC4(tokenizer, 16, str(tmp_path / kind), split="mine", special_tokens=how, batch_size=1, **options)
-        for kind, options in (("tokens", {}), ("text", {}), ("text", {"moving_crop": True, "split": "mine"}))[:2]
+        StreamingC4(tokenizer, 16, str(tmp_path / kind), split="mine", special_tokens=how, batch_size=1)
+        for kind in ("tokens", "text")
     ]
     for dataset in datasets:
-        assert [dataset.ids(i).tolist() for i in range(3)][0] == [2, 5, 6, *want, 7, 3]
+        assert dataset.ids(0).tolist() == [2, 5, 6, *want, 7, 3]
     assert all(np.array_equal(datasets[0].ids(i), datasets[1].ids(i)) for i in range(3))
 
 
