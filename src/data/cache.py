@@ -90,9 +90,9 @@ class SourceStream(Stream):
         """
         cached, marker, remote = self.folder / "index.json", self.folder / MARKER, without_password(self.source.origin)
         if not cached.exists() and self.folder.exists():
-            names = sorted(each.name for each in self.folder.iterdir() if each.is_file())
             # What begins with a dot or ends in .tmp is never read: a file system's own, or a killed run's.
-            if foreign := [name for name in names if not name.startswith(".") and not name.endswith(".tmp")]:
+            names = (each.name for each in self.folder.iterdir() if each.name != "lost+found")
+            if foreign := sorted(name for name in names if not name.startswith(".") and not name.endswith(".tmp")):
                 raise DataError(
                     f"{self.folder} cannot be the cache of {remote}: it has no index.json, and holds {foreign[0]}. "
                     "Name another folder, new or empty, as local"
@@ -125,9 +125,6 @@ class SourceStream(Stream):
         """Note the bytes (N,) of each shard that is in the cache, 0 for a complete source. Called by the first process
         of the node, once no other run of it uses the cache and before any process reads."""
         if self.source.complete:
-            if any(_packed(shard) and not (self.folder / _raw(shard).basename).exists() for shard in shards):
-                with self._temporary():  # raises if the folder is read-only
-                    return
             return
         with contextlib.suppress(FileNotFoundError):
             for host in (self.folder / DOWNLOADS).iterdir():
