@@ -50,7 +50,7 @@ class StreamingC4(RepairedDataset):
             have written shards of tokens for exactly this length, and those of other programs may not be longer.
         local, remote, split: the one dataset, as for ``Source``.
         sources: several datasets to mix, by name, in place of the one.
-        verify: as for ``check_shards``; ``hash`` also checks shards as they are downloaded.
+        verify: of the shards that are there, as for ``check_shards``. A download is always compared with the index.
         length_window: global batches within which a shuffled epoch is grouped by length (``group_lengths``); 0 does
             not group. Needs ``shuffle`` and shards of tokens with their lengths.bin.
         moving_crop: random crop: an epoch takes part sample id + epoch of a text that is too long (``encode_crop``),

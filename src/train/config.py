@@ -65,8 +65,8 @@ class LoaderConfig:
     timeout: float = 1800
     """Seconds to wait for a batch; then the run stops with an error. No effect without workers."""
     cache_limit: str | None = None
-    """Size of the cache, for example ``100gb``, of at least 4 shards. Above it the least recently used shards are
-    deleted. None keeps all. Refused without a remote."""
+    """Size of the loader's caches together, for example ``100gb``, of at least 4 shards. Above it their least recently
+    used shards are deleted. None keeps all. Refused without a remote."""
     download_retry: int | None = None
     """Attempts of a download. None: 2. Refused without a remote."""
     download_timeout: float | None = None
@@ -159,7 +159,7 @@ class RunConfig:
     tokens."""
     data_verify: Literal["size", "hash", "off"] = "size"
     """Check of the shards before the first step. ``size``: every shard is there, with its size. ``hash``: its hash too,
-    which reads all the data once; streamed shards are checked when they arrive. ``off``: only the index."""
+    which reads all the data once. ``off``: only the index. Streamed shards are always checked when they arrive."""
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     """Sequences per microbatch. No effect on the loss. ``auto`` (GPU) finds what fits into memory."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
@@ -358,7 +358,7 @@ def _check_loaders(config: RunConfig, faults: list[str], expect: Callable[[bool,
                 faults.append(f"{path}.{name}: has no effect without num_workers")
         sources = loader.streams.values() if isinstance(loader, TrainLoaderConfig) and loader.streams else [loader]
         for name in ("predownload", "cache_limit", "download_retry", "download_timeout"):
-            if getattr(loader, name, None) is not None and not any(_remote(config, source) for source in sources):
+            if getattr(loader, name, None) is not None and all(_place(config, source).complete for source in sources):
                 faults.append(f"{path}.{name}: has no effect without a remote to stream from")
 
     streams = config.train_loader.streams
