@@ -725,6 +725,20 @@ MUTANTS = [
         "convert/test_sources.py::test_folder_is_read_in_sorted_order_with_its_subfolders",
     ),
     Mutant(
+        "truncated-zstd-is-whole",
+        "src/convert/streams.py",
+        "if self.frame is not None and not self.frame.eof:",
+        "if self.frame is not None and self.frame.eof:",
+        "convert/test_forms.py::test_damaged_streams_are_named",
+    ),
+    Mutant(
+        "disk-errors-are-bad-text",
+        "src/convert/streams.py",
+        "and not plain and not isinstance",
+        "and plain and not isinstance",
+        "convert/test_forms.py::test_errors_of_the_disk_are_no_bad_text",
+    ),
+    Mutant(
         "documents-without-tokens",
         "src/convert/samples.py",
         "for ids in found if ids)",

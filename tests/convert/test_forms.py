@@ -278,7 +278,7 @@ def test_too_long_fields_and_values_are_bad(tmp_path, monkeypatch):
     assert texts_of(tmp_path / "a.json") == ["x" * 300_000, "lost"]
 
 
-OBJECTS = [{"text": 'a [ " , } ä', "n": -1.5e3}, {"text": "two", "deep": [{"text": "no"}]}]
+OBJECTS = [{"text": 'a [ " , } ä, and more', "n": -1.5e3}, {"text": "two", "deep": [{"text": "no"}]}]
 JSON = {
     "array": json.dumps(OBJECTS),
     "array over lines": json.dumps(OBJECTS, indent=2),
