@@ -18,7 +18,7 @@ from src.common.errors import DataError
 from src.convert import hub
 from src.convert.files import BadText, Span
 from src.convert.forms import columns_of, read
-from src.convert.sources import Inventory, TextSource, iter_documents, units_of
+from src.convert.sources import TextSource, iter_documents, units_of
 from src.convert.stats import Stats
 
 
@@ -63,7 +63,7 @@ def test_a_dataset_is_read_by_name_and_split(hub_of):
         {"text": text, "url": url} for part in "01" for text, url in ((f"small train {part}", "u"), (part, "v"))
     ]
     assert hub_of == [("owner/texts", "small", {"split": "train", "streaming": True})]
-    files = list(Inventory(source))
+    files = list(hub.files(source, "hf:owner/texts"))
     assert [file.path for file in files] == [f"hf:owner/texts@sha?name=small&split=train#{i}" for i in range(2)]
     assert [len(unit) for unit in units_of(files, 1)] == [1, 1]
     assert columns_of(files[0].path, "text") == ["text", "url"]
