@@ -16,7 +16,8 @@ from streaming import MDSWriter
 
 from src.common.files import sync
 from src.convert import filters
-from src.convert.forms import Document, Span, read
+from src.convert.files import Span
+from src.convert.forms import Document, read
 from src.convert.samples import Tokens
 from src.convert.stats import Stats, printable, rounded
 from src.convert.workers import Count

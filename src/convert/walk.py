@@ -110,7 +110,6 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
     """
     if not source.places:
         yield from hub.c4_files(split)
-        return
     places = [(place, expanded(place) if is_local(place) else []) for place in source.places]
     local = _Walk([path for _, paths in places for path in paths], source.text_column, skip_bad, output)
     for place, paths in places:
@@ -168,9 +167,6 @@ class _Walk:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise DataError(f"{path}: {SPECIAL}; write the text to a file")
             yield from self._file(path, set(), os.stat(path) if os.path.exists(path) else None, not named, top=True)
-        elif len(splits := tables.splits_of(Path(path))) > 1:
-            names = ", ".join(_join(path, name) for name in splits)
-            raise DataError(f"{path}: a DatasetDict; name one of its splits ({names})")
         elif is_c4_folder(path):
             yield from self._c4(path, split)
         elif _is_index(path, set(os.listdir(path))):
@@ -189,6 +185,9 @@ class _Walk:
             self._refuse_shards(path, beside)
         if {"plan.json", "units"} <= beside:
             raise DataError(f"{path}: the unfinished work of a conversion; finish it, and name the split")
+        if "dataset_dict.json" in beside and len(splits := tables.splits_of(Path(path))) > 1:
+            names = ", ".join(_join(path, name) for name in splits)
+            raise DataError(f"{path}: a DatasetDict; name one of its splits ({names})")
         for name in names:
             yield from self._entry(_join(path, name), real, beside)
 
