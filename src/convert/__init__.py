@@ -1,7 +1,8 @@
 """From text to MDS shards (convert_c4.py).
 
 sources      what --source names, the list of its files, their documents; shares of work ("units")
-walk         places -> files, each read, skipped with a reason, or refused
+walk         places -> files, each read, skipped, or refused
+reasons      why a file is not read
 hub          datasets on the Hugging Face Hub, streamed; files at URLs
 forms        the forms of text files: one file -> its documents; text, JSON, CSV
 tables       Parquet and Arrow     mds    shards of streaming

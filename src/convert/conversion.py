@@ -23,7 +23,7 @@ from src.convert.sources import Inventory, TextSource, columns_of_files, documen
 from src.convert.stats import Stats
 from src.convert.unit import DUPLICATES, Job, Unit, convert_unit, gram_file, hash_file, hash_unit, unit_folder
 from src.convert.walk import expanded, is_local
-from src.convert.work_folder import FILES, PLAN, begin, check_free, differences, publish
+from src.convert.work_folder import FILES, PLAN, begin, check_free, differences, publish, remove
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
 """Splits that are the first documents of a split of C4: which, and how many."""
@@ -229,4 +229,4 @@ def merge(out_root: Path, split: str, overwrite: bool) -> None:
             shutil.copyfile(parts[0] / FILES, work / FILES)
         publish(work, folder, folder_of, overwrite)
         for path in parts:
-            shutil.rmtree(path)
+            remove(path)

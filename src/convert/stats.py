@@ -15,6 +15,8 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 QUOTED = 5
 """Number of unreadable lines that are quoted."""
 
+BEYOND_LIMIT = "beyond the limit of documents"
+
 NAMED = 3
 """Number of skipped files that are named for each reason."""
 
@@ -44,12 +46,13 @@ class FilesReport:
             first.append(printable(path))
 
     @classmethod
-    def of_list(cls, path: Path) -> "FilesReport":
-        """From a list that ``Inventory.save`` has written."""
+    def of_list(cls, path: Path, limit: int | None) -> "FilesReport":
+        """From a list that ``Inventory.save`` has written, of which the first ``limit`` files were opened."""
         report = cls()
         with path.open(encoding="utf-8") as lines:
             for record in map(json.loads, lines):
-                report.add(record["path"], record.get("skipped"))
+                beyond = BEYOND_LIMIT if report.read == limit else None
+                report.add(record["path"], record.get("skipped", beyond))
         return report
 
     def lines(self) -> list[str]:
@@ -74,6 +77,8 @@ def rounded(length: int) -> int:
 class Stats:
     """Counts that can be added up and stored as JSON."""
 
+    spans: int = 0
+    """Parts of files that were opened."""
     documents: int = 0
     """Documents read, without empty and unreadable ones."""
     empty: int = 0

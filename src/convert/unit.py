@@ -75,8 +75,13 @@ def gram_file(work: Path, size: int | str) -> Path:
 
 def documents_of(job: Job, unit: Unit, stats: Stats, count: Count) -> Iterator[tuple[str, Document]]:
     """Places and documents of a unit. Calls ``count`` after every ``COUNTED`` documents and at the end."""
-    documents = (item for span in unit.spans for item in read(span, job.text_column, job.skip_bad, stats))
-    number = 0
+
+    def items() -> Iterator[tuple[str, Document]]:
+        for span in unit.spans:
+            stats.spans += 1
+            yield from read(span, job.text_column, job.skip_bad, stats)
+
+    documents, number = items(), 0
     for number, item in enumerate(itertools.islice(documents, job.plan["limit"]), start=1):
         if number % COUNTED == 0:
             count(COUNTED)

@@ -20,7 +20,7 @@ from typing import Any
 from src.common.errors import DataError
 from src.common.files import replace_folder, sync, write_text
 from src.convert.stats import FilesReport, Stats
-from src.convert.unit import DROPPED, DUPLICATES, UNIT
+from src.convert.unit import DROPPED, UNIT
 from src.data.index import LENGTHS, TOKENS_KEY
 
 PLAN, CONVERSION = "plan.json", "conversion.json"
@@ -32,9 +32,6 @@ FILES = "files.jsonl"
 
 OF_A_SPLIT = ("index.json", "stats.json", CONVERSION, FILES, LENGTHS, DROPPED, "shard.", ".")
 """Beginnings of the names in a split."""
-
-OF_WORK = {PLAN, FILES, DUPLICATES, "units", "split"}
-"""Names in a working folder."""
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -52,32 +49,42 @@ def begin(work: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Make the working folder ``work``, or keep it if it was begun with the same plan (a flat dict of JSON values).
 
     Raises:
-        ValueError: it was begun with another plan, and ``overwrite`` is off.
+        ValueError: a part of another plan is done, and ``overwrite`` is off; or the folder is something else.
     """
     found = [path for path in (work / PLAN, work / "split" / CONVERSION) if path.exists()]
     if found:
         other = json.loads(found[0].read_text())
         changed = differences(other, plan)
-        complete = sum(path.suffix == "" for path in (work / "units").iterdir())
-        if changed and complete and not overwrite:
+        done = [path for path in (work / "units").iterdir() if path.suffix != ".partial"]
+        if changed and done and not overwrite:
             raise ValueError(
                 f"{work} was begun with other settings or another source ({changed}). Give the same again or another "
-                f"--out_root; --overwrite discards the {complete} units that are complete"
+                "--out_root; --overwrite discards what is done"
             )
         if not changed:
             for path in (work / "units").glob("*.partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            complete = sum(path.suffix == "" for path in done)
             print(f"continuing {work}: {complete} of {plan['units']} units are complete", file=sys.stderr)
             return
-    elif work.exists() and not (work / "units").exists():
-        others = {path.name for path in work.iterdir() if path.suffix not in (".partial", ".npy")} - OF_WORK
-        if others:
-            raise ValueError(f"{work} is not the work of a conversion ({min(others)}), so it is kept; move it away")
     if work.exists():
-        print(f"removing {work}, left by an earlier conversion", file=sys.stderr)
-        shutil.rmtree(work)
+        remove(work)
     (work / "units").mkdir(parents=True)
     write_text(work / PLAN, json.dumps(plan, indent=1))
+
+
+def remove(work: Path) -> None:
+    """Remove a working folder; its units last, by which the rest of an interrupted removal is recognized.
+
+    Raises:
+        ValueError: the folder is something else.
+    """
+    others = sorted(path for path in work.iterdir() if path.name != "units")
+    if others and not (work / "units").is_dir():
+        raise ValueError(f"{work} is not the work of a conversion ({others[0].name}), so it is kept; move it away")
+    for path in others:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -97,7 +104,7 @@ def publish(work: Path, folder: Path, folder_of: Callable[[int], Path], overwrit
         _assemble(work, folder_of)
     check_free(folder, overwrite)
     replace_folder(work / "split", folder)
-    shutil.rmtree(work)
+    remove(work)
 
 
 def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
@@ -122,7 +129,7 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
                     with (folder / name).open("rb") as part:
                         shutil.copyfileobj(part, out)
     if not stats.samples:
-        shutil.rmtree(work)
+        remove(work)
         left = "the tokenizer gives no token for any" if stats.characters else "the filters dropped every"
         raise DataError(f"{work.stem}: {left} document")
     for path in (split / LENGTHS, split / DROPPED):
@@ -134,7 +141,7 @@ def _assemble(work: Path, folder_of: Callable[[int], Path]) -> None:
     if (work / FILES).exists():
         shutil.copyfile(work / FILES, split / FILES)
         sync(split / FILES)
-        report["files"] = FilesReport.of_list(split / FILES).as_json()
+        report["files"] = FilesReport.of_list(split / FILES, stats.spans if plan["limit"] else None).as_json()
     write_text(split / "stats.json", json.dumps(report, indent=1))
     (work / PLAN).rename(split / CONVERSION)  # now the split is complete and lacks only its name
     sync(split)

@@ -13,7 +13,7 @@ from streaming import MDSWriter
 
 import convert_c4
 import train_tokenizer
-from src.convert import conversion, walk
+from src.convert import conversion, reasons
 from src.convert.sources import Inventory, TextSource, documents
 from tests.convert.splits import bytes_of, convert, json_of, names_in, rows_of, texts_of
 
@@ -61,19 +61,24 @@ READ_AND_SKIPPED = {
     "any case": ({"a.JSONL": DOCUMENT, "b.Txt": "x", "c.json": DOCUMENT}, {}),
     "unknown": (
         {"a.jsonl": DOCUMENT, "LICENSE": "x", "README.md": "x", "b.jsonl.old": DOCUMENT},
-        {"LICENSE": walk.UNKNOWN, "README.md": walk.UNKNOWN, "b.jsonl.old": walk.UNKNOWN},
+        {"LICENSE": reasons.UNKNOWN, "README.md": reasons.UNKNOWN, "b.jsonl.old": reasons.UNKNOWN},
     ),
     "archives": (
         {"a.txt": "x", "b.ZIP": "x", "c.tar.gz": "x", "d.7z": "x"},
-        {"b.ZIP": walk.ARCHIVE, "c.tar.gz": walk.ARCHIVE, "d.7z": walk.ARCHIVE},
+        {"b.ZIP": reasons.ARCHIVE, "c.tar.gz": reasons.ARCHIVE, "d.7z": reasons.ARCHIVE},
     ),
     "hidden": (
         {"a.txt": "x", ".b.txt": "x", "._a.txt": b"\0\5", ".ipynb_checkpoints/a.txt": "x", "sub/.git/c.txt": "x"},
-        {".b.txt": walk.HIDDEN, "._a.txt": walk.HIDDEN, ".ipynb_checkpoints": walk.HIDDEN, "sub/.git": walk.HIDDEN},
+        {
+            ".b.txt": reasons.HIDDEN,
+            "._a.txt": reasons.HIDDEN,
+            ".ipynb_checkpoints": reasons.HIDDEN,
+            "sub/.git": reasons.HIDDEN,
+        },
     ),
     "system": (
         {"a.txt": "x", "__MACOSX/a.txt": "x", "Thumbs.db": "x", "desktop.ini": "x"},
-        {"__MACOSX": walk.SYSTEM, "Thumbs.db": walk.SYSTEM, "desktop.ini": walk.SYSTEM},
+        {"__MACOSX": reasons.SYSTEM, "Thumbs.db": reasons.SYSTEM, "desktop.ini": reasons.SYSTEM},
     ),
     "metadata": (
         {
@@ -82,7 +87,7 @@ READ_AND_SKIPPED = {
             "config.json": '{"a": 1}',
             "vocab.json": '{"text": 5}',
         },
-        {name: walk.METADATA for name in ("dataset_infos.json", "config.json", "vocab.json")},
+        {name: reasons.METADATA for name in ("dataset_infos.json", "config.json", "vocab.json")},
     ),
     "tokenizer": (
         {
@@ -92,18 +97,18 @@ READ_AND_SKIPPED = {
             "t/vocab.txt": "[PAD]",
             "t/merges.txt": "a b",
         },
-        {name: walk.METADATA for name in ("t/tokenizer.json", "t/vocab.txt", "t/merges.txt")},
+        {name: reasons.METADATA for name in ("t/tokenizer.json", "t/vocab.txt", "t/merges.txt")},
     ),
     "documents named as metadata": ({"config.json": DOCUMENT * 2, "stats.json": '{\n"text": "x"\n}'}, {}),
     "what a conversion dropped": (
         {"a.txt": "x", "dropped.jsonl": '{"reason": "duplicate", "place": "a:1", "text": "x"}\n'},
-        {"dropped.jsonl": walk.OUTPUT},
+        {"dropped.jsonl": reasons.OUTPUT},
     ),
     "a record of DVC, fetched": (
         {"a.txt": "x", "a.txt.dvc": "outs:", "model.pt.dvc": "outs:"},
-        {"a.txt.dvc": walk.UNKNOWN, "model.pt.dvc": walk.UNKNOWN},
+        {"a.txt.dvc": reasons.UNKNOWN, "model.pt.dvc": reasons.UNKNOWN},
     ),
-    "a list of no dataset": ({"a.jsonl": DOCUMENT, "sub/index.json": '{"a": 1}'}, {"sub/index.json": walk.METADATA}),
+    "a list of no dataset": ({"a.jsonl": DOCUMENT, "sub/index.json": '{"a": 1}'}, {"sub/index.json": reasons.METADATA}),
     "empty files": ({"a.txt": "", "b.json": "", "c.txt": "x"}, {}),
     "links to files": (
         {
@@ -116,11 +121,11 @@ READ_AND_SKIPPED = {
             "e.md": ("->", "../blobs/2"),
             "f.md": ("->", "nowhere"),
         },
-        {"b.jsonl": walk.LINKED, "c.jsonl": walk.LINKED, "e.md": walk.UNKNOWN, "f.md": walk.UNKNOWN},
+        {"b.jsonl": reasons.LINKED, "c.jsonl": reasons.LINKED, "e.md": reasons.UNKNOWN, "f.md": reasons.UNKNOWN},
     ),
     "a cache of the hub": (
         {"blobs/1": "x", "snapshots/r1/a.txt": ("->", "../../blobs/1"), "snapshots/r2/a.txt": ("->", "../../blobs/1")},
-        {"blobs/1": walk.UNKNOWN, "snapshots/r2/a.txt": walk.LINKED},
+        {"blobs/1": reasons.UNKNOWN, "snapshots/r2/a.txt": reasons.LINKED},
     ),
     "links to folders": (
         {
@@ -135,18 +140,18 @@ READ_AND_SKIPPED = {
             "g": ("->", "."),
         },
         {
-            "a/back": walk.LINKED,
-            "a/self": walk.LINKED,
-            "b": walk.LINKED,
-            "e": walk.LINKED,
-            "f": walk.AROUND,
-            "g": walk.LINKED,
+            "a/back": reasons.LINKED,
+            "a/self": reasons.LINKED,
+            "b": reasons.LINKED,
+            "e": reasons.LINKED,
+            "f": reasons.AROUND,
+            "g": reasons.LINKED,
         },
     ),
-    "a hidden folder by a link": ({".h/a.txt": "x", "b": ("->", ".h")}, {".h": walk.HIDDEN}),
+    "a hidden folder by a link": ({".h/a.txt": "x", "b": ("->", ".h")}, {".h": reasons.HIDDEN}),
     "a link into a folder that a link reads": (
         {"../o/p/a.txt": "x", "a": ("->", "../o/p"), "b": ("->", "../o"), "c.txt": ("->", "../o/p/a.txt")},
-        {"b/p": walk.LINKED, "c.txt": walk.LINKED},
+        {"b/p": reasons.LINKED, "c.txt": reasons.LINKED},
     ),
 }
 
@@ -166,7 +171,7 @@ def test_each_file_is_read_or_skipped_with_its_reason(name, folder):
 def test_second_names_of_a_file_are_skipped(folder):
     make(folder, {"a.txt": "x", "c.txt": "y"})
     os.link(folder / "a.txt", folder / "b.txt")
-    assert found(folder) == (["a.txt", "c.txt"], {"b.txt": walk.LINKED})
+    assert found(folder) == (["a.txt", "c.txt"], {"b.txt": reasons.LINKED})
 
 
 def test_pipes_and_sockets_are_skipped_or_refused_by_name(folder):
@@ -174,7 +179,7 @@ def test_pipes_and_sockets_are_skipped_or_refused_by_name(folder):
     os.mkfifo(folder / "pipe.txt")
     with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
         server.bind("socket.txt")
-    assert found(folder) == (["a.txt"], {"pipe.txt": walk.SPECIAL, "socket.txt": walk.SPECIAL})
+    assert found(folder) == (["a.txt"], {"pipe.txt": reasons.SPECIAL, "socket.txt": reasons.SPECIAL})
     with pytest.raises(ValueError, match="pipe.txt: no regular file; write the text to a file"):
         inventory(folder / "pipe.txt")
 
@@ -186,7 +191,10 @@ def test_only_listed_files_of_a_saved_dataset_are_read(folder):
             out.write_table(table)
     make(folder, {"a.txt": "x", "state.json": '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'})
     skipped = found(folder)[1]
-    assert skipped["state.json"] == walk.METADATA and skipped["cache-1f.arrow"] in (walk.UNINDEXED, walk.UNKNOWN)
+    assert skipped["state.json"] == reasons.METADATA and skipped["cache-1f.arrow"] in (
+        reasons.UNINDEXED,
+        reasons.UNKNOWN,
+    )
 
 
 NOT_FETCHED = {
@@ -209,7 +217,7 @@ def test_what_is_not_fetched_is_refused_or_skipped(name, folder):
     make(folder, {"a.jsonl": DOCUMENT, name: content})
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):
         inventory(folder)
-    assert found(folder, skip_bad=True) == (["a.jsonl"], {name: walk.NOT_FETCHED})
+    assert found(folder, skip_bad=True) == (["a.jsonl"], {name: reasons.NOT_FETCHED})
     if not name.endswith(".dvc") and name != "folder":
         with pytest.raises(ValueError, match=message):
             inventory(folder / name)
@@ -231,7 +239,7 @@ def test_what_is_unreadable_is_refused_or_skipped(folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.txt")
     with pytest.raises(ValueError, match=r"s/b.txt: .*permission denied"):
         inventory(folder)
-    unreadable = {"b.txt": walk.UNREADABLE, "sub": walk.UNREADABLE}
+    unreadable = {"b.txt": reasons.UNREADABLE, "sub": reasons.UNREADABLE}
     assert found(folder, skip_bad=True) == (["a.txt"], unreadable)
 
 
@@ -260,6 +268,11 @@ REFUSED = {
         ["."],
         "unfinished work of a conversion",
     ),
+    "a DatasetDict": (
+        {"d/dataset_dict.json": '{"splits": ["test", "train"]}', "d/test/a.txt": "x"},
+        ["."],
+        "s/d: a DatasetDict; name one of its splits (.*s/d/test, .*s/d/train)",
+    ),
     "C4 beside others": (
         {"c4/c4-train.00000-of-00001.json.gz": "x", "a.txt": "x"},
         ["c4", "a.txt"],
@@ -282,7 +295,7 @@ def test_a_text_column_decides_what_is_a_document(folder):
         inventory(folder)
     assert found(folder, folder / "a.json", text_column="content") == (["a.json"], {})
     assert found(folder, folder / "b*.json", text_column="meta.text") == (["b.json"], {})
-    assert found(folder, skip_bad=True, text_column="content") == (["a.json"], {"b.json": walk.NO_TEXT})
+    assert found(folder, skip_bad=True, text_column="content") == (["a.json"], {"b.json": reasons.NO_TEXT})
 
 
 def test_shards_inside_a_place_are_refused_and_read_by_name(folder, tmp_path):
@@ -292,7 +305,7 @@ def test_shards_inside_a_place_are_refused_and_read_by_name(folder, tmp_path):
     with pytest.raises(ValueError, match=r"s/train: a dataset of shards .*name it itself \(.*s/train, .*s/val\)"):
         inventory(folder)
     make(folder, {"train/stats.json": "{}", "train/shard.00001.mds": "left over"})
-    unlisted = {"train/shard.00001.mds": walk.UNINDEXED, "train/stats.json": walk.UNINDEXED}
+    unlisted = {"train/shard.00001.mds": reasons.UNINDEXED, "train/stats.json": reasons.UNINDEXED}
     assert found(folder, folder / "train", folder / "a.txt") == (["train/shard.00000.mds", "a.txt"], unlisted)
     (folder / "train" / "shard.00000.mds").unlink()
     with pytest.raises(ValueError, match="shard.00000.mds is missing; .*index.json names it"):
@@ -306,7 +319,7 @@ def test_the_output_inside_the_source_is_skipped(folder):
     (folder / "test.partial").mkdir()
     first = bytes_of(convert(folder, folder, split="train"))
     assert texts_of(folder / "train") == ["x", "y"]
-    output = {name: walk.OUTPUT for name in ("test.partial", "train", "val")}
+    output = {name: reasons.OUTPUT for name in ("test.partial", "train", "val")}
     assert found(folder, output=folder / "train") == (["a.txt", "train.part1.txt"], output)
     convert(folder, folder, "--overwrite", split="train")
     assert bytes_of(folder / "train") == first
@@ -318,8 +331,8 @@ def test_a_folder_of_c4_skips_what_is_not_of_its_split(folder):
     names = ["c4-train.00000-of-00002.json.gz", "c4-train.00001-of-00002.json.gz"]
     make(folder, {**dict.fromkeys(names, "x"), "c4-validation.00000-of-00001.json.gz": "x", "mine.jsonl": DOCUMENT})
     make(folder, {"sub/a.txt": "x", ".x": "x"})
-    left_out = {"mine.jsonl": walk.NOT_C4, "sub": walk.NOT_C4, ".x": walk.HIDDEN}
-    train = {**left_out, "c4-validation.00000-of-00001.json.gz": walk.NOT_C4}
+    left_out = {"mine.jsonl": reasons.NOT_C4, "sub": reasons.NOT_C4, ".x": reasons.HIDDEN}
+    train = {**left_out, "c4-validation.00000-of-00001.json.gz": reasons.NOT_C4}
     assert found(folder, split="train") == (names, train)
     read, skipped = found(folder, split="val", output=folder / "out" / "val")
     assert read == ["c4-validation.00000-of-00001.json.gz"] and set(names) < set(skipped)
@@ -328,7 +341,7 @@ def test_a_folder_of_c4_skips_what_is_not_of_its_split(folder):
         (folder / name).rename(folder / "en" / name)
     (folder / "c4-validation.00000-of-00001.json.gz").rename(folder / "en" / "v.json.gz")
     read, skipped = found(folder)
-    assert read == [f"en/{name}" for name in names] and skipped == {**left_out, "en/v.json.gz": walk.NOT_C4}
+    assert read == [f"en/{name}" for name in names] and skipped == {**left_out, "en/v.json.gz": reasons.NOT_C4}
     (folder / "en" / names[0]).write_text(LFS)
     with pytest.raises(ValueError, match="run git lfs pull"):
         inventory(folder)
@@ -358,7 +371,7 @@ def test_several_places_and_patterns_are_read_in_their_order(folder):
 
 def test_what_a_pattern_matches_may_be_links(folder):
     make(folder, {"../blobs/1": "x", "a.txt": ("->", "../blobs/1"), "b.md": "x"})
-    assert found(folder, folder / "*") == (["a.txt"], {"b.md": walk.UNKNOWN})
+    assert found(folder, folder / "*") == (["a.txt"], {"b.md": reasons.UNKNOWN})
 
 
 @pytest.mark.parametrize("options", [["--name", "en"], ["--split", "train"]])
@@ -414,6 +427,9 @@ def test_columns_of_later_files_are_kept(folder, capsys):
     assert "the column timestamp of 1 documents is not kept" in capsys.readouterr().err
     limited = convert(folder.parent, folder, "--limit", "2", split="limited")
     assert "url" not in rows_of(limited)[0]  # no file is looked at that is not read
+    beyond = {"beyond the limit of documents": 1}
+    files = json_of(limited / "stats.json")["files"]
+    assert files == {"read": 2, "skipped": beyond, "first_skipped": dict.fromkeys(beyond, [f"{folder}/c.jsonl"])}
 
 
 @pytest.mark.parametrize("part", [[], ["--part", "1/1"]])
