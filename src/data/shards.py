@@ -34,9 +34,8 @@ def check_index(source: Source) -> None:
         splits = ", ".join(sorted(path.parent.name for path in origin.glob("*/index.json")))
         hint = f"splits there: {splits}" if splits else "make one with convert_c4.py"
         if (origin / "index.json").is_file():
-            hint = (
-                f"{origin.name} is a split itself: name {origin.parent} as the folder, and {origin.name} as the split"
-            )
+            folder, name = os.path.split(os.path.realpath(origin))
+            hint = f"{origin} is a split itself: name {folder} as the folder, and {name} as the split"
         raise DataError(f"{origin / split} holds no dataset (no index.json); {hint}")
 
 
