@@ -62,11 +62,12 @@ class SourceStream(Stream):
         DataError: the remote is of no known kind, or needs another package.
     """
 
-    def __init__(self, source: Source, **options: Any):
+    def __init__(self, source: Source, download_retry: int = 2, download_timeout: float = 60):
         # Streaming compares these paths with those of other runs.
         place = {"local": os.path.realpath(source.local or ""), "remote": None if source.complete else source.remote}
+        options = {"download_retry": download_retry, "download_timeout": download_timeout}
         try:
-            super().__init__(**{**vars(source), **place}, **options)
+            super().__init__(**{**vars(source), **place, **options})
         except Exception as error:  # each object store has errors of its own
             packages = CLIENTS.get(str(source.remote).split(":")[0]) if isinstance(error, ImportError) else None
             install = f"; pip install {packages}" if packages else ""
@@ -116,10 +117,12 @@ class SourceStream(Stream):
             advice = f"Check the address, the credentials and the network{alone}"
             raise DataError(without_password(f"{message}. {advice}")) from error
         if read_index(self.folder) != index:
-            raise DataError(
-                f"{self.folder} is the cache of another dataset than {remote} holds; name another local folder, or "
-                "delete this one"
-            )
+            if marker.exists():
+                message = (
+                    f"{self.folder} is the cache of another dataset than {remote} holds; name another local folder"
+                )
+                raise DataError(f"{message}, or delete this one")
+            raise DataError(f"{self.folder} holds another dataset than {remote}; name another local folder")
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Note the bytes (N,) of each shard that is in the cache, 0 for a complete source. Called by the first process

@@ -92,7 +92,7 @@ def fetch_index(source: Source) -> None:
     check_index(source)
     if not source.complete:
         with alone_on_node():
-            SourceStream(source, download_retry=2, download_timeout=60).open_cache(limited=False)
+            SourceStream(source).open_cache(limited=False)
 
 
 class RepairedDataset(StreamingDataset):
@@ -132,7 +132,7 @@ class RepairedDataset(StreamingDataset):
         streams: list[SourceStream] = []
         for source in self.sources.values():
             check_index(source)
-            streams.append(SourceStream(source, download_retry=download_retry, download_timeout=download_timeout))
+            streams.append(SourceStream(source, download_retry, download_timeout))
         leads = World.detect().is_local_leader  # one process of the node reads all files; the others share them
         with alone_on_node() if leads else contextlib.nullcontext():
             for stream in streams:

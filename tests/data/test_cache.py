@@ -122,6 +122,8 @@ def test_a_copy_of_the_dataset_is_used_and_not_evicted(read, tmp_path):
     message = r"local/train may be the only copy of a dataset, and cache_limit would delete its shards.*make the file"
     with pytest.raises(DataError, match=message):
         read(local, remote, cache_limit=10_000)
+    with pytest.raises(DataError, match=r"local/train holds another dataset than .*; name another local folder$"):
+        read(local, write(tmp_path / "other", "mile"))
     assert before.items() <= contents(local).items()
     (local / "train" / MARKER).touch()
     assert read(local, remote, cache_limit=10_000) == want
