@@ -21,7 +21,7 @@ SPECIAL = "no regular file"
 LINKED = "a link or second name of what is read"
 AROUND = "a link to a folder that contains the source"
 OUTPUT = "output of a conversion"
-UNINDEXED = "not listed in its folder's index"
+UNINDEXED = "no data of its folder's index"
 NOT_C4 = "not of this split of C4"
 NO_TEXT = "a JSON object without the text"
 NOT_FETCHED = "not fetched"
@@ -59,11 +59,6 @@ Reason = tuple[str, str]
 """One of the constants above, and the message of the error; empty if skipping the file is no error."""
 
 
-def is_known(name: str) -> bool:
-    """Whether a name has the suffix of a form of text."""
-    return form_of(name) is not None and not name.lower().endswith(ARCHIVES)
-
-
 def of_name(name: str) -> str | None:
     """Why a file or folder is not looked at, or None."""
     if name.startswith("."):
@@ -73,7 +68,7 @@ def of_name(name: str) -> str | None:
 
 def of_link_to_nothing(path: str) -> Reason:
     """Why a link is not read whose target does not exist. A name without a suffix may be that of a folder of text."""
-    if not is_known(path) and "." in os.path.basename(path):
+    if form_of(path) is None and "." in os.path.basename(path):
         return UNKNOWN, ""
     target = os.readlink(path)
     how = next((how for part, how in FETCH.items() if part in target), "fetch it, or remove the link")
@@ -88,9 +83,9 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         named: the user named this file, so only what is no text at all is a reason.
     """
     name = os.path.basename(path).lower()
-    if not is_known(name):
+    if form_of(name) is None:
         data = os.path.basename(path).removesuffix(".dvc")
-        if name.endswith(".dvc") and data not in beside and (is_known(data) or "." not in data):
+        if name.endswith(".dvc") and data not in beside and (form_of(data) or "." not in data):
             return NOT_FETCHED, f"{data} is not fetched; run dvc pull {path}"
         return ARCHIVE if name.endswith(ARCHIVES) else UNKNOWN, ""
     if not os.access(path, os.R_OK):

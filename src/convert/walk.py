@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from src.common.errors import DataError
 from src.convert import hub, mds, reasons, tables
-from src.convert.files import SUFFIXES, File
+from src.convert.files import SUFFIXES, File, form_of
 from src.convert.hub import C4_SPLITS
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class _Walk:
         if root is None:
             return False
         skipped = (reasons.of_name(os.path.basename(path)) or self._is_ours(path) for path in way[:root])
-        return root == 0 or (not any(skipped) and (os.path.isdir(real) or reasons.is_known(real)))
+        return root == 0 or (not any(skipped) and (os.path.isdir(real) or form_of(real) is not None))
 
     def _is_ours(self, real: str) -> bool:
         """Whether this is the split that is written, or a file or folder that helps to write it."""

@@ -168,6 +168,12 @@ def test_each_file_is_read_or_skipped_with_its_reason(name, folder):
     assert set(read) == reached - within - set(skipped) | linked
 
 
+def test_a_file_that_is_named_is_read_whatever_its_name_says(folder):
+    make(folder, {".vocab.txt": "x", "vocab.txt": "x", "tokenizer.json": DOCUMENT, "config.json": '{"a": 1}'})
+    names = [".vocab.txt", "vocab.txt", "config.json"]
+    assert found(folder, *(folder / name for name in names)) == (names, {})
+
+
 def test_second_names_of_a_file_are_skipped(folder):
     make(folder, {"a.txt": "x", "c.txt": "y"})
     os.link(folder / "a.txt", folder / "b.txt")
@@ -191,10 +197,8 @@ def test_only_listed_files_of_a_saved_dataset_are_read(folder):
             out.write_table(table)
     make(folder, {"a.txt": "x", "state.json": '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'})
     skipped = found(folder)[1]
-    assert skipped["state.json"] == reasons.METADATA and skipped["cache-1f.arrow"] in (
-        reasons.UNINDEXED,
-        reasons.UNKNOWN,
-    )
+    assert skipped["state.json"] == reasons.METADATA
+    assert skipped["cache-1f.arrow"] in (reasons.UNINDEXED, reasons.UNKNOWN)
 
 
 NOT_FETCHED = {
@@ -432,19 +436,19 @@ def test_columns_of_later_files_are_kept(folder, capsys):
     assert files == {"read": 2, "skipped": beyond, "first_skipped": dict.fromkeys(beyond, [f"{folder}/c.jsonl"])}
 
 
-@pytest.mark.parametrize("part", [[], ["--part", "1/1"]])
-def test_a_file_that_changes_while_it_is_read_is_named(part, folder, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--part", "1/1"]])
+@pytest.mark.parametrize("after", ["x\nmore\n", "y\n"])  # longer, or of the same size
+def test_a_file_that_changes_while_it_is_read_is_named(options, after, folder, monkeypatch):
     make(folder, {"a.txt": "x\n"})
     convert_unit = conversion.convert_unit
 
-    def growing(*args):
+    def changing(*args):
         convert_unit(*args)
-        with (folder / "a.txt").open("a") as file:
-            file.write("more\n")
+        (folder / "a.txt").write_text(after)
 
-    monkeypatch.setattr(conversion, "convert_unit", growing)
+    monkeypatch.setattr(conversion, "convert_unit", changing)
     with pytest.raises(ValueError, match="a.txt changed while it was read"):
-        convert(folder.parent, folder, *part)
+        convert(folder.parent, folder, *options)
     assert not (folder.parent / "mine").exists()
 
 
