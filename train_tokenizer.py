@@ -199,8 +199,10 @@ def main(argv: list[str] | None = None) -> None:
     settle_folder(args.out)
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give --overwrite to replace it, or another --out")
-    if args.out.exists() and (others := {path.name for path in args.out.iterdir()} - FILES):
-        raise ValueError(f"{args.out} holds more than a tokenizer ({min(others)}), so it is not replaced; change --out")
+    partial = args.out.with_name(f"{args.out.name}{PARTIAL}")  # a killed run may have left it
+    for folder in (args.out, partial):
+        if folder.exists() and (others := {path.name for path in folder.iterdir()} - FILES):
+            raise ValueError(f"{folder} holds more than a tokenizer ({min(others)}), so it is not replaced; change --out")
     if args.vocab_size <= len(SPECIAL):
         raise ValueError(f"--vocab_size must be more than the {len(SPECIAL)} special tokens")
     if args.limit is not None and args.limit < 1:
@@ -230,7 +232,6 @@ def main(argv: list[str] | None = None) -> None:
     if size < args.vocab_size:
         print(f"the text gives only {size} entries, fewer than --vocab_size {args.vocab_size}", file=sys.stderr)
 
-    partial = args.out.with_name(f"{args.out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_tokenizer(BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=args.lowercase), partial)

@@ -129,10 +129,13 @@ def test_existing_folders_are_replaced_only_with_overwrite(source, tmp_path):
     with pytest.raises(ValueError, match="exists; give --overwrite"):
         train(source, out)
     assert len(train(source, out, "--overwrite", size="600")) == 600
-    (out / "model.safetensors").write_text("precious")
-    with pytest.raises(ValueError, match=r"holds more than a tokenizer \(model.safetensors\)"):
-        train(source, out, "--overwrite")
-    assert (out / "model.safetensors").exists()
+    for folder in (tmp_path / "t.partial", out):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_text("precious")
+        with pytest.raises(ValueError, match=rf"{folder} holds more than a tokenizer \(model.safetensors\)"):
+            train(source, out, "--overwrite")
+        assert (folder / "model.safetensors").exists()
+        (folder / "model.safetensors").unlink()
 
 
 def chinese(characters, count):
