@@ -778,7 +778,7 @@ MUTANTS = [
         INDEX_FILE,
         "vocab_size <= 2**16",
         "vocab_size <= 2**17",
-        "convert/test_convert_c4.py::test_large_vocabularies_take_32_bits",
+        "data/test_foreign_tokenizers.py::test_ids_with_gaps_are_converted_loaded_and_masked",
     ),
     Mutant(
         "duplicates-kept",
