@@ -31,6 +31,7 @@ TEXTS = {
     "data-cpu.txt": "Loader, conversion, a large dataset's start",
     "order-cpu.txt": "Order by length",
     "faults-cpu.txt": "Killed and started again",
+    "forms-cpu.txt": "Forms of text",
 }
 """Text files that it holds, and their titles."""
 NAMES = {
@@ -60,6 +61,23 @@ CHANGED = {
     "nadamw": "AdamW with Nesterov momentum",
     "fast": "dropout 0 and a stable learning rate: `mosaic_bert_fast.yaml`",
 }
+FORMS = {
+    "txt": ("one document per line", "Python", "test_text_is_read_under_each_compression"),
+    "jsonl": ('`{"text": "…"}` per line', "Python", "test_text_is_read_under_each_compression"),
+    "json": ("the same, an array, or objects over several lines", "Python", "test_json_over_several_lines_is_read"),
+    "csv": ("a header, rows quoted as by a spreadsheet", "Python", "test_rows_of_csv"),
+    "tsv": ("the same with tabs", "Python", "test_text_is_read_under_each_compression"),
+    "parquet": ("`part-00000.parquet`, also of Spark", "pyarrow", "test_tables_hold_strings_in_many_types"),
+    "arrow": ("a folder of `save_to_disk`", "pyarrow", "test_a_folder_of_save_to_disk_is_a_source"),
+    "mds": ("shards of `MDSWriter`", "streaming", "test_mds_holds_text_as_strings_or_bytes"),
+    "streaming-json": ("shards of `JSONWriter`, `CSVWriter`", "streaming", "test_other_shards_of_streaming_are_read"),
+    "jsonl.gz": ("", "Python", "test_damaged_streams_are_named"),
+    "jsonl.bz2": ("", "Python", "test_damaged_streams_are_named"),
+    "jsonl.xz": ("", "Python", "test_damaged_streams_are_named"),
+    "jsonl.zst": ("also `.zstd`, and windows up to 2 GB", "zstandard", "test_zstd_of_long_windows"),
+    "csv.zst": ("", "Python, zstandard", "test_text_is_read_under_each_compression"),
+}
+"""Forms of text: an example, the library that reads it, a test."""
 
 
 def commits(runs: Iterable[dict[str, Any]]) -> str:
@@ -163,6 +181,27 @@ def scaling(part: str, found: dict[str, Any], path: str) -> list[str]:
     results = found[part]
     about = f"{report.described(results['machine'])}; `{results['command']}`."
     return [about, report.table(*TABLES[part], results["rows"])]
+
+
+def forms() -> list[str]:
+    """Documents per second of each form of text."""
+    path = RESULTS / "forms-cpu.txt"
+    about, *lines = path.read_text().splitlines()
+    *found, last = (dict(field.split("=") for field in line.split()[1:]) for line in lines)
+    rows = []
+    for fields in found:
+        numbers = {name: int(value) for name, value in fields.items() if name != "name"}
+        example, library, test = FORMS[fields["name"]]
+        rows.append({"name": fields["name"], "example": example, "library": library, "test": test, **numbers})
+    titles = "form | example | read by | documents per second, read | converted | test"
+    row = "`{name}` | {example} | {library} | {read_docs_per_s:,} | {convert_docs_per_s:,} | `{test}`"
+    return [
+        report.table(titles, row, rows),
+        f"Per second of CPU time: reading alone, and from the file to shards of text. {about.removeprefix('# ')}; "
+        f"Wikipedia leads, `python -m benchmarks.speed.forms` ([results](../benchmarks/results/{path.name})). Reading "
+        f"{last['text_mb']} MB of text from one `.jsonl.zst` takes {last['memory_mb']} MB of memory at the peak, "
+        f"{last['imports_mb']} MB of them before reading.",
+    ]
 
 
 def of(name: str, lines: Callable[[Any, str], list[str]]) -> list[str]:
@@ -270,6 +309,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "changed": partial(of, "time_to_loss", partial(changes, CHANGED, "changed")),
     "quality": partial(of, "quality", quality),
     "extrapolation": partial(of, "quality", extrapolation),
+    "forms": forms,
     **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
 }
 

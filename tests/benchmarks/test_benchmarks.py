@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import publish
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
-from benchmarks.speed import scaling, step
+from benchmarks.speed import forms, scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert as ComposerMosaicBert
@@ -262,3 +263,13 @@ def test_loader_ends_with_its_line(tmp_path):
     assert re.fullmatch(f"data {' '.join(f'{name}={NUMBER}' for name in names)}", done.stdout.splitlines()[-1])
     assert out.read_text() == done.stdout
     assert "start at 100,000 samples" in done.stdout
+
+
+@pytest.mark.slow  # it converts each of 14 forms
+def test_forms_end_with_their_line(tmp_path, capsys):
+    forms.main(["--quick", "--out", str(tmp_path / "forms.txt")])
+    printed = (tmp_path / "forms.txt").read_text()
+    assert capsys.readouterr().out == printed
+    *lines, last = printed.splitlines()[1:]
+    assert [re.match("form name=(.*) read_docs_per_s=[1-9]", line)[1] for line in lines] == list(publish.FORMS)
+    assert re.fullmatch(r"forms memory_mb=\d+ imports_mb=\d+ text_mb=1", last)
