@@ -118,7 +118,7 @@ def _other_samples(path: str) -> Iterator[Any]:
     offsets = np.frombuffer(meta, "<u4", samples + 1, 4).tolist()
     config = json.loads(meta[4 * (samples + 2) :])
     newline = config["newline"].encode()
-    separator = {"json": "", "csv": ",", "tsv": "\t"}.get(config["format"], config.get("separator")).encode()
+    separator = str({"json": "", "csv": ",", "tsv": "\t"}.get(config["format"], config.get("separator"))).encode()
     for begin, end in itertools.pairwise(offsets):
         line = data[begin:end]
         if len(line) != end - begin:

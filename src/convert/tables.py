@@ -83,7 +83,7 @@ def _cells(batch: pyarrow.RecordBatch, name: str) -> list[Any]:
     else:
         first, *fields = name.split(".")
         try:
-            array = pyarrow.compute.struct_field(batch.column(first), fields)
+            array = pyarrow.compute.struct_field(batch.column(first), fields)  # pyright: ignore[reportAttributeAccessIssue]
         except (KeyError, pyarrow.ArrowException):
             raise BadText(f"expected a field {name!r}, but column {first!r} has none of this name") from None
     kind = array.type.value_type if pyarrow.types.is_dictionary(array.type) else array.type
