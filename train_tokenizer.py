@@ -202,7 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     partial = args.out.with_name(f"{args.out.name}{PARTIAL}")  # a killed run may have left it
     for folder in (args.out, partial):
         if folder.exists() and (others := {path.name for path in folder.iterdir()} - FILES):
-            raise ValueError(f"{folder} holds more than a tokenizer ({min(others)}), so it is not replaced; change --out")
+            raise ValueError(
+                f"{folder} holds more than a tokenizer ({min(others)}), so it is not replaced; change --out"
+            )
     if args.vocab_size <= len(SPECIAL):
         raise ValueError(f"--vocab_size must be more than the {len(SPECIAL)} special tokens")
     if args.limit is not None and args.limit < 1:

@@ -10,6 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from src.convert import streams
 from src.convert.files import form_of
 
 HIDDEN = "hidden"
@@ -19,6 +20,7 @@ ARCHIVE = "an archive, unpack it"
 METADATA = "describes data or a tokenizer"
 SPECIAL = "no regular file"
 LINKED = "a link or second name of what is read"
+COPY = "a compressed copy of a file beside it"
 AROUND = "a link to a folder that contains the source"
 OUTPUT = "output of a conversion"
 UNINDEXED = "no data of its folder's index"
@@ -52,6 +54,9 @@ POINTER = re.compile(rb"version https://git-lfs|(\.\./)*(\.git)?/?annex/objects/
 """Beginning of a file of git-lfs or git-annex whose content is not there."""
 
 POINTER_BYTES = 1024
+COMPARED = 1 << 16
+"""Bytes of text by which a compressed copy is told."""
+
 DESCRIPTION_BYTES = 16 << 20
 """Largest file that is read whole to see whether it is one JSON object."""
 
@@ -75,6 +80,19 @@ def of_link_to_nothing(path: str) -> Reason:
     return NOT_FETCHED, f"a link to {target}, which does not exist; {how}"
 
 
+def is_copy(path: str, beside: Set[str]) -> bool:
+    """Whether a compressed file has the beginning of one beside it that is not, as ``zstd -d`` leaves both."""
+    form, plain = form_of(path), os.path.splitext(path)[0]
+    if form is None or not form.compression or os.path.basename(plain) not in beside or form_of(plain) is None:
+        return False
+    try:
+        with streams.open_stream(path, form.compression) as one, open(plain, "rb") as other:
+            beginning = one.read(COMPARED)
+            return bool(beginning) and beginning == other.read(COMPARED)
+    except streams.UNREADABLE:  # reading it says so
+        return False
+
+
 def of_file(path: str, beside: Set[str], size: int, text_column: str, named: bool) -> Reason | None:
     """Why a file is not read, or None.
 
@@ -95,6 +113,8 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         return NOT_FETCHED, f"a pointer to content that is not fetched; run {how}"
     if named:
         return None
+    if is_copy(path, beside):
+        return COPY, ""
     if name in ("vocab.txt", "merges.txt") and beside & {"tokenizer.json", "tokenizer_config.json"}:
         return METADATA, ""
     if name.endswith(".arrow") and "state.json" in beside:

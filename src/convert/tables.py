@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ DAMAGED = (pyarrow.ArrowException, OSError)
 
 
 def _open(path: str) -> Any:
-    return open_stream(path) if "://" in path else pyarrow.OSFile(path)
+    return open_stream(path) if "://" in path else pyarrow.OSFile(os.fsencode(path))
 
 
 def _arrow(stream: Any) -> Any:

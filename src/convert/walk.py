@@ -95,6 +95,8 @@ class _Walk:
         """Real paths of the places and of the folders that links lead to, with the paths that are read."""
         self.seen: set[int] = set()
         """Hashes that tell files with links or several names apart."""
+        self.listed = ("", set[str]())
+        """Folder of the last file that a pattern matched, and the names in it."""
         for place in places:
             if not os.path.lexists(place):
                 raise DataError(f"{place}: no such file or folder")
@@ -129,7 +131,11 @@ class _Walk:
         if not os.path.isdir(path):
             if os.path.exists(path) and not os.path.isfile(path):
                 raise DataError(f"{path}: {reasons.SPECIAL}; write the text to a file")
-            yield from self._file(path, set(), os.stat(path) if os.path.exists(path) else None, named, top=True)
+            folder = os.path.dirname(path) or "."
+            if self.listed[0] != folder:
+                self.listed = (folder, set(os.listdir(folder)))
+            status = os.stat(path) if os.path.exists(path) else None
+            yield from self._file(path, self.listed[1], status, named, top=True)
         elif is_c4_folder(path):
             yield from self._c4(path, split)
         elif _is_index(path, set(os.listdir(path))):
