@@ -81,7 +81,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         f"drop documents that share {filters.GRAM} consecutive words with these texts, or contain one of "
         f"{filters.SHORTEST} words or more; takes 8 bytes of memory per word of these texts"
     )
-    add("--decontaminate", nargs="+", metavar="FILE", help=decontaminate)
+    add("--decontaminate", nargs="+", metavar="PLACE", help=decontaminate)
+    add("--decontaminate_column", help="with --decontaminate: column or field that holds these texts (default: text)")
     add("--num_workers", type=int, help="worker processes (default: all cores for a large source, otherwise 1)")
     add("--part", type=part_of, help="convert one part of the split, for example 3/16")
     add("--merge", action="store_true", help="put the parts in --out_root together; takes no other settings")
@@ -116,6 +117,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"{args.source} is one split; expected one name in --splits, got {len(args.splits)}")
     if args.tokenizer is None and (args.max_seq_len is not None or args.pack or args.special_tokens):
         raise ValueError("--max_seq_len, --pack and --special_tokens have no effect without --tokenizer")
+    if args.decontaminate_column and not args.decontaminate:
+        raise ValueError("--decontaminate_column has no effect without --decontaminate")
     if args.tokenizer is not None and (args.max_seq_len is None or not 3 <= args.max_seq_len <= LONGEST):
         raise ValueError(f"--tokenizer needs a --max_seq_len from 3 to {LONGEST:,}")
     if args.compression is not None and not is_compression(args.compression):
@@ -132,13 +135,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def gram_set(files: list[str]) -> filters.Grams:
+def gram_set(places: list[str], column: str) -> filters.Grams:
     """Word sequences of the evaluation sets, which documents may not contain."""
-    found = Inventory(TextSource(tuple(files)))
+    found = Inventory(TextSource(tuple(places), text_column=column))
     found.print_skipped()
     grams, short = filters.gram_set(document["text"] for document in documents(found))
     if not grams:
-        raise DataError(f"{', '.join(files)}: no text has {filters.SHORTEST} words, so --decontaminate finds nothing")
+        raise DataError(f"{', '.join(places)}: no text has {filters.SHORTEST} words, so --decontaminate finds nothing")
     print(
         f"--decontaminate: {sum(map(len, grams.values())):,} word sequences; {short:,} texts have fewer than "
         f"{filters.SHORTEST} words, and are not looked for"
@@ -199,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         args.tokens = Tokens(args.tokenizer, tokenizer, args.max_seq_len, pack, special)
         print(f"samples of at most {args.max_seq_len} tokens, --pack {pack}")
     if args.decontaminate:
-        args.grams = gram_set(args.decontaminate)
+        args.grams = gram_set(args.decontaminate, args.decontaminate_column or "text")
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     for split in args.splits:
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from typing import Any
 from src.common.errors import DataError
 from src.common.files import atomic
 from src.convert import hub
-from src.convert.files import COLUMNS, File, Span
+from src.convert.files import COLUMNS, File, Form, Span, form_of
 from src.convert.forms import Document, columns_of, read, spans_of
 from src.convert.stats import FilesReport, Stats, printable
 from src.convert.walk import Skipped, expanded, is_c4_folder, is_local, walk
@@ -75,17 +75,22 @@ def is_c4(source: TextSource) -> bool:
 class Inventory:
     """The files of a source, from one walk: a list on disk, so memory does not grow with their number.
 
-    Arguments and errors as for ``walk``.
+    Arguments and errors as for ``walk``; also a DataError for a ``text_column`` of files that have no columns.
     """
 
     def __init__(self, source: TextSource, split: str = "train", skip_bad: bool = False, output: Path | None = None):
         self.source = source
         self.report = FilesReport()
         self._list = tempfile.NamedTemporaryFile("w", prefix="files-", suffix=".jsonl")  # noqa: SIM115
+        kinds = set[str]()
         for entry in walk(source, split, skip_bad, output):
             self.report.add(entry.path, entry.reason if isinstance(entry, Skipped) else None)
             self._list.write(json.dumps(_record(entry)) + "\n")
+            if isinstance(entry, File):
+                kinds.add((form_of(entry.path) or Form("hub")).kind)
         self._list.flush()
+        if kinds == {"txt"} and source.text_column != "text":
+            raise DataError(f"{source}: --text_column has no effect on .txt files, whose lines are the texts; omit it")
 
     def __iter__(self) -> Iterator[File]:
         """The files to read, in their order."""

@@ -345,8 +345,12 @@ def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
     text = next(iter_documents(TextSource((str(many / "b.txt"),))))["text"]
     words = filters.words_of(text)[2:15]
     evaluation = tmp_path / "evaluation.jsonl"
-    evaluation.write_text(json.dumps({"text": "Before: " + " -- ".join(words).upper() + "!"}) + '\n{"text": "short"}\n')
-    folder = convert(tmp_path, many, "--decontaminate", str(evaluation), "--num_workers", "2")
+    line = json.dumps({"sentence": "Before: " + " -- ".join(words).upper() + "!"})
+    evaluation.write_text(line + '\n{"sentence": "short"}\n')
+    options = ["--decontaminate", str(evaluation), "--decontaminate_column"]
+    with pytest.raises(ValueError, match="expected a field 'text' that holds a string; there are: sentence"):
+        convert(tmp_path, many, *options[:2])
+    folder = convert(tmp_path, many, *options, "sentence", "--num_workers", "2")
     dropped = {"reason": "contaminated", "words": " ".join(words), "place": f"{many / 'b.txt'}:1", "text": text[:80]}
     assert json_of(folder / "dropped.jsonl") == dropped and len(texts_of(folder)) == 240
     (tmp_path / "short.txt").write_text("too short")

@@ -180,6 +180,8 @@ def test_lock_is_free_after_a_crash(tmp_path, source):
         (["--splits", ".a"], "expected a plain folder name"),
         (["--splits", ""], "expected a plain folder name"),
         (["--splits", "a", "--max_seq_len", "8"], "have no effect without --tokenizer"),
+        (["--splits", "a", "--decontaminate_column", "x"], "has no effect without --decontaminate"),
+        (["--splits", "a", "--text_column", "x"], "has no effect on .txt files"),
         (["--splits", "a", "--tokenizer", "x"], "needs a --max_seq_len"),
         (["--splits", "a", "--compression", "rar"], "expected zstd, gz, .*, got 'rar'"),
         (["--splits", "a", "--limit", "0"], "--limit must be at least 1"),
