@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be downloaded at test time
@@ -72,6 +73,7 @@ def release_shared_memory(monkeypatch):
         return
     from streaming.base.shared.memory import SharedMemory
 
+    from src.data import shared_memory
     from src.data.streaming import alone_on_node
 
     init = SharedMemory.__init__
@@ -90,6 +92,10 @@ def release_shared_memory(monkeypatch):
             with contextlib.suppress(BufferError):  # still mapped by a living dataset: retried after the next test
                 memory.cleanup()
                 OPENED.remove(memory)
+        # Streaming looks at the lock files of all datasets before, of earlier sessions too, and never removes one.
+        for lock in Path(tempfile.gettempdir()).glob("[0-9]*_filelock"):
+            if not (shared_memory.SHARED / f"{lock.name[:6]}_locals").exists():
+                lock.unlink(missing_ok=True)
 
 
 def awkward(i, text, more):
