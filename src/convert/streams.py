@@ -16,11 +16,15 @@ from src.common.errors import first_line
 from src.convert.files import BadText
 
 
-class _Zstd(io.RawIOBase):
-    """A file of zstd frames, decompressed. zstandard's own reader does not notice that the last one is truncated."""
+class _Frames(io.RawIOBase):
+    """A file of compressed frames, one after another.
 
-    def __init__(self, file: IO[bytes]):
-        self.file, self.frame, self.rest, self.ready = file, None, b"", memoryview(b"")
+    The readers of bz2 and lzma end without an error at a later frame that is damaged, and zstandard's at a truncated one.
+    """
+
+    def __init__(self, file: IO[bytes], decompressor: Callable[[], Any]):
+        self.file, self.decompressor = file, decompressor
+        self.frame, self.rest, self.ready = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -31,13 +35,15 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
-            piece = self.rest or self.file.read(1024)  # of zeros it makes 32 MB; of text some KB
+            piece, self.rest = self.rest or self.file.read(1024), b""  # of zeros it makes 32 MB; of text some KB
             if not piece:
-                if self.frame is not None and not self.frame.eof:
+                if self.frame is None or not self.frame.eof:
                     raise EOFError("the file ends within a frame")
                 return 0
             if self.frame is None or self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # zstd --long=31
+                if not (piece := piece.lstrip(b"\0")):  # zeros between frames are padding
+                    continue
+                self.frame = self.decompressor()
             self.ready = memoryview(self.frame.decompress(piece))
             self.rest = self.frame.unused_data
         count = min(len(buffer), len(self.ready))
@@ -46,12 +52,16 @@ class _Zstd(io.RawIOBase):
         return count
 
 
+def _opener(decompressor: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda file: io.BufferedReader(_Frames(file, decompressor), 1 << 17)
+
+
 OPENERS: dict[str, Callable[[Any], Any]] = {
     "": contextlib.nullcontext,
     "gz": gzip.open,
-    "bz2": bz2.open,
-    "xz": lzma.open,
-    "zst": lambda file: io.BufferedReader(_Zstd(file), 1 << 17),
+    "bz2": _opener(bz2.BZ2Decompressor),
+    "xz": _opener(lzma.LZMADecompressor),
+    "zst": _opener(lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),  # zstd --long=31
 }
 """By the suffix of a compression: a stream of its bytes -> a buffered stream of the decompressed ones."""
 
@@ -63,8 +73,11 @@ def open_stream(path: str, compression: str = "") -> Iterator[Any]:
         file = io.BufferedReader(fsspec.open(path, "rb").open(), 1 << 17)  # pyright: ignore
     else:
         file = open(path, "rb")
-    with file, OPENERS[compression](file) as stream:
-        yield stream
+    with file:
+        if compression and not file.peek(1):  # gzip would take an interrupted download for a text without lines
+            raise EOFError("the file has no bytes")
+        with OPENERS[compression](file) as stream:
+            yield stream
 
 
 UNREADABLE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)

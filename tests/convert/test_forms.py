@@ -107,7 +107,9 @@ def test_the_form_is_in_the_name(name, form):
     assert form_of(name) == form
 
 
-@pytest.mark.parametrize("damaged", ["cut", "cut at its second frame", "not compressed"])
+@pytest.mark.parametrize(
+    "damaged", ["cut", "cut at its second frame", "damaged at its second frame", "not compressed", "no bytes"]
+)
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
 def test_damaged_streams_are_named(kind, compression, damaged, tmp_path):
@@ -116,13 +118,27 @@ def test_damaged_streams_are_named(kind, compression, damaged, tmp_path):
     if kind == "json":
         content = json.dumps([{"text": text} for text in texts]).encode()
     whole = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}[compression].compress(content)
-    data = {"cut": whole[: len(whole) // 2], "cut at its second frame": whole + whole[:9], "not compressed": content}
+    data = {
+        "cut": whole[: len(whole) // 2],
+        "cut at its second frame": whole + whole[:9],
+        "damaged at its second frame": whole + b"x" + whole[1:],
+        "not compressed": content,
+        "no bytes": b"",
+    }
     (tmp_path / f"a.{kind}{compression}").write_bytes(data[damaged])
     good, message = bad_of(tmp_path / f"a.{kind}{compression}")
     assert "the rest of the file cannot be decompressed" in message
     assert good == texts[: len(good)] and (len(good) == 500) == (
-        damaged == "cut at its second frame" and kind != "json"
+        damaged.endswith("at its second frame") and kind != "json"
     )
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_zeros_between_frames_are_padding(compression, tmp_path):
+    compress = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}[compression].compress
+    frames = [compress(json_lines([text])) for text in TEXTS]
+    (tmp_path / f"a.jsonl{compression}").write_bytes((b"\0" * 2000).join([*frames, b""]))
+    assert texts_of(tmp_path / f"a.jsonl{compression}") == TEXTS
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
@@ -437,7 +453,7 @@ def test_errors_of_the_disk_are_no_bad_text(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     (tmp_path / "a.jsonl.zst").write_bytes(zst(json_lines(TEXTS)))
-    monkeypatch.setattr(streams._Zstd, "readinto", read)
+    monkeypatch.setattr(streams._Frames, "readinto", read)
     with pytest.raises(OSError, match="Input/output error"):
         texts_of(tmp_path / "a.jsonl.zst", skip_bad=True)
 
