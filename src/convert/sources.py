@@ -4,7 +4,6 @@ A source is a sequence of files. A unit of work is a list of ``Span``, parts of 
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -132,15 +131,17 @@ def _record(entry: File | Skipped) -> dict[str, Any]:
 
 
 def columns_of_files(files: Inventory, limit: int | None) -> list[str]:
-    """Those of COLUMNS that the first document of some file has; with ``limit``, of the first ``limit`` files."""
-    found, looked = set(), None
-    for file in itertools.islice(files, limit):
+    """ "text", and those of COLUMNS that the first document of some file has; of the first ``limit`` files with one."""
+    found, looked, read = {COLUMNS[0]}, None, 0
+    for file in files:
         # Files of the hub, of a server, and shards of one folder are alike, and slow to open.
         alike = not is_local(file.path) or ".mds" in os.path.basename(file.path)
         group = os.path.dirname(file.path) if alike else file.path
-        if group != looked:
-            found.update(columns_of(file.path, files.source.text_column))
-            looked = group
+        if group != looked and (columns := columns_of(file.path, files.source.text_column)):
+            found.update(columns)
+            looked, read = group, read + 1
+            if read == limit:
+                break
     return [name for name in COLUMNS if name in found]
 
 

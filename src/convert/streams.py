@@ -19,7 +19,7 @@ from src.convert.files import BadText
 class _Frames(io.RawIOBase):
     """A file of compressed frames, one after another.
 
-    The readers of bz2 and lzma end without an error at a later frame that is damaged, and zstandard's at a truncated one.
+    The readers of bz2 and lzma end silently at a damaged later frame, and zstandard's at a truncated one.
     """
 
     def __init__(self, file: IO[bytes], decompressor: Callable[[], Any]):

@@ -403,6 +403,13 @@ def test_what_a_pattern_matches_may_be_links(folder):
     assert found(folder, folder / "*") == (["a.txt"], {"b.md": reasons.UNKNOWN})
 
 
+@pytest.mark.parametrize("limit", [["--limit", "1"], []])
+def test_first_files_without_a_document_do_not_decide_the_columns(limit, folder):
+    make(folder, {"a.jsonl": "\n", "b.jsonl": "", "c.jsonl": '{"text": "one", "url": "u"}\n', "d.txt": "two"})
+    rows = rows_of(convert(folder.parent, folder, *limit))
+    assert rows == [{"text": "one", "url": "u"}, {"text": "two", "url": ""}][: 1 if limit else 2]
+
+
 @pytest.mark.parametrize("options", [["--name", "en"], ["--split", "train"]])
 def test_options_of_hub_datasets_are_refused_without_one(options, tmp_path):
     for main, given in (
