@@ -22,7 +22,7 @@ from src.convert.samples import Tokens
 from src.convert.sources import Inventory, TextSource, columns_of_files, documents, units_of
 from src.convert.stats import Stats
 from src.convert.unit import DUPLICATES, Job, Unit, convert_unit, gram_file, hash_file, hash_unit, unit_folder
-from src.convert.walk import expanded, is_local
+from src.convert.walk import fixed_part, is_local
 from src.convert.work_folder import FILES, PLAN, begin, check_free, differences, publish, remove
 
 FIRST_DOCUMENTS = {"train_small": ("train", 100_000), "val_small": ("val", 10_000)}
@@ -167,7 +167,7 @@ def _digest(grams: filters.Grams) -> str:
 
 def _base(source: TextSource) -> str | None:
     """Folder or file to which the names of local files are relative, wherever the source lies."""
-    local = [path for place in source.places if is_local(place) for path in expanded(place)]
+    local = [fixed_part(place) for place in source.places if is_local(place)]
     return os.path.commonpath(list(map(os.path.abspath, local))) if local else None
 
 

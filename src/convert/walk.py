@@ -50,6 +50,13 @@ def expanded(place: str) -> list[str]:
     return [path for path in paths if not folders.intersection(map(str, Path(path).parents))]
 
 
+def fixed_part(place: str) -> str:
+    """The folder in which all matches of a pattern lie, whichever there are; the place itself if it is no pattern."""
+    while not os.path.lexists(place) and glob.has_magic(place):
+        place = os.path.dirname(place)
+    return place
+
+
 def is_c4_folder(place: str) -> bool:
     """Whether this folder holds C4's own files."""
     return any(_c4_files(Path(place), name) for name in C4_SPLITS.values())
@@ -75,7 +82,7 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
     if not source.places:
         yield from hub.c4_files(split)
     places = [(place, expanded(place) if is_local(place) else []) for place in source.places]
-    local = _Walk([path for _, paths in places for path in paths], source, skip_bad, output)
+    local = _Walk(places, source, skip_bad, output)
     for place, paths in places:
         if hub.is_dataset(place):
             yield from hub.files(source, place)
@@ -88,7 +95,7 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
 class _Walk:
     """State of the walk through local places."""
 
-    def __init__(self, places: list[str], source: "TextSource", skip_bad: bool, output: Path | None):
+    def __init__(self, places: list[tuple[str, list[str]]], source: "TextSource", skip_bad: bool, output: Path | None):
         self.source, self.skip_bad = source, skip_bad
         self.output = None if output is None else os.path.realpath(output)
         self.roots: dict[str, str] = {}
@@ -97,7 +104,9 @@ class _Walk:
         """Hashes that tell files with links or several names apart."""
         self.listed = ("", set[str]())
         """Folder of the last file that a pattern matched, and the names in it."""
-        for place in places:
+        for place in (
+            path for place, paths in places for path in paths if not any(map(self._is_ours, _way(place, path)))
+        ):
             if not os.path.lexists(place):
                 raise DataError(f"{place}: no such file or folder")
             if (real := os.path.realpath(place)) in self.roots:
@@ -115,7 +124,7 @@ class _Walk:
         """The files of a place, which is one path or a pattern with several."""
         skipped, found = [], False
         for path in paths:
-            for entry in self._path(str(Path(path)), split, named=path == place):
+            for entry in self._match(place, path, split):
                 found = found or isinstance(entry, File)
                 if isinstance(entry, Skipped) and len(skipped) < 3:
                     skipped.append(f"{entry.path}: {entry.reason}")
@@ -123,6 +132,16 @@ class _Walk:
         if not found and not (self.skip_bad and skipped):
             known = f"{', '.join(SUFFIXES)}, or a folder of MDS shards"
             raise DataError("; skipped ".join([f"{place}: no file of a known format ({known})", *skipped]))
+
+    def _match(self, place: str, path: str, split: str) -> Entries:
+        """A place, or one of the paths that match it, of which some are no source, as some entries of a folder."""
+        way = _way(place, path)
+        if any(map(self._is_ours, way)):
+            return
+        if reason := next(filter(None, map(self._reason_of_name, way)), None):
+            yield Skipped(path, reason)
+        else:
+            yield from self._path(str(Path(path)), split, named=path == place)
 
     def _path(self, path: str, split: str, named: bool) -> Entries:
         real = os.path.realpath(path)
@@ -165,7 +184,7 @@ class _Walk:
         """An entry of a folder with the names ``beside``; ``real`` is its path without links in its folders."""
         if self._is_ours(real):
             return
-        if reason := reasons.of_name(os.path.basename(path)) or (reasons.OUTPUT if self._is_output(real) else None):
+        if reason := self._reason_of_name(real):
             yield Skipped(path, reason)
             return
         try:
@@ -197,9 +216,9 @@ class _Walk:
             yield self._skipped(path, reason)
             return
         link = os.path.islink(path)
-        if not top and (link or status.st_nlink > 1):
+        if link or status.st_nlink > 1:
             key = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-            if key in self.seen or (link and self._reads(os.path.realpath(path))):
+            if key in self.seen or (link and not top and self._reads(os.path.realpath(path))):
                 yield Skipped(path, reasons.LINKED)
                 return
             self.seen.add(key)
@@ -223,6 +242,9 @@ class _Walk:
             return False
         skipped = (reasons.of_name(os.path.basename(path)) or self._is_ours(path) for path in way[:root])
         return root == 0 or (not any(skipped) and (os.path.isdir(real) or form_of(real) is not None))
+
+    def _reason_of_name(self, real: str) -> str | None:
+        return reasons.of_name(os.path.basename(real)) or (reasons.OUTPUT if self._is_output(real) else None)
 
     def _is_ours(self, real: str) -> bool:
         """Whether this is the split that is written, or a file or folder that helps to write it."""
@@ -270,6 +292,15 @@ class _Walk:
         read = {path.relative_to(folder).parts[0] for path in paths}
         for name in sorted(set(os.listdir(folder)) - read - {"index.json"}):
             yield Skipped(str(folder / name), reasons.UNINDEXED)
+
+
+def _way(place: str, path: str) -> list[str]:
+    """What a pattern matches on the way to one of its paths, without links in the folders; empty for no pattern."""
+    if path == place:
+        return []
+    folder = fixed_part(place)
+    names = Path(os.path.relpath(path, folder)).parts
+    return [os.path.join(os.path.realpath(folder), *names[:end]) for end in range(1, len(names) + 1)]
 
 
 def _join(folder: str, name: str) -> str:

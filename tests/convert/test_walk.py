@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import socket
 from pathlib import Path
 
@@ -354,6 +355,28 @@ def test_the_output_inside_the_source_is_skipped(folder):
     assert bytes_of(folder / "train") == first
     with pytest.raises(ValueError, match=r"train lies in .*, which is written"):
         convert(folder, folder / "train", "--overwrite", split="train")
+
+
+@pytest.mark.parametrize("pattern", ["*", "**/*", "**/*.*"])
+def test_the_output_that_a_pattern_matches_is_skipped(pattern, folder):
+    make(folder, {"a.txt": "x\n", "sub/b.txt": "y\n", "__MACOSX/c.txt": "no"})
+    mds(folder / "val", text="of an earlier conversion")
+    place = f"{folder}/{pattern}"
+    first = bytes_of(convert(folder, place, split="train"))
+    for part in ("1/2", "2/2", "2/2"):
+        convert(folder, place, "--part", part, split="parts")
+    convert_c4.main(["--out_root", str(folder), "--splits", "parts", "--merge"])
+    assert texts_of(folder / "train") == texts_of(folder / "parts") == ["x", "y"]
+    shutil.rmtree(folder / "parts")
+    assert bytes_of(convert(folder, place, "--overwrite", split="train")) == first
+    read, skipped = found(folder, place, output=folder / "train")
+    assert read == ["a.txt", "sub/b.txt"] and reasons.OUTPUT in skipped.values()
+
+
+def test_second_names_that_a_pattern_matches_are_skipped(folder):
+    make(folder, {"a.txt": "x"})
+    os.link(folder / "a.txt", folder / "b.txt")
+    assert found(folder, folder / "*.txt") == (["a.txt"], {"b.txt": reasons.LINKED})
 
 
 def test_a_folder_of_c4_skips_what_is_not_of_its_split(folder):
