@@ -105,7 +105,7 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         data = os.path.basename(path).removesuffix(".dvc")
         if name.endswith(".dvc") and data not in beside and (form_of(data) or "." not in data):
             return NOT_FETCHED, f"{data} is not fetched; run dvc pull {path}"
-        return ARCHIVE if name.endswith(ARCHIVES) else UNKNOWN, ""
+        return of_format(name), ""
     if not os.access(path, os.R_OK):
         return DENIED
     if size < POINTER_BYTES and (pointer := POINTER.match(_head(path, POINTER_BYTES))):
@@ -122,6 +122,18 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         listed = {file["filename"] for file in state["_data_files"]} if _is_state(state) else {os.path.basename(path)}
         return None if os.path.basename(path) in listed else (UNINDEXED, "")
     return _of_json(path, name, size, text_column) if name.endswith((".json", ".jsonl")) and size else None
+
+
+def of_format(name: str) -> str:
+    """Why a file of no known format is not read."""
+    return ARCHIVE if name.lower().endswith(ARCHIVES) else UNKNOWN
+
+
+def of_url(path: str, found: bool) -> str | None:
+    """Why a file at a URL, ``found`` in a folder or by a pattern, is not read, or None."""
+    if form_of(path) is None:
+        return of_format(path)
+    return METADATA if found and path.rsplit("/", 1)[1] in DESCRIPTIONS else None
 
 
 def _is_state(state: Any) -> bool:

@@ -62,7 +62,9 @@ def text_source(args: argparse.Namespace) -> TextSource:
     """
     if (args.name or args.split) and not any(hub.is_dataset(place) for place in args.source):
         raise ValueError(f"--name and --split have no effect without a source {hub.HF}OWNER/NAME")
-    return TextSource(tuple(args.source), args.name, args.split, args.text_column)
+    # Local files under another name: all that holds for them holds for these.
+    places = tuple(place.removeprefix("file://") for place in args.source)
+    return TextSource(places, args.name, args.split, args.text_column)
 
 
 def is_c4(source: TextSource) -> bool:

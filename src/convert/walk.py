@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +15,7 @@ from src.common.errors import DataError
 from src.convert import hub, mds, reasons, tables
 from src.convert.files import SUFFIXES, File, form_of
 from src.convert.hub import C4_SPLITS
+from src.data.source import without_password
 
 if TYPE_CHECKING:
     from src.convert.sources import TextSource
@@ -87,7 +88,7 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
         if hub.is_dataset(place):
             yield from hub.files(source, place)
         elif not is_local(place):
-            yield from hub.remote_files(place)
+            yield from _checked(place, map(_remote_entry(place), hub.remote_files(place)), skip_bad)
         else:
             yield from local.place(place, paths, split)
 
@@ -122,16 +123,8 @@ class _Walk:
 
     def place(self, place: str, paths: list[str], split: str) -> Entries:
         """The files of a place, which is one path or a pattern with several."""
-        skipped, found = [], False
-        for path in paths:
-            for entry in self._match(place, path, split):
-                found = found or isinstance(entry, File)
-                if isinstance(entry, Skipped) and len(skipped) < 3:
-                    skipped.append(f"{entry.path}: {entry.reason}")
-                yield entry
-        if not found and not (self.skip_bad and skipped):
-            known = f"{', '.join(SUFFIXES)}, or a folder of MDS shards"
-            raise DataError("; skipped ".join([f"{place}: no file of a known format ({known})", *skipped]))
+        entries = (entry for path in paths for entry in self._match(place, path, split))
+        yield from _checked(place, entries, self.skip_bad)
 
     def _match(self, place: str, path: str, split: str) -> Entries:
         """A place, or one of the paths that match it, of which some are no source, as some entries of a folder."""
@@ -292,6 +285,32 @@ class _Walk:
         read = {path.relative_to(folder).parts[0] for path in paths}
         for name in sorted(set(os.listdir(folder)) - read - {"index.json"}):
             yield Skipped(str(folder / name), reasons.UNINDEXED)
+
+
+def _checked(place: str, entries: Entries, skip_bad: bool) -> Entries:
+    """The entries of a place; raises a DataError if all of them are skipped."""
+    skipped, found = [], False
+    for entry in entries:
+        found = found or isinstance(entry, File)
+        if isinstance(entry, Skipped) and len(skipped) < 3:
+            skipped.append(f"{entry.path}: {entry.reason}")
+        yield entry
+    if not found and not (skip_bad and skipped):
+        known = f"{', '.join(SUFFIXES)}, or a folder of MDS shards"
+        message = "; skipped ".join([f"{place}: no file of a known format ({known})", *skipped])
+        raise DataError(without_password(message))
+
+
+def _remote_entry(place: str) -> Callable[[File], File | Skipped]:
+    """What becomes of the files at a URL. Their content is not looked at."""
+    given = set(place.split("/"))
+
+    def entry(file: File) -> File | Skipped:
+        found = [name for name in file.path.split("/") if name not in given]
+        reason = next(filter(None, map(reasons.of_name, found)), None) or reasons.of_url(file.path, bool(found))
+        return file if reason is None else Skipped(file.path, reason)
+
+    return entry
 
 
 def _way(place: str, path: str) -> list[str]:

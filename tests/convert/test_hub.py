@@ -14,12 +14,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+import convert_c4
 from src.common.errors import DataError
-from src.convert import hub
+from src.convert import hub, reasons
 from src.convert.files import BadText, Span
 from src.convert.forms import columns_of, read
 from src.convert.sources import TextSource, iter_documents, units_of
 from src.convert.stats import Stats
+from src.convert.walk import Skipped, walk
 
 
 def texts_of(*places, **options):
@@ -155,6 +157,44 @@ def test_urls_of_files_folders_and_patterns(bucket):
     assert units == [["three"], ["four"], ["p1", "p2"], ["p3"]]
     with pytest.raises(BadText, match="/bucket/sub/d.csv.gz:1: expected a field 'no'"):
         list(iter_documents(TextSource((f"{bucket}/sub/d.csv.gz",), text_column="no")))
+
+
+def test_files_at_urls_are_skipped_as_on_disk(bucket):
+    memory = fsspec.filesystem("memory")
+    skipped = {
+        "README.md": reasons.UNKNOWN,
+        "_SUCCESS": reasons.UNKNOWN,
+        "config.json": reasons.METADATA,
+        "old.ZIP": reasons.ARCHIVE,
+        "sub/._d.csv.gz": reasons.HIDDEN,
+        ".cache/e.txt": reasons.HIDDEN,
+        "sub/_temporary/f.txt": reasons.SYSTEM,
+    }
+    for name in skipped:
+        memory.pipe(f"/bucket/{name}", b"\0")
+    for place in (bucket, f"{bucket}/**"):
+        entries = list(walk(TextSource((place,)), "train", False))
+        left_out = {entry.path: entry.reason for entry in entries if isinstance(entry, Skipped)}
+        assert left_out == {f"memory:///bucket/{name}": reason for name, reason in skipped.items()}
+        assert texts_of(place) == ["one", "two", "three", "four", "p1", "p2", "p3", "five"]
+    assert list(walk(TextSource((f"{bucket}/.cache",)), "train", False)) == list(hub.remote_files(f"{bucket}/.cache"))
+    for place in (f"{bucket}/README.md", f"{bucket}/*.md"):
+        with pytest.raises(
+            DataError, match=r"no file of a known format .*skipped memory:///bucket/README.md: of no kn"
+        ):
+            texts_of(place)
+
+
+def test_a_file_url_is_a_local_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "README.md").write_text("x")
+    args = ["--out_root", str(tmp_path), "--splits", "b", "--source", f"file://{tmp_path}"]
+    convert_c4.main(args)
+    convert_c4.main([*args, "--overwrite"])
+    assert json.loads((tmp_path / "b" / "stats.json").read_text())["files"]["skipped"] == {
+        reasons.UNKNOWN: 1,
+        reasons.OUTPUT: 1,
+    }
 
 
 def test_a_changed_file_is_seen(bucket):
