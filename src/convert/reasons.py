@@ -10,7 +10,6 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from src.convert import streams
 from src.convert.files import form_of
 
 HIDDEN = "hidden"
@@ -20,11 +19,11 @@ ARCHIVE = "an archive, unpack it"
 METADATA = "describes data or a tokenizer"
 SPECIAL = "no regular file"
 LINKED = "a link or second name of what is read"
-COPY = "a compressed copy of a file beside it"
 AROUND = "a link to a folder that contains the source"
 OUTPUT = "output of a conversion"
 UNINDEXED = "no data of its folder's index"
 NOT_C4 = "not of this split of C4"
+COPY = "a copy of what is beside it"
 NO_TEXT = "a JSON object without the text"
 NOT_FETCHED = "not fetched"
 UNREADABLE = "unreadable"
@@ -54,9 +53,6 @@ POINTER = re.compile(rb"version https://git-lfs|(\.\./)*(\.git)?/?annex/objects/
 """Beginning of a file of git-lfs or git-annex whose content is not there."""
 
 POINTER_BYTES = 1024
-COMPARED = 1 << 16
-"""Bytes of text by which a compressed copy is told."""
-
 DESCRIPTION_BYTES = 16 << 20
 """Largest file that is read whole to see whether it is one JSON object."""
 
@@ -80,19 +76,6 @@ def of_link_to_nothing(path: str) -> Reason:
     return NOT_FETCHED, f"a link to {target}, which does not exist; {how}"
 
 
-def is_copy(path: str, beside: Set[str]) -> bool:
-    """Whether a compressed file has the beginning of one beside it that is not, as ``zstd -d`` leaves both."""
-    form, plain = form_of(path), os.path.splitext(path)[0]
-    if form is None or not form.compression or os.path.basename(plain) not in beside or form_of(plain) is None:
-        return False
-    try:
-        with streams.open_stream(path, form.compression) as one, open(plain, "rb") as other:
-            beginning = one.read(COMPARED)
-            return bool(beginning) and beginning == other.read(COMPARED)
-    except streams.UNREADABLE:  # reading it says so
-        return False
-
-
 def of_file(path: str, beside: Set[str], size: int, text_column: str, named: bool) -> Reason | None:
     """Why a file is not read, or None.
 
@@ -101,7 +84,8 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         named: the user named this file, so only what is no text at all is a reason.
     """
     name = os.path.basename(path).lower()
-    if form_of(name) is None:
+    form = form_of(name)
+    if form is None:
         data = os.path.basename(path).removesuffix(".dvc")
         if name.endswith(".dvc") and data not in beside and (form_of(data) or "." not in data):
             return NOT_FETCHED, f"{data} is not fetched; run dvc pull {path}"
@@ -113,14 +97,17 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         return NOT_FETCHED, f"a pointer to content that is not fetched; run {how}"
     if named:
         return None
-    if is_copy(path, beside):
-        return COPY, ""
     if name in ("vocab.txt", "merges.txt") and beside & {"tokenizer.json", "tokenizer_config.json"}:
         return METADATA, ""
-    if name.endswith(".arrow") and "state.json" in beside:
-        state = json_of((Path(path).parent / "state.json").read_bytes())
-        listed = {file["filename"] for file in state["_data_files"]} if _is_state(state) else {os.path.basename(path)}
-        return None if os.path.basename(path) in listed else (UNINDEXED, "")
+    unpacked = os.path.splitext(os.path.basename(path))[0]
+    if form.compression and unpacked in beside:
+        return COPY, f"beside it lies {unpacked}, as gunzip -k or a stopped gunzip leaves it; remove one, or name one"
+    if name.endswith(".arrow"):
+        listed = saved_tables(Path(path).parent) if "state.json" in beside else set()
+        if listed and os.path.basename(path) not in listed:
+            return UNINDEXED, ""
+        if name.startswith("cache-") and "dataset_info.json" in beside:  # of map() and filter(), in datasets' own cache
+            return COPY, ""
     return _of_json(path, name, size, text_column) if name.endswith((".json", ".jsonl")) and size else None
 
 
@@ -136,10 +123,12 @@ def of_url(path: str, found: bool) -> str | None:
     return METADATA if found and path.rsplit("/", 1)[1] in DESCRIPTIONS else None
 
 
-def _is_state(state: Any) -> bool:
-    """Whether this is the content of a state.json that datasets has written."""
+def saved_tables(folder: Path) -> set[str]:
+    """The files that the state.json of ``Dataset.save_to_disk`` lists; none if it is another state.json."""
+    state = json_of((folder / "state.json").read_bytes())
     files = state.get("_data_files") if isinstance(state, dict) else None
-    return isinstance(files, list) and all(isinstance(file, dict) and "filename" in file for file in files)
+    of_datasets = isinstance(files, list) and all(isinstance(file, dict) and "filename" in file for file in files)
+    return {file["filename"] for file in files} if of_datasets else set()
 
 
 def _of_json(path: str, name: str, size: int, text_column: str) -> Reason | None:

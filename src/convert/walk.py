@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,8 +104,6 @@ class _Walk:
         """Real paths of the places and of the folders that links lead to, with the paths that are read."""
         self.seen: set[int] = set()
         """Hashes that tell files with links or several names apart."""
-        self.listed = ("", set[str]())
-        """Folder of the last file that a pattern matched, and the names in it."""
         for place in (
             path for place, paths in places for path in paths if not any(map(self._is_ours, _way(place, path)))
         ):
@@ -123,10 +122,17 @@ class _Walk:
 
     def place(self, place: str, paths: list[str], split: str) -> Entries:
         """The files of a place, which is one path or a pattern with several."""
-        entries = (entry for path in paths for entry in self._match(place, path, split))
+        matched = set(paths)
+
+        @cache
+        def beside(folder: str) -> set[str]:
+            names = set(os.listdir(folder or "."))
+            return {name for name in names if _join(folder, name) in matched or name in reasons.DESCRIPTIONS}
+
+        entries = (entry for path in paths for entry in self._match(place, path, split, beside))
         yield from _checked(place, entries, self.skip_bad)
 
-    def _match(self, place: str, path: str, split: str) -> Entries:
+    def _match(self, place: str, path: str, split: str, beside: Callable[[str], set[str]]) -> Entries:
         """A place, or one of the paths that match it, of which some are no source, as some entries of a folder."""
         way = _way(place, path)
         if any(map(self._is_ours, way)):
@@ -134,20 +140,18 @@ class _Walk:
         if reason := next(filter(None, map(self._reason_of_name, way)), None):
             yield Skipped(path, reason)
         else:
-            yield from self._path(str(Path(path)), split, named=path == place)
+            yield from self._path(str(Path(path)), split, None if path == place else beside(os.path.dirname(path)))
 
-    def _path(self, path: str, split: str, named: bool) -> Entries:
+    def _path(self, path: str, split: str, beside: set[str] | None) -> Entries:
+        """A place; ``beside`` are the names in the folder of what a pattern matched, None for what is named itself."""
         real = os.path.realpath(path)
         if self.output and Path(self.output).is_relative_to(real):
             yield Skipped(_join(path, os.path.relpath(self.output, real)), reasons.OUTPUT)
         if not os.path.isdir(path):
             if os.path.exists(path) and not os.path.isfile(path):
                 raise DataError(f"{path}: {reasons.SPECIAL}; write the text to a file")
-            folder = os.path.dirname(path) or "."
-            if self.listed[0] != folder:
-                self.listed = (folder, set(os.listdir(folder)))
             status = os.stat(path) if os.path.exists(path) else None
-            yield from self._file(path, self.listed[1], status, named, top=True)
+            yield from self._file(path, beside or set(), status, named=beside is None, top=True)
         elif is_c4_folder(path):
             yield from self._c4(path, split)
         elif _is_index(path, set(os.listdir(path))):
@@ -170,6 +174,10 @@ class _Walk:
         if "dataset_dict.json" in beside and len(splits := tables.splits_of(Path(path))) > 1:
             names = ", ".join(_join(path, name) for name in splits)
             raise DataError(f"{path}: a DatasetDict; name one of its splits ({names})")
+        if {"blobs", "refs", "snapshots"} <= beside and len(os.listdir(_join(path, "snapshots"))) > 1:
+            raise DataError(f"{path}: several revisions of a dataset of the hub; name one of the folders in snapshots")
+        if "state.json" in beside and (missing := sorted(reasons.saved_tables(Path(path)) - beside)):
+            raise DataError(f"{_join(path, missing[0])} is missing; {_join(path, 'state.json')} names it")
         for name in sorted(beside):
             yield from self._entry(_join(path, name), os.path.join(real, name), beside)
 

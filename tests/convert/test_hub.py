@@ -179,9 +179,7 @@ def test_files_at_urls_are_skipped_as_on_disk(bucket):
         assert texts_of(place) == ["one", "two", "three", "four", "p1", "p2", "p3", "five"]
     assert list(walk(TextSource((f"{bucket}/.cache",)), "train", False)) == list(hub.remote_files(f"{bucket}/.cache"))
     for place in (f"{bucket}/README.md", f"{bucket}/*.md"):
-        with pytest.raises(
-            DataError, match=r"no file of a known format .*skipped memory:///bucket/README.md: of no kn"
-        ):
+        with pytest.raises(DataError, match=r"no file of a known format .*skipped memory:///bucket/README.md: of no"):
             texts_of(place)
 
 

@@ -152,6 +152,10 @@ READ_AND_SKIPPED = {
             "g": reasons.LINKED,
         },
     ),
+    "files that map() of datasets left": (
+        {"x-train.arrow": "x", "cache-1f.arrow": "x", "dataset_info.json": "{}", "cache-1f.txt": "x"},
+        {"cache-1f.arrow": reasons.COPY, "dataset_info.json": reasons.METADATA},
+    ),
     "a hidden folder by a link": ({".h/a.txt": "x", "b": ("->", ".h")}, {".h": reasons.HIDDEN}),
     "a link into a folder that a link reads": (
         {"../o/p/a.txt": "x", "a": ("->", "../o/p"), "b": ("->", "../o"), "c.txt": ("->", "../o/p/a.txt")},
@@ -303,12 +307,35 @@ REFUSED = {
         ["."],
         "s/d: a DatasetDict; name one of its splits (.*s/d/test, .*s/d/train)",
     ),
+    "a file and its compressed copy": (
+        {"a.jsonl": DOCUMENT, "a.jsonl.zst": "x"},
+        ["."],
+        r"s/a.jsonl.zst: beside it lies a.jsonl, .*; remove one, or name one",
+    ),
+    "both by a pattern": ({"a.txt": "x", "a.txt.gz": "x"}, ["*"], "s/a.txt.gz: beside it lies a.txt"),
+    "revisions of a dataset of the hub": (
+        {"d/blobs/1": "x", "d/refs/main": "2", "d/snapshots/1/a.txt": "x", "d/snapshots/2/a.txt": "y"},
+        ["."],
+        "s/d: several revisions of a dataset of the hub; name one of the folders in snapshots",
+    ),
+    "a saved dataset without one of its files": (
+        {"a.arrow": "x", "state.json": '{"_data_files": [{"filename": "a.arrow"}, {"filename": "b.arrow"}]}'},
+        ["."],
+        "s/b.arrow is missing; .*s/state.json names it",
+    ),
     "C4 beside others": (
         {"c4/c4-train.00000-of-00001.json.gz": "x", "a.txt": "x"},
         ["c4", "a.txt"],
         r"name C4's files themselves: '.*c4-train.\*.json.gz'",
     ),
 }
+
+
+def test_a_compressed_copy_is_read_by_name_and_skipped_otherwise(folder):
+    make(folder, {"a.txt": "x", "a.txt.gz": "x", "cache-1f.arrow": "x", "b.arrow": "x", "dataset_info.json": "{}"})
+    assert found(folder, folder / "a.txt.gz") == found(folder, folder / "*.gz") == (["a.txt.gz"], {})
+    assert found(folder, folder / "*.arrow") == (["b.arrow"], {"cache-1f.arrow": reasons.COPY})
+    assert found(folder, folder / "a*", skip_bad=True) == (["a.txt"], {"a.txt.gz": reasons.COPY})
 
 
 @pytest.mark.parametrize("name", REFUSED)
