@@ -19,7 +19,11 @@ LONGEST = 1 << 20
 """Characters that a part may be longer than asked for, to end where cutting is exact."""
 
 WINDOW = 128
-"""Characters on both sides of a position that is tried. BERT's longest word has 100."""
+"""Characters of context before a part. BERT's longest word has 100."""
+
+TRIED = 127
+"""Characters on both sides of a position that is tried. A prime number: 128 of one character may be whole tokens of 2,
+4 or 8 of them, wherever these begin in the text."""
 
 TRIES = 16
 """Positions that are tried."""
@@ -110,10 +114,11 @@ class TextEncoder:
         return after if after >= 0 else min(high, len(text))
 
     def _is_exact(self, text: str, at: int, left_only: bool) -> bool:
-        left, both = self.ids(text[max(at - WINDOW, 0) : at]), self.ids(text[max(at - WINDOW, 0) : at + WINDOW])
+        low, high = max(at - TRIED, 0), at + TRIED
+        left, both = self.ids(text[low:at]), self.ids(text[low:high])
         if left_only:
             return both[: len(left)] == left
-        return both == left + self.ids(text[at : at + WINDOW])
+        return both == left + self.ids(text[at:high])
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Consecutive parts of about ``PIECE`` characters, each with whether it is the last. Their ids together are

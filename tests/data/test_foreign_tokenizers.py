@@ -238,6 +238,24 @@ def test_parts_have_the_ids_of_the_whole_text(kind, folders, monkeypatch):
             assert ids and any(whole[i : i + len(ids)] == ids for i in range(len(whole))), name
 
 
+@pytest.mark.parametrize("model", [models.BPE, models.Unigram])
+def test_runs_of_one_character_are_not_cut_inside_a_token(model, monkeypatch):
+    """A window that holds whole tokens of 2, 4, 8, ... such characters does not show where they begin."""
+    monkeypatch.setattr(cutting, "PIECE", 400)
+    tokenizer = Tokenizer(model())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer if model is models.BPE else trainers.UnigramTrainer
+    options = {"special_tokens": ["<unk>"], "unk_token": "<unk>"} if model is models.Unigram else {}
+    tokenizer.train_from_iterator(["=" * 64] * 50 + HAN, trainer(vocab_size=230, show_progress=False, **options))
+    encoder = TextEncoder(tokenizer, False, False)
+    for text in (f"{HAN[0]}{'=' * 1601}", f"{HAN[0]}{'=' * 999}" * 3, f"{HAN[0]}.{'=' * 1701}{HAN[1]}"):
+        whole = encoder.ids(text)
+        assert len(whole) < len(text) / 4
+        assert [i for part, _ in encoder.pieces(text) for i in encoder.ids(part)] == whole
+        for n in (10, 30, 60, 100):
+            assert encode_prefix(encoder, text, n) == whole[:n]
+
+
 def test_pieces_are_short_where_the_text_can_be_cut(folders, monkeypatch):
     monkeypatch.setattr(cutting, "PIECE", 400)
     for kind in ("WordPiece", "byte-level"):
