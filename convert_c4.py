@@ -166,6 +166,9 @@ def report(folder: Path, speed: dict[str, Any]) -> None:
             f"fill {stats['fill']:.1%}, {stats['cut_share']:.1%} of the text cut off, "
             f"{stats['bytes_per_token']:.2f} bytes and {stats['characters_per_token']:.2f} characters per token"
         )
+        if stats.get("unknown_share"):
+            lost = f"{stats['unknown_share']:.2%} of the characters became unknown tokens"
+            print(f"    {lost}: the tokenizer lacks them, or their words are too long for it")
         if stats["special_in_text"]:
             print(f"    special tokens such as [MASK] in the text: {stats['special_in_text']:,}, taken as {special}")
     counts = {name: stats.get(name, 0) for name in ("documents", "samples", "tokens", "bytes")}

@@ -35,6 +35,7 @@ class Tokens:
         self.dtype = np.dtype(token_dtype(vocab_size(tokenizer))).newbyteorder("<")
         self.cls: Any = tokenizer.cls_token_id
         self.sep: Any = tokenizer.sep_token_id
+        self.unk = tokenizer.unk_token_id
         self.encoder = TextEncoder.of(tokenizer, special_tokens)
         self.special_words = special_words(tokenizer)
         self.description: dict[str, Any] = {  # training checks it before it reads the shards
@@ -47,26 +48,35 @@ class Tokens:
         }
 
     def samples(self, texts: Iterator[str], stats: Stats) -> Iterator[NDArray[Any]]:
-        """Samples of shape (length,), [CLS] and [SEP] included. Counts ``cut_characters`` and ``special_in_text``."""
+        """Samples of shape (length,), [CLS] and [SEP] included. Counts ``cut_characters``, ``special_in_text`` and
+        ``unknown_characters``."""
         texts = self._counted(texts, stats)
-        return self._truncated(texts, stats) if self.pack == "truncate" else self._chunks(texts)
+        return self._truncated(texts, stats) if self.pack == "truncate" else self._chunks(texts, stats)
 
     def _counted(self, texts: Iterator[str], stats: Stats) -> Iterator[str]:
         for text in texts:
             stats.special_in_text += sum(map(text.count, self.special_words))
             yield text
 
+    def _unknown(self, ids: list[int], encoding: Any) -> int:
+        """Characters of the first ids, all or some of an encoding's, that are unknown."""
+        if self.unk not in ids:
+            return 0
+        return sum(end - begin for i, (begin, end) in zip(ids, encoding.offsets, strict=False) if i == self.unk)
+
     def _framed(self, ids: list[int]) -> NDArray[Any]:
         return np.array([self.cls, *ids, self.sep], self.dtype)
 
-    def _chunks(self, texts: Iterator[str]) -> Iterator[NDArray[Any]]:
+    def _chunks(self, texts: Iterator[str], stats: Stats) -> Iterator[NDArray[Any]]:
         room = self.max_seq_len - 2
         parts = (part for text in texts for part in self.encoder.pieces(text))
         left: list[int] = []
         while batch := list(itertools.islice(parts, BATCH)):
             encodings = self.encoder.backend.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
             for encoding, (_, last) in zip(encodings, batch, strict=True):
-                ids = left + encoding.ids
+                found = encoding.ids
+                stats.unknown_characters += self._unknown(found, encoding)
+                ids = left + found
                 end = len(ids) if last else len(ids) // room * room
                 for start in range(0, end, room):
                     yield self._framed(ids[start : min(start + room, end)])
@@ -89,5 +99,7 @@ class Tokens:
                         stats.cut_characters += len(batch[i]) - encoding.offsets[room - 1][1]
                     elif end < len(batch[i]):
                         short.append(i)
+                        continue
+                    stats.unknown_characters += self._unknown(found[i], encoding)
                 todo, characters = short, 2 * characters
             yield from (self._framed(ids) for ids in found if ids)

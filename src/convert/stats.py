@@ -99,6 +99,8 @@ class Stats:
     """Characters of them after the last token of a truncated document."""
     special_in_text: int = 0
     """Words in them such as [MASK], written as the tokenizer's special tokens."""
+    unknown_characters: int = 0
+    """Characters of them that became the tokenizer's unknown token, as [UNK]; of a truncated document's beginning."""
     samples: int = 0
     tokens: int = 0
     """Tokens, [CLS] and [SEP] included; 0 for shards of text."""
@@ -140,6 +142,7 @@ class Stats:
             report |= {
                 "tokens": self.tokens,
                 "special_in_text": self.special_in_text,
+                "unknown_share": self.unknown_characters / max(self.characters - self.cut_characters, 1),
                 "cut_share": self.cut_characters / max(self.characters, 1),
                 "fill": self.tokens / (self.samples * max_seq_len),
                 "bytes_per_token": self.bytes / self.tokens,

@@ -312,6 +312,25 @@ def test_special_words_in_conversion_and_loading(how, want, pack, tmp_path, caps
     assert all(np.array_equal(datasets[0].ids(i), datasets[1].ids(i)) for i in range(3))
 
 
+@pytest.mark.parametrize(
+    ("pack", "text", "share"),
+    [
+        ("chunk", "a river \u0e01\u0e02\u0e03 mill\nthe mill", 6 / 24),  # 3 of Thai, and "the"
+        ("chunk", f"a {'a' * 101} mill", 101 / 108),  # BERT's limit of a word
+        ("chunk", "a river runs", 0),
+        ("truncate", f"a mill {'unknown ' * 400}", 6 * 7 / 54),  # the first 8 words
+        ("truncate", "a the mill", 3 / 10),
+    ],
+)
+def test_unknown_characters_are_counted(pack, text, share, tmp_path, capsys):
+    name = whole_words(PLAIN, tmp_path / "tokenizer")
+    (tmp_path / "texts.txt").write_text(text)
+    options = ["--tokenizer", name, "--max_seq_len", "10", "--pack", pack]
+    folder = convert(tmp_path / "tokens", tmp_path / "texts.txt", *options)
+    assert json_of(folder / "stats.json")["unknown_share"] == pytest.approx(share)
+    assert (f"{share:.2%} of the characters became unknown tokens" in capsys.readouterr().out) == (share > 0)
+
+
 def test_ordinary_text_gives_the_same_bytes(tmp_path, tokenizer_folder, documents, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(documents[:40]))
     options = ["--tokenizer", tokenizer_folder, "--max_seq_len", "16"]
