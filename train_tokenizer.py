@@ -11,6 +11,7 @@ import itertools
 import shutil
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ MAX_WORDS = 2_000_000
 MAX_CHARACTERS = 100
 """Longest word in characters. To WordPiece longer ones are unknown, so nothing is learnt from them."""
 
+BLANKS = "WordPiece needs blanks between words; for Thai and the like train a SentencePiece tokenizer elsewhere"
+
 MAX_OCCURRENCES = 200_000_000
 """Words given to the trainer, repetitions included. If there are more, counts are divided and rounded down."""
 
@@ -51,25 +54,41 @@ COVERAGE = 0.9995
 """Share of the text's characters for which more than ``ALPHABET`` are taken: Chinese and Japanese need thousands. The
 default of SentencePiece (Kudo and Richardson, 2018)."""
 
+SAMPLED = 1_000_000
+"""Characters, from the beginning of the text, in which ``marks_lost`` looks."""
 
-def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Counter[str]:
-    """Count the words between white space in the normalized texts.
+
+def count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tuple[Counter[str], int]:
+    """Count the words between white space in the normalized texts, and the characters of those that are too long.
 
     Memory is bounded: at more than 2 * ``MAX_WORDS`` distinct words, the less frequent half is dropped (a form of lossy
     counting; Manku and Motwani, 2002). Below that, the counts are exact.
     """
-    counts: Counter[str] = Counter()
+    counts, too_long = Counter[str](), 0
     splitter = pre_tokenizers.BertPreTokenizer()
     for text in texts:
         for piece in pieces(text):
             words = normalizer.normalize_str(piece).split()
             if len(max(words, key=len, default="")) > MAX_CHARACTERS:  # scripts without blanks, tables, addresses
-                parts = (part for word in words for part, _ in splitter.pre_tokenize_str(word))
+                parts = [part for word in words for part, _ in splitter.pre_tokenize_str(word)]
                 words = [part for part in parts if len(part) <= MAX_CHARACTERS]
+                too_long += sum(map(len, parts)) - sum(map(len, words))
             counts.update(words)
         if len(counts) > 2 * MAX_WORDS:
             counts = Counter(dict(counts.most_common()[:MAX_WORDS]))
-    return Counter(dict(counts.most_common()[:MAX_WORDS]))
+    return Counter(dict(counts.most_common()[:MAX_WORDS])), too_long
+
+
+def marks_lost(text: str) -> tuple[float, str, str]:
+    """What is stripped with lower case: the share of words with accents or vowel signs, and the most frequent of these
+    words before and after. Japanese がんばれ becomes かんはれ."""
+    stripped = normalizers.BertNormalizer(handle_chinese_chars=False)
+    kept = normalizers.BertNormalizer(strip_accents=False)
+    words = Counter(kept.normalize_str(text).split())
+    pairs = {word: stripped.normalize_str(word) for word in words}
+    lost = {word: words[word] for word, after in pairs.items() if after != unicodedata.normalize("NFD", word)}
+    first = max(lost, key=lambda word: (lost[word], word), default="")
+    return sum(lost.values()) / max(words.total(), 1), first, pairs.get(first, "")
 
 
 def repeated(words: Counter[str]) -> Iterator[str]:
@@ -220,17 +239,36 @@ def main(argv: list[str] | None = None) -> None:
         for document in tqdm(source, desc="train_tokenizer", unit="doc", unit_scale=True, mininterval=1):
             yield document["text"]
 
-    words = count_words(texts(stats), normalizers.BertNormalizer(lowercase=args.lowercase))
+    beginning = ""
+
+    def sampled() -> Generator[str]:
+        nonlocal beginning
+        for text in texts(stats):
+            if len(beginning) < SAMPLED:
+                beginning += text[:SAMPLED] + "\n"
+            yield text
+
+    words, too_long = count_words(sampled(), normalizers.BertNormalizer(lowercase=args.lowercase))
     if stats.bad:
         print(f"{stats.bad:,} bad ones skipped: {'; '.join(stats.first_bad)}", file=sys.stderr)
     if not stats.documents:
         raise DataError(f"{args.source}: the source has no document")
+    if not words:
+        raise DataError(f"{args.source}: the text has no word of at most {MAX_CHARACTERS} characters; {BLANKS}")
     alphabet, rare, coverage = alphabet_of(words, args.vocab_size)
     tokenizer = train(words, alphabet, args.vocab_size, args.lowercase)
     size = tokenizer.get_vocab_size()
     if rare:
         left = f"{rare:,} rare characters, {1 - coverage:.3%} of the text, are not in the vocabulary"
         print(f"{left}: words with them are [UNK]; {len(alphabet):,} characters are", file=sys.stderr)
+    if too_long:
+        share = too_long / (too_long + sum(len(word) * count for word, count in words.items()))
+        lost = f"{share:.3%} of the text is words of over {MAX_CHARACTERS} characters, which are [UNK]"
+        print(f"{lost}; {BLANKS}", file=sys.stderr)
+    share, before, after = marks_lost(beginning) if args.lowercase else (0.0, "", "")
+    if share >= 0.001:
+        lost = f"{share:.1%} of the words lose accents or vowel signs, as {before} becomes {after}"
+        print(f"{lost}; --no-lowercase keeps them, and case", file=sys.stderr)
     if size < args.vocab_size:
         print(f"the text gives only {size} entries, fewer than --vocab_size {args.vocab_size}", file=sys.stderr)
 

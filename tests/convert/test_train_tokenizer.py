@@ -88,10 +88,10 @@ def test_words_are_counted_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(train_tokenizer, "MAX_WORDS", 10)
     normalizer = BertNormalizer()
     texts = [f"The the cat, rare{i} sat " + "x" * 101 for i in range(100)]
-    counts = train_tokenizer.count_words(texts, normalizer)
+    counts, too_long = train_tokenizer.count_words(texts, normalizer)
     assert len(counts) == 10 and (counts["the"], counts["cat"], counts["sat"]) == (200, 100, 100)
-    assert max(map(len, counts)) < 10
-    assert train_tokenizer.count_words(["b a", "a b b"], normalizer) == {"a": 2, "b": 3}
+    assert max(map(len, counts)) < 10 and too_long == 100 * 101
+    assert train_tokenizer.count_words(["b a", "a b b"], normalizer) == ({"a": 2, "b": 3}, 0)
 
 
 def test_repeated_words_have_their_counts(monkeypatch):
@@ -168,6 +168,32 @@ def test_the_alphabet_grows_with_the_text(common, rare, size, kept, tmp_path, ca
     assert ids.count(tokenizer.unk_token_id) == total - covered
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (
+            "がんばれ がんばれ あ a",
+            [],
+            "50.0% of the words lose accents or vowel signs, as がんばれ becomes かんはれ;",
+        ),
+        ("हिन्दी में " * 9, [], "100.0% of the words lose accents or vowel signs, as "),
+        ("the CAFÉ " * 9, [], "50.0% of the words lose accents or vowel signs, as café becomes cafe; "),
+        ("がんばれ हिन्दी café", ["--no-lowercase"], None),
+        ("The 한국어 ß 日本 " * 9, ["--limit", "1"], None),
+        (
+            f"a river {'ก' * 101}{'ก' * 92}",
+            [],
+            "96.985% of the text is words of over 100 characters, ",
+        ),
+    ],
+)
+def test_what_the_tokenizer_does_not_keep_is_said(text, options, message, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(text)
+    train(str(tmp_path / "a.txt"), tmp_path / "t", *options)
+    printed = capsys.readouterr().err
+    assert message in printed if message else "lose" not in printed and "over" not in printed
+
+
 def test_compare_takes_each_chinese_character_as_a_word(tmp_path, capsys):
     (tmp_path / "zh.txt").write_text(chinese(30, 40))
     train(str(tmp_path / "zh.txt"), tmp_path / "a", size="100")
@@ -200,11 +226,13 @@ def test_full_disk_is_one_message_and_leaves_nothing(limit, source, tmp_path):
         ("texts.txt", ["--limit", "0"], "700", "--limit must be at least 1"),
         ("texts.txt", ["--compare", "/none"], "700", "there is no such folder"),
         ("empty.txt", [], "700", "no document"),
+        ("thai.txt", [], "700", "no word of at most 100 characters; WordPiece needs blanks"),
         ("none", [], "700", "no such file"),
     ],
 )
 def test_wrong_arguments_and_sources_leave_nothing(name, options, size, message, source, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "thai.txt").write_text("ก" * 101)
     with pytest.raises(ValueError, match=message):
         train(str(tmp_path / name), tmp_path / "t", *options, size=size)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "texts.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "texts.txt", "thai.txt"]
