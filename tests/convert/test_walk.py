@@ -1,8 +1,6 @@
 """What the places of a source name: every file is read, skipped with the reason, or refused."""
 
-import bz2
 import contextlib
-import gzip
 import json
 import os
 import pickle
@@ -174,21 +172,6 @@ def test_each_file_is_read_or_skipped_with_its_reason(name, folder):
     assert left_out == skipped and read == sorted(read)
     linked = {"a/a.txt"} if (folder / "a").is_dir() else {"b/a.txt"} if (folder / "b").is_dir() else set()
     assert set(read) == reached - within - set(skipped) | linked
-
-
-def test_compressed_copies_are_skipped(folder):
-    """As ``gunzip -k`` and ``zstd -d`` leave them. Files of one name and other text are read, as are damaged ones."""
-    copies = {
-        "a.jsonl": DOCUMENT,
-        "a.jsonl.gz": gzip.compress(DOCUMENT.encode()),
-        "b.txt": "x",
-        "b.txt.bz2": bz2.compress(b"x"),
-    }
-    others = {"c.txt": "x", "c.txt.gz": gzip.compress(b"y"), "d.txt": "x", "d.txt.gz": b"damaged"}
-    make(folder, {**copies, **others})
-    read = ["a.jsonl", "b.txt", *others]
-    for place in (folder, folder / "*"):
-        assert found(folder, place) == (read, dict.fromkeys(("a.jsonl.gz", "b.txt.bz2"), reasons.COPY))
 
 
 def test_tables_whose_names_are_not_utf8(folder):
