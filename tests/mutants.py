@@ -769,8 +769,8 @@ MUTANTS = [
         "only-copy-is-evicted",
         "src/data/cache.py",
         "if self.source.complete or not (self.folder / MARKER).exists():",
-        "if self.source is None:",
-        "data/test_cache.py::test_a_copy_of_the_dataset_is_used_and_not_evicted",
+        "if self.source.complete:",
+        "data/test_cache.py::test_only_shards_of_a_marked_cache_are_evicted",
     ),
     Mutant(
         "complete-sources-are-evicted",

@@ -131,6 +131,18 @@ def test_a_copy_of_the_dataset_is_used_and_not_evicted(read, tmp_path):
     assert read(cached, remote, cache_limit=10_000) == read(cached, remote, cache_limit=10_000) == want
 
 
+def test_only_shards_of_a_marked_cache_are_evicted(opened, tmp_path):
+    remote = write(tmp_path / "remote")
+    local = Path(shutil.copytree(remote, tmp_path / "local"))
+    before = contents(local)
+    for options in ({}, {"remote": str(remote)}):  # complete, and perhaps the only copy
+        dataset = opened(local, batch_size=1, **options)
+        with pytest.raises(DataError, match="may be the only copy of a dataset: nothing in it is deleted"):
+            dataset.evict_shard(0)
+        del dataset
+    assert before.items() <= contents(local).items()
+
+
 @pytest.mark.parametrize("verify", ["size", "hash"])
 def test_damaged_shard_of_a_cache_stays_until_another_is_there(verify, read, tmp_path):
     """Also where it is a hard link to the user's copy."""
