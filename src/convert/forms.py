@@ -9,12 +9,14 @@
 JSON, CSV, TSV and text may also end in .gz, .bz2, .xz, .zst or .zstd. A ``Span`` is a part of a file.
 """
 
+import codecs
 import csv
 import io
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any
 
 from src.common.errors import DataError, first_line
@@ -100,12 +102,26 @@ def _rows(span: Span, column: str) -> Rows:
         return
     form = form_of(span.path)
     assert form is not None, span.path
+    reader = mds.rows if mds.is_shard(span.path) else READERS[form.kind]
     try:
-        yield from (mds.rows if mds.is_shard(span.path) else READERS[form.kind])(span, form, column)
+        if reader in (_json_rows, _csv_rows, _text_rows) and _is_utf16(span.path, form):
+            yield f"{span.path}:1", BadText("the file is in UTF-16 or UTF-32; convert it: iconv -f UTF-16 -t UTF-8")
+        else:
+            yield from reader(span, form, column)
     except Exception as error:  # each file system has its own
         if "://" not in span.path or isinstance(error, DataError):
             raise
         raise DataError(f"{without_password(span.path)}: {without_password(first_line(error))}") from None
+
+
+def _is_utf16(path: str, form: Form) -> bool:
+    """Whether a file begins as UTF-16 or UTF-32 does. Most bytes of it are UTF-8, too, of other characters."""
+    try:
+        with open_stream(path, form.compression) as stream:
+            head = stream.peek(1 << 10)[: 1 << 10]
+    except UNREADABLE:  # reading it says it
+        return False
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head)
 
 
 def _document(row: Any, column: str) -> Document:
@@ -116,7 +132,9 @@ def _document(row: Any, column: str) -> Document:
     """
     if isinstance(row, bytes):  # a line of JSON
         line = row.decode("utf-8-sig")  # Windows begins files with a byte order mark
-        row = json.loads(line) if line.strip() else {column: ""}
+        name = column.rpartition(".")[2]
+        check = partial(_object, name) if line.count(f'"{name}"') > 1 else None
+        row = json.loads(line, object_pairs_hook=check) if line.strip() else {column: ""}
     if not isinstance(row, dict):
         raise BadText(f"expected a field {column!r} of an object, got {_kind(row)}")
     value = row
@@ -130,6 +148,12 @@ def _document(row: Any, column: str) -> Document:
     document = {"text": text, **{name: str(_string(row[name])) for name in COLUMNS[1:] if row.get(name) is not None}}
     "".join(document.values()).encode()
     return document
+
+
+def _object(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if sum(key == name for key, _ in pairs) > 1:  # json would keep the last one
+        raise BadText(f"the field {name!r} occurs twice in one object; rename one")
+    return dict(pairs)
 
 
 def _string(value: Any) -> Any:
@@ -266,8 +290,9 @@ def _csv_rows(span: Span, form: Form, column: str) -> Rows:
                     yield f"{span.path}:{number}", dict(zip(header, row, strict=True)) if row else {column: ""}
                 except StopIteration:
                     return
-                except csv.Error as error:
-                    yield f"{span.path}:{number}", BadText(f"the row is not {form.kind.upper()} ({error})")
+                except csv.Error as error:  # an open quote takes the rows up to the next one
+                    lines = f"; {rows.line_num + 1 - number:,} lines" if rows.line_num > number else ""
+                    yield f"{span.path}:{number}", BadText(f"the row is not {form.kind.upper()} ({error}{lines})")
                 except BadText as error:
                     yield f"{span.path}:{number}", error
                 if header is None:

@@ -262,6 +262,11 @@ SEPARATED = {
     ),
     "too few": (b"n,text\n1\n2,two\n", ["two"], ":2: expected 2 fields as in the header, got 1"),
     "quote": (b'text,n\n"on"e,1\ntwo,2\n', ["two"], ":2: the row is not CSV"),
+    "open quote": (
+        b'text,n\n"one,1\ntwo,2\nthe "third",3\nfour,4\n',
+        ["four"],
+        ":2: the row is not CSV (',' expected after '\"'; 3 lines)",
+    ),
     "not closed": (b'text,n\none,1\n"two,2\n', ["one"], ":3: the row is not CSV (unexpected end of data)"),
     "utf-8": (b"text,n\n\xff\xfe,1\ntwo,2\n", ["two"], ":2: invalid U"),
     "no text": (b"a;b\none;1\n", [], ":1: expected a field 'text' that holds a string; there are: a;b"),
@@ -335,6 +340,27 @@ BAD_JSON = {
     "data": ('{"version": 1, "data": [{"text": "one"}]}', [], "there are: version, data"),
     "data over lines": ('{\n"version": 1,\n"data": []}', [], "there are: version, data"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.csv", "a.jsonl", "a.json"])
+def test_utf16_is_not_taken_for_other_words(name, encoding, tmp_path):
+    content = CONTENTS[form_of(name).kind][0].decode().encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert bad_of(tmp_path / name) == (
+        [],
+        f"{tmp_path}/{name}:1: the file is in UTF-16 or UTF-32; convert it: iconv -f UTF-16 -t UTF-8",
+    )
+    for start in (0, 9):
+        assert not list(read(Span(str(tmp_path / name), start, 99), "text", True, Stats()))
+
+
+def test_a_field_that_occurs_twice_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "\\"text\\"", "x": {"text": 1}, "y": "text"}\n{"text": "1", "text": "2"}\n'
+    )
+    good, message = bad_of(tmp_path / "a.jsonl")
+    assert good == ['"text"'] and "a.jsonl:2: the field 'text' occurs twice in one object; rename one" in message
 
 
 @pytest.mark.parametrize("name", BAD_JSON)
