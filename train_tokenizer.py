@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args(argv)
     args.source = text_source(args)
+    args.out = args.out.resolve()  # a link stays one
     settle_folder(args.out)
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; give --overwrite to replace it, or another --out")

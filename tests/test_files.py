@@ -85,3 +85,11 @@ def test_killed_replacement_is_settled(tmp_path):
     folder(tmp_path / ".out.replaced", "older")  # killed after the second
     settle_folder(out)
     assert (out / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    real, new = folder(tmp_path / "real", "old"), folder(tmp_path / "new", "new")
+    (tmp_path / "out").symlink_to(real)
+    with pytest.raises(ValueError, match=r"out is a link to .*real, so it is not replaced"):
+        replace_folder(new, tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 3

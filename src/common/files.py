@@ -69,7 +69,11 @@ def replace_folder(new: Path, folder: Path) -> None:
     """Rename the complete folder ``new`` to ``folder``, and remove an older one of that name.
 
     After an error the older one is back. After a kill between the two renames, ``settle_folder`` brings it back.
+
+    Raises:
+        ValueError: ``folder`` is a link.
     """
+    check_no_link(folder)
     settle_folder(folder)
     try:
         if folder.exists():
@@ -78,6 +82,12 @@ def replace_folder(new: Path, folder: Path) -> None:
         sync(folder.parent)
     finally:
         settle_folder(folder)
+
+
+def check_no_link(folder: Path) -> None:
+    """Raise a ValueError if ``folder`` is a link, so that ``replace_folder`` would leave what it leads to."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}, so it is not replaced; remove it, or name that")
 
 
 def settle_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from src.common.errors import DataError
-from src.common.files import replace_folder, sync, write_text
+from src.common.files import check_no_link, replace_folder, sync, write_text
 from src.convert.stats import FilesReport, Stats
 from src.convert.unit import DROPPED, UNIT
 from src.data.index import LENGTHS, TOKENS_KEY
@@ -35,7 +35,8 @@ OF_A_SPLIT = ("index.json", "stats.json", CONVERSION, FILES, LENGTHS, DROPPED, "
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise a ValueError if ``folder`` exists and may not be replaced."""
+    """Raise a ValueError if ``folder`` is a link, or exists and may not be replaced."""
+    check_no_link(folder)
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; give --overwrite to replace it, or another --out_root")
     if folder.exists() and not (folder / "index.json").exists():

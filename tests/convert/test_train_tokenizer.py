@@ -144,6 +144,16 @@ def chinese(characters, count):
     return "\n".join(text[i : i + 90] for i in range(0, len(text), 90))
 
 
+def test_a_link_to_a_tokenizer_stays(source, tmp_path, monkeypatch):
+    train(source, tmp_path / "t", size="600")
+    (tmp_path / "link").symlink_to("t")
+    assert len(train(source, tmp_path / "link", "--overwrite", size="500")) == 500
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 3
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="holds more than a tokenizer"):
+        train(source, ".", "--overwrite")
+
+
 @pytest.mark.parametrize(
     ("common", "rare", "size", "kept"),
     [
