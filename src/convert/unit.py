@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from streaming import MDSWriter
 
+from src.common.errors import DataError
 from src.common.files import sync
 from src.convert import filters
 from src.convert.files import Span
@@ -132,17 +133,20 @@ def _kept(
     job: Job, unit: Unit, documents: Iterator[tuple[str, Document]], stats: Stats, dropped: IO[str]
 ) -> Iterator[Document]:
     """The documents that no filter drops. The others are counted, and listed in the file ``dropped``."""
-    first, duplicate, grams = 0, None, None  # first: index in the split of the unit's first document
+    number, duplicate, grams = 0, None, None
     if job.dedup:
-        earlier = (hash_file(job.work, number).stat().st_size for number in range(unit.number))
-        first = sum(earlier) // filters.METHODS[job.dedup].bytes
-        duplicate = np.memmap(job.work / DUPLICATES, dtype=bool, mode="r")
+        sizes = [hash_file(job.work, number).stat().st_size for number in range(unit.number + 1)]
+        first, end = (sum(part) // filters.METHODS[job.dedup].bytes for part in (sizes[:-1], sizes))
+        duplicate = np.memmap(job.work / DUPLICATES, dtype=bool, mode="r")[first:end]
     if job.plan["decontaminate"]:
         files = job.work.glob(gram_file(job.work, "*").name)
         grams = {int(file.stem.split("-")[1]): np.load(file, mmap_mode="r") for file in files}
-    for i, (place, document) in enumerate(documents, start=first):
+    changed = DataError(f"{job.work}: the source changed after --dedup read it; give --overwrite to start again")
+    for number, (place, document) in enumerate(documents, start=1):
         text = document["text"]
-        if duplicate is not None and duplicate[i]:
+        if duplicate is not None and number > len(duplicate):
+            raise changed
+        if duplicate is not None and duplicate[number - 1]:
             stats.duplicate += 1
             reason = {"reason": "near duplicate" if job.dedup == "near" else "duplicate"}
         elif grams is not None and (words := filters.overlap(text, grams)):
@@ -154,6 +158,8 @@ def _kept(
             yield document
             continue
         dropped.write(json.dumps({**reason, "place": printable(place), "text": text[:80]}) + "\n")
+    if duplicate is not None and number < len(duplicate):
+        raise changed
 
 
 def hash_unit(job: Job, unit: Unit, count: Count) -> None:

@@ -341,6 +341,35 @@ def test_dedup_continues_in_both_passes(tmp_path, many):
     assert bytes_of(convert(tmp_path, many, "--dedup")) == bytes_of(whole)
 
 
+@pytest.mark.parametrize("text", ["a\nb\nc\nd", "one\nlonger one"])
+def test_dedup_notices_that_the_source_has_changed(text, tmp_path):
+    """Its flags would be those of other documents. With --part, times of files are no part of the plan."""
+    (tmp_path / "a.txt").write_text("first\none\n a b")
+    with stopped_at(0, "convert_unit"):
+        convert(tmp_path, tmp_path / "a.txt", "--dedup", "--part", "1/1")
+    (tmp_path / "a.txt").write_text(text.ljust(14))
+    with pytest.raises(ValueError, match=r"the source changed after --dedup read it; give --overwrite"):
+        convert(tmp_path, tmp_path / "a.txt", "--dedup", "--part", "1/1")
+
+
+def test_a_link_is_not_replaced_by_a_split(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    real = convert(tmp_path / "real", tmp_path / "a.txt")
+    (tmp_path / "mine").symlink_to(real)
+    with pytest.raises(ValueError, match=r"mine is a link to .*, so it is not replaced; remove it, or name that"):
+        convert(tmp_path, tmp_path / "a.txt", "--overwrite")
+    assert texts_of(real) == ["one"] and not (tmp_path / "mine.partial").exists()
+
+
+@pytest.mark.parametrize("column", ["content", "text"])
+def test_evaluation_texts_may_be_in_the_column_of_the_source(column, tmp_path):
+    words = "one two three four five six seven eight"
+    (tmp_path / "e.csv").write_text(f"{column}\n{words}\n")
+    (tmp_path / "a.jsonl").write_text(f'{{"content": "so {words} nine"}}\n{{"content": "clean"}}\n')
+    options = ["--text_column", "content", "--decontaminate", str(tmp_path / "e.csv")]
+    assert texts_of(convert(tmp_path, tmp_path / "a.jsonl", *options)) == ["clean"]
+
+
 def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
     text = next(iter_documents(TextSource((str(many / "b.txt"),))))["text"]
     words = filters.words_of(text)[2:15]
