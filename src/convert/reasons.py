@@ -10,7 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from src.convert.files import form_of
+from src.convert.files import SUFFIXES, form_of
 
 HIDDEN = "hidden"
 SYSTEM = "of the operating system or of another program"
@@ -84,8 +84,7 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         named: the user named this file, so only what is no text at all is a reason.
     """
     name = os.path.basename(path).lower()
-    form = form_of(name)
-    if form is None:
+    if form_of(name) is None:
         data = os.path.basename(path).removesuffix(".dvc")
         if name.endswith(".dvc") and data not in beside and (form_of(data) or "." not in data):
             return NOT_FETCHED, f"{data} is not fetched; run dvc pull {path}"
@@ -99,8 +98,8 @@ def of_file(path: str, beside: Set[str], size: int, text_column: str, named: boo
         return None
     if name in ("vocab.txt", "merges.txt") and beside & {"tokenizer.json", "tokenizer_config.json"}:
         return METADATA, ""
-    unpacked = os.path.splitext(os.path.basename(path))[0]
-    if form.compression and unpacked in beside:
+    unpacked, suffix = os.path.splitext(os.path.basename(path))
+    if unpacked in beside and suffix.lower() not in SUFFIXES:  # so it names a compression
         return COPY, f"beside it lies {unpacked}, as gunzip -k or a stopped gunzip leaves it; remove one, or name one"
     if name.endswith(".arrow"):
         listed = saved_tables(Path(path).parent) if "state.json" in beside else set()

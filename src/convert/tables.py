@@ -19,6 +19,9 @@ TEXT_TYPES = (
     *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()),  # Spark and Impala write strings so
 )
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""Last bytes of Arrow's format of streams. A writer that is killed between two batches leaves a file without them."""
+
 DAMAGED = (pyarrow.ArrowException, OSError)
 """What reading a damaged table raises."""
 
@@ -53,6 +56,7 @@ def rows(span: Span, form: Form, column: str) -> Rows:
     number = 0
     try:
         with _open(span.path) as stream:
+            is_stream = False
             if form.kind == "parquet":
                 reader = pyarrow.parquet.ParquetFile(stream)
                 groups = range(span.start, reader.num_row_groups if span.stop is None else span.stop)
@@ -70,6 +74,10 @@ def rows(span: Span, form: Form, column: str) -> Rows:
                     for values in zip(*cells, strict=True):
                         number += 1
                         yield f"{span.path}:{number}", dict(zip(columns, values, strict=True))
+            if is_stream:
+                stream.seek(-len(END_OF_STREAM), os.SEEK_END)
+                if stream.read() != END_OF_STREAM:
+                    raise BadText("the file ends without the mark of its end, so rows may be missing")
     except BadText as error:
         yield f"{span.path}:{number + 1}", error
     except DAMAGED as error:

@@ -246,6 +246,10 @@ def test_damaged_arrow_files_are_named(tmp_path):
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-60])
     good, message = bad_of(tmp_path / "a.arrow")
     assert good == TEXTS[:2] and "a.arrow:3: the rest of the file cannot be read as arrow" in message
+    arrow_stream(str(tmp_path / "c.arrow"), table_of(pa.array(TEXTS)))
+    (tmp_path / "c.arrow").write_bytes((tmp_path / "c.arrow").read_bytes()[:-8])
+    good, message = bad_of(tmp_path / "c.arrow")
+    assert good == TEXTS and "c.arrow:4: the file ends without the mark of its end" in message
     (tmp_path / "b.arrow").write_bytes(b"")
     assert "b.arrow:1: the rest" in bad_of(tmp_path / "b.arrow")[1]
 

@@ -69,6 +69,7 @@ READ_AND_SKIPPED = {
         {"a.txt": "x", "b.ZIP": "x", "c.tar.gz": "x", "d.7z": "x"},
         {"b.ZIP": reasons.ARCHIVE, "c.tar.gz": reasons.ARCHIVE, "d.7z": reasons.ARCHIVE},
     ),
+    "a suffix twice": ({"a.txt": "x", "a.txt.txt": "x", "b.jsonl": DOCUMENT, "b.jsonl.txt": "x"}, {}),
     "hidden": (
         {"a.txt": "x", ".b.txt": "x", "._a.txt": b"\0\5", ".ipynb_checkpoints/a.txt": "x", "sub/.git/c.txt": "x"},
         {
@@ -295,6 +296,7 @@ REFUSED = {
         ["."],
         r"s/a.jsonl.zst: beside it lies a.jsonl, .*; remove one, or name one",
     ),
+    "a shard and its compressed copy": ({"a.mds": "x", "a.mds.zstd": "x"}, ["*.mds*"], "s/a.mds.zstd: beside it lies"),
     "both by a pattern": ({"a.txt": "x", "a.txt.gz": "x"}, ["*"], "s/a.txt.gz: beside it lies a.txt"),
     "revisions of a dataset of the hub": (
         {"d/blobs/1": "x", "d/refs/main": "2", "d/snapshots/1/a.txt": "x", "d/snapshots/2/a.txt": "y"},
