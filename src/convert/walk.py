@@ -41,22 +41,24 @@ def is_local(path: str) -> bool:
     return not hub.is_dataset(path) and "://" not in path
 
 
+def fixed_part(place: str) -> str:
+    """The existing folder at the beginning of a pattern, with any brackets in its name; or the place if it exists."""
+    while not os.path.lexists(place) and glob.has_magic(place):
+        place = os.path.dirname(place)
+    return place
+
+
 def expanded(place: str) -> list[str]:
     """The paths that match a pattern, sorted, without those inside another; the place itself if it is no pattern."""
     if os.path.lexists(place) or not glob.has_magic(place):
         return [place]
-    paths = sorted({os.path.normpath(path) for path in glob.iglob(place, recursive=True)})
+    folder = fixed_part(place)
+    pattern = glob.escape(folder) + place[len(folder) :]
+    paths = sorted({os.path.normpath(path) for path in glob.iglob(pattern, recursive=True)})
     if not paths:
         raise DataError(f"{place}: no file matches this pattern")
     folders = {path for path in paths if os.path.isdir(path)}
     return [path for path in paths if not folders.intersection(map(str, Path(path).parents))]
-
-
-def fixed_part(place: str) -> str:
-    """The folder in which all matches of a pattern lie, whichever there are; the place itself if it is no pattern."""
-    while not os.path.lexists(place) and glob.has_magic(place):
-        place = os.path.dirname(place)
-    return place
 
 
 def is_c4_folder(place: str) -> bool:

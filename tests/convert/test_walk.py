@@ -433,6 +433,12 @@ def test_several_places_and_patterns_are_read_in_their_order(folder):
         inventory(folder / "b.txt", folder / "x*.txt")
 
 
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(folder):
+    make(folder, {"d[1]/a.txt": "x", "d1/a.txt": "y", "d2/a.txt": "z"})
+    assert found(folder, folder / "d[1]" / "*") == (["d[1]/a.txt"], {})
+    assert found(folder, folder / "d[12]" / "*") == (["d1/a.txt", "d2/a.txt"], {})
+
+
 def test_what_a_pattern_matches_may_be_links(folder):
     make(folder, {"../blobs/1": "x", "a.txt": ("->", "../blobs/1"), "b.md": "x"})
     assert found(folder, folder / "*") == (["a.txt"], {"b.md": reasons.UNKNOWN})
