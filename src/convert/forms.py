@@ -105,7 +105,7 @@ def _rows(span: Span, column: str) -> Rows:
     reader = mds.rows if mds.is_shard(span.path) else READERS[form.kind]
     try:
         if reader in (_json_rows, _csv_rows, _text_rows) and _is_utf16(span.path, form):
-            yield f"{span.path}:1", BadText("the file is in UTF-16 or UTF-32; convert it: iconv -f UTF-16 -t UTF-8")
+            yield f"{span.path}:1", BadText("the file is in UTF-16 or UTF-32 (iconv -f UTF-16 -t UTF-8), or no text")
         else:
             yield from reader(span, form, column)
     except Exception as error:  # each file system has its own

@@ -86,12 +86,13 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
     if not source.places:
         yield from hub.c4_files(split)
     places = [(place, expanded(place) if is_local(place) else []) for place in source.places]
-    local = _Walk(places, source, skip_bad, output)
+    local, remote = _Walk(places, source, skip_bad, output), set[int]()
     for place, paths in places:
         if hub.is_dataset(place):
-            yield from hub.files(source, place)
+            yield from _once(remote, hub.files(source, place))
         elif not is_local(place):
-            yield from _checked(place, map(_remote_entry(place), hub.remote_files(place)), skip_bad)
+            files = _once(remote, hub.remote_files(place))
+            yield from _checked(place, map(_remote_entry(place), files), skip_bad)
         else:
             yield from local.place(place, paths, split)
 
@@ -309,6 +310,15 @@ def _checked(place: str, entries: Entries, skip_bad: bool) -> Entries:
         known = f"{', '.join(SUFFIXES)}, or a folder of MDS shards"
         message = "; skipped ".join([f"{place}: no file of a known format ({known})", *skipped])
         raise DataError(without_password(message))
+
+
+def _once(seen: set[int], files: Iterator[File]) -> Iterator[File]:
+    """The files; raises a DataError at one whose path has its hash in ``seen``, to which all are added."""
+    for file in files:
+        if hash(file.path) in seen:
+            raise DataError(f"{without_password(file.path)} is in two of the places; name it once")
+        seen.add(hash(file.path))
+        yield file
 
 
 def _remote_entry(place: str) -> Callable[[File], File | Skipped]:

@@ -183,6 +183,12 @@ def test_files_at_urls_are_skipped_as_on_disk(bucket):
             texts_of(place)
 
 
+@pytest.mark.parametrize("second", ["", "/b.txt", "/*.txt"])
+def test_files_at_urls_are_named_once(second, bucket):
+    with pytest.raises(DataError, match="memory:///bucket/.* is in two of the places; name it once"):
+        texts_of(bucket, f"{bucket}{second}")
+
+
 def test_a_file_url_is_a_local_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "README.md").write_text("x")
