@@ -126,8 +126,9 @@ def saved_tables(folder: Path) -> set[str]:
     """The files that the state.json of ``Dataset.save_to_disk`` lists; none if it is another state.json."""
     state = json_of((folder / "state.json").read_bytes())
     files = state.get("_data_files") if isinstance(state, dict) else None
-    of_datasets = isinstance(files, list) and all(isinstance(file, dict) and "filename" in file for file in files)
-    return {file["filename"] for file in files} if of_datasets else set()
+    if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
+        return set()
+    return {file["filename"] for file in files}
 
 
 def _of_json(path: str, name: str, size: int, text_column: str) -> Reason | None:

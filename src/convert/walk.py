@@ -140,7 +140,9 @@ class _Walk:
         way = _way(place, path)
         if any(map(self._is_ours, way)):
             return
-        if reason := next(filter(None, map(self._reason_of_name, way)), None):
+        # Only a pattern that begins with a dot matches hidden names.
+        looked = (name for name in way if not os.path.basename(name).startswith("."))
+        if reason := next(filter(None, map(self._reason_of_name, looked)), None):
             yield Skipped(path, reason)
         else:
             yield from self._path(str(Path(path)), split, None if path == place else beside(os.path.dirname(path)))

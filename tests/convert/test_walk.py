@@ -385,6 +385,11 @@ def test_the_output_that_a_pattern_matches_is_skipped(pattern, folder):
     assert read == ["a.txt", "sub/b.txt"] and reasons.OUTPUT in skipped.values()
 
 
+def test_a_pattern_may_name_hidden_files(folder):
+    make(folder, {".a/b.txt": "x", ".c.txt": "y", "d.txt": "z"})
+    assert found(folder, folder / ".*" / "*", folder / ".*.txt") == ([".a/b.txt", ".c.txt"], {})
+
+
 def test_second_names_that_a_pattern_matches_are_skipped(folder):
     make(folder, {"a.txt": "x"})
     os.link(folder / "a.txt", folder / "b.txt")
