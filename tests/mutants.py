@@ -803,8 +803,8 @@ MUTANTS = [
     Mutant(
         "truncated-zstd-is-whole",
         "src/convert/streams.py",
-        "if self.frame is not None and not self.frame.eof:",
-        "if self.frame is not None and self.frame.eof:",
+        "if self.frame is None or not self.frame.eof:\n                    raise",
+        "if self.frame is None:\n                    raise",
         "convert/test_forms.py::test_damaged_streams_are_named",
     ),
     Mutant(
@@ -845,8 +845,8 @@ MUTANTS = [
     Mutant(
         "duplicates-kept",
         "src/convert/unit.py",
-        "duplicate is not None and duplicate[i]",
-        "duplicate is not None and not duplicate[i]",
+        "duplicate is not None and duplicate[number - 1]",
+        "duplicate is not None and not duplicate[number - 1]",
         "convert/test_conversion.py::test_dedup_keeps_the_first_of_equal_documents",
     ),
     Mutant(

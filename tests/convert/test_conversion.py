@@ -361,15 +361,6 @@ def test_a_link_is_not_replaced_by_a_split(tmp_path):
     assert texts_of(real) == ["one"] and not (tmp_path / "mine.partial").exists()
 
 
-@pytest.mark.parametrize("column", ["content", "text"])
-def test_evaluation_texts_may_be_in_the_column_of_the_source(column, tmp_path):
-    words = "one two three four five six seven eight"
-    (tmp_path / "e.csv").write_text(f"{column}\n{words}\n")
-    (tmp_path / "a.jsonl").write_text(f'{{"content": "so {words} nine"}}\n{{"content": "clean"}}\n')
-    options = ["--text_column", "content", "--decontaminate", str(tmp_path / "e.csv")]
-    assert texts_of(convert(tmp_path, tmp_path / "a.jsonl", *options)) == ["clean"]
-
-
 def test_decontaminate_drops_documents_that_share_13_words(tmp_path, many):
     text = next(iter_documents(TextSource((str(many / "b.txt"),))))["text"]
     words = filters.words_of(text)[2:15]
