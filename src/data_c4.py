@@ -163,7 +163,9 @@ class StreamingC4(RepairedDataset):
             if column.name == TEXT:
                 return text_of(value)
             ids = ids_of(value, column.encoding, self.vocab_size, int(self.tokenizer.pad_token_id))  # pyright: ignore
-            if not 0 < len(ids) <= self.max_seq_len:
+            if not len(ids):
+                raise DataError("it has no tokens, or padding alone; write the dataset without it")
+            if len(ids) > self.max_seq_len:
                 raise DataError(f"it has {len(ids):,} tokens, expected 1 to {self.max_seq_len:,}; {LONGER}")
         except DataError as error:
             raise DataError(f"{self._paths[shard_id]}, sample {index}: {error}") from None
@@ -290,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_seq_len", type=int, help="default: the shards' own, else 128")
     parser.add_argument("--mlm_probability", type=float, default=0.15)
     parser.add_argument("--mlm_whole_words", action="store_true", help="mask all pieces of a word or none")
+    what = "what a word such as [MASK] in a text becomes: ordinary word pieces (text), or the special token (tokens)"
+    parser.add_argument("--special_tokens", choices=["text", "tokens"], default="text", help=what)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_batches", type=int, default=100, help="batches to time")
     parser.add_argument("--print", type=int, default=2, dest="shown", help="batches to print, two samples each")
@@ -306,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"{source.folder} does not say which tokenizer made its {column.name!r}: give --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or description.get("tokenizer", "bert-base-uncased"))
     max_seq_len = args.max_seq_len or description.get("max_seq_len", 128)
-    dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, shuffle=False)
+    options: dict[str, Any] = {"special_tokens": args.special_tokens, "shuffle": False}
+    dataset = StreamingC4(tokenizer, max_seq_len, local, args.remote, args.split, **options)
     kind = "text" if column.name == TEXT else "tokens"
     print(f"{dataset.size:,} samples of {kind} in {local}/{args.split}")
 

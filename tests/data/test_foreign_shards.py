@@ -133,7 +133,8 @@ def test_sample_that_does_not_fit_is_named(mixed):
             tokens("bytes", np.int64, ids=[[5] * 33]),
             r"it has 33 tokens, expected 1 to 32; set max_seq_len .--max_seq_le",
         ),
-        (tokens("bytes", np.int64, ids=[[]]), "it has 0 tokens, expected 1 to 32"),
+        (tokens("bytes", np.int64, ids=[[]]), "it has no tokens, or padding alone; write the dataset without it"),
+        (tokens("bytes", np.int64, ids=[[0] * 40]), "it has no tokens, or padding alone"),
         (({"text": "bytes"}, [{"text": b"caf\xe9"}]), r"the text is not UTF-8 \(.*0xe9 in position 3.*; write it as U"),
     ]
     dataset = mixed([part for part, _ in misfits])

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import convert_c4
+from src import data_c4
 from src.common.errors import DataError
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
@@ -310,6 +311,10 @@ def test_special_words_in_conversion_and_loading(how, want, pack, tmp_path, caps
     for dataset in datasets:
         assert dataset.ids(0).tolist() == [2, 5, 6, *want, 7, 3]
     assert all(np.array_equal(datasets[0].ids(i), datasets[1].ids(i)) for i in range(3))
+    capsys.readouterr()
+    script = [str(tmp_path / "text"), "--split", "mine", "--tokenizer", name, "--mlm_probability", "0"]
+    data_c4.main([*script, "--special_tokens", how])
+    assert ("river [MASK] runs" in capsys.readouterr().out) == (how == "tokens")
 
 
 def test_special_tokens_without_a_purpose_are_not_masked(tmp_path):
