@@ -34,7 +34,7 @@ from src.data.source import Source, without_password
 
 log = logging.getLogger(__name__)
 
-MARKER, DOWNLOADS = ".mosaic_bert_cache", ".downloads"
+MARKER, DOWNLOADS, HALF = ".mosaic_bert_cache", ".downloads", ".tmp-"
 ABANDONED = 24 * 3600
 """Seconds after which another host's downloads are removed: hosts that share a cache may be gone for good."""
 
@@ -132,7 +132,10 @@ class SourceStream(Stream):
         with contextlib.suppress(FileNotFoundError):
             for host in (self.folder / DOWNLOADS).iterdir():
                 if host.name == gethostname() or time.time() - host.stat().st_mtime > ABANDONED:
-                    shutil.rmtree(host, ignore_errors=True)
+                    for half in host.glob(f"{HALF}*"):  # what has another name is not ours
+                        shutil.rmtree(half, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        host.rmdir()
         for i, shard in enumerate(shards):
             raw = _raw(shard)
             if raw.basename not in self.damaged and (self.folder / raw.basename).exists():
@@ -207,7 +210,7 @@ class SourceStream(Stream):
         parent = self.folder if complete else self.folder / DOWNLOADS / gethostname()
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=".tmp-", dir=parent) as folder:
+            with TemporaryDirectory(prefix=HALF, dir=parent) as folder:
                 made = True
                 yield Path(folder)
         except OSError as error:

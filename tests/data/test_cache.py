@@ -263,12 +263,14 @@ def test_half_file_of_a_killed_run_is_not_read(read, tmp_path):
 
 def test_downloads_of_hosts_that_are_gone_are_removed(read, tmp_path):
     folder = tmp_path / "cache" / "train" / DOWNLOADS
-    for host in ("alive", "gone"):
+    for host in ("alive/.tmp-1", "gone/.tmp-1", "a folder of the user's"):
         (folder / host).mkdir(parents=True)
         (folder / host / "shard.00000.mds").touch()
-    os.utime(folder / "gone", (time.time() - 90_000,) * 2)
+    for host in ("gone", "a folder of the user's"):
+        os.utime(folder / host, (time.time() - 90_000,) * 2)
     read(tmp_path / "cache", write(tmp_path / "remote"))
-    assert {host.name for host in folder.iterdir()} == {"alive", HOST}
+    assert {host.name for host in folder.iterdir()} - {HOST} == {"alive", "a folder of the user's"}
+    assert (folder / "a folder of the user's" / "shard.00000.mds").exists()
 
 
 @pytest.mark.parametrize("full", ["downloading", "unpacking"])
