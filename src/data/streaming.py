@@ -198,7 +198,10 @@ class RepairedDataset(StreamingDataset):
         caches = [stream for stream in self.streams if not stream.source.complete]
         if not limit or not caches:
             return
-        self.cache_limit = bytes_to_int(limit) if isinstance(limit, str) else limit
+        try:
+            self.cache_limit = bytes_to_int(limit)
+        except ValueError:
+            raise DataError(f"cache_limit: expected a number of bytes such as 100gb, got {limit!r}") from None
         largest = max(shard.get_max_size() for i, shard in enumerate(self.shards) if self._cached[i])
         least = 4 * largest + sum(stream.get_index_size() for stream in caches)
         if self.cache_limit < least:

@@ -38,6 +38,8 @@ def test_cache_limit_is_kept_and_every_sample_read(text_shards, opened, tmp_path
     options = {"remote": str(tmp_path), "split": "small", "shuffle": True, "batch_size": 20, "num_canonical_nodes": 1}
     with pytest.raises(ValueError, match="cache_limit: expected at least .* bytes, 4 times the largest shard"):
         opened(tmp_path / "refused", **options, cache_limit=3 * largest)
+    with pytest.raises(ValueError, match="cache_limit: expected a number of bytes such as 100gb, got '100 gigs'"):
+        opened(tmp_path / "unit", **options, cache_limit="100 gigs")
     cache = tmp_path / "cache"
     dataset = opened(cache, **options, cache_limit=6 * largest)
     assert sum(sizes.values()) > 12 * largest
