@@ -84,6 +84,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_lengths_and_make_two_datasets(token_shards, tokenizer_folder, tmp_path):
     """A lock that both take while one waits for the other would hang them. The first takes longer than any timeout."""
     command = [sys.executable, "-c", TWO_DATASETS, tokenizer_folder, token_shards, str(tmp_path / "cache")]
@@ -110,6 +111,7 @@ print(StreamingC4(tokenizer, 32, sys.argv[2], split="val").size)
 """
 
 
+@pytest.mark.slow
 def test_processes_of_a_run_wait_for_another_runs_dataset(token_shards, tokenizer_folder, opened, monkeypatch):
     """This process holds the lock and makes its dataset. The second of the others needs no lock, but must wait too."""
     command = [sys.executable, "-c", ONE_DATASET, tokenizer_folder, token_shards]

@@ -171,6 +171,7 @@ print("all the same")
 """
 
 
+@pytest.mark.slow
 def test_the_folder_needs_only_torch_and_transformers(exported, computed, tmp_path):
     """Every auto class, the fill-mask pipeline, and sentence-transformers: vectors alone as in a padded batch."""
     texts = ["paris is the [MASK] of france", "water", "a longer text, of more words than the two before it"]

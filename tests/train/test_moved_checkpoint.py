@@ -47,6 +47,7 @@ def test_moved_checkpoint_is_evaluated_and_resumed(capsys, moved):
         losses_of([*options, NULL, *UNSAVED])
 
 
+@pytest.mark.slow
 def test_moved_checkpoint_is_exported_and_fine_tuned(moved, tmp_path, monkeypatch):
     folder, _ = moved
     export_hf.main([str(folder), str(tmp_path / "exported")])
