@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant(
         "special-tokens-masked",
         MASKING,
-        "self.is_special[tokenizer.convert_tokens_to_ids(special_words(tokenizer))] = True",
+        "self.is_special[special_ids(tokenizer)] = True",
         "self.is_special[tokenizer.pad_token_id] = True",
         "data/test_masking.py::test_special_tokens_inside_a_text_are_never_masked",
     ),

@@ -1,7 +1,7 @@
 """What all readers share: files and their forms by name, parts of files, rows and the errors in them."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from src.common.errors import DataError
@@ -79,6 +79,11 @@ Rows = Iterator[tuple[str, Any]]
 A row is a dict, in which strings may be bytes of UTF-8, or a line of JSON as bytes."""
 
 
+def outer(column: str, names: Collection[Any]) -> str:
+    """The one of ``names`` that holds a column: itself, or ``a`` for the field ``a.b``, whether it is there or not."""
+    return column if column in names else column.split(".")[0]
+
+
 def missing(column: str, names: Iterable[Any]) -> BadText:
     """The error for a row or file that has only these columns."""
     there = ", ".join(map(str, names)) or "none"
@@ -93,7 +98,7 @@ def named(names: list[str], column: str) -> list[str]:
     """
     found = [name for name in (column, *COLUMNS[1:]) if name in names]
     if column not in found:
-        if column.split(".")[0] not in names:
+        if outer(column, names) not in names:
             raise missing(column, names)
         found.insert(0, column)  # a field of a column
     if repeated := [name for name in found if names.count(name) > 1]:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from src.common.errors import DataError, first_line
 from src.convert import hub, mds, tables
-from src.convert.files import COLUMNS, BadText, File, Form, Rows, Span, form_of, missing, named
+from src.convert.files import COLUMNS, BadText, File, Form, Rows, Span, form_of, missing, named, outer
 from src.convert.stats import QUOTED, Stats
 from src.convert.streams import UNREADABLE, cannot_decompress, open_stream
 from src.data.source import without_password
@@ -62,7 +62,7 @@ def columns_of(path: str, text_column: str) -> list[str]:
     form = form_of(path)
     if form is not None and form.kind in ("parquet", "arrow"):
         names = tables.names_of(path, form.kind)
-        return [name for name in COLUMNS if (text_column.split(".")[0] if name == "text" else name) in names]
+        return [name for name in COLUMNS if (outer(text_column, names) if name == "text" else name) in names]
     document = next(read(Span(path), text_column, True, Stats()), ("", {}))[1]
     return [name for name in COLUMNS if name in document]
 

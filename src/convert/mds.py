@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from src.common.errors import DataError, first_line
-from src.convert.files import COLUMNS, BadText, Form, Rows, Span, form_of, missing
+from src.convert.files import COLUMNS, BadText, Form, Rows, Span, form_of, missing, outer
 
 OTHER = re.compile(r"(shard\.\d{5}\.(?:json|csv|tsv|xsv))((?:\.\w+)?)$")
 """Names of shards that are not MDS; the offsets of their samples lie in a second file."""
@@ -47,7 +47,7 @@ def files(folder: Path, column: str) -> list[Path]:
         columns = {name for shard in shards for name in shard.get("column_names") or shard["columns"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / 'index.json'} is not an index of MDS shards ({error!r})") from None
-    if not {column, column.split(".")[0]} & columns:
+    if outer(column, columns) not in columns:
         hint = "--text_column names the column of text; tokens are none, so convert the text that they were made of"
         raise DataError(f"{folder}: the shards have no column {column!r} ({', '.join(sorted(columns))}); {hint}")
     # A merged index names its shards with their folders.
@@ -93,8 +93,8 @@ def _mds_samples(path: str, column: str) -> Iterator[Any]:
     config = json.loads(data[4 * (samples + 2) : offsets[0]])
     columns = [config[key] for key in ("column_names", "column_encodings", "column_sizes")]
     readable = [name for name, encoding, _ in zip(*columns, strict=True) if encoding != "pkl"]  # it could run any code
-    wanted = {column, column.split(".")[0], *COLUMNS[1:]}
-    if not {column, column.split(".")[0]} & {*readable}:
+    wanted = {outer(column, readable), *COLUMNS[1:]}
+    if outer(column, readable) not in readable:
         raise missing(column, readable)
     variable = config["column_sizes"].count(None)  # a sample begins with the sizes of these columns
     for begin, end in itertools.pairwise(offsets):

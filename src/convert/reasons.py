@@ -10,7 +10,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from src.convert.files import SUFFIXES, form_of
+from src.convert.files import SUFFIXES, form_of, outer
 
 HIDDEN = "hidden"
 SYSTEM = "of the operating system or of another program"
@@ -139,8 +139,7 @@ def _of_json(path: str, name: str, size: int, text_column: str) -> Reason | None
     if isinstance(content, dict):
         if name == "dropped.jsonl" and {"reason", "place"} <= content.keys():
             return OUTPUT, ""
-        column = text_column if text_column in content else text_column.split(".")[0]
-        if isinstance(content.get(column), str | dict):
+        if isinstance(content.get(outer(text_column, content)), str | dict):
             return None
     if name in DESCRIPTIONS:
         return METADATA, ""

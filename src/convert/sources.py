@@ -133,7 +133,7 @@ def _record(entry: File | Skipped) -> dict[str, Any]:
 
 
 def columns_of_files(files: Inventory, limit: int | None) -> list[str]:
-    """ "text", and those of COLUMNS that the first document of some file has; of the first ``limit`` files with one."""
+    """COLUMNS[0], and the others that the first document of some file has; of the first ``limit`` files with one."""
     found, looked, read = {COLUMNS[0]}, None, 0
     for file in files:
         # Files of the hub, of a server, and shards of one folder are alike, and slow to open.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from src.data.microbatches import Batch
-from src.data.tokenizer import continues_word, special_words, vocab_size, word_ids
+from src.data.tokenizer import continues_word, special_ids, vocab_size, word_ids
 from src.masked_lm_loss import IGNORED
 
 EVALUATION_SEED = 17
@@ -99,7 +99,7 @@ class MaskingCollator:
         self.rate, self.seed = rate, seed
         self.pad_token_id, self.mask_token_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)  # pyright: ignore
         self.is_special = np.zeros(vocab_size(tokenizer), dtype=bool)
-        self.is_special[tokenizer.convert_tokens_to_ids(special_words(tokenizer))] = True
+        self.is_special[special_ids(tokenizer)] = True
         self.words = word_ids(tokenizer)
         self.continues = continues_word(tokenizer) if whole_words else None
 

@@ -108,13 +108,18 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def word_ids(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
     """Ids, in order, that exist and are no special token's."""
-    return np.array(sorted({*tokenizer.get_vocab().values()}.difference(tokenizer.all_special_ids)), np.int64)
+    return np.array(sorted({*tokenizer.get_vocab().values()}.difference(special_ids(tokenizer))), np.int64)
 
 
 def special_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """How the special tokens are written: [CLS], [MASK], ... and others that the tokenizer treats as such."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of ``special_words``, which masking neither masks nor draws."""
+    return tokenizer.convert_tokens_to_ids(special_words(tokenizer))  # pyright: ignore[reportReturnType]
 
 
 def text_backend(tokenizer: PreTrainedTokenizerFast, special_tokens: str = "text") -> Tokenizer:
@@ -305,7 +310,7 @@ def continues_word(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.bool_]:
     rules = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     prefix = parts["model"].get("continuing_subword_prefix")
     begins = ("Ġ", "Ċ", "ĉ", "č") if '"ByteLevel"' in rules else ("▁",) if "▁" in rules else ()
-    continues = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
+    continues = np.zeros(vocab_size(tokenizer), dtype=bool)
     if prefix or begins:
         pieces = vocabulary.keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
         inner = [piece for piece in pieces if (piece.startswith(prefix) if prefix else not piece.startswith(begins))]

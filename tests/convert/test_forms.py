@@ -488,6 +488,13 @@ def test_errors_of_the_disk_are_no_bad_text(tmp_path, monkeypatch):
         texts_of(tmp_path / "a.jsonl.zst", skip_bad=True)
 
 
+def test_a_column_may_have_a_dot_in_its_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a.b": ["one"], "url": ["u"]}), path)
+    assert columns_of(str(path), "a.b") == ["text", "url"]
+    assert texts_of(path, "a.b") == ["one"]
+
+
 def same_shards(texts, names, folder, *options):
     """Write the texts in each form, convert them, and compare documents and shards."""
     shards = {}

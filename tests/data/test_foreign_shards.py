@@ -98,7 +98,7 @@ def test_text_beside_other_columns_is_read(mixed, tokenizer):
 
 
 def test_they_train_like_ours_alone_and_mixed(token_shards, opened, tokenizer, tmp_path):
-    """The same batches, but for the padding of ids; with a run's order, cache and epochs."""
+    """The same masked batches; in a shuffled mixture, each sample of both once."""
     ours = opened(token_shards, "val")
     ids = [ours[i]["input_ids"] for i in range(VALIDATION)]
     theirs = opened(write(tmp_path / "remote", *tokens("bytes", np.int64, ids=ids), size_limit=3000), "val")
