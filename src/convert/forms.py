@@ -116,12 +116,17 @@ def _rows(span: Span, column: str) -> Rows:
 
 def _is_utf16(path: str, form: Form) -> bool:
     """Whether a file begins as UTF-16 or UTF-32 does. Most bytes of it are UTF-8, too, of other characters."""
+    head = _head(path, form)[: 1 << 10]
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head)
+
+
+def _head(path: str, form: Form) -> bytes:
+    """The beginning of a file, decompressed; empty if it is damaged, which reading it says."""
     try:
         with open_stream(path, form.compression) as stream:
-            head = stream.peek(1 << 10)[: 1 << 10]
-    except UNREADABLE:  # reading it says it
-        return False
-    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * head.count(0) > len(head)
+            return stream.peek(1 << 12)
+    except UNREADABLE:
+        return b""
 
 
 def _document(row: Any, column: str) -> Document:
@@ -211,11 +216,7 @@ def _holds_values(path: str, form: Form) -> bool:
     """Whether a file of JSON is an array, or objects over several lines, not one object per line."""
     if form.kind == "txt":
         return False
-    try:
-        with open_stream(path, form.compression) as stream:
-            head = stream.peek(1 << 12).removeprefix(BOM).lstrip()
-    except UNREADABLE:  # reading its lines says it
-        return False
+    head = _head(path, form).removeprefix(BOM).lstrip()
     # Each line of a .jsonl may be an array, so there only one of objects counts.
     return (form.kind == "json" and head[:1] == b"[") or re.match(rb"\{[ \t\r]*\n|\[\s*\{", head) is not None
 
