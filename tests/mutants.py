@@ -864,8 +864,8 @@ MUTANTS = [
         "data/test_tokenizer.py::test_fingerprint_changes_with_whatever_changes_ids",
     ),
     # Fine-tuning, export
-    Mutant("accuracy-of-classes", "src/finetune/model.py", 'average="micro"', 'average="macro"', CLASSES),
-    Mutant("f1-of-rows", "src/finetune/model.py", 'average="macro"', 'average="micro"', CLASSES),
+    Mutant("accuracy-of-classes", "src/finetune/kinds/texts.py", 'average="micro"', 'average="macro"', CLASSES),
+    Mutant("f1-of-rows", "src/finetune/kinds/texts.py", 'average="macro"', 'average="micro"', CLASSES),
     Mutant(
         "order-without-seed",
         "src/finetune/run.py",

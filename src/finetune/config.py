@@ -20,7 +20,7 @@ KNOWN_METRICS = {
     "regression": ["pearson", "spearman"],
     "tokens": ["accuracy", "macro_f1", "entity_f1"],
 }
-"""By kind of task; model.py defines them."""
+"""By kind of task (src/finetune/kinds); here, because this file imports no torch."""
 DEFAULT_METRICS = {"classification": ["accuracy"], "regression": ["pearson", "spearman"], "tokens": ["accuracy"]}
 
 

@@ -1,12 +1,7 @@
-"""Labelled files -> checked rows -> token ids -> batches.
-
-    read_sets     all sets of a task; an error names the file and the row
-    encode        token ids and label numbers of a set
-    collate       examples -> a padded batch
+"""Labelled files -> checked rows; an error names the file and the row.
 
 The standard library reads CSV and JSON: pandas, pyarrow and ``datasets`` convert values ("NA", dates, "01"), drop or
-shift values of a row of the wrong length, and name no file and row in an error. transformers' collators return the same
-batches as ``collate``, but take 20 times as long, and pad on the tokenizer's side.
+shift values of a row of the wrong length, and name no file and row in an error.
 """
 
 import csv
@@ -14,29 +9,15 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast
+from typing import Any
 
 from src.common.errors import DataError
-from src.data.microbatches import Batch
 from src.finetune.config import LabelledData
-from src.masked_lm_loss import IGNORED
+from src.finetune.kinds import KINDS, Row
 from src.train.schema import nearest
-
-Example = dict[str, Any]
-"""``input_ids`` (L,) int32; ``token_type_ids`` (L,) int8 for pairs; ``labels``: int, float, or (L,) int64 for words."""
-
-ROWS_AT_ONCE = 1000
-"""Rows in one call of the tokenizer, whose output takes much memory."""
 
 
 def matching_files(pattern: str) -> list[str]:
@@ -118,17 +99,6 @@ READERS: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Any]]]] = 
 }
 
 
-class Row(NamedTuple):
-    """A labelled text, or pair of texts."""
-
-    text: Any
-    """A text, or for ``tokens`` a list of words."""
-    pair: str | None
-    """The second text of a pair."""
-    label: Any
-    """A class as text, a number, or a list of tags as texts."""
-
-
 def read_set(pattern: str, data: LabelledData) -> list[Row]:
     """Every row of a set's files.
 
@@ -147,42 +117,12 @@ def read_set(pattern: str, data: LabelledData) -> list[Row]:
                 if not isinstance(record, dict):
                     raise DataError(f"{place}: expected an object with columns, got {record!r:.40}")
                 _check_columns(place, columns, list(record))
-                rows.append(_row(place, record, data))
+                rows.append(KINDS[data.kind].row(place, record, data))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     if not rows:
         raise DataError(f"{pattern}: no rows")
     return rows
-
-
-def _row(place: str, record: dict[str, Any], data: LabelledData) -> Row:
-    def check(fits: bool, column: str, expected: str) -> None:
-        if not fits:
-            raise DataError(f"{place}: column {column!r}: expected {expected}, got {record[column]!r:.60}")
-
-    def is_class(value: Any) -> bool:
-        return isinstance(value, (str, int)) and value != ""
-
-    text, label = record[data.text], record[data.label]
-    if data.kind == "tokens":
-        words, tags = (value.split() if isinstance(value, str) else value for value in (text, label))
-        fits = isinstance(words, list) and words != [] and all(isinstance(word, str) for word in words)
-        check(fits, data.text, "words")
-        fits = isinstance(tags, list) and len(tags) == len(words) and all(map(is_class, tags))
-        check(fits, data.label, f"{len(words)} tags, one for each word")
-        return Row(words, None, [str(tag) for tag in tags])
-    pair = None if data.text_pair is None else record[data.text_pair]
-    for column in filter(None, (data.text, data.text_pair)):
-        check(isinstance(record[column], str), column, "a text")
-    if data.kind == "classification":
-        check(is_class(label), data.label, "a class")
-        return Row(text, pair, str(label))
-    try:
-        number = float(label)
-    except (TypeError, ValueError):
-        number = math.nan
-    check(math.isfinite(number), data.label, "a number")
-    return Row(text, pair, number)
 
 
 def read_sets(data: LabelledData) -> dict[str, list[Row]]:
@@ -216,12 +156,10 @@ def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
         DataError: a set has a class that ``labels`` (default: the training set) lacks, or a metric does not fit the
             classes.
     """
-    if data.kind == "regression":
+    kind = KINDS[data.kind]
+    if not kind.has_classes:
         return []
-    found = {
-        name: {tag for row in rows for tag in (row.label if data.kind == "tokens" else [row.label])}
-        for name, rows in sets.items()
-    }
+    found = {name: {label for row in rows for label in kind.classes(row)} for name, rows in sets.items()}
     numbers = all(name.lstrip("-").isdecimal() for name in found["train"])
     classes = data.labels or sorted(found["train"], key=int if numbers else None)
     for name, there in found.items():
@@ -234,102 +172,5 @@ def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
             )
     if len(classes) < 2:
         raise DataError(f"{data.train}: all rows have the class {classes[0]!r}; expected two classes or more")
-    metrics = data.metrics or []
-    if "f1" in metrics and len(classes) != 2:
-        raise DataError(f"metrics: f1 needs 2 classes, got {len(classes)}; macro_f1 takes any number")
-    other = [name for name in classes if name != "O" and not name.startswith(("B-", "I-"))]
-    if "entity_f1" in metrics and other:
-        raise DataError(f"metrics: entity_f1 expects the tags B-X, I-X and O, got {other[0]!r}; accuracy takes any")
+    kind.check_classes(data.metrics or [], classes)
     return classes
-
-
-@dataclass
-class Encoded:
-    """A set as token ids."""
-
-    examples: list[Example]
-    cut: int
-    """Rows longer than ``max_seq_len``, which lost their end."""
-    unread: int
-    """Labelled words that the model does not see: cut off, or without a word piece. No metric counts them."""
-
-
-def encode(
-    rows: Sequence[Row], classes: Sequence[str], kind: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int
-) -> Encoded:
-    """Token ids with special tokens, and labels as numbers, one example per row.
-
-    The label of a word is at its first word piece, IGNORED at the others. A pair that is too long loses the end of its
-    longer text first.
-
-    Raises:
-        DataError: no word of a row has a word piece.
-    """
-    number = {name: i for i, name in enumerate(classes)}
-    is_pair = rows[0].pair is not None
-    encoded = Encoded([], 0, 0)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        tokens = tokenizer(
-            [row.text for row in part],
-            [row.pair for row in part] if is_pair else None,  # pyright: ignore[reportArgumentType]
-            truncation=True,
-            max_length=max_seq_len,
-            is_split_into_words=kind == "tokens",
-            return_token_type_ids=is_pair,
-            return_attention_mask=False,
-        )
-        for row, encoding in zip(part, tokens.encodings or [], strict=True):
-            example: Example = {"input_ids": np.array(encoding.ids, dtype=np.int32)}
-            if is_pair:
-                example["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int8)
-            if kind == "tokens":
-                # From the end, so that the first piece of a word is the last one written.
-                first_piece = {word: i for i, word in reversed([*enumerate(encoding.word_ids)]) if word is not None}
-                if not first_piece:
-                    place, words = f"row {len(encoded.examples) + 1}", " ".join(row.text)
-                    raise DataError(f"{place}: the tokenizer makes no word piece of any of its words: {words!r}")
-                example["labels"] = np.full(len(encoding.ids), IGNORED, dtype=np.int64)
-                for word, i in first_piece.items():
-                    example["labels"][i] = number[row.label[word]]
-                encoded.unread += len(row.label) - len(first_piece)
-            else:
-                example["labels"] = row.label if kind == "regression" else number[row.label]
-            encoded.cut += bool(encoding.overflowing)
-            encoded.examples.append(example)
-    return encoded
-
-
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Examples -> a batch, padded on the right to its longest example.
-
-    ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids`` (B, S) int64; ``labels`` (B,) int64, (B,) fp32
-    for regression, (B, S) int64 for words. MosaicBERT removes the padding again.
-    """
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    batch: Batch = {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
-    fills = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED}
-    for name in examples[0]:
-        column = [torch.as_tensor(example[name]) for example in examples]
-        if column[0].ndim:
-            batch[name] = pad_sequence(column, batch_first=True, padding_value=fills[name]).long()
-        else:
-            batch[name] = torch.stack(column)
-    return batch
-
-
-def split_batch(batch: Batch, microbatch_size: int) -> list[Batch]:
-    """Cut a batch into microbatches, each as long as its longest sequence."""
-    parts = []
-    for start in range(0, len(batch["labels"]), microbatch_size):
-        part = {name: x[start : start + microbatch_size] for name, x in batch.items()}
-        longest = int(part["attention_mask"].sum(dim=1).max())
-        parts.append({name: x[:, :longest] if x.ndim == 2 else x for name, x in part.items()})
-    return parts
-
-
-def count_tokens(batch: Batch) -> dict[str, int]:
-    """Non-padding tokens of a batch, and what its loss is the mean over: rows, or labelled words."""
-    labels = batch["labels"]
-    loss_generating = int((labels != IGNORED).sum()) if labels.ndim == 2 else len(labels)
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": loss_generating}

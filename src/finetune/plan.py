@@ -15,6 +15,7 @@ from src.data.tokenizer import tokenizer_fingerprint
 from src.finetune import glue, model
 from src.finetune.config import FinetuneConfig, LabelledData, RunSpec, selected
 from src.finetune.data import classes_of, file_hashes, read_sets
+from src.finetune.kinds import KINDS
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE
 from src.train import optim, weights
 from src.train.schema import build, to_dict
@@ -132,4 +133,4 @@ def check_runs(specs: list[RunSpec]) -> None:
         except (ConfigError, DataError) as error:
             raise type(error)(f"tasks.{spec.task}: {error}") from None
     for kind, names in classes.items():
-        model.build_model(config.model, tokenizer, source, kind, names, config.max_seq_len)
+        model.build_model(config.model, tokenizer, source, KINDS[kind], names, config.max_seq_len)

@@ -23,9 +23,9 @@ from src.common.errors import TrainingError, first_line
 from src.common.files import PARTIAL, replace_folder, write_text
 from src.data.tokenizer import save_tokenizer
 from src.finetune.config import DEFAULT_METRICS, RunSpec
-from src.finetune.data import Encoded, classes_of, collate, count_tokens, encode, read_sets, split_batch
-from src.finetune.model import METRICS, Classifier, build_model, read_pretrained
-from src.masked_lm_loss import IGNORED
+from src.finetune.data import classes_of, read_sets
+from src.finetune.kinds import KINDS, Encoded, Kind
+from src.finetune.model import Classifier, build_model, read_pretrained
 from src.train import checkpoint, optim, weights
 from src.train.callbacks import Reseed, StopOnSilentFailure
 from src.train.monitors import ConsoleLine, MetricsFile
@@ -35,7 +35,9 @@ SPEC_FILE, RESULT_FILE, MODEL_FOLDER, PREDICTIONS_FOLDER = "run.yaml", "result.j
 """In a run's folder: what it is, and what its process writes."""
 
 
-def data_spec(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int | None) -> DataSpec:
+def data_spec(
+    kind: Kind, encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int | None
+) -> DataSpec:
     """Batches of all examples, the last one smaller; shuffled by the seed and the epoch, or in order without a seed."""
     order = None if seed is None else torch.Generator().manual_seed(seed)
     loader = DataLoader(
@@ -43,10 +45,10 @@ def data_spec(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, batch_size: 
         batch_size=batch_size,
         shuffle=order is not None,
         generator=order,
-        collate_fn=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
+        collate_fn=functools.partial(kind.collate, pad_token_id=tokenizer.pad_token_id),  # pyright: ignore[reportArgumentType]
         pin_memory=torch.cuda.is_available(),
     )
-    return DataSpec(loader, split_batch=split_batch, get_num_tokens_in_batch=count_tokens)  # pyright: ignore[reportArgumentType]
+    return DataSpec(loader, split_batch=kind.split_batch, get_num_tokens_in_batch=kind.count_tokens)  # pyright: ignore[reportArgumentType]
 
 
 def build_trainer(spec: RunSpec, model: Classifier, train: DataSpec, evaluators: list[Evaluator]) -> Trainer:
@@ -83,6 +85,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     """
     started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
     task, data = config.tasks[spec.task], spec.data
+    kind = KINDS[data.kind]
     checkpoint.load_as_data()
     reproducibility.seed_all(spec.seed)  # the head's first weights
 
@@ -92,14 +95,14 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     source, tokenizer = read_pretrained(config)
     if spec.encoder is not None:
         source = weights.read(spec.encoder)
-    network = build_model(config.model, tokenizer, source, data.kind, names, config.max_seq_len)
+    network = build_model(config.model, tokenizer, source, kind, names, config.max_seq_len)
     metrics = data.metrics or DEFAULT_METRICS[data.kind]
-    model = Classifier(network, data.kind, {name: METRICS[name](classes) for name in metrics})
+    model = Classifier(network, kind, {name: kind.metrics[name](classes) for name in metrics})
 
-    encoded = {name: encode(rows, classes, data.kind, tokenizer, config.max_seq_len) for name, rows in sets.items()}
-    train = data_spec(encoded["train"], tokenizer, task.batch_size, spec.seed)
+    encoded = {name: kind.encode(rows, classes, tokenizer, config.max_seq_len) for name, rows in sets.items()}
+    train = data_spec(kind, encoded["train"], tokenizer, task.batch_size, spec.seed)
     size = config.eval_batch_size
-    others = {name: data_spec(encoded[name], tokenizer, size, None) for name in encoded if name != "train"}
+    others = {name: data_spec(kind, encoded[name], tokenizer, size, None) for name in encoded if name != "train"}
     evaluators = {name: Evaluator(label=name, dataloader=part) for name, part in others.items()}
     test = evaluators.pop("test", None)
     trainer = build_trainer(spec, model, train, list(evaluators.values()))
@@ -113,7 +116,8 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
             "eval_batch_size, or set model.gradient_checkpointing: true"
         ) from None
     for name, part in others.items():
-        write_predictions(folder / PREDICTIONS_FOLDER / f"{name}.txt", model, trainer.predict(part), part, names)
+        lines = kind.lines(trainer.predict(part), part.dataloader, names)
+        write_text(folder / PREDICTIONS_FOLDER / f"{name}.txt", lines)
     found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
     values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in others}
     trainer.close()
@@ -147,13 +151,3 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     model.save_pretrained(partial)
     save_tokenizer(tokenizer, partial)
     replace_folder(partial, folder)
-
-
-def write_predictions(path: Path, model: Classifier, outputs: list[Any], part: DataSpec, names: Any) -> None:
-    """A line per row, in the file's order: its class, its number, or the tags of the words that have a word piece."""
-    lines = []
-    for output, batch in zip(outputs, part.dataloader, strict=True):
-        for predicted, label in zip(model.predictions(output["logits"]), batch["labels"], strict=True):
-            shown = (predicted[label != IGNORED] if label.ndim else predicted[None]).tolist()
-            lines.append(" ".join(f"{x:.6g}" if model.kind == "regression" else names[x] for x in shown) + "\n")
-    write_text(path, lines)

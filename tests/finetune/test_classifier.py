@@ -8,7 +8,10 @@ import torch
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.common.errors import CheckpointError, ConfigError
-from src.finetune.model import METRICS, Classifier, EntityF1, build_model
+from src.finetune.config import DEFAULT_METRICS, KNOWN_METRICS
+from src.finetune.kinds import KINDS
+from src.finetune.kinds.words import EntityF1
+from src.finetune.model import Classifier, build_model
 from src.masked_lm_loss import IGNORED
 from src.train import weights
 from src.train.schema import Component
@@ -18,10 +21,17 @@ SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "i
 
 def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
     """A metric over batches of these sizes."""
-    metric = METRICS[name](list(classes))
+    (metric, *_) = (kind.metrics[name](list(classes)) for kind in KINDS.values() if name in kind.metrics)
     for part in zip(predictions.split(sizes), labels.split(sizes), strict=True):
         metric.update(*part)
     return metric.compute().item()
+
+
+def test_the_config_knows_the_metrics_of_each_kind():
+    assert {name: sorted(kind.metrics) for name, kind in KINDS.items()} == {
+        k: sorted(v) for k, v in KNOWN_METRICS.items()
+    }
+    assert DEFAULT_METRICS.keys() == KINDS.keys()
 
 
 def test_metrics_of_two_classes():
@@ -102,7 +112,7 @@ def test_entity_f1():
 
 def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **options):
     component = Component(name, {"model_config": SHAPE, **options})
-    return build_model(component, tokenizer, source, kind, classes, max_seq_len)
+    return build_model(component, tokenizer, source, KINDS[kind], classes, max_seq_len)
 
 
 @pytest.mark.parametrize("name", ["mosaic_bert", "hf_bert"])
@@ -122,7 +132,7 @@ def test_heads(name, kind, labels, tokenizer):
     assert isinstance(model, (BertForSequenceClassification, BertForTokenClassification)) == (name == "mosaic_bert")
     ids = torch.tensor([[2, 9, 10, 3], [2, 11, 3, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-    output = Classifier(model.eval(), kind, {})(batch)
+    output = Classifier(model.eval(), KINDS[kind], {})(batch)
     if kind == "regression":
         want = ((output.logits.squeeze(1) - labels) ** 2).mean()
     else:
@@ -135,11 +145,11 @@ def test_heads(name, kind, labels, tokenizer):
 
 def test_predictions():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
-    assert Classifier(torch.nn.Module(), "classification", {}).predictions(logits).tolist() == [1, 0]
-    numbers = Classifier(torch.nn.Module(), "regression", {}).predictions(logits[:, :1])
+    assert KINDS["classification"].predictions(logits).tolist() == [1, 0]
+    numbers = KINDS["regression"].predictions(logits[:, :1])
     torch.testing.assert_close(numbers, torch.tensor([0.1, 0.8]).double())
     # The metric gets fp64, also from bf16 logits: Pearson's sums lose digits in lower precision.
-    model, found = Classifier(torch.nn.Module(), "regression", {}), []
+    model, found = Classifier(torch.nn.Module(), KINDS["regression"], {}), []
     metric = SimpleNamespace(update=lambda *values: found.extend(values))
     model.update_metric({"labels": torch.tensor([1.0])}, SimpleNamespace(logits=logits[:1, :1].bfloat16()), metric)
     assert [x.dtype for x in found] == [torch.float64] * 2

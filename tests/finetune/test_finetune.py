@@ -21,9 +21,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import finetune
 from src.bert_layers import BertForTokenClassification
 from src.common.errors import ConfigError, TrainingError
-from src.finetune import gpus, model, plan, run
+from src.finetune import gpus, plan, run
 from src.finetune.config import load
-from src.finetune.data import Encoded
+from src.finetune.kinds import KINDS, Encoded
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
 from src.train.weights import load_pretrained
 from tests.finetune.test_classifier import SHAPE
@@ -226,7 +226,7 @@ def test_the_order_of_rows_follows_seed_and_epoch(tokenizer):
     examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
 
     def epochs(seed):
-        loader = data_spec(Encoded(examples, 0, 0), tokenizer, 5, seed).dataloader
+        loader = data_spec(KINDS["classification"], Encoded(examples), tokenizer, 5, seed).dataloader
         return [[batch["labels"].tolist() for batch in loader] for _ in range(2)]
 
     first, second = epochs(3)
@@ -240,9 +240,9 @@ def test_the_order_of_rows_follows_seed_and_epoch(tokenizer):
 def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkeypatch):
     seeds = []
 
-    def recorded(encoded, tokenizer, batch_size, seed):
+    def recorded(kind, encoded, tokenizer, batch_size, seed):
         seeds.append((len(encoded.examples), seed))
-        return data_spec(encoded, tokenizer, batch_size, seed)
+        return data_spec(kind, encoded, tokenizer, batch_size, seed)
 
     monkeypatch.setattr(run, "data_spec", recorded)
     tree["tasks"]["mine"]["data"]["validation"] = 0.3
@@ -429,7 +429,7 @@ def test_a_task_starts_from_the_encoder_of_another(tree, go, here, config_of):
 
     result = run.train_and_evaluate(dataclasses.replace(specs["late-seed1"], save_model=True))
     first, late = (
-        load_pretrained(Path(specs[name].folder) / MODEL_FOLDER, model.HEADS["regression"]["mosaic_bert"])
+        load_pretrained(Path(specs[name].folder) / MODEL_FOLDER, KINDS["regression"].heads["mosaic_bert"])
         for name in ("first-seed5", "late-seed1")
     )
     torch.testing.assert_close(dict(late.bert.state_dict()), dict(first.bert.state_dict()), rtol=0, atol=1e-6)
@@ -552,7 +552,7 @@ def test_out_of_memory_says_what_to_lower(spec_of, monkeypatch):
 def test_a_metric_that_is_not_finite_fails_the_run(tree, spec_of, monkeypatch):
     """The correlation of equal numbers."""
     tree["tasks"]["mine"]["data"] |= {"kind": "regression", "label": "number"}
-    monkeypatch.setattr(model.Classifier, "predictions", lambda self, logits: torch.zeros(len(logits)).double())
+    monkeypatch.setattr(KINDS["regression"], "predictions", lambda logits: torch.zeros(len(logits)).double())
     with pytest.raises(TrainingError, match="pearson on validation is not finite: the model predicts the same"):
         run.train_and_evaluate(spec_of())
     assert not plan.is_finished(spec_of())

@@ -14,7 +14,8 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from src.common.errors import DataError
 from src.finetune.config import LabelledData
-from src.finetune.data import Row, classes_of, collate, count_tokens, encode, read_set, read_sets, split_batch
+from src.finetune.data import classes_of, read_set, read_sets
+from src.finetune.kinds import KINDS, Row
 from src.masked_lm_loss import IGNORED
 
 ROWS = [
@@ -130,6 +131,10 @@ def test_a_fault_names_file_and_row(suffix, content, fault, options, tmp_path):
         rows_in(path, **options)
 
 
+def encode(rows, classes, kind, tokenizer, max_seq_len):
+    return KINDS[kind].encode(rows, classes, tokenizer, max_seq_len)
+
+
 def classes(train, validation="ab", **options):
     sets = {"train": train, "validation": validation}
     data = data_of("train.csv", **options)
@@ -147,7 +152,7 @@ def test_classes_are_those_of_the_training_set_or_as_listed():
         ("ab", "ab", {"labels": ["a", "c"]}, "train: class 'b' is not in labels"),
         ("aa", "a", {}, "train.csv: all rows have the class 'a'; expected two"),
         ("abc", "ab", {"metrics": ["f1"]}, "f1 needs 2 classes, got 3"),
-        ("ab", "ab", {"metrics": ["entity_f1"]}, "entity_f1 expects the tags B-X, I-X and O, got 'a'"),
+        ("ab", "ab", {"kind": "tokens", "metrics": ["entity_f1"]}, "expects the tags B-X, I-X and O, got 'a'"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(train, validation, options, fault):
@@ -192,7 +197,7 @@ def test_pairs_have_segments_and_are_cut(tmp_path, tokenizer):
 
 
 def test_many_rows_are_encoded_in_order(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("src.finetune.data.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("src.finetune.kinds.base.ROWS_AT_ONCE", 3)
     path = write(tmp_path / "a.jsonl", [{"text": f"river {i}", "label": i / 7} for i in range(10)])
     encoded = encode(rows_in(path, kind="regression"), [], "regression", tokenizer, 16)
     assert [example["labels"] for example in encoded.examples] == [i / 7 for i in range(10)]
@@ -232,20 +237,22 @@ def examples_of(kind, lengths=(2, 4, 1), pairs=True):
 def test_batches_are_those_of_transformers_collators(kind, pairs, tokenizer):
     collator = DataCollatorForTokenClassification if kind == "tokens" else DataCollatorWithPadding
     want = collator(tokenizer)(examples_of(kind, pairs=pairs))
-    got = collate(examples_of(kind, pairs=pairs), tokenizer.pad_token_id)
+    got = KINDS[kind].collate(examples_of(kind, pairs=pairs), tokenizer.pad_token_id)
     assert got.keys() == want.keys()
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], rtol=0, atol=0, msg=name)
 
 
 def test_padding_microbatches_and_counts():
-    batch = collate(examples_of("classification"), 9)
+    kind = KINDS["classification"]
+    batch = kind.collate(examples_of("classification"), 9)
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4], [1, 9, 9, 9]]
-    assert count_tokens(batch) == {"total": 7, "loss_generating": 3}
-    first, second = split_batch(batch, 2)
+    assert kind.count_tokens(batch) == {"total": 7, "loss_generating": 3}
+    first, second = kind.split_batch(batch, 2)
     assert first["input_ids"].shape == (2, 4) and second["input_ids"].tolist() == [[1]]
     assert second["labels"].tolist() == [2] and second["token_type_ids"].shape == (1, 1)
-    words = collate(examples_of("tokens"), 9)
+    kind = KINDS["tokens"]
+    words = kind.collate(examples_of("tokens"), 9)
     assert words["labels"].tolist() == [[-100, 3, -100, -100], [-100, 3, 3, 3], [-100] * 4]
-    assert count_tokens(words) == {"total": 7, "loss_generating": 4}
-    assert [part["labels"].shape for part in split_batch(words, 1)] == [(1, 2), (1, 4), (1, 1)]
+    assert kind.count_tokens(words) == {"total": 7, "loss_generating": 4}
+    assert [part["labels"].shape for part in kind.split_batch(words, 1)] == [(1, 2), (1, 4), (1, 1)]

@@ -1,0 +1,185 @@
+"""A kind of task: record -> row -> example -> batch -> outputs -> metrics and lines of predictions.
+
+transformers' collators return the same batches as ``Kind.collate``, but take 20 times as long, and pad on the
+tokenizer's side.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import Metric
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from src.common.errors import DataError
+from src.data.microbatches import Batch
+from src.finetune.config import LabelledData
+from src.masked_lm_loss import IGNORED
+
+Example = dict[str, Any]
+"""``input_ids`` (L,) int32; ``token_type_ids`` (L,) int8 for pairs; ``labels``: int, float, or (L,) int64 for words."""
+
+ROWS_AT_ONCE = 1000
+"""Rows in one call of the tokenizer, whose output takes much memory."""
+
+
+class Row(NamedTuple):
+    """A labelled text, or pair of texts."""
+
+    text: Any
+    """A text, or for ``tokens`` a list of words."""
+    pair: str | None
+    """The second text of a pair."""
+    label: Any
+    """A class as text, a number, or a list of tags as texts."""
+
+
+@dataclass
+class Encoded:
+    """A set as token ids."""
+
+    examples: list[Example]
+    cut: int = 0
+    """Rows longer than ``max_seq_len``, which lost their end."""
+    unread: int = 0
+    """Labelled words that the model does not see: cut off, or without a word piece. No metric counts them."""
+
+
+def check(fits: bool, place: str, record: dict[str, Any], column: str, expected: str) -> None:
+    """Raise DataError that names the place and the column of a value that does not fit."""
+    if not fits:
+        raise DataError(f"{place}: column {column!r}: expected {expected}, got {record[column]!r:.60}")
+
+
+def is_class(value: Any) -> bool:
+    """Whether a value is the name or the number of a class."""
+    return isinstance(value, (str, int)) and value != ""
+
+
+def tokenized(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, max_seq_len: int, **options: Any
+) -> Iterator[tuple[Row, Encoding]]:
+    """Each row with its tokens. A pair that is too long loses the end of its longer text first."""
+    is_pair = rows[0].pair is not None
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        tokens = tokenizer(
+            [row.text for row in part],
+            [row.pair for row in part] if is_pair else None,  # pyright: ignore[reportArgumentType]
+            truncation=True,
+            max_length=max_seq_len,
+            return_token_type_ids=is_pair,
+            return_attention_mask=False,
+            **options,
+        )
+        yield from zip(part, tokens.encodings or [], strict=True)
+
+
+def ids_of(row: Row, encoding: Encoding) -> Example:
+    """Token ids of a row, and of a pair also its segments."""
+    example: Example = {"input_ids": np.array(encoding.ids, dtype=np.int32)}
+    if row.pair is not None:
+        example["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int8)
+    return example
+
+
+class Kind:
+    """What one kind of task does in its own way. The methods here are those of a class for each text."""
+
+    heads: Mapping[str, type[PreTrainedModel]]
+    """Model classes, by kind of model."""
+    metrics: Mapping[str, Callable[[list[str]], Metric]]
+    """Functions of the classes, by the name in the YAML."""
+    has_classes = True
+
+    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
+        """A record of a file as a row; raises DataError, which begins with ``place``, if a value does not fit."""
+        raise NotImplementedError
+
+    def classes(self, row: Row) -> Sequence[str]:
+        """The classes that a row has."""
+        return [row.label]
+
+    def check_classes(self, metrics: Sequence[str], classes: Sequence[str]) -> None:
+        """Raise DataError if a metric does not fit the classes."""
+
+    def head(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Settings of the model's config for these classes, by their names in the saved model."""
+        return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+    def encode(
+        self, rows: Sequence[Row], classes: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_seq_len: int
+    ) -> Encoded:
+        """Token ids with special tokens, and labels as numbers, one example per row; may raise DataError."""
+        number = {name: i for i, name in enumerate(classes)}
+        encoded = Encoded([])
+        for row, encoding in tokenized(rows, tokenizer, max_seq_len):
+            encoded.examples.append({**ids_of(row, encoding), "labels": self.label(row, number)})
+            encoded.cut += bool(encoding.overflowing)
+        return encoded
+
+    def label(self, row: Row, number: Mapping[str, int]) -> Any:
+        """The label of a row's example, from the classes' numbers."""
+        return number[row.label]
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
+        """Examples -> a batch, padded on the right to its longest example.
+
+        ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids`` (B, S) int64; ``labels`` (B,) int64, (B,)
+        fp32 for regression, (B, S) int64 for words. MosaicBERT removes the padding again.
+        """
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        batch: Batch = {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+        fills = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED}
+        for name in examples[0]:
+            column = [torch.as_tensor(example[name]) for example in examples]
+            if column[0].ndim:
+                batch[name] = pad_sequence(column, batch_first=True, padding_value=fills[name]).long()
+            else:
+                batch[name] = torch.stack(column)
+        return batch
+
+    def split_batch(self, batch: Batch, microbatch_size: int) -> list[Batch]:
+        """Cut a batch into microbatches, each as long as its longest sequence."""
+        parts = []
+        for start in range(0, len(batch["labels"]), microbatch_size):
+            part = {name: x[start : start + microbatch_size] for name, x in batch.items()}
+            longest = int(part["attention_mask"].sum(dim=1).max())
+            parts.append({name: x[:, :longest] if x.ndim == 2 else x for name, x in part.items()})
+        return parts
+
+    def count_tokens(self, batch: Batch) -> dict[str, int]:
+        """Non-padding tokens of a batch, and what its loss is the mean over: rows, or labelled words."""
+        labels = batch["labels"]
+        loss_generating = int((labels != IGNORED).sum()) if labels.ndim == 2 else len(labels)
+        return {"total": int(batch["attention_mask"].sum()), "loss_generating": loss_generating}
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Class numbers, (B,) int64."""
+        return logits.argmax(dim=-1)
+
+    def update_metric(self, metric: Metric, batch: Batch, logits: Tensor) -> None:
+        """Add a batch to a metric."""
+        metric.update(self.predictions(logits), batch["labels"])
+
+    def lines(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> list[str]:
+        """What is written for a set's predictions, a line per row in the file's order.
+
+        Args:
+            outputs: the model's outputs, with ``logits``, for each of ``batches``.
+            names: the classes, in the order of their numbers.
+        """
+        return [
+            f"{self.shown(predicted, label, names)}\n"
+            for output, batch in zip(outputs, batches, strict=True)
+            for predicted, label in zip(self.predictions(output["logits"]), batch["labels"], strict=True)
+        ]
+
+    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
+        """A row's prediction as text."""
+        return names[int(predicted)]

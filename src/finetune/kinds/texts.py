@@ -1,0 +1,96 @@
+"""A class, or a number, for each text or pair of texts (Devlin et al., 2019, section 4.1)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+
+from src.bert_layers import BertForSequenceClassification
+from src.common.errors import DataError
+from src.data.microbatches import Batch
+from src.finetune.config import LabelledData
+from src.finetune.kinds.base import Kind, Row, check, is_class
+from src.masked_lm_loss import IGNORED
+
+
+def accuracy(classes: list[str]) -> Metric:
+    """Share of the labels that are predicted."""
+    return MulticlassAccuracy(len(classes), average="micro", ignore_index=IGNORED)
+
+
+def macro_f1(classes: list[str]) -> Metric:
+    """Mean over the classes of their F1."""
+    return MulticlassF1Score(len(classes), average="macro", ignore_index=IGNORED)
+
+
+def texts_of(place: str, record: dict[str, Any], data: LabelledData) -> tuple[str, str | None]:
+    """The text of a record and its second text, if the task is on pairs."""
+    for column in filter(None, (data.text, data.text_pair)):
+        check(isinstance(record[column], str), place, record, column, "a text")
+    return record[data.text], None if data.text_pair is None else record[data.text_pair]
+
+
+class Classification(Kind):
+    """A class for each text."""
+
+    heads = {"mosaic_bert": BertForSequenceClassification, "hf_bert": transformers.BertForSequenceClassification}
+    metrics = {
+        "accuracy": accuracy,
+        "f1": lambda classes: BinaryF1Score(),
+        "macro_f1": macro_f1,
+        "matthews": lambda classes: MulticlassMatthewsCorrCoef(len(classes)),
+    }
+
+    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
+        texts = texts_of(place, record, data)
+        check(is_class(record[data.label]), place, record, data.label, "a class")
+        return Row(*texts, str(record[data.label]))
+
+    def check_classes(self, metrics: Sequence[str], classes: Sequence[str]) -> None:
+        if "f1" in metrics and len(classes) != 2:
+            raise DataError(f"metrics: f1 needs 2 classes, got {len(classes)}; macro_f1 takes any number")
+
+    def head(self, classes: Sequence[str]) -> dict[str, Any]:
+        return {**super().head(classes), "problem_type": "single_label_classification"}
+
+
+class Regression(Kind):
+    """A number for each text."""
+
+    heads = Classification.heads
+    metrics = {
+        "pearson": lambda classes: PearsonCorrCoef().set_dtype(torch.float64),
+        "spearman": lambda classes: SpearmanCorrCoef(),
+    }
+    has_classes = False
+
+    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
+        texts = texts_of(place, record, data)
+        try:
+            number = float(record[data.label])
+        except (TypeError, ValueError):
+            number = math.nan
+        check(math.isfinite(number), place, record, data.label, "a number")
+        return Row(*texts, number)
+
+    def head(self, classes: Sequence[str]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def label(self, row: Row, number: Mapping[str, int]) -> float:
+        return row.label
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The predicted numbers, (B,) fp64."""
+        return logits.squeeze(-1).double()
+
+    def update_metric(self, metric: Metric, batch: Batch, logits: Tensor) -> None:
+        metric.update(self.predictions(logits), batch["labels"].double())
+
+    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
+        return f"{float(predicted):.6g}"
