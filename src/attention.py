@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import flash_attn_triton, triton_common
-from .bert_padding import Layout
+from .bert_padding import Layout, PaddedLayout
+from .graphs import in_graph
 
 log = logging.getLogger(__name__)
 aten: Any = torch.ops.aten  # its ops are not typed
@@ -84,8 +85,8 @@ class AlibiSlopes(torch.nn.Module):
         """
         if self.slopes.is_meta and device.type != "meta":  # after load_state_dict(assign=True)
             self.fill(device)
-        # is_compiling first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
-        if not torch.compiler.is_compiling() and self.checked is not self.slopes and not self.slopes.is_meta:
+        # in_graph first: otherwise torch.compile guards on ``checked``, and compiles the model twice.
+        if not in_graph() and self.checked is not self.slopes and not self.slopes.is_meta:
             want = alibi_slopes(len(self.slopes), "cpu")
             if not torch.equal(self.slopes.cpu(), want):
                 raise ValueError(
@@ -97,14 +98,20 @@ class AlibiSlopes(torch.nn.Module):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_slopes: Tensor, dropout_p: float = 0.0, impl: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout | PaddedLayout,
+    alibi_slopes: Tensor,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
 ) -> Tensor:
     """Softmax attention with ALiBi within each sequence of an unpadded batch.
 
     Args:
         q, k, v: (T, N, H); may be views of one packed product.
         layout: where each sequence starts. Only ``triton`` uses its tile tables; if they are missing, it computes them,
-            which synchronizes a GPU.
+            which synchronizes a GPU. A ``PaddedLayout`` (T = B * S) is computed by ``padded``, whatever ``impl`` is.
         alibi_slopes: (N,) fp32.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: a name that ``resolve`` accepts.
@@ -112,10 +119,14 @@ def attention(
     Returns:
         (T, N, H) in the dtype of q.
     """
-    run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
     options = {"dropout_p": dropout_p} if dropout_p else {}
     # Autocast would take the products in bf16; the contract is fp32 scores.
     with torch.autocast(q.device.type, enabled=False):
+        if isinstance(layout, PaddedLayout):
+            B, S = layout.mask.shape
+            q, k, v = (x.view(B, S, *x.shape[1:]) for x in (q, k, v))
+            return padded(q, k, v, layout.mask, alibi_slopes, **options).flatten(0, 1)
+        run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
         return run(q, k, v, layout, alibi_slopes, **options)
 
 
@@ -133,7 +144,7 @@ def resolve(impl: str, dropout_p: float = 0.0, device_type: str | None = None) -
     name = impl
     if impl == "auto":
         name = "triton" if device_type == "cuda" and triton_common.unavailable("cuda") is None else "torch"
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             _log_once(name, device_type)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {impl!r}; expected one of auto, {', '.join(IMPLEMENTATIONS)}")
@@ -158,31 +169,45 @@ def _log_once(name: str, device_type: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def attention_weights(q_BSNH: Tensor, k_BSNH: Tensor, mask_BS: Tensor, alibi_slopes: Tensor) -> Tensor:
+    """The weights softmax_j(score[i, j]), (B, N, S, S) in fp32 or fp64: 0 for padding j, undefined for padding i.
+
+    Args:
+        q_BSNH, k_BSNH: queries and keys.
+        mask_BS: bool, false at padding, which may be anywhere: distances count tokens.
+        alibi_slopes: (N,) fp32.
+    """
+    dtype = torch.promote_types(q_BSNH.dtype, torch.float32)
+    q_BNSH, k_BNSH = (x.transpose(1, 2).to(dtype) for x in (q_BSNH, k_BSNH))
+    position_BS = mask_BS.long().cumsum(1)
+    distance_BSS = (position_BS[:, :, None] - position_BS[:, None, :]).abs()
+    bias_BNSS = -alibi_slopes.to(dtype)[:, None, None] * distance_BSS[:, None]
+    scores_BNSS = q_BNSH @ k_BNSH.transpose(-1, -2) * q_BNSH.shape[-1] ** -0.5 + bias_BNSS
+    return scores_BNSS.masked_fill(~mask_BS[:, None, None, :], torch.finfo(dtype).min).softmax(dim=-1)
+
+
+def padded(
+    q_BSNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, mask_BS: Tensor, alibi_slopes: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention of a padded batch, (B, S, N, H), with shapes that depend on the inputs' alone."""
+    probs_BNSS = F.dropout(attention_weights(q_BSNH, k_BSNH, mask_BS, alibi_slopes), dropout_p)
+    out_BNSH = probs_BNSS @ v_BSNH.transpose(1, 2).to(probs_BNSS.dtype)
+    return out_BNSH.transpose(1, 2).to(q_BSNH.dtype)
+
+
 def reference(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alibi_slopes: Tensor, dropout_p: float = 0.0
 ) -> Tensor:
-    """The definition: padded, with an explicit (N, S, S) bias. Memory grows as B * N * S^2."""
-    _, N, H = q_TNH.shape
+    """The definition: ``padded`` of the batch padded again. Memory grows as B * N * S^2."""
     lengths_B = layout.cu_seqlens.diff().long()
-    B, S = len(lengths_B), layout.max_seqlen
-    dtype = torch.promote_types(q_TNH.dtype, torch.float32)
-
-    position_S = torch.arange(S, device=q_TNH.device)
-    real_BS = position_S < lengths_B[:, None]  # False at padding
+    mask_BS = torch.arange(layout.max_seqlen, device=q_TNH.device) < lengths_B[:, None]
 
     def pad(x_TNH: Tensor) -> Tensor:
-        x_BSNH = x_TNH.new_zeros(B, S, N, H)
-        x_BSNH[real_BS] = x_TNH
-        return x_BSNH.transpose(1, 2).to(dtype)  # (B, N, S, H)
+        x_BSNH = x_TNH.new_zeros(*mask_BS.shape, *x_TNH.shape[1:])
+        x_BSNH[mask_BS] = x_TNH
+        return x_BSNH
 
-    q_BNSH, k_BNSH, v_BNSH = pad(q_TNH), pad(k_TNH), pad(v_TNH)
-    distance_SS = (position_S[:, None] - position_S[None, :]).abs()
-    bias_NSS = -alibi_slopes.to(dtype)[:, None, None] * distance_SS
-    scores_BNSS = q_BNSH @ k_BNSH.transpose(-1, -2) * H**-0.5 + bias_NSS
-    scores_BNSS = scores_BNSS.masked_fill(~real_BS[:, None, None, :], torch.finfo(dtype).min)
-    probs_BNSS = F.dropout(scores_BNSS.softmax(dim=-1), dropout_p)
-    out_TNH = (probs_BNSS @ v_BNSH).transpose(1, 2)[real_BS]
-    return out_TNH.to(q_TNH.dtype)
+    return padded(pad(q_TNH), pad(k_TNH), pad(v_TNH), mask_BS, alibi_slopes, dropout_p)[mask_BS]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,16 +25,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from .attention import AlibiSlopes, attention, resolve
+from .attention import AlibiSlopes, attention, attention_weights, resolve
 from .bert_padding import (
     Layout,
+    PaddedLayout,
     index_first_axis,
     pad_input,
-    scatter_first_axis,
     unpack_heads,
     unpad_input,
     unpad_layout,
@@ -42,8 +44,9 @@ from .bert_padding import (
 from .configuration_bert import MosaicBertConfig
 from .flash_attn_triton import tile_tables
 from .geglu_triton import geglu as geglu_triton
+from .graphs import in_exported_graph, in_graph
 from .layer_norm_triton import layer_norm as layer_norm_triton
-from .masked_lm_loss import masked_lm_head_loss, masked_lm_loss
+from .masked_lm_loss import IGNORED, masked_lm_loss, masked_lm_loss_in_place
 from .torch_ops import dropout
 from .torch_ops import geglu as geglu_torch
 from .torch_ops import layer_norm as layer_norm_torch
@@ -53,7 +56,7 @@ from .triton_common import resolve as resolve_kernels
 
 @dataclass
 class UnpaddedMaskedLMOutput(MaskedLMOutput):
-    """What BertForMaskedLM returns: the loss, and sums for loss and accuracy that add up exactly over batches."""
+    """The loss of an unpadded batch, and sums for loss and accuracy that add up exactly over batches."""
 
     loss_sum: Tensor | None = None
     """() fp32, cross entropy summed over the masked tokens."""
@@ -96,7 +99,9 @@ class BertEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor | None, token_type_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (T, D)
         segments = self.token_type_embeddings  # segment 0 by default
-        x = x + (segments.weight[0] if token_type_ids is None else segments(token_type_ids))
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, dtype=torch.int64, device=x.device)
+        x = x + segments(token_type_ids)
         return dropout(self.LayerNorm(x), self.dropout_p, self.training)
 
 
@@ -111,19 +116,22 @@ class BertSelfAttention(nn.Module):
         resolve(self.impl, self.dropout_p)  # a wrong choice raises here, not at the first step
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
-    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
-        """(T, D) -> (T, D). With ``rows`` (M,), (M, D): for the queries of these tokens only."""
-        D, heads = x.shape[-1], (self.num_heads, -1)
-        if rows is None:
-            q, k, v = unpack_heads(self.Wqkv(x).unflatten(-1, (3, *heads)))  # (T, 3, N, H) -> 3 x (T, N, H)
-        else:
-            weight, bias = self.Wqkv.weight, self.Wqkv.bias
-            q = F.linear(index_first_axis(x, rows), weight[:D], bias[:D])  # (M, D)
-            q = scatter_first_axis(q, rows, len(x)).unflatten(-1, heads)  # (T, N, H), zero at other tokens
-            k, v = unpack_heads(F.linear(x, weight[D:], bias[D:]).unflatten(-1, (2, *heads)))  # 2 x (T, N, H)
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (T, N, H) each, of (T, D)."""
+        return unpack_heads(self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)))  # (T, 3, N, H) -> 3 x (T, N, H)
+
+    def forward(self, x: Tensor, layout: Layout | PaddedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+        """(T, D) -> (T, D). With ``rows`` (M,), (M, D): of these tokens only."""
         dropout_p = self.dropout_p if self.training else 0.0
+        q, k, v = self.qkv(x)
         out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(1)  # (T, N, H) -> (T, D)
         return out if rows is None else index_first_axis(out, rows)  # (M, D)
+
+    def weights(self, x: Tensor, mask: Tensor, slopes: Tensor) -> Tensor:
+        """Attention weights (B, N, S, S) before dropout, zero at padding, of a layer's input (B, S, D)."""
+        B, S, _ = x.shape
+        q, k, _ = (part.view(B, S, *part.shape[1:]) for part in self.qkv(x.flatten(0, 1)))
+        return attention_weights(q, k, mask, slopes) * mask[:, None, :, None]
 
 
 class BertSelfOutput(nn.Module):
@@ -147,7 +155,7 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | PaddedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
         residual = x if rows is None else index_first_axis(x, rows)
         return self.output(self.self(x, layout, slopes, rows), residual)
 
@@ -173,14 +181,14 @@ class BertGatedLinearUnitMLP(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer. With ``rows`` it computes keys and values of all T tokens, the rest for these rows."""
+    """One Transformer layer. With ``rows`` it computes attention of all T tokens, the rest for these rows."""
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.attention = BertAttention(config)
         self.mlp = BertGatedLinearUnitMLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, slopes: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | PaddedLayout, slopes: Tensor, rows: Tensor | None = None) -> Tensor:
         return self.mlp(self.attention(x, layout, slopes, rows))
 
 
@@ -194,7 +202,7 @@ class BertEncoder(nn.Module):
         self.gradient_checkpointing = False  # transformers sets both attributes
         self._gradient_checkpointing_func: Callable[..., Tensor]
 
-    def forward(self, x: Tensor, layout: Layout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, layout: Layout | PaddedLayout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """The input and each layer's output, (T, D); with ``rows`` (M,) the last is (M, D)."""
         states, slopes = (x,), self.alibi(x.device)
         for i, layer in enumerate(self.layer):
@@ -233,6 +241,7 @@ class BertPreTrainedModel(PreTrainedModel):
     config_class = MosaicBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # transformers' Trainer then gives ``num_items_in_batch``
     _no_split_modules = ["BertLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -251,6 +260,59 @@ class BertPreTrainedModel(PreTrainedModel):
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         """``output``, or a tuple of its fields if ``return_dict`` (by default the config's) is False."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def checked_mask(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    head_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """The attention mask (B, S) as bool, true without one, after a check of a padded batch; ``labels`` are (B, S).
+
+    Raises:
+        ValueError: ``position_ids`` or ``head_mask`` is given; both or none of ``input_ids`` and ``inputs_embeds``; a
+            tensor of another shape; a mask with other values than 0 and 1. In a graph, only the first two.
+    """
+    for name, value in {"position_ids": position_ids, "head_mask": head_mask}.items():
+        if value is not None:
+            raise ValueError(f"MosaicBERT takes no {name}: it has no position embeddings, and masks no heads")
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("expected either input_ids or inputs_embeds")
+    if not in_graph():
+        dimensions = 2 if inputs_embeds is None else 3
+        if given.dim() != dimensions or 0 in given.shape[1:]:
+            name, shape = ("input_ids", "(B, S)") if inputs_embeds is None else ("inputs_embeds", "(B, S, D)")
+            raise ValueError(f"{name}: expected shape {shape} with S of 1 or more, got {tuple(given.shape)}")
+        same = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "labels": labels}
+        for name, value in same.items():
+            if value is not None and value.shape != given.shape[:2]:
+                shapes = f"{tuple(given.shape[:2])}, got {tuple(value.shape)}"
+                raise ValueError(f"{name}: expected the shape of the batch, (B, S) = {shapes}")
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+                raise ValueError("attention_mask: expected 1 at tokens and 0 at padding, got other values")
+    if attention_mask is None:
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    return attention_mask.bool()
+
+
+def rows_of(x: Tensor | None, layout: Layout | PaddedLayout) -> Tensor | None:
+    """The rows (T, ...) of a padded tensor (B, S, ...) that the encoder computes."""
+    if x is None or isinstance(layout, PaddedLayout):
+        return None if x is None else x.flatten(0, 1)
+    return unpad_input(x, layout.indices)
+
+
+def padded_rows(x: Tensor, layout: Layout | PaddedLayout, B: int, S: int) -> Tensor:
+    """The inverse for states: (B, S, D) from (T, D), zero at padding."""
+    if isinstance(layout, PaddedLayout):
+        return x.view(B, S, -1) * layout.mask[:, :, None]
+    return pad_input(x, layout.indices, B, S)
 
 
 class BertModel(BertPreTrainedModel):
@@ -281,7 +343,7 @@ class BertModel(BertPreTrainedModel):
     def encode(
         self,
         input_ids: Tensor | None,
-        layout: Layout,
+        layout: Layout | PaddedLayout,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         rows: Tensor | None = None,
@@ -308,50 +370,44 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids: (B, S); or give ``inputs_embeds`` (B, S, D).
-            attention_mask: (B, S), nonzero at tokens, zero at padding; None means no padding. Padding may be left or
-                right: ALiBi's distances count tokens only.
+            attention_mask: (B, S), 1 at tokens, 0 at padding, of any dtype; None means no padding. Padding may be left
+                or right: ALiBi's distances count tokens only.
             token_type_ids: (B, S); None means segment 0.
-            output_hidden_states: also return the embeddings' output and every layer's.
+            output_hidden_states: also return the embeddings' output and every layer's, (B, S, D) each.
+            output_attentions: also return every layer's attention weights before dropout, (B, N, S, S) each. They are
+                computed separately, by the definition: the kernels never store them.
 
         Returns:
             ``last_hidden_state`` (B, S, D), zero at padding, and ``pooler_output`` (B, D) or None.
 
         Raises:
-            ValueError: ``position_ids``, ``head_mask`` or ``output_attentions`` is given; or both or none of
-                ``input_ids`` and ``inputs_embeds``.
+            ValueError: as ``checked_mask``.
         """
-        refused = {"position_ids": position_ids, "head_mask": head_mask, "output_attentions": output_attentions or None}
-        for name, value in refused.items():
-            if value is not None:
-                raise ValueError(
-                    f"MosaicBERT takes no {name}: it has no position embeddings, and never stores attention weights"
-                )
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("expected either input_ids or inputs_embeds")
-        B, S = given.shape[:2]
-        if attention_mask is None:
-            attention_mask = torch.ones(B, S, dtype=torch.bool, device=given.device)
-        layout = self.layout(attention_mask)
-
-        def unpad(x: Tensor | None) -> Tensor | None:
-            return None if x is None else unpad_input(x, layout.indices)
-
-        def pad(x: Tensor) -> Tensor:
-            return pad_input(x, layout.indices, B, S)
-
-        states = self.encode(unpad(input_ids), layout, unpad(token_type_ids), unpad(inputs_embeds))
-        last, pooled = pad(states[-1]), None
+        mask = checked_mask(input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        B, S = mask.shape
+        # In an exported graph, shapes must not depend on the mask's values.
+        layout = PaddedLayout(mask) if in_exported_graph() else self.layout(mask)
+        ids, segments, embeds = (rows_of(x, layout) for x in (input_ids, token_type_ids, inputs_embeds))
+        states = self.encode(ids, layout, segments, embeds)
+        last, pooled = padded_rows(states[-1], layout, B, S), None
         if self.pooler is not None:
             # The first token, also with padding on the left. An empty sequence pools a zero vector.
-            first = attention_mask.bool().int().argmax(dim=1)
+            first = mask.int().argmax(dim=1)
             pooled = self.pooler(last[torch.arange(B, device=last.device), first])
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        hidden_states, attentions = None, None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            hidden_states = tuple(padded_rows(x, layout, B, S) for x in states)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            slopes, layers = self.encoder.alibi(last.device), self.encoder.layer
+            attentions = tuple(
+                layer.attention.self.weights(padded_rows(x, layout, B, S), mask, slopes)  # pyright: ignore
+                for layer, x in zip(layers, states[:-1], strict=True)
+            )
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,  # pyright: ignore[reportArgumentType]
             pooler_output=pooled,  # pyright: ignore[reportArgumentType]
-            hidden_states=tuple(map(pad, states)) if output_hidden_states else None,  # pyright: ignore
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
         return self._returned(output, return_dict)
 
@@ -428,16 +484,19 @@ class BertForMaskedLM(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        return_logits: bool = False,
+        return_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         layout: Layout | None = None,
         masked_index: Tensor | None = None,
-    ) -> UnpaddedMaskedLMOutput | tuple:
-        """Padded in; with ``labels`` the loss out, else logits (B, S, V).
+    ) -> MaskedLMOutput | tuple:
+        """Padded in; logits (B, S, V) out and, with ``labels``, the loss.
 
         Args:
             labels: (B, S), negative at tokens without loss. The loss is the mean cross entropy of the others.
-            return_logits: with labels, also compute the logits of all tokens. By default they are None then, and the
-                last layer and the head compute the masked tokens only.
+            return_logits: with labels, also compute the logits of all tokens. By default only if not training: without
+                them, the last layer and the head compute the masked tokens only.
+            num_items_in_batch: divides the summed loss, instead of the number of masked tokens; transformers' Trainer
+                counts it over the microbatches of a step.
             layout, masked_index: of an unpadded batch: runs ``forward_unpadded``. Training calls ``forward`` for it,
                 because FSDP and hooks see nothing else.
 
@@ -446,28 +505,30 @@ class BertForMaskedLM(BertPreTrainedModel):
         if layout is not None:
             assert input_ids is not None and masked_index is not None and labels is not None
             return self.forward_unpadded(input_ids, layout, masked_index, labels, token_type_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
-        others = (position_ids, head_mask, inputs_embeds)
-        full = return_logits or output_hidden_states or output_attentions or any(x is not None for x in others)
-        if labels is not None and input_ids is not None and not full:
-            layout = self.bert.layout(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        mask = checked_mask(*inputs, labels)
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights = self.config.output_attentions if output_attentions is None else output_attentions
+        full = states or weights or (not self.training if return_logits is None else return_logits)
+        if labels is not None and input_ids is not None and not full and not in_exported_graph():
+            layout = self.bert.layout(mask)
             labels_T = unpad_input(labels, layout.indices)
             masked_index = (labels_T >= 0).nonzero().squeeze(1)
             segments = None if token_type_ids is None else unpad_input(token_type_ids, layout.indices)
             ids_T, labels_M = unpad_input(input_ids, layout.indices), labels_T[masked_index]
-            return self._returned(self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments), return_dict)
+            out: Any = self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments)
+            loss = out.loss if num_items_in_batch is None else out.loss_sum / num_items_in_batch
+            return self._returned(MaskedLMOutput(loss=loss), return_dict)
 
-        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
-        logits = self.cls(encoded.last_hidden_state)  # (B, S, V)
-        losses = {}
+        encoded = self.bert(*inputs, weights, states, return_dict=True)
+        logits, loss = self.cls(encoded.last_hidden_state), None  # (B, S, V)
         if labels is not None:
-            masked = labels >= 0
-            if attention_mask is not None:
-                masked &= attention_mask.bool()
-            losses = masked_lm_loss(logits[masked], labels[masked])
-        output = UnpaddedMaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states, **losses)
+            labels = labels.where(mask, IGNORED)
+            sums = masked_lm_loss(logits.flatten(0, 1), labels.flatten())
+            loss = sums["loss"] if num_items_in_batch is None else sums["loss_sum"] / num_items_in_batch
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
         return self._returned(output, return_dict)
 
     def forward_unpadded(
@@ -488,24 +549,37 @@ class BertForMaskedLM(BertPreTrainedModel):
             token_type_ids: (T,); None means segment 0.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
-        head = self.cls.predictions
-        x = head.transform(states[-1])  # (M, D)
-        return UnpaddedMaskedLMOutput(**masked_lm_head_loss(x, head.decoder.weight, head.decoder.bias, labels))
+        return UnpaddedMaskedLMOutput(**masked_lm_loss_in_place(self.cls(states[-1]), labels))
+
+
+def _mean(loss_sum: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean over ``count`` items; or a microbatch's part of the mean over all items of a batch."""
+    return loss_sum / (count if num_items_in_batch is None else num_items_in_batch)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Mean cross entropy of (n, classes) over the labels (n,) that are not IGNORED; 0 if all are."""
+    loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return _mean(loss_sum, (labels != IGNORED).sum().clamp(min=1), num_items_in_batch)
 
 
 class _Classifier(BertPreTrainedModel):
     """classifier(dropout(x)) and a loss, where x is the pooler's output (B, D) or the last state (B, S, D)."""
 
-    output_class: type[SequenceClassifierOutput] | type[TokenClassifierOutput]
+    output_class: type[SequenceClassifierOutput] | type[TokenClassifierOutput] | type[MultipleChoiceModelOutput]
     pooled: bool
 
-    def __init__(self, config: MosaicBertConfig):
+    def __init__(self, config: MosaicBertConfig, classes: int | None = None):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=self.pooled)
         own = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if own is None else own)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
+        self.classifier = nn.Linear(config.hidden_size, classes or self.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def forward(
@@ -520,19 +594,26 @@ class _Classifier(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | TokenClassifierOutput | tuple:
-        """Logits (B, num_labels) or (B, S, num_labels) and, with ``labels``, the loss.
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutput | TokenClassifierOutput | MultipleChoiceModelOutput | tuple:
+        """Logits (B, num_labels) or (B, S, num_labels) and, with ``labels``, the mean loss.
 
-        The other arguments, and the errors, are those of ``BertModel.forward``.
+        ``num_items_in_batch`` divides the summed loss, instead of the number of labels; transformers' Trainer counts it
+        over the microbatches of a step. The other arguments, and the errors, are those of ``BertModel.forward``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
         encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(encoded.pooler_output if self.pooled else encoded.last_hidden_state))
-        loss = None if labels is None else self._loss(logits.float(), labels)
-        output = self.output_class(loss=loss, logits=logits, hidden_states=encoded.hidden_states)  # pyright: ignore
+        loss = None if labels is None else self._loss(_wide(logits), labels, num_items_in_batch)
+        output = self.output_class(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
         return self._returned(output, return_dict)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -546,16 +627,19 @@ class BertForSequenceClassification(_Classifier):
     _auto_class = "AutoModelForSequenceClassification"
     output_class, pooled = SequenceClassifierOutput, True
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         problem_type = self.config.problem_type
         if problem_type is None:
             single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
             problem_type = "regression" if self.num_labels == 1 else single
-        if problem_type == "regression":
-            return F.mse_loss(logits.flatten(), labels.to(logits.dtype).flatten())
         if problem_type == "single_label_classification":
-            return F.cross_entropy(logits, labels.flatten())
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+            return _cross_entropy(logits, labels.flatten(), num_items_in_batch)
+        labels = labels.to(logits.dtype)
+        if problem_type == "regression":
+            loss_sum = F.mse_loss(logits.flatten(), labels.flatten(), reduction="sum")
+        else:
+            loss_sum = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return _mean(loss_sum, labels.numel(), num_items_in_batch)
 
 
 class BertForTokenClassification(_Classifier):
@@ -567,5 +651,105 @@ class BertForTokenClassification(_Classifier):
     _auto_class = "AutoModelForTokenClassification"
     output_class, pooled = TokenClassifierOutput, False
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        return _cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
+
+
+class BertForMultipleChoice(_Classifier):
+    """MosaicBERT that scores each of C choices, a sequence each, by a head on the pooler (Devlin et al., section 4.4).
+
+    ``input_ids`` and the other inputs are (B, C, S), ``labels`` (B,) the numbers of the right choices.
+    """
+
+    _auto_class = "AutoModelForMultipleChoice"
+    output_class, pooled = MultipleChoiceModelOutput, True
+
+    def __init__(self, config: MosaicBertConfig):
+        super().__init__(config, classes=1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutput | TokenClassifierOutput | MultipleChoiceModelOutput | tuple:
+        """Logits (B, C) and, with ``labels``, the mean loss; hidden states are (B * C, S, D).
+
+        The other arguments, and the errors, are those of ``BertModel.forward``.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() != (3 if inputs_embeds is None else 4):
+            raise ValueError(f"expected C choices, (B, C, S), got {None if given is None else tuple(given.shape)}")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        flat = [None if x is None else x.flatten(0, 1) for x in inputs]
+        scored: Any = super().forward(*flat, None, output_attentions, output_hidden_states, True)  # pyright: ignore
+        logits = scored.logits.view(given.shape[:2])
+        output = MultipleChoiceModelOutput(
+            loss=None if labels is None else _cross_entropy(_wide(logits), labels.flatten(), num_items_in_batch),  # pyright: ignore
+            logits=logits,
+            hidden_states=scored.hidden_states,
+            attentions=scored.attentions,
+        )
+        return self._returned(output, return_dict)
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """MosaicBERT that scores each token as the first and as the last of the answer (Devlin et al., section 4.2)."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: MosaicBertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """Start and end logits, (B, S) each.
+
+        Args:
+            start_positions, end_positions: (B,), positions of the answer's first and last token. With both, also the
+                loss: the mean of the two cross entropies. A position outside of 0..S-1 has no loss, as in BERT.
+
+        The other arguments, and the errors, are those of ``BertModel.forward``.
+        """
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
+        start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(-1)  # 2 x (B, S)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            S, losses = start_logits.shape[1], []
+            for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+                positions = positions.flatten()
+                inside = (positions >= 0) & (positions < S)
+                losses.append(_cross_entropy(_wide(logits), positions.where(inside, IGNORED)))
+            loss = (losses[0] + losses[1]) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return self._returned(output, return_dict)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .graphs import in_graph
+
 
 class _IndexFirstAxis(torch.autograd.Function):
     """x[index] for unique indices: the backward copies rows, where that of ``index_select`` adds them."""
@@ -70,9 +72,17 @@ def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
 
     ``unbind(1)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
     """
-    if torch.compiler.is_compiling():  # the compiler removes such copies itself, and cannot compare addresses
+    if in_graph():  # the compiler removes such copies itself, and cannot compare addresses
         return packed.unbind(1)
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """A batch that keeps its padding, as B * S rows: what an exported graph computes, whose shapes are the inputs'."""
+
+    mask: Tensor
+    """(B, S) bool, false at padding."""
 
 
 @dataclass(frozen=True)

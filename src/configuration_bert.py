@@ -7,9 +7,12 @@ from transformers import PretrainedConfig
 AUTO_MAP = {
     "AutoConfig": "configuration_bert.MosaicBertConfig",
     "AutoModel": "bert_layers.BertModel",
+    "AutoModelForPreTraining": "bert_layers.BertForMaskedLM",
     "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
     "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
     "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
+    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
 }
 """Class of each auto class, for trust_remote_code; a saved model's folder holds these source files."""
 

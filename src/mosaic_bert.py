@@ -123,7 +123,7 @@ class MosaicBert(MaskedLMModel):
         """Floating-point operations of a training step (forward and backward) on a batch, without padding.
 
         Counts matrix products, 2 per multiply-add, the backward as twice the forward. Attention counts the sum of
-        squared lengths; the last layer (except keys and values) and the head count the M masked tokens. Does not count
+        squared lengths; the last layer after attention, and the head, count the M masked tokens. Does not count
         recomputation by gradient checkpointing or in attention's backward.
         """
         if "cu_seqlens" in batch:
@@ -133,8 +133,8 @@ class MosaicBert(MaskedLMModel):
         T, pairs = int(lengths.sum()), int(lengths.long().square().sum())
         c = self.config
         D, L = c.hidden_size, c.num_hidden_layers
-        kv, rest = 2 * D * D, 2 * D * D + 3 * D * c.intermediate_size  # rest: queries, attention's output, GLU
-        layers = L * kv * T + rest * ((L - 1) * T + M)
+        qkv, rest = 3 * D * D, D * D + 3 * D * c.intermediate_size  # rest: attention's output, GLU
+        layers = L * qkv * T + rest * ((L - 1) * T + M)
         attention = L * 2 * D * pairs
         head = M * (D * D + D * c.vocab_size)
         return 6 * (layers + attention + head)

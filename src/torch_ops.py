@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .graphs import in_graph
 from .triton_common import MASK_BITS, dropout_scale, dropout_threshold
 
 
@@ -25,7 +26,7 @@ def dropout(x: Tensor, dropout_p: float, training: bool = True) -> Tensor:
     threshold = dropout_threshold(dropout_p)
     if not training or not threshold:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or in_graph():
         return F.dropout(x, dropout_p)
     return _Dropout.apply(x, keep_mask(x, threshold), dropout_scale(threshold))  # pyright: ignore[reportReturnType]
 
@@ -73,7 +74,7 @@ def layer_norm(
 
 def geglu(gate_and_up: Tensor, dropout_p: float = 0.0) -> Tensor:
     """dropout(gelu(gate) * up), (..., I), from the packed (..., 2I) whose first half is the gate; exact GELU."""
-    if torch.compiler.is_compiling():
+    if in_graph():
         gate, up = gate_and_up.chunk(2, dim=-1)
         return dropout(F.gelu(gate) * up, dropout_p)
     return _Geglu.apply(gate_and_up, dropout_threshold(dropout_p))  # pyright: ignore[reportReturnType]

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graphs import in_exported_graph
+
 try:
     import triton
     import triton.language as tl
@@ -114,7 +116,9 @@ def resolve(kernels: str) -> str:
 
 
 def use_triton(kernels: str, x: Tensor) -> bool:
-    """Whether to use the Triton kernels for ``x``; ``auto``: on a supported GPU."""
+    """Whether to use the Triton kernels for ``x``; ``auto``: on a supported GPU. Never in an exported graph."""
+    if in_exported_graph():
+        return False
     return kernels == "triton" or (kernels == "auto" and x.is_cuda and unavailable("cuda") is None)
 
 

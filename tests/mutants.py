@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "attention-scale",
         ATTENTION,
-        "k_BNSH.transpose(-1, -2) * H**-0.5",
-        "k_BNSH.transpose(-1, -2) / H",
+        "k_BNSH.transpose(-1, -2) * q_BNSH.shape[-1] ** -0.5",
+        "k_BNSH.transpose(-1, -2) / q_BNSH.shape[-1]",
         "model/test_attention.py::test_reference_is_the_formula",
     ),
     Mutant(

@@ -16,7 +16,7 @@ from src.attention import AlibiSlopes
 from src.bert_layers import BertForMaskedLM, LayerNorm
 from src.bert_padding import index_first_axis
 from src.configuration_bert import MosaicBertConfig
-from src.masked_lm_loss import IGNORED, masked_lm_head_loss
+from src.masked_lm_loss import IGNORED, masked_lm_loss_in_place
 from src.torch_ops import dropout
 
 
@@ -80,8 +80,7 @@ class AllRows(MosaicBert):
     def loss_sum(self, part: Part) -> Tensor:
         states = self.model.bert.encode(part["input_ids"], part["layout"])[-1]  # (T, D)
         x, labels = self.rows(states, part)
-        head = self.model.cls.predictions
-        return masked_lm_head_loss(head.transform(x), head.decoder.weight, head.decoder.bias, labels)["loss_sum"]
+        return masked_lm_loss_in_place(self.model.cls(x), labels)["loss_sum"]
 
     def rows(self, states: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """The rows that the head computes, and their labels."""

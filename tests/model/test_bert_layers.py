@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from src import bert_layers, torch_ops
 from src.attention import alibi_slopes
-from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from src.bert_layers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
@@ -174,18 +181,78 @@ def test_evaluation_has_no_dropout():
 
 
 def test_labels_give_the_same_loss_with_and_without_logits():
-    """And token 0 can be a label."""
-    model = model_of()
+    """Logits unless training, as transformers' Trainer expects. And token 0 can be a label."""
+    model = model_of().train()
     batch = batch_of()
     batch["labels"][0, 0] = 0
-    fast = model(**batch)
-    full = model(**batch, return_logits=True, output_hidden_states=True)
-    assert fast.logits is None and full.logits.shape == (*batch["input_ids"].shape, 97)
-    assert len(full.hidden_states) == model.config.num_hidden_layers + 1
-    for name in ("loss", "loss_sum", "correct", "count"):
-        torch.testing.assert_close(fast[name], full[name], rtol=1e-10, atol=0)
-    assert fast.count == (batch["labels"] != -100).sum()
-    assert isinstance(model(**batch, return_dict=False), tuple)
+    fast, full = model(**batch), model(**batch, return_logits=True)
+    assert list(fast) == ["loss"] and list(full) == ["loss", "logits"]
+    assert full.logits.shape == (*batch["input_ids"].shape, 97)
+    torch.testing.assert_close(fast.loss, full.loss, rtol=1e-10, atol=0)
+    assert_same(gradients(model, fast.loss), gradients(model, full.loss), rtol=1e-9, atol=1e-11)
+    model.eval()
+    assert list(model(**batch)) == ["loss", "logits"] and list(model(**batch, return_logits=False)) == ["loss"]
+    loss, logits = model(**batch, return_dict=False)
+    assert torch.equal(logits, full.logits) and torch.equal(loss, full.loss)
+    batch["labels"][:] = 1  # padding has no loss
+    torch.testing.assert_close(model.train()(**batch).loss, model.eval()(**batch).loss, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "labels"),
+    [
+        (BertForMaskedLM, batch_of()["labels"]),
+        (BertForTokenClassification, batch_of()["labels"] % 3),
+        (BertForSequenceClassification, torch.tensor([0, 2, 1, 1, 0])),
+        (BertForSequenceClassification, torch.rand(5, 3)),
+    ],
+    ids=["masked", "tokens", "classes", "multilabel"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_microbatches_add_up_to_the_batch_by_the_number_of_items(cls, labels, training):
+    """transformers' Trainer counts labels that are not -100 over the microbatches, and adds their losses."""
+    model, batch = model_of(cls, num_labels=3).train(training), batch_of()
+    if cls is BertForTokenClassification:
+        labels = labels.where(batch["labels"] >= 0, -100)
+    parts = [
+        {"labels": labels[rows], **{k: batch[k][rows] for k in ("input_ids", "attention_mask")}}
+        for rows in (slice(0, 1), slice(1, 5))
+    ]
+    items = (labels != -100).sum()
+    whole = model(batch["input_ids"], batch["attention_mask"], labels=labels).loss
+    got = sum(model(**part, num_items_in_batch=items).loss for part in parts)
+    torch.testing.assert_close(got, whole, rtol=1e-10, atol=0)
+    assert model.accepts_loss_kwargs
+
+
+class Adapted(torch.nn.Module):
+    """As an adapter or a quantiser wraps a module: without its weight, and with another result."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **options):
+        return 1.5 * self.module(*args, **options)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_every_weight_goes_through_its_module(segments):
+    """In training, in inference and in the loss alike, for every module with a weight, the last layer's too."""
+    model, batch = model_of(), batch_of()
+    if segments:
+        batch["token_type_ids"] = batch["input_ids"] % 2
+    owners = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    assert len(owners) == 3 + 6 * 3 + 3
+    for name in owners:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapted(model.get_submodule(name)))
+    labels = batch.pop("labels")
+    for training in (True, False):
+        want = F.cross_entropy(model.eval()(**batch).logits.flatten(0, 1), labels.flatten())
+        got = model.train(training)(**batch, labels=labels).loss
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+        assert_same(gradients(model, got), gradients(model, want), rtol=1e-9, atol=1e-11)
 
 
 def test_a_batch_without_masked_tokens_has_loss_and_gradients_of_zero():
@@ -304,11 +371,80 @@ def test_base_model_and_its_arguments():
     assert not torch.allclose(segment_one[mask.bool()], out.last_hidden_state[mask.bool()])
     left = model(ids.flip(1), mask.flip(1)).pooler_output
     assert left.shape == out.pooler_output.shape
-    for refused in ({"position_ids": ids}, {"head_mask": mask}, {"output_attentions": True}):
-        with pytest.raises(ValueError, match=f"takes no {next(iter(refused))}"):
-            model(ids, mask, **refused)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        model(ids, inputs_embeds=embeds)
+
+
+def test_attention_weights_are_those_of_the_definition():
+    """(B, N, S, S) of each layer; with them the layer's attention gives what the model computes."""
+    model, batch = model_of(BertModel).eval(), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for inputs in ((ids, mask), (ids.flip(1), mask.flip(1))):
+        out = model(*inputs, output_attentions=True, output_hidden_states=True)
+        real = inputs[1].bool()
+        states = out.hidden_states
+        for layer, x, y, weights in zip(model.encoder.layer, states[:-1], states[1:], out.attentions, strict=True):
+            assert weights.shape == (5, 3, 17, 17)
+            torch.testing.assert_close(weights.sum(-1), real[:, None].expand(5, 3, 17).double())
+            assert not weights.transpose(2, 3)[~real[:, None].expand(5, 3, 17)].any()
+            v = layer.attention.self.Wqkv(x).view(5, 17, 3, 3, 8)[:, :, 2]
+            attended = torch.einsum("bnij,bjnh->binh", weights, v).flatten(2)
+            torch.testing.assert_close(layer.mlp(layer.attention.output(attended, x))[real], y[real])
+    model.config.output_attentions = True
+    assert len(model(ids, mask).attentions) == 3 and len(model(ids, mask, return_dict=False)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float32])
+def test_masks_of_any_dtype(dtype):
+    model, batch = model_of().eval(), batch_of()
+    want = model(batch["input_ids"], batch["attention_mask"]).logits
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"].to(dtype)).logits, want)
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_inputs_that_do_not_fit_are_refused_with_their_shapes(cls):
+    model, batch = model_of(cls), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    wrong = {
+        r"attention_mask: expected .* \(5, 17\), got \(5, 1, 1, 17\)": {"attention_mask": mask[:, None, None]},
+        r"attention_mask: .* got \(5, 17, 17\)": {"attention_mask": mask[:, None].expand(5, 17, 17)},
+        r"attention_mask: .* got \(5, 16\)": {"attention_mask": mask[:, 1:]},
+        "expected 1 at tokens and 0 at padding": {"attention_mask": (mask - 1) * 10000.0},
+        "got other values": {"attention_mask": mask * 2},
+        r"token_type_ids: .* got \(1, 17\)": {"token_type_ids": ids[:1]},
+        r"input_ids: expected shape \(B, S\) .* got \(17,\)": {"input_ids": ids[0]},
+        r"input_ids: .* got \(5, 0\)": {"input_ids": ids[:, :0]},
+        "takes no position_ids": {"position_ids": ids},
+        "takes no head_mask": {"head_mask": torch.ones(3, 3)},
+        "either input_ids or inputs_embeds": {"inputs_embeds": torch.ones(5, 17, 24)},
+        r"inputs_embeds: .* got \(5, 17\)": {"input_ids": None, "inputs_embeds": torch.ones(5, 17)},
+        "expected either": {"input_ids": None},
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model(**{"input_ids": ids, **given})
+    if cls is BertForMaskedLM:
+        with pytest.raises(ValueError, match=r"labels: expected .* \(5, 17\), got \(5, 16\)"):
+            model(ids, mask, labels=batch["labels"][:, 1:])
+
+
+def test_rows_of_padding_alone():
+    """They are zero, and change nothing else; nor does a batch of nothing else fail."""
+    model, batch = model_of(num_labels=3).eval(), batch_of()
+    ids, mask, labels = (F.pad(batch[name], (0, 0, 1, 1)) for name in ("input_ids", "attention_mask", "labels"))
+    out, want = model(ids, mask, labels=labels), model(**batch)
+    torch.testing.assert_close(out.loss, want.loss)
+    torch.testing.assert_close(out.logits[1:-1], want.logits)
+    assert not model.bert(ids, mask).last_hidden_state[0].any()
+    for training in (True, False):
+        alone = model.train(training)(ids[:1], mask[:1], labels=labels[:1])
+        assert alone.loss == 0
+
+
+def test_embeddings_in_place_of_ids_give_the_same_loss():
+    model, batch = model_of().train(), batch_of()
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    want = model(**batch).loss
+    got = model(inputs_embeds=embeds, **{k: batch[k] for k in ("attention_mask", "labels")}).loss
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +477,51 @@ def test_token_classification():
     counted = labels >= 0
     torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[counted], labels[counted]))
     assert len(model(ids, mask, return_dict=False)) == 1 and model.bert.pooler is None
+
+
+def test_question_answering():
+    """Start and end of the answer; a position outside of the sequence has no loss."""
+    model, batch = model_of(BertForQuestionAnswering).eval(), batch_of()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    starts, ends = torch.tensor([0, 0, 16, 17, -1]), torch.tensor([8, 0, 16, 20, 3])
+    out = model(ids, mask, start_positions=starts, end_positions=ends)
+    states = model.bert(ids, mask).last_hidden_state
+    for i, logits in enumerate((out.start_logits, out.end_logits)):
+        torch.testing.assert_close(logits, states @ model.qa_outputs.weight[i] + model.qa_outputs.bias[i])
+    losses = [F.cross_entropy(out.start_logits[:3], starts[:3])]
+    losses.append(F.cross_entropy(out.end_logits[[0, 1, 2, 4]], ends[[0, 1, 2, 4]]))
+    torch.testing.assert_close(out.loss, sum(losses) / 2)
+    assert len(model(ids, mask, return_dict=False)) == 2
+
+
+def test_multiple_choice():
+    """Each choice is a sequence; the score is that of its pooled state."""
+    model, batch = model_of(BertForMultipleChoice, num_labels=7).eval(), batch_of([9, 1, 17, 4, 17, 3])
+    ids, mask = (batch[name].view(2, 3, 17) for name in ("input_ids", "attention_mask"))
+    labels = torch.tensor([2, 0])
+    out = model(ids, mask, labels=labels, output_hidden_states=True)
+    pooled = model.bert(batch["input_ids"], batch["attention_mask"]).pooler_output
+    torch.testing.assert_close(out.logits, model.classifier(pooled).view(2, 3))
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels))
+    assert out.hidden_states[0].shape == (6, 17, 24) and len(model(ids, mask, return_dict=False)) == 1
+    embeds = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, out.logits)
+    with pytest.raises(ValueError, match=r"expected C choices, \(B, C, S\), got \(6, 17\)"):
+        model(batch["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+def test_a_traced_model_is_right_for_other_masks_and_shapes():
+    """An exported graph keeps the padding: what unpadding computes depends on the mask's values."""
+    model = model_of(dtype=torch.float32, return_dict=False).eval()
+    ids = batch_of([6, 3])["input_ids"]
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (ids, torch.ones_like(ids)), check_trace=False)
+        for lengths in ([3, 6], RAGGED, [1], [4, 0, 9]):
+            right = [batch_of(lengths)[name] for name in ("input_ids", "attention_mask")]
+            for inputs in (right, [x.flip(1) for x in right]):  # padding on the right, and on the left
+                (got,), (want,) = traced(*inputs), model(*inputs)
+                torch.testing.assert_close(got, want, **TOLERANCES[torch.float32])
 
 
 def test_impossible_configs_are_refused():

@@ -97,7 +97,7 @@ def test_flops_follow_tokens_and_squared_lengths():
     c = model.config
     T = len(RAGGED) * max(RAGGED) - sum(RAGGED)
     pairs = len(RAGGED) * max(RAGGED) ** 2 - sum(n * n for n in RAGGED)
-    per_token = 2 * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size) + 2 * c.hidden_size**2
+    per_token = 2 * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size) + 3 * c.hidden_size**2
     extra = 6 * (per_token * T + 3 * 2 * c.hidden_size * pairs)
     assert model.flops_per_batch(padded) - model.flops_per_batch(ragged) == extra
 
