@@ -131,7 +131,8 @@ class BertSelfAttention(nn.Module):
         """Attention weights (B, N, S, S) before dropout, zero at padding, of a layer's input (B, S, D)."""
         B, S, _ = x.shape
         q, k, _ = (part.view(B, S, *part.shape[1:]) for part in self.qkv(x.flatten(0, 1)))
-        return attention_weights(q, k, mask, slopes) * mask[:, None, :, None]
+        with torch.autocast(x.device.type, enabled=False):  # scores are at least fp32, as in ``attention``
+            return attention_weights(q, k, mask, slopes) * mask[:, None, :, None]
 
 
 class BertSelfOutput(nn.Module):
@@ -301,14 +302,14 @@ def checked_mask(
     return attention_mask.bool()
 
 
-def rows_of(x: Tensor | None, layout: Layout | PaddedLayout) -> Tensor | None:
+def to_rows(x: Tensor | None, layout: Layout | PaddedLayout) -> Tensor | None:
     """The rows (T, ...) of a padded tensor (B, S, ...) that the encoder computes."""
     if x is None or isinstance(layout, PaddedLayout):
         return None if x is None else x.flatten(0, 1)
     return unpad_input(x, layout.indices)
 
 
-def padded_rows(x: Tensor, layout: Layout | PaddedLayout, B: int, S: int) -> Tensor:
+def from_rows(x: Tensor, layout: Layout | PaddedLayout, B: int, S: int) -> Tensor:
     """The inverse for states: (B, S, D) from (T, D), zero at padding."""
     if isinstance(layout, PaddedLayout):
         return x.view(B, S, -1) * layout.mask[:, :, None]
@@ -387,20 +388,20 @@ class BertModel(BertPreTrainedModel):
         B, S = mask.shape
         # In an exported graph, shapes must not depend on the mask's values.
         layout = PaddedLayout(mask) if in_exported_graph() else self.layout(mask)
-        ids, segments, embeds = (rows_of(x, layout) for x in (input_ids, token_type_ids, inputs_embeds))
+        ids, segments, embeds = (to_rows(x, layout) for x in (input_ids, token_type_ids, inputs_embeds))
         states = self.encode(ids, layout, segments, embeds)
-        last, pooled = padded_rows(states[-1], layout, B, S), None
+        last, pooled = from_rows(states[-1], layout, B, S), None
         if self.pooler is not None:
             # The first token, also with padding on the left. An empty sequence pools a zero vector.
             first = mask.int().argmax(dim=1)
             pooled = self.pooler(last[torch.arange(B, device=last.device), first])
         hidden_states, attentions = None, None
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            hidden_states = tuple(padded_rows(x, layout, B, S) for x in states)
+            hidden_states = tuple(from_rows(x, layout, B, S) for x in states)
         if self.config.output_attentions if output_attentions is None else output_attentions:
             slopes, layers = self.encoder.alibi(last.device), self.encoder.layer
             attentions = tuple(
-                layer.attention.self.weights(padded_rows(x, layout, B, S), mask, slopes)  # pyright: ignore
+                layer.attention.self.weights(from_rows(x, layout, B, S), mask, slopes)  # pyright: ignore
                 for layer, x in zip(layers, states[:-1], strict=True)
             )
         output = BaseModelOutputWithPooling(

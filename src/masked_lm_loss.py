@@ -90,7 +90,10 @@ class _InPlaceLoss(torch.autograd.Function):
         if dloss is None:
             return None, None
         if ctx.spent:
-            raise RuntimeError("the masked-language-model loss supports one backward, which overwrites its logits")
+            raise RuntimeError(
+                "the masked-language-model loss supports one backward, which overwrites its logits; "
+                "the model's return_logits=True keeps them"
+            )
         ctx.spent = True
         logits, labels, top, total = ctx.saved_tensors
         scale = dloss.to(top.dtype) * (labels >= 0)  # (M,)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from src import bert_layers, torch_ops
-from src.attention import alibi_slopes
+from src.attention import alibi_slopes, attention_weights
 from src.bert_layers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -388,6 +388,12 @@ def test_attention_weights_are_those_of_the_definition():
             v = layer.attention.self.Wqkv(x).view(5, 17, 3, 3, 8)[:, :, 2]
             attended = torch.einsum("bnij,bjnh->binh", weights, v).flatten(2)
             torch.testing.assert_close(layer.mlp(layer.attention.output(attended, x))[real], y[real])
+    attention = model.float().encoder.layer[0].attention.self
+    x, slopes = torch.randn(5, 17, 24), model.encoder.alibi(mask.device)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, (q, k, _) = attention.weights(x, real, slopes), attention.qkv(x.flatten(0, 1))
+    want = attention_weights(q.view(5, 17, 3, 8), k.view(5, 17, 3, 8), real, slopes)
+    assert torch.equal(got, want * real[:, None, :, None])  # scores in fp32, of rounded queries and keys
     model.config.output_attentions = True
     assert len(model(ids, mask).attentions) == 3 and len(model(ids, mask, return_dict=False)) == 3
 
