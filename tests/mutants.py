@@ -141,6 +141,49 @@ MUTANTS = [
         "mask = mask[order]",
         "model/test_bert_padding.py::test_pad_inverts_unpad",
     ),
+    Mutant(
+        "head-past-its-module",
+        MODEL,
+        "masked_lm_loss_in_place(self.cls(states[-1]), labels)",
+        "masked_lm_loss_in_place(F.linear(self.cls.predictions.transform(states[-1]),"
+        " self.get_input_embeddings().weight, self.cls.predictions.decoder.bias), labels)",
+        "model/test_bert_layers.py::test_every_weight_goes_through_its_module",
+    ),
+    Mutant(
+        "graph-of-one-mask",
+        MODEL,
+        "PaddedLayout(mask) if in_exported_graph() else self.layout(mask)",
+        "self.layout(mask)",
+        "model/test_bert_layers.py::test_a_traced_model_is_right_for_other_masks_and_shapes",
+    ),
+    Mutant(
+        "distances-over-padding",
+        ATTENTION,
+        "mask_BS.long().cumsum(1)",
+        "torch.ones_like(mask_BS, dtype=torch.int64).cumsum(1)",
+        "model/test_bert_layers.py::test_a_traced_model_is_right_for_other_masks_and_shapes",
+    ),
+    Mutant(
+        "attention-weights-in-bf16",
+        MODEL,
+        "with torch.autocast(x.device.type, enabled=False):  # scores",
+        "with torch.no_grad():  # scores",
+        "model/test_bert_layers.py::test_attention_weights_are_those_of_the_definition",
+    ),
+    Mutant(
+        "items-in-batch",
+        MODEL,
+        "out.loss_sum / num_items_in_batch",
+        "out.loss",
+        "model/test_bert_layers.py::test_microbatches_add_up_to_the_batch_by_the_number_of_items",
+    ),
+    Mutant(
+        "mask-values",
+        MODEL,
+        "if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):",
+        "if False:",
+        "model/test_bert_layers.py::test_inputs_that_do_not_fit_are_refused_with_their_shapes",
+    ),
     # Loss and metrics
     Mutant(
         "label-off-by-one",

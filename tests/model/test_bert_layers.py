@@ -525,7 +525,8 @@ def test_a_traced_model_is_right_for_other_masks_and_shapes():
         traced = torch.jit.trace(model, (ids, torch.ones_like(ids)), check_trace=False)
         for lengths in ([3, 6], RAGGED, [1], [4, 0, 9]):
             right = [batch_of(lengths)[name] for name in ("input_ids", "attention_mask")]
-            for inputs in (right, [x.flip(1) for x in right]):  # padding on the right, and on the left
+            scattered = right[0], right[1] * (torch.arange(max(lengths)) % 3 != 1)
+            for inputs in (right, [x.flip(1) for x in right], scattered):  # padding on the right, on the left, between
                 (got,), (want,) = traced(*inputs), model(*inputs)
                 torch.testing.assert_close(got, want, **TOLERANCES[torch.float32])
 
