@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -43,6 +43,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     _find_special_tokens(tokenizer)
     if fault := _fault(tokenizer):
         raise DataError(f"tokenizer {name_or_folder!r} {fault}")
+    _frame(tokenizer)
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json set truncation and padding
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -83,22 +84,29 @@ def _from_folder(folder: Path, name: str) -> Any:
 
 
 def _find_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Take [CLS] or <s>, [SEP] or </s>, ... of the vocabulary where the files do not say which token it is. A tokenizer
-    that frames no text, for lack of a post-processor, then gets [CLS] A [SEP]."""
+    """Take [CLS] or <s>, [SEP] or </s>, ... of the vocabulary where the files do not say which token it is."""
     names = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
     names |= {name: (f"[{name.upper()}]", f"<{name}>") for name in ("mask", "pad", "unk")}
-    vocabulary, backend, found = tokenizer.get_vocab(), tokenizer.backend_tokenizer, dict[str, Any]()
+    vocabulary, found = tokenizer.get_vocab(), dict[str, Any]()
     for name, words in names.items():
         if getattr(tokenizer, f"{name}_token") is None and (known := [word for word in words if word in vocabulary]):
             found[f"{name}_token"] = known[0]
     if found:
         log.info("tokenizer %r: %s by their names", tokenizer.name_or_path, ", ".join(found.values()))
         tokenizer.add_special_tokens(found)
-    if {"cls_token", "sep_token"} <= found.keys() and backend.post_processor is None:
-        cls, sep = ((found[name], vocabulary[found[name]]) for name in ("cls_token", "sep_token"))
-        backend.post_processor = TemplateProcessing(
-            single=f"{cls[0]} $A {sep[0]}", pair=f"{cls[0]} $A {sep[0]} $B:1 {sep[0]}:1", special_tokens=[cls, sep]
-        )
+
+
+def _frame(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make a tokenizer that adds no special tokens to a text return [CLS] A [SEP], as in pretraining."""
+    backend = tokenizer.backend_tokenizer
+    if backend.num_special_tokens_to_add(is_pair=False):
+        return
+    cls, sep = str(tokenizer.cls_token), str(tokenizer.sep_token)
+    special = [(word, tokenizer.convert_tokens_to_ids(word)) for word in (cls, sep)]
+    frame = TemplateProcessing(single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=special)
+    own = backend.post_processor  # such as ByteLevel, which trims offsets
+    backend.post_processor = frame if own is None else Sequence([own, frame])
+    log.info("tokenizer %r: it frames no text; texts become %s A %s", tokenizer.name_or_path, cls, sep)
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -268,13 +276,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Today's fingerprint, and that of older shards and checkpoints (post-processor as transformers 5 writes it)."""
+    """Today's fingerprint, and those of older shards and checkpoints.
+
+    Their post-processor was as transformers 5 writes it, or lacked the frame that ``load_tokenizer`` adds.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
-    forms = _bert_post_processors(tokenizer)
-    if backend["post_processor"] not in forms:
-        forms = [backend["post_processor"]] * 2
+    frames, own = _bert_post_processors(tokenizer), backend["post_processor"]
+    forms = [*frames, None] if own in frames else [own]
+    if own is not None and own["type"] == "Sequence" and own["processors"][1:] == frames[1:]:
+        forms += own["processors"][:1]
     contents = ([{**backend, "post_processor": form}, special] for form in forms)
     return [hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() for content in contents]
 

@@ -253,9 +253,30 @@ def test_fingerprint_is_the_same_for_both_versions_of_transformers(tokenizer, to
         seen.append(tokenizer_fingerprints(tokenizer))
         assert plain in seen[-1]
         check_tokens({**description, "fingerprint": plain}, tokenizer, MAX_SEQ_LEN, Path("here"))
-    assert seen[0] == seen[1] and len(set(seen[0])) == 2
+    assert seen[0] == seen[1] and len(set(seen[0])) == 3
     with pytest.raises(DataError, match="another tokenizer"):
         check_tokens({**description, "fingerprint": "other"}, tokenizer, MAX_SEQ_LEN, Path("here"))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize("own", [None, BYTE_LEVEL], ids=["none", "ByteLevel"])
+def test_a_tokenizer_that_frames_no_text_gets_the_frame_of_pretraining(own, tokenizer, tokenizer_folder, tmp_path):
+    """Its config names the special tokens; in fine-tuning and use they stood nowhere. Older shards remain its own."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    said = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": own}
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    loaded = load_tokenizer(str(folder))
+    got, want = loaded("one", "two"), tokenizer("one", "two")
+    assert (got.input_ids, got.token_type_ids) == (want.input_ids, want.token_type_ids)
+    assert loaded("one").input_ids == tokenizer("one").input_ids
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+    older = json.dumps([{**said, "truncation": None, "padding": None}, special], sort_keys=True)
+    assert hashlib.sha256(older.encode()).hexdigest() in tokenizer_fingerprints(loaded)
+    save_tokenizer(loaded, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("one").input_ids == tokenizer("one").input_ids
 
 
 ONLY_CLS = {
