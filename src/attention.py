@@ -111,7 +111,8 @@ def attention(
     Args:
         q, k, v: (T, N, H); may be views of one packed product.
         layout: where each sequence starts. Only ``triton`` uses its tile tables; if they are missing, it computes them,
-            which synchronizes a GPU. A ``PaddedLayout`` (T = B * S) is computed by ``padded``, whatever ``impl`` is.
+            which synchronizes a GPU. With a ``PaddedLayout``, q, k, v
+            are (B, S, N, H), and ``padded`` computes them, whatever ``impl`` is.
         alibi_slopes: (N,) fp32.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: a name that ``resolve`` accepts.
@@ -123,9 +124,7 @@ def attention(
     # Autocast would take the products in bf16; the contract is fp32 scores.
     with torch.autocast(q.device.type, enabled=False):
         if isinstance(layout, PaddedLayout):
-            B, S = layout.mask.shape
-            q, k, v = (x.view(B, S, *x.shape[1:]) for x in (q, k, v))
-            return padded(q, k, v, layout.mask, alibi_slopes, **options).flatten(0, 1)
+            return padded(q, k, v, layout.mask, alibi_slopes, **options)
         run = IMPLEMENTATIONS[resolve(impl, dropout_p, q.device.type)]
         return run(q, k, v, layout, alibi_slopes, **options)
 

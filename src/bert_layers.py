@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -124,13 +125,12 @@ class BertSelfAttention(nn.Module):
         """(T, D) -> (T, D). With ``rows`` (M,), (M, D): of these tokens only."""
         dropout_p = self.dropout_p if self.training else 0.0
         q, k, v = self.qkv(x)
-        out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(1)  # (T, N, H) -> (T, D)
+        out = attention(q, k, v, layout, slopes, dropout_p, self.impl).flatten(-2)  # (T, N, H) -> (T, D)
         return out if rows is None else index_first_axis(out, rows)  # (M, D)
 
     def weights(self, x: Tensor, mask: Tensor, slopes: Tensor) -> Tensor:
         """Attention weights (B, N, S, S) before dropout, zero at padding, of a layer's input (B, S, D)."""
-        B, S, _ = x.shape
-        q, k, _ = (part.view(B, S, *part.shape[1:]) for part in self.qkv(x.flatten(0, 1)))
+        q, k, _ = self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         with torch.autocast(x.device.type, enabled=False):  # scores are at least fp32, as in ``attention``
             return attention_weights(q, k, mask, slopes) * mask[:, None, :, None]
 
@@ -259,8 +259,14 @@ class BertPreTrainedModel(PreTrainedModel):
             module.fill(module.slopes.device)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
-        """``output``, or a tuple of its fields if ``return_dict`` (by default the config's) is False."""
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        """``output``, or a tuple of its fields if ``return_dict`` is False.
+
+        By default the config's, and False if that says ``torchscript``, or in torch.jit.trace, which takes no dicts.
+        """
+        if return_dict is None:
+            torchscript = getattr(self.config, "torchscript", False)  # transformers 5 has no default
+            return_dict = self.config.return_dict and not (torchscript or is_tracing())
+        return output if return_dict else output.to_tuple()
 
 
 def checked_mask(
@@ -303,16 +309,14 @@ def checked_mask(
 
 
 def to_rows(x: Tensor | None, layout: Layout | PaddedLayout) -> Tensor | None:
-    """The rows (T, ...) of a padded tensor (B, S, ...) that the encoder computes."""
-    if x is None or isinstance(layout, PaddedLayout):
-        return None if x is None else x.flatten(0, 1)
-    return unpad_input(x, layout.indices)
+    """What the encoder computes of a padded tensor (B, S, ...): its tokens (T, ...), in an exported graph all of it."""
+    return x if x is None or isinstance(layout, PaddedLayout) else unpad_input(x, layout.indices)
 
 
 def from_rows(x: Tensor, layout: Layout | PaddedLayout, B: int, S: int) -> Tensor:
     """The inverse for states: (B, S, D) from (T, D), zero at padding."""
     if isinstance(layout, PaddedLayout):
-        return x.view(B, S, -1) * layout.mask[:, :, None]
+        return x * layout.mask[:, :, None]
     return pad_input(x, layout.indices, B, S)
 
 

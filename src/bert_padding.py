@@ -68,18 +68,21 @@ class _UnpackHeads(torch.autograd.Function):
 
 
 def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
-    """Views of a packed product: q, k, v (T, N, H) of (T, 3, N, H), or k, v of (T, 2, N, H).
+    """Views q, k, v (T, N, H) of a packed product (T, 3, N, H); in a graph, also of (B, S, 3, N, H).
 
-    ``unbind(1)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
+    ``unbind(-3)``; the backward skips the copy if attention wrote its gradients into one packed buffer.
     """
     if in_graph():  # the compiler removes such copies itself, and cannot compare addresses
-        return packed.unbind(1)
+        return packed.unbind(-3)
     return _UnpackHeads.apply(packed)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """A batch that keeps its padding, as B * S rows: what an exported graph computes, whose shapes are the inputs'."""
+    """A batch that keeps its padding: in an exported graph, (B, S, ...) tensors take the place of (T, ...) ones.
+
+    They are not flattened to B * S rows: torch.export would then refuse B * S = B, which is length 1.
+    """
 
     mask: Tensor
     """(B, S) bool, false at padding."""

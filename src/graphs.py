@@ -10,5 +10,8 @@ def in_graph() -> bool:
 
 
 def in_exported_graph() -> bool:
-    """Whether that graph will run without this code, for any inputs: all of them except torch.compile."""
+    """Whether that graph will run without this code, for any inputs: all of them except torch.compile.
+
+    torch 2.7 cannot tell torch.compile from torch.export: there it also keeps the padding, with the same outputs.
+    """
     return torch.compiler.is_exporting() or is_tracing()
