@@ -572,6 +572,12 @@ def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
     return _mean(loss_sum, (labels != IGNORED).sum().clamp(min=1), num_items_in_batch)
 
 
+def _check_labels(labels: Tensor, shape: torch.Size, what: str) -> None:
+    """Refuse labels whose number would be right by chance, or broadcast; raises ValueError."""
+    if not in_graph() and labels.shape != shape:
+        raise ValueError(f"labels: expected {what} = {tuple(shape)}, got {tuple(labels.shape)}")
+
+
 class _Classifier(BertPreTrainedModel):
     """classifier(dropout(x)) and a loss, where x is the pooler's output (B, D) or the last state (B, S, D)."""
 
@@ -638,7 +644,11 @@ class BertForSequenceClassification(_Classifier):
             single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
             problem_type = "regression" if self.num_labels == 1 else single
         if problem_type == "single_label_classification":
+            _check_labels(labels.flatten(), logits.shape[:1], "a class for each sequence, (B,)")
             return _cross_entropy(logits, labels.flatten(), num_items_in_batch)
+        one = problem_type == "regression" and self.num_labels == 1
+        what = "a number for each sequence, (B,)" if one else "one for each sequence and label, (B, num_labels)"
+        _check_labels(labels.flatten() if one else labels, logits.shape[: 1 if one else 2], what)
         labels = labels.to(logits.dtype)
         if problem_type == "regression":
             loss_sum = F.mse_loss(logits.flatten(), labels.flatten(), reduction="sum")
@@ -657,6 +667,7 @@ class BertForTokenClassification(_Classifier):
     output_class, pooled = TokenClassifierOutput, False
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        _check_labels(labels, logits.shape[:2], "one for each token, (B, S)")
         return _cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
 
 
@@ -696,9 +707,12 @@ class BertForMultipleChoice(_Classifier):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
         flat = [None if x is None else x.flatten(0, 1) for x in inputs]
         scored: Any = super().forward(*flat, None, output_attentions, output_hidden_states, True)  # pyright: ignore
-        logits = scored.logits.view(given.shape[:2])
+        logits, loss = scored.logits.view(given.shape[:2]), None
+        if labels is not None:
+            _check_labels(labels.flatten(), logits.shape[:1], "a choice for each row, (B,)")
+            loss = _cross_entropy(_wide(logits), labels.flatten(), num_items_in_batch)
         output = MultipleChoiceModelOutput(
-            loss=None if labels is None else _cross_entropy(_wide(logits), labels.flatten(), num_items_in_batch),  # pyright: ignore
+            loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
             hidden_states=scored.hidden_states,
             attentions=scored.attentions,
@@ -735,7 +749,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
         Args:
             start_positions, end_positions: (B,), positions of the answer's first and last token. With both, also the
-                loss: the mean of the two cross entropies. A position outside of 0..S-1 has no loss, as in BERT.
+                loss: the mean of the two cross entropies, over the tokens without padding. A position at padding or
+                outside of 0..S-1 has no loss.
 
         The other arguments, and the errors, are those of ``BertModel.forward``.
         """
@@ -744,11 +759,15 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(encoded.last_hidden_state).unbind(-1)  # 2 x (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:
-            S, losses = start_logits.shape[1], []
+            mask = torch.ones_like(start_logits) if attention_mask is None else attention_mask
+            losses = []
             for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+                _check_labels(positions.flatten(), logits.shape[:1], "a position for each sequence, (B,)")
                 positions = positions.flatten()
-                inside = (positions >= 0) & (positions < S)
-                losses.append(_cross_entropy(_wide(logits), positions.where(inside, IGNORED)))
+                at = positions.clamp(0, logits.shape[1] - 1)
+                is_token = (positions == at) & mask.bool().gather(1, at[:, None]).squeeze(1)
+                scores = _wide(logits).masked_fill(~mask.bool(), float("-inf"))
+                losses.append(_cross_entropy(scores, positions.where(is_token, IGNORED)))
             loss = (losses[0] + losses[1]) / 2
         output = QuestionAnsweringModelOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ def in_graph() -> bool:
 def in_exported_graph() -> bool:
     """Whether that graph will run without this code, for any inputs: all of them except torch.compile.
 
-    torch 2.7 cannot tell torch.compile from torch.export: there it also keeps the padding, with the same outputs.
+    In torch 2.7, torch.export needs ``strict=False``, today's default: with True this is False, and it fails.
     """
-    return torch.compiler.is_exporting() or is_tracing()
+    # torch.compiler.is_exporting() itself is true in torch 2.7's torch.compile, which would then lose the kernels.
+    return torch.compiler._is_exporting_flag or is_tracing()

@@ -78,7 +78,9 @@ def exported_program(head):
     inputs = example(head)
     names = ["batch", "length"] if inputs[0].dim() == 2 else ["batch", "choices", "length"]
     sizes = dict(enumerate(torch.export.Dim(name, max=2**20) for name in names))
-    return torch.export.export(model(head, return_dict=False), inputs, dynamic_shapes=(sizes,) * 3).module()
+    return torch.export.export(
+        model(head, return_dict=False), inputs, dynamic_shapes=(sizes,) * 3, strict=False
+    ).module()
 
 
 @pytest.mark.parametrize("head", ["BertForMaskedLM", pytest.param("BertForMultipleChoice", marks=pytest.mark.slow)])

@@ -494,10 +494,28 @@ def test_question_answering():
     states = model.bert(ids, mask).last_hidden_state
     for i, logits in enumerate((out.start_logits, out.end_logits)):
         torch.testing.assert_close(logits, states @ model.qa_outputs.weight[i] + model.qa_outputs.bias[i])
-    losses = [F.cross_entropy(out.start_logits[:3], starts[:3])]
-    losses.append(F.cross_entropy(out.end_logits[[0, 1, 2, 4]], ends[[0, 1, 2, 4]]))
+    losses = []
+    for logits, positions, rows in ((out.start_logits, starts, (0, 1, 2)), (out.end_logits, ends, (0, 1, 2, 4))):
+        alone = [F.cross_entropy(logits[i, : RAGGED[i]], positions[i]) for i in rows]  # padding takes no part
+        losses.append(torch.stack(alone).mean())
     torch.testing.assert_close(out.loss, sum(losses) / 2)
     assert len(model(ids, mask, return_dict=False)) == 2
+
+
+def test_labels_that_do_not_fit_are_refused_with_their_shapes():
+    """Also where their number fits by chance, or torch would broadcast them."""
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for cls, labels, options in (
+        (BertForTokenClassification, torch.zeros(17, 5).long(), {}),
+        (BertForSequenceClassification, torch.zeros(3), dict(problem_type="regression", num_labels=1)),
+        (BertForSequenceClassification, torch.zeros(5), dict(problem_type="regression")),
+        (BertForSequenceClassification, torch.zeros(3, 5), dict(problem_type="multi_label_classification")),
+        (BertForSequenceClassification, torch.zeros(4).long(), {}),
+    ):
+        model = model_of(cls, **{"num_labels": 3, **options})
+        with pytest.raises(ValueError, match=rf"labels: expected .* got \({', ?'.join(map(str, labels.shape))}"):
+            model(**inputs, labels=labels)
 
 
 def test_multiple_choice():
