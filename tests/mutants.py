@@ -908,6 +908,13 @@ MUTANTS = [
     ),
     # Fine-tuning, export
     Mutant("accuracy-of-classes", "src/finetune/kinds/texts.py", 'average="micro"', 'average="macro"', CLASSES),
+    Mutant(
+        "class-weights-mean",
+        "src/finetune/kinds/base.py",
+        "loss_sum / max(self.count(batch), 1)",
+        "loss_sum / class_weights[labels[labels != IGNORED]].sum()",
+        "finetune/test_kinds.py::test_class_weights",
+    ),
     Mutant("f1-of-rows", "src/finetune/kinds/texts.py", 'average="macro"', 'average="micro"', CLASSES),
     Mutant(
         "order-without-seed",

@@ -106,7 +106,7 @@ def read_set(pattern: str, data: LabelledData) -> list[Row]:
         DataError: a file is missing, empty or unreadable, lacks a column, or has a value that does not fit ``data``.
     """
     columns = [name for name in (data.text, data.text_pair, data.label) if name is not None]
-    rows = []
+    kind, rows = KINDS[data.kind](data), []
     for path in matching_files(pattern):
         suffix = Path(path).suffix.lower()
         if suffix not in READERS:
@@ -117,7 +117,7 @@ def read_set(pattern: str, data: LabelledData) -> list[Row]:
                 if not isinstance(record, dict):
                     raise DataError(f"{place}: expected an object with columns, got {record!r:.40}")
                 _check_columns(place, columns, list(record))
-                rows.append(KINDS[data.kind].row(place, record, data))
+                rows.append(kind.row(place, record))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     if not rows:
@@ -156,7 +156,7 @@ def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
         DataError: a set has a class that ``labels`` (default: the training set) lacks, or a metric does not fit the
             classes.
     """
-    kind = KINDS[data.kind]
+    kind = KINDS[data.kind](data)
     if not kind.has_classes:
         return []
     found = {name: {label for row in rows for label in kind.classes(row)} for name, rows in sets.items()}
@@ -172,5 +172,5 @@ def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
             )
     if len(classes) < 2:
         raise DataError(f"{data.train}: all rows have the class {classes[0]!r}; expected two classes or more")
-    kind.check_classes(data.metrics or [], classes)
+    kind.check_classes(classes)
     return classes

@@ -18,19 +18,35 @@ from src.train.schema import Component
 
 
 class Classifier(ComposerModel):
-    """A Hugging Face model with a head for one kind of task; ``metrics``, by name, are for evaluation."""
+    """A Hugging Face model with a head for one kind of task.
 
-    def __init__(self, model: PreTrainedModel, kind: Kind, metrics: Mapping[str, Metric]):
+    Args:
+        metrics: for evaluation, by name.
+        class_weights: (classes,) fp32, factors of the loss of each class in training. None: all are 1.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kind: Kind,
+        metrics: Mapping[str, Metric],
+        class_weights: Tensor | None = None,
+    ):
         super().__init__()
         self.model, self.kind, self.val_metrics = model, kind, dict(metrics)
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, batch: Batch) -> Any:
         """Loss and logits of a padded batch (``Kind.collate``)."""
-        return self.model(**batch)
+        return self.model(**self.kind.inputs(batch))
 
     def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """() fp32, mean over the rows, or over the labelled words."""
-        return outputs.loss
+        """() fp32, mean over the rows, or over the labelled words (``Kind.count``)."""
+        if self.class_weights is None:
+            return outputs.loss
+        return self.kind.weighted_loss(outputs, batch, self.class_weights)
 
     def eval_forward(self, batch: Batch, outputs: Any | None = None) -> Any:
         return self(batch) if outputs is None else outputs
@@ -39,7 +55,7 @@ class Classifier(ComposerModel):
         return {} if is_train else self.val_metrics
 
     def update_metric(self, batch: Batch, outputs: Any, metric: Metric) -> None:
-        self.kind.update_metric(metric, batch, outputs.logits)
+        self.kind.update_metric(metric, batch, outputs)
 
 
 def build_model(

@@ -122,15 +122,15 @@ def check_runs(specs: list[RunSpec]) -> None:
     source, tokenizer = model.read_pretrained(config)
     build("scheduler", optim.SCHEDULERS, config.scheduler)
     build("optimizer", optim.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
-    classes = {}
+    kinds = {}
     for spec in {spec.task: spec for spec in specs}.values():
         task = spec.config.tasks[spec.task]
         try:
             sets = read_sets(spec.data)
-            classes[spec.data.kind] = classes_of(spec.data, sets)
+            kinds[spec.data.kind] = KINDS[spec.data.kind](spec.data), classes_of(spec.data, sets)
             steps = math.ceil(len(sets["train"]) / task.batch_size)
             optim.build_scheduler(config.scheduler, f"{task.epochs * steps}ba", steps)
         except (ConfigError, DataError) as error:
             raise type(error)(f"tasks.{spec.task}: {error}") from None
-    for kind, names in classes.items():
-        model.build_model(config.model, tokenizer, source, KINDS[kind], names, config.max_seq_len)
+    for kind, classes in kinds.values():
+        model.build_model(config.model, tokenizer, source, kind, classes, config.max_seq_len)

@@ -85,7 +85,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     """
     started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
     task, data = config.tasks[spec.task], spec.data
-    kind = KINDS[data.kind]
+    kind = KINDS[data.kind](data)
     checkpoint.load_as_data()
     reproducibility.seed_all(spec.seed)  # the head's first weights
 

@@ -8,7 +8,7 @@ import torch
 
 from src.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from src.common.errors import CheckpointError, ConfigError
-from src.finetune.config import DEFAULT_METRICS, KNOWN_METRICS
+from src.finetune.config import DEFAULT_METRICS, KNOWN_METRICS, LabelledData
 from src.finetune.kinds import KINDS
 from src.finetune.kinds.words import EntityF1
 from src.finetune.model import Classifier, build_model
@@ -17,6 +17,10 @@ from src.train import weights
 from src.train.schema import Component
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+
+
+def kind_of(name, **options):
+    return KINDS[name](LabelledData(**{"train": "", "validation": "", "text": "text", "kind": name, **options}))
 
 
 def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
@@ -112,7 +116,7 @@ def test_entity_f1():
 
 def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **options):
     component = Component(name, {"model_config": SHAPE, **options})
-    return build_model(component, tokenizer, source, KINDS[kind], classes, max_seq_len)
+    return build_model(component, tokenizer, source, kind_of(kind), classes, max_seq_len)
 
 
 @pytest.mark.parametrize("name", ["mosaic_bert", "hf_bert"])
@@ -132,7 +136,7 @@ def test_heads(name, kind, labels, tokenizer):
     assert isinstance(model, (BertForSequenceClassification, BertForTokenClassification)) == (name == "mosaic_bert")
     ids = torch.tensor([[2, 9, 10, 3], [2, 11, 3, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-    output = Classifier(model.eval(), KINDS[kind], {})(batch)
+    output = Classifier(model.eval(), kind_of(kind), {})(batch)
     if kind == "regression":
         want = ((output.logits.squeeze(1) - labels) ** 2).mean()
     else:
@@ -145,13 +149,13 @@ def test_heads(name, kind, labels, tokenizer):
 
 def test_predictions():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
-    assert KINDS["classification"].predictions(logits).tolist() == [1, 0]
-    numbers = KINDS["regression"].predictions(logits[:, :1])
+    assert kind_of("classification").predictions({"logits": logits}).tolist() == [1, 0]
+    numbers = kind_of("regression").predictions({"logits": logits[:, :1]})
     torch.testing.assert_close(numbers, torch.tensor([0.1, 0.8]).double())
     # The metric gets fp64, also from bf16 logits: Pearson's sums lose digits in lower precision.
-    model, found = Classifier(torch.nn.Module(), KINDS["regression"], {}), []
+    model, found = Classifier(torch.nn.Module(), kind_of("regression"), {}), []
     metric = SimpleNamespace(update=lambda *values: found.extend(values))
-    model.update_metric({"labels": torch.tensor([1.0])}, SimpleNamespace(logits=logits[:1, :1].bfloat16()), metric)
+    model.update_metric({"labels": torch.tensor([1.0])}, {"logits": logits[:1, :1].bfloat16()}, metric)
     assert [x.dtype for x in found] == [torch.float64] * 2
 
 

@@ -26,7 +26,7 @@ from src.finetune.config import load
 from src.finetune.kinds import KINDS, Encoded
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, data_spec
 from src.train.weights import load_pretrained
-from tests.finetune.test_classifier import SHAPE
+from tests.finetune.test_classifier import SHAPE, kind_of
 from tests.finetune.test_glue import snapshot_in, write_task
 from tests.finetune.test_labelled_data import write as write_rows
 
@@ -226,7 +226,7 @@ def test_the_order_of_rows_follows_seed_and_epoch(tokenizer):
     examples = [{"input_ids": torch.tensor([i + 1]).numpy(), "labels": i} for i in range(23)]
 
     def epochs(seed):
-        loader = data_spec(KINDS["classification"], Encoded(examples), tokenizer, 5, seed).dataloader
+        loader = data_spec(kind_of("classification"), Encoded(examples), tokenizer, 5, seed).dataloader
         return [[batch["labels"].tolist() for batch in loader] for _ in range(2)]
 
     first, second = epochs(3)
@@ -552,7 +552,7 @@ def test_out_of_memory_says_what_to_lower(spec_of, monkeypatch):
 def test_a_metric_that_is_not_finite_fails_the_run(tree, spec_of, monkeypatch):
     """The correlation of equal numbers."""
     tree["tasks"]["mine"]["data"] |= {"kind": "regression", "label": "number"}
-    monkeypatch.setattr(KINDS["regression"], "predictions", lambda logits: torch.zeros(len(logits)).double())
+    monkeypatch.setattr(KINDS["regression"], "predictions", lambda self, outputs: torch.zeros(len(outputs["logits"])))
     with pytest.raises(TrainingError, match="pearson on validation is not finite: the model predicts the same"):
         run.train_and_evaluate(spec_of())
     assert not plan.is_finished(spec_of())

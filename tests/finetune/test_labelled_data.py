@@ -15,8 +15,9 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from src.common.errors import DataError
 from src.finetune.config import LabelledData
 from src.finetune.data import classes_of, read_set, read_sets
-from src.finetune.kinds import KINDS, Row
+from src.finetune.kinds import Row
 from src.masked_lm_loss import IGNORED
+from tests.finetune.test_classifier import kind_of
 
 ROWS = [
     {"text": '"no", he said twice', "label": "neg"},
@@ -132,7 +133,7 @@ def test_a_fault_names_file_and_row(suffix, content, fault, options, tmp_path):
 
 
 def encode(rows, classes, kind, tokenizer, max_seq_len):
-    return KINDS[kind].encode(rows, classes, tokenizer, max_seq_len)
+    return kind_of(kind).encode(rows, classes, tokenizer, max_seq_len)
 
 
 def classes(train, validation="ab", **options):
@@ -237,21 +238,21 @@ def examples_of(kind, lengths=(2, 4, 1), pairs=True):
 def test_batches_are_those_of_transformers_collators(kind, pairs, tokenizer):
     collator = DataCollatorForTokenClassification if kind == "tokens" else DataCollatorWithPadding
     want = collator(tokenizer)(examples_of(kind, pairs=pairs))
-    got = KINDS[kind].collate(examples_of(kind, pairs=pairs), tokenizer.pad_token_id)
+    got = kind_of(kind).collate(examples_of(kind, pairs=pairs), tokenizer.pad_token_id)
     assert got.keys() == want.keys()
     for name, x in got.items():
         torch.testing.assert_close(x, want[name], rtol=0, atol=0, msg=name)
 
 
 def test_padding_microbatches_and_counts():
-    kind = KINDS["classification"]
+    kind = kind_of("classification")
     batch = kind.collate(examples_of("classification"), 9)
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4], [1, 9, 9, 9]]
     assert kind.count_tokens(batch) == {"total": 7, "loss_generating": 3}
     first, second = kind.split_batch(batch, 2)
     assert first["input_ids"].shape == (2, 4) and second["input_ids"].tolist() == [[1]]
     assert second["labels"].tolist() == [2] and second["token_type_ids"].shape == (1, 1)
-    kind = KINDS["tokens"]
+    kind = kind_of("tokens")
     words = kind.collate(examples_of("tokens"), 9)
     assert words["labels"].tolist() == [[-100, 3, -100, -100], [-100, 3, 3, 3], [-100] * 4]
     assert kind.count_tokens(words) == {"total": 7, "loss_generating": 4}

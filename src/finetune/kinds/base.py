@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Encoding
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -89,15 +90,20 @@ def ids_of(row: Row, encoding: Encoding) -> Example:
 
 
 class Kind:
-    """What one kind of task does in its own way. The methods here are those of a class for each text."""
+    """A task of one kind. The methods here are those of a class for each text."""
 
     heads: Mapping[str, type[PreTrainedModel]]
     """Model classes, by kind of model."""
     metrics: Mapping[str, Callable[[list[str]], Metric]]
     """Functions of the classes, by the name in the YAML."""
     has_classes = True
+    of_tokens = ("input_ids", "attention_mask", "token_type_ids")
+    """What in a batch has a value per token, in its last dimension."""
 
-    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
+    def __init__(self, data: LabelledData):
+        self.data = data
+
+    def row(self, place: str, record: dict[str, Any]) -> Row:
         """A record of a file as a row; raises DataError, which begins with ``place``, if a value does not fit."""
         raise NotImplementedError
 
@@ -105,7 +111,7 @@ class Kind:
         """The classes that a row has."""
         return [row.label]
 
-    def check_classes(self, metrics: Sequence[str], classes: Sequence[str]) -> None:
+    def check_classes(self, classes: Sequence[str]) -> None:
         """Raise DataError if a metric does not fit the classes."""
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class Kind:
         fills = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED}
         for name in examples[0]:
             column = [torch.as_tensor(example[name]) for example in examples]
-            if column[0].ndim:
+            if name in self.of_tokens:
                 batch[name] = pad_sequence(column, batch_first=True, padding_value=fills[name]).long()
             else:
                 batch[name] = torch.stack(column)
@@ -147,37 +153,53 @@ class Kind:
     def split_batch(self, batch: Batch, microbatch_size: int) -> list[Batch]:
         """Cut a batch into microbatches, each as long as its longest sequence."""
         parts = []
-        for start in range(0, len(batch["labels"]), microbatch_size):
+        for start in range(0, len(batch["input_ids"]), microbatch_size):
             part = {name: x[start : start + microbatch_size] for name, x in batch.items()}
-            longest = int(part["attention_mask"].sum(dim=1).max())
-            parts.append({name: x[:, :longest] if x.ndim == 2 else x for name, x in part.items()})
+            longest = int(part["attention_mask"].sum(dim=-1).max())
+            parts.append({name: x[..., :longest] if name in self.of_tokens else x for name, x in part.items()})
         return parts
 
     def count_tokens(self, batch: Batch) -> dict[str, int]:
-        """Non-padding tokens of a batch, and what its loss is the mean over: rows, or labelled words."""
-        labels = batch["labels"]
-        loss_generating = int((labels != IGNORED).sum()) if labels.ndim == 2 else len(labels)
-        return {"total": int(batch["attention_mask"].sum()), "loss_generating": loss_generating}
+        """Non-padding tokens of a batch, and what its loss is the mean over."""
+        return {"total": int(batch["attention_mask"].sum()), "loss_generating": self.count(batch)}
 
-    def predictions(self, logits: Tensor) -> Tensor:
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is the mean over: its rows."""
+        return len(batch["input_ids"])
+
+    def inputs(self, batch: Batch) -> Batch:
+        """What of a batch the model takes."""
+        return batch
+
+    def weighted_loss(self, outputs: Any, batch: Batch, class_weights: Tensor) -> Tensor:
+        """() fp32: the loss of each label times the weight of its class, (classes,) fp32, as a mean over ``count``.
+
+        torch divides by the sum of the weights instead, so that they would have no effect in a batch of one row, or of
+        one class.
+        """
+        logits, labels = outputs["logits"].float().flatten(0, -2), batch["labels"].flatten()
+        loss_sum = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORED, reduction="sum")
+        return loss_sum / max(self.count(batch), 1)
+
+    def predictions(self, outputs: Any) -> Tensor:
         """Class numbers, (B,) int64."""
-        return logits.argmax(dim=-1)
+        return outputs["logits"].argmax(dim=-1)
 
-    def update_metric(self, metric: Metric, batch: Batch, logits: Tensor) -> None:
+    def update_metric(self, metric: Metric, batch: Batch, outputs: Any) -> None:
         """Add a batch to a metric."""
-        metric.update(self.predictions(logits), batch["labels"])
+        metric.update(self.predictions(outputs), batch["labels"])
 
     def lines(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> list[str]:
         """What is written for a set's predictions, a line per row in the file's order.
 
         Args:
-            outputs: the model's outputs, with ``logits``, for each of ``batches``.
+            outputs: the model's, for each of ``batches``.
             names: the classes, in the order of their numbers.
         """
         return [
             f"{self.shown(predicted, label, names)}\n"
             for output, batch in zip(outputs, batches, strict=True)
-            for predicted, label in zip(self.predictions(output["logits"]), batch["labels"], strict=True)
+            for predicted, label in zip(self.predictions(output), batch["labels"], strict=True)
         ]
 
     def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:

@@ -47,13 +47,13 @@ class Classification(Kind):
         "matthews": lambda classes: MulticlassMatthewsCorrCoef(len(classes)),
     }
 
-    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
-        texts = texts_of(place, record, data)
-        check(is_class(record[data.label]), place, record, data.label, "a class")
-        return Row(*texts, str(record[data.label]))
+    def row(self, place: str, record: dict[str, Any]) -> Row:
+        texts = texts_of(place, record, self.data)
+        check(is_class(record[self.data.label]), place, record, self.data.label, "a class")
+        return Row(*texts, str(record[self.data.label]))
 
-    def check_classes(self, metrics: Sequence[str], classes: Sequence[str]) -> None:
-        if "f1" in metrics and len(classes) != 2:
+    def check_classes(self, classes: Sequence[str]) -> None:
+        if "f1" in (self.data.metrics or []) and len(classes) != 2:
             raise DataError(f"metrics: f1 needs 2 classes, got {len(classes)}; macro_f1 takes any number")
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -70,13 +70,13 @@ class Regression(Kind):
     }
     has_classes = False
 
-    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
-        texts = texts_of(place, record, data)
+    def row(self, place: str, record: dict[str, Any]) -> Row:
+        texts = texts_of(place, record, self.data)
         try:
-            number = float(record[data.label])
+            number = float(record[self.data.label])
         except (TypeError, ValueError):
             number = math.nan
-        check(math.isfinite(number), place, record, data.label, "a number")
+        check(math.isfinite(number), place, record, self.data.label, "a number")
         return Row(*texts, number)
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -85,12 +85,12 @@ class Regression(Kind):
     def label(self, row: Row, number: Mapping[str, int]) -> float:
         return row.label
 
-    def predictions(self, logits: Tensor) -> Tensor:
+    def predictions(self, outputs: Any) -> Tensor:
         """The predicted numbers, (B,) fp64."""
-        return logits.squeeze(-1).double()
+        return outputs["logits"].squeeze(-1).double()
 
-    def update_metric(self, metric: Metric, batch: Batch, logits: Tensor) -> None:
-        metric.update(self.predictions(logits), batch["labels"].double())
+    def update_metric(self, metric: Metric, batch: Batch, outputs: Any) -> None:
+        metric.update(self.predictions(outputs), batch["labels"].double())
 
     def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
         return f"{float(predicted):.6g}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.bert_layers import BertForTokenClassification
 from src.common.errors import DataError
-from src.finetune.config import LabelledData
+from src.data.microbatches import Batch
 from src.finetune.kinds.base import Encoded, Kind, Row, check, ids_of, is_class, tokenized
 from src.finetune.kinds.texts import accuracy, macro_f1
 from src.masked_lm_loss import IGNORED
@@ -63,8 +63,10 @@ class Tokens(Kind):
 
     heads = {"mosaic_bert": BertForTokenClassification, "hf_bert": transformers.BertForTokenClassification}
     metrics = {"accuracy": accuracy, "macro_f1": macro_f1, "entity_f1": EntityF1}
+    of_tokens = (*Kind.of_tokens, "labels")
 
-    def row(self, place: str, record: dict[str, Any], data: LabelledData) -> Row:
+    def row(self, place: str, record: dict[str, Any]) -> Row:
+        data = self.data
         texts = (record[data.text], record[data.label])
         words, tags = (value.split() if isinstance(value, str) else value for value in texts)
         fits = isinstance(words, list) and words != [] and all(isinstance(word, str) for word in words)
@@ -76,9 +78,9 @@ class Tokens(Kind):
     def classes(self, row: Row) -> Sequence[str]:
         return row.label
 
-    def check_classes(self, metrics: Sequence[str], classes: Sequence[str]) -> None:
+    def check_classes(self, classes: Sequence[str]) -> None:
         other = [name for name in classes if name != "O" and not name.startswith(("B-", "I-"))]
-        if "entity_f1" in metrics and other:
+        if "entity_f1" in (self.data.metrics or []) and other:
             raise DataError(f"metrics: entity_f1 expects the tags B-X, I-X and O, got {other[0]!r}; accuracy takes any")
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
@@ -107,6 +109,10 @@ class Tokens(Kind):
             encoded.cut += bool(encoding.overflowing)
             encoded.unread += len(row.label) - len(first_piece)
         return encoded
+
+    def count(self, batch: Batch) -> int:
+        """The labelled words."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
         """The tags of the words that have a word piece."""
