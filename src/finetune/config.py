@@ -17,11 +17,17 @@ from src.train.yaml12 import unresolved
 
 KNOWN_METRICS = {
     "classification": ["accuracy", "f1", "macro_f1", "matthews"],
+    "multilabel": ["micro_f1", "macro_f1", "subset_accuracy"],
     "regression": ["pearson", "spearman"],
     "tokens": ["accuracy", "macro_f1", "entity_f1"],
 }
 """By kind of task (src/finetune/kinds); here, because this file imports no torch."""
-DEFAULT_METRICS = {"classification": ["accuracy"], "regression": ["pearson", "spearman"], "tokens": ["accuracy"]}
+DEFAULT_METRICS = {
+    "classification": ["accuracy"],
+    "multilabel": ["micro_f1"],
+    "regression": ["pearson", "spearman"],
+    "tokens": ["accuracy"],
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,13 @@ class LabelledData:
     text: str
     """Column of the text; for ``tokens`` of the words: a list, or a text that is split at white space."""
     label: str = "label"
-    """Column of the label: a class, a number (regression), or a tag for each word (tokens)."""
+    """Column of the label: a class, a list of classes (multilabel; or a text that is split at commas), a number
+    (regression), or a tag for each word (tokens)."""
     text_pair: str | None = None
     """Column of a second text, for tasks on pairs."""
-    kind: Literal["classification", "regression", "tokens"] = "classification"
-    """A class for each text, a number for each text, or a class for each word, predicted at its first word piece
-    (Devlin et al., 2019, section 5.3)."""
+    kind: Literal["classification", "multilabel", "regression", "tokens"] = "classification"
+    """A class for each text, any number of classes, or a number; or a class for each word, predicted at its first word
+    piece (Devlin et al., 2019, section 5.3)."""
     labels: list[str] | None = None
     """The classes as the files have them, in the order of their numbers. None: those of ``train``, sorted. The metric
     ``f1`` takes the second of two as positive."""
@@ -54,8 +61,9 @@ class LabelledData:
     test: str | None = None
     """Test set, evaluated once, at the end; not part of the score."""
     metrics: list[str] | None = None
-    """The score is their mean. Classification: accuracy (default), f1 (two classes), macro_f1, matthews. Regression:
-    pearson, spearman (default: both). Tokens: accuracy (default), macro_f1, entity_f1 (tags B-X, I-X, O)."""
+    """The score is their mean. Classification: accuracy (default), f1 (two classes), macro_f1, matthews. Multilabel:
+    micro_f1 (default), macro_f1, subset_accuracy. Regression: pearson, spearman (default: both). Tokens: accuracy
+    (default), macro_f1, entity_f1 (tags B-X, I-X, O)."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ def kind_of(name, **options):
     return KINDS[name](LabelledData(**{"train": "", "validation": "", "text": "text", "kind": name, **options}))
 
 
-def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4)):
-    """A metric over batches of these sizes."""
-    (metric, *_) = (kind.metrics[name](list(classes)) for kind in KINDS.values() if name in kind.metrics)
+def measure(name, predictions, labels, classes=("a", "b"), sizes=(3, 1, 4), kind=None):
+    """A metric over batches of these sizes; of the first kind that has it."""
+    kinds = KINDS.values() if kind is None else [KINDS[kind]]
+    (metric, *_) = (kind.metrics[name](list(classes)) for kind in kinds if name in kind.metrics)
     for part in zip(predictions.split(sizes), labels.split(sizes), strict=True):
         metric.update(*part)
     return metric.compute().item()
@@ -58,6 +59,14 @@ def test_metrics_of_three_classes():
     f1 = [2 * 2 / (3 + 3), 2 * 1 / (2 + 2), 2 * 2 / (3 + 3)]
     assert measure("accuracy", predictions, labels, "abc") == pytest.approx(5 / 8)
     assert measure("macro_f1", predictions, labels, "abc") == pytest.approx(np.mean(f1))
+
+
+def test_metrics_of_several_classes_per_row():
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+    predictions = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    want = {"micro_f1": 2 * 4 / (5 + 6), "macro_f1": (1 + 2 / 3 + 1 / 2) / 3, "subset_accuracy": 2 / 4}
+    for name, value in want.items():
+        assert measure(name, predictions, labels, "abc", (1, 2, 1), "multilabel") == pytest.approx(value), name
 
 
 def test_correlations():
@@ -125,6 +134,7 @@ def model_of(name, kind, classes, tokenizer, source=None, max_seq_len=32, **opti
     [
         ("classification", torch.tensor([2, 1])),
         ("regression", torch.tensor([0.5, -3.0])),
+        ("multilabel", torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])),
         ("tokens", torch.tensor([[IGNORED, 2, 1, IGNORED], [IGNORED, 0, IGNORED, IGNORED]])),
     ],
 )
@@ -139,6 +149,8 @@ def test_heads(name, kind, labels, tokenizer):
     output = Classifier(model.eval(), kind_of(kind), {})(batch)
     if kind == "regression":
         want = ((output.logits.squeeze(1) - labels) ** 2).mean()
+    elif kind == "multilabel":
+        want = -(labels * output.logits.sigmoid().log() + (1 - labels) * (-output.logits).sigmoid().log()).mean()
     else:
         counted = labels != IGNORED
         log_p = output.logits[counted].log_softmax(-1)

@@ -44,6 +44,7 @@ def rows(number, seed=0):
             "text": " ".join(words),
             "second": words[0],
             "label": "wet" if "river" in words or "water" in words else "dry",
+            "topics": ["rain", "sea"] if "river" in words or "water" in words else [],
             "number": words.count("river") - words.count("war"),
             "words": words,
             "tags": ["B-WET" if word in ("river", "water") else "O" for word in words],
@@ -160,6 +161,10 @@ def losses(tree, go, tmp_path):
 LEARNING = {
     "classification": ("mosaic_bert", {}),
     "pairs": ("hf_bert", {"text_pair": "second", "metrics": ["accuracy", "f1", "macro_f1", "matthews"]}),
+    "multilabel": (
+        "mosaic_bert",
+        {"kind": "multilabel", "label": "topics", "metrics": ["micro_f1", "subset_accuracy"]},
+    ),
     "regression": ("mosaic_bert", {"kind": "regression", "label": "number"}),
     "tokens": ("mosaic_bert", {**TOKENS, "metrics": ["accuracy", "entity_f1"]}),
 }
@@ -184,6 +189,9 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
     pairs = list(zip(file.read_text().splitlines(), rows(30, 1), strict=True))
     if what == "regression":
         assert sum((float(p) - row["number"]) ** 2 for p, row in pairs) / 30 < 0.5
+    elif what == "multilabel":
+        right = [p == ",".join(row["topics"]) for p, row in pairs]
+        assert sum(right) / len(right) == pytest.approx(metrics["subset_accuracy"])
     else:
         tags = [(p.split(), row["tags"] if what == "tokens" else [row["label"]]) for p, row in pairs]
         right = [a == b for predicted, want in tags for a, b in zip(predicted, want, strict=True)]

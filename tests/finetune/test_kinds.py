@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.common.errors import DataError
 from src.finetune.kinds import Row
 from src.finetune.model import Classifier
 from src.masked_lm_loss import IGNORED
@@ -11,6 +12,7 @@ from tests.finetune.test_classifier import kind_of, model_of
 CLASSES = ["a", "b", "c"]
 ROWS = {
     "classification": [Row("the river", None, "b"), Row("a", None, "a"), Row("state of war", None, "c")] * 2,
+    "multilabel": [Row("the river", None, ["c", "a"]), Row("a", None, []), Row("state of war", None, ["b"])] * 2,
     "regression": [Row("the river", None, 0.5), Row("a", None, -2.0), Row("state of war", None, 3.0)] * 2,
     "tokens": [Row(["river", "water"], None, ["b", "a"]), Row(["war"], None, ["c"]), Row(["a"] * 9, None, ["a"] * 9)],
 }
@@ -57,3 +59,17 @@ def test_class_weights(name, tokenizer):
     for size in (1, 2, 99):
         torch.testing.assert_close(loss_of(classifier, kind, batch, size), want)
     assert not classifier.state_dict().keys() - {f"model.{name}" for name in classifier.model.state_dict()}
+
+
+def test_a_list_of_classes(tokenizer):
+    """As a list, or as a text that is split at commas; it may be empty. The line of predictions is such a text."""
+    kind = kind_of("multilabel", label="tags")
+    for value, want in ((["b", 3], ["b", "3"]), ("war, sea level,", ["war", "sea level"]), ([], []), ("", [])):
+        assert kind.row("x:1", {"text": "t", "tags": value}) == Row("t", None, want)
+    for value in (None, 3, [None], [""], [0.5]):
+        with pytest.raises(DataError, match="x:1: column 'tags': expected a list of classes, got"):
+            kind.row("x:1", {"text": "t", "tags": value})
+    batch = kind.collate(kind.encode(ROWS["multilabel"][:3], CLASSES, tokenizer, 16).examples, 0)
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    logits = torch.tensor([[0.1, -1, 2], [-1, -1, -0.1], [1, 1, 1]])
+    assert kind.lines([{"logits": logits}], [batch], CLASSES) == ["a,c\n", "\n", "a,b,c\n"]

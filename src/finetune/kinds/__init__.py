@@ -1,14 +1,19 @@
 """Kinds of tasks: each is one class, which knows its rows, batches, head, metrics and predictions.
 
-base     what kinds have in common      texts    a class, or a number, for each text
+base     what kinds have in common      texts    classes, or a number, for each text
 words    a class for each word
 """
 
 from src.finetune.kinds.base import Encoded, Example, Kind, Row
-from src.finetune.kinds.texts import Classification, Regression
+from src.finetune.kinds.texts import Classification, MultiLabel, Regression
 from src.finetune.kinds.words import Tokens
 
-KINDS: dict[str, type[Kind]] = {"classification": Classification, "regression": Regression, "tokens": Tokens}
+KINDS: dict[str, type[Kind]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "tokens": Tokens,
+}
 """By the name in the YAML; config.py has the names of their metrics."""
 
 __all__ = ["KINDS", "Encoded", "Example", "Kind", "Row"]

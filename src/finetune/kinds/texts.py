@@ -1,4 +1,4 @@
-"""A class, or a number, for each text or pair of texts (Devlin et al., 2019, section 4.1)."""
+"""A class, several classes, or a number, for each text or pair of texts (Devlin et al., 2019, section 4.1)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,14 @@ import torch
 import transformers
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from src.bert_layers import BertForSequenceClassification
@@ -58,6 +65,47 @@ class Classification(Kind):
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {**super().head(classes), "problem_type": "single_label_classification"}
+
+
+class MultiLabel(Kind):
+    """Any number of classes for each text: those with a probability above 0.5."""
+
+    heads = Classification.heads
+    metrics = {
+        "micro_f1": lambda classes: MultilabelF1Score(len(classes), average="micro"),
+        "macro_f1": lambda classes: MultilabelF1Score(len(classes), average="macro"),
+        "subset_accuracy": lambda classes: MultilabelExactMatch(len(classes)),
+    }
+
+    def row(self, place: str, record: dict[str, Any]) -> Row:
+        texts, label = texts_of(place, record, self.data), record[self.data.label]
+        if isinstance(label, str):
+            label = [part.strip() for part in label.split(",") if part.strip()]
+        fits = isinstance(label, list) and all(map(is_class, label))
+        check(fits, place, record, self.data.label, "a list of classes")
+        return Row(*texts, [str(name) for name in label])
+
+    def classes(self, row: Row) -> Sequence[str]:
+        return row.label
+
+    def head(self, classes: Sequence[str]) -> dict[str, Any]:
+        return {**super().head(classes), "problem_type": "multi_label_classification"}
+
+    def label(self, row: Row, number: Mapping[str, int]) -> Tensor:
+        """(classes,) fp32, 1 for those that the row has."""
+        label = torch.zeros(len(number))
+        label[[number[name] for name in row.label]] = 1
+        return label
+
+    def predictions(self, outputs: Any) -> Tensor:
+        """(B, classes) int64, 1 for predicted ones."""
+        return (outputs["logits"] > 0).long()
+
+    def update_metric(self, metric: Metric, batch: Batch, outputs: Any) -> None:
+        metric.update(self.predictions(outputs), batch["labels"].long())
+
+    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
+        return ",".join(names[int(number)] for number in predicted.nonzero())
 
 
 class Regression(Kind):
