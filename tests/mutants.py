@@ -52,6 +52,7 @@ BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", 
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
 STREAMING_C4, INDEX_FILE = "src/data_c4.py", "src/data/index.py"
 SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
+TEXTS = "src/finetune/kinds/texts.py"
 SCHEMA, YAML = "src/train/schema.py", "src/train/yaml12.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
@@ -907,7 +908,7 @@ MUTANTS = [
         "data/test_tokenizer.py::test_fingerprint_changes_with_whatever_changes_ids",
     ),
     # Fine-tuning, export
-    Mutant("accuracy-of-classes", "src/finetune/kinds/texts.py", 'average="micro"', 'average="macro"', CLASSES),
+    Mutant("accuracy-of-classes", TEXTS, 'average="micro", ignore', 'average="macro", ignore', CLASSES),
     Mutant(
         "class-weights-mean",
         "src/finetune/kinds/base.py",
@@ -915,7 +916,21 @@ MUTANTS = [
         "loss_sum / class_weights[labels[labels != IGNORED]].sum()",
         "finetune/test_kinds.py::test_class_weights",
     ),
-    Mutant("f1-of-rows", "src/finetune/kinds/texts.py", 'average="macro"', 'average="micro"', CLASSES),
+    Mutant("f1-of-rows", TEXTS, 'average="macro", ignore', 'average="micro", ignore', CLASSES),
+    Mutant(
+        "padding-in-loss-of-answers",
+        "src/finetune/kinds/questions.py",
+        ".float().masked_fill(padding, -torch.inf)",
+        ".float()",
+        "finetune/test_kinds.py::test_the_loss_does_not_depend_on_the_microbatch",
+    ),
+    Mutant(
+        "null-of-one-window",
+        "src/finetune/kinds/questions.py",
+        "min(one.null, other.null)",
+        "better.null",
+        "finetune/test_kinds.py::test_the_best_window_and_no_answer",
+    ),
     Mutant(
         "order-without-seed",
         "src/finetune/run.py",

@@ -15,16 +15,29 @@ from src.train.config import INTERVAL
 from src.train.schema import NO_KEY, Component, nearest, read, to_dict
 from src.train.yaml12 import unresolved
 
+KindName = Literal["classification", "multilabel", "multiple_choice", "question_answering", "regression", "tokens"]
 KNOWN_METRICS = {
     "classification": ["accuracy", "f1", "macro_f1", "matthews"],
     "multilabel": ["micro_f1", "macro_f1", "subset_accuracy"],
+    "multiple_choice": ["accuracy"],
+    "question_answering": ["exact_match", "f1"],
     "regression": ["pearson", "spearman"],
     "tokens": ["accuracy", "macro_f1", "entity_f1"],
 }
 """By kind of task (src/finetune/kinds); here, because this file imports no torch."""
+WITHOUT_CLASSES = "multiple_choice", "question_answering", "regression"
+SETTINGS_OF_KIND = {
+    "choices": "multiple_choice",
+    "id": "question_answering",
+    "max_answer_length": "question_answering",
+    "unanswerable": "question_answering",
+}
+"""Settings of ``data`` that only one kind of task has."""
 DEFAULT_METRICS = {
     "classification": ["accuracy"],
     "multilabel": ["micro_f1"],
+    "multiple_choice": ["accuracy"],
+    "question_answering": ["exact_match", "f1"],
     "regression": ["pearson", "spearman"],
     "tokens": ["accuracy"],
 }
@@ -44,15 +57,31 @@ class LabelledData:
     ``train`` to hold out, such as 0.1. The split is by a hash of the text: copies of a text stay together, and every
     seed holds out the same rows."""
     text: str
-    """Column of the text; for ``tokens`` of the words: a list, or a text that is split at white space."""
+    """Column of the text; for ``tokens`` of the words: a list, or a text that is split at white space; for
+    ``question_answering`` of the question."""
     label: str = "label"
     """Column of the label: a class, a list of classes (multilabel; or a text that is split at commas), a number
-    (regression), or a tag for each word (tokens)."""
+    (regression), a tag for each word (tokens), or answers (question_answering) as SQuAD has them: a list of ``{text,
+    answer_start}``, or ``{text: [...], answer_start: [...]}``."""
     text_pair: str | None = None
-    """Column of a second text, for tasks on pairs."""
-    kind: Literal["classification", "multilabel", "regression", "tokens"] = "classification"
-    """A class for each text, any number of classes, or a number; or a class for each word, predicted at its first word
-    piece (Devlin et al., 2019, section 5.3)."""
+    """Column of a second text, for tasks on pairs; for ``question_answering`` of the context."""
+    kind: Literal["classification", "multilabel", "multiple_choice", "question_answering", "regression", "tokens"] = (
+        "classification"
+    )
+    """A class for each text, any number of classes, the right one of several choices, a part of the context for each
+    question, or a number; or a class for each word, predicted at its first word piece (Devlin et al., 2019, section
+    5.3)."""
+    choices: str | list[str] | None = None
+    """multiple_choice: column of the list of choices, or a column for each. A text makes a pair with each of them;
+    ``text_pair``, such as a question, is put before each. ``label`` is the number of the right one, its letter, or its
+    text."""
+    unanswerable: bool = False
+    """question_answering: whether questions may have no answer, as in SQuAD 2.0; a row has none if its list of answers
+    is empty."""
+    max_answer_length: int = 30
+    """question_answering: longest predicted answer in tokens."""
+    id: str | None = None
+    """question_answering: column of the name of each question in the file of predictions. None: numbers from 1."""
     labels: list[str] | None = None
     """The classes as the files have them, in the order of their numbers. None: those of ``train``, sorted. The metric
     ``f1`` takes the second of two as positive."""
@@ -62,8 +91,9 @@ class LabelledData:
     """Test set, evaluated once, at the end; not part of the score."""
     metrics: list[str] | None = None
     """The score is their mean. Classification: accuracy (default), f1 (two classes), macro_f1, matthews. Multilabel:
-    micro_f1 (default), macro_f1, subset_accuracy. Regression: pearson, spearman (default: both). Tokens: accuracy
-    (default), macro_f1, entity_f1 (tags B-X, I-X, O)."""
+    micro_f1 (default), macro_f1, subset_accuracy. Multiple choice: accuracy. Question answering: exact_match, f1
+    (default: both; from 0 to 1). Regression: pearson, spearman (default: both). Tokens: accuracy (default), macro_f1,
+    entity_f1 (tags B-X, I-X, O)."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +280,17 @@ def _data_faults(data: LabelledData) -> Iterator[str]:
             yield f"validation.{name}: expected a name other than test, and a file; got {file!r}"
     if data.kind == "tokens" and data.text_pair is not None:
         yield "text_pair: has no effect with kind tokens, which takes one text"
-    if data.kind == "regression" and (labels is not None or data.label_names is not None):
-        yield "labels: regression has no classes"
+    if data.kind in WITHOUT_CLASSES and (labels is not None or data.label_names is not None):
+        yield f"labels: {data.kind} has no classes"
+    for name, kind in SETTINGS_OF_KIND.items():
+        if data.kind != kind and getattr(data, name) != getattr(LabelledData, name):
+            yield f"{name}: has no effect with kind {data.kind}; it is for {kind}"
+    if data.kind == "question_answering" and data.text_pair is None:
+        yield "text_pair: missing; question_answering needs the column of the context"
+    if data.kind == "multiple_choice" and not data.choices:
+        yield "choices: missing; multiple_choice needs a column of lists, or two or more columns"
+    if data.max_answer_length < 1:
+        yield f"max_answer_length: expected a positive number, got {data.max_answer_length}"
     if data.label_names is not None and (labels is None or len(labels) != len(data.label_names)):
         yield "label_names: needs labels, and as many of them"
     if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.common.errors import DataError
+from src.finetune import squad
 from src.finetune.config import LabelledData
 from src.finetune.kinds import KINDS, Row
 from src.train.schema import nearest
@@ -58,7 +59,7 @@ def _read_separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterat
 
 
 def _read_json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """A list of objects, or one object per line."""
+    """A list of objects, or one object per line; or SQuAD's form."""
     place = path
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -70,7 +71,8 @@ def _read_json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, start=1):
                 place = f"{path}:{number}"
                 if line.strip():
-                    yield number, json.loads(line)
+                    value = json.loads(line)
+                    yield from enumerate(squad.questions(value), 1) if squad.is_squad(value) else [(number, value)]
     except UnicodeDecodeError:  # a ValueError too, with a message of its own in ``read_set``
         raise
     except (ValueError, RecursionError) as error:
@@ -105,8 +107,8 @@ def read_set(pattern: str, data: LabelledData) -> list[Row]:
     Raises:
         DataError: a file is missing, empty or unreadable, lacks a column, or has a value that does not fit ``data``.
     """
-    columns = [name for name in (data.text, data.text_pair, data.label) if name is not None]
     kind, rows = KINDS[data.kind](data), []
+    columns = kind.columns()
     for path in matching_files(pattern):
         suffix = Path(path).suffix.lower()
         if suffix not in READERS:

@@ -44,9 +44,7 @@ class Classifier(ComposerModel):
 
     def loss(self, outputs: Any, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """() fp32, mean over the rows, or over the labelled words (``Kind.count``)."""
-        if self.class_weights is None:
-            return outputs.loss
-        return self.kind.weighted_loss(outputs, batch, self.class_weights)
+        return self.kind.loss(outputs, batch, self.class_weights)
 
     def eval_forward(self, batch: Batch, outputs: Any | None = None) -> Any:
         return self(batch) if outputs is None else outputs

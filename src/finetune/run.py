@@ -117,7 +117,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
         ) from None
     for name, part in others.items():
         lines = kind.lines(trainer.predict(part), part.dataloader, names)
-        write_text(folder / PREDICTIONS_FOLDER / f"{name}.txt", lines)
+        write_text(folder / PREDICTIONS_FOLDER / f"{name}{kind.suffix}", lines)
     found, steps = trainer.state.eval_metrics, trainer.state.timestamp.batch.value
     values = {name: {metric: found[name][metric].compute().item() for metric in metrics} for name in others}
     trainer.close()
@@ -133,7 +133,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
         "key": spec.key,
         "score": fmean(values[name][metric] for name in evaluators for metric in metrics),
         "metrics": values,
-        "rows": {name: len(part.examples) for name, part in encoded.items()},
+        "rows": {name: len(rows) for name, rows in sets.items()},
         "cut": {name: part.cut for name, part in encoded.items()},
         "unread_words": {name: part.unread for name, part in encoded.items()},
         "steps": steps,

@@ -39,7 +39,9 @@ from src.train.yaml12 import is_within
 
 log = logging.getLogger(__name__)
 
-NEWLY_INITIALISED = ("bert.pooler.", "classifier.")
+CLASSIFIERS = ("classifier.", "qa_outputs.")
+"""Heads of fine-tuned models."""
+NEWLY_INITIALISED = ("bert.pooler.", *CLASSIFIERS)
 """Heads that pretraining does not train; newly initialised if the file has no part of them."""
 DROPPED = (*NEWLY_INITIALISED, "cls.", "bert.embeddings.position_ids")
 """Weights that a model may lack: heads, and a buffer of older versions of transformers."""
@@ -183,7 +185,7 @@ def load_pretrained(
     Args:
         source: a path, or what ``read`` returns.
         model_class: BertModel or a BertFor… of bert_layers.py; for weights of Hugging Face's BERT, of transformers.
-        new_classifier: newly initialise ``classifier`` even if the weights have one.
+        new_classifier: newly initialise the head of a fine-tuned model (CLASSIFIERS) even if the weights have it.
         overrides: settings of the config by name, for example ``num_labels`` or ``hidden_dropout_prob``.
 
     Raises:
@@ -240,7 +242,7 @@ def load_weights(model: PreTrainedModel, source: Pretrained, new_classifier: boo
     here = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     state = source.state
     if new_classifier:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIERS)}
     new_heads = tuple(head for head in NEWLY_INITIALISED if not any(name.startswith(head) for name in state))
     tied: dict[int, list[str]] = {}
     for name, tensor in here.items():

@@ -35,8 +35,15 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOKENS = {"kind": "tokens", "text": "words", "label": "tags"}
 
 
+def answers(words):
+    """In SQuAD's form: the first word that is about water; none if there is none."""
+    wet = next((i for i, word in enumerate(words) if word in ("river", "water")), None)
+    start = [] if wet is None else [len(" ".join([*words[:wet], ""]))]
+    return {"text": [] if wet is None else [words[wet]], "answer_start": start}
+
+
 def rows(number, seed=0):
-    """Texts with a class, a number, and a tag per word, which all follow from the text."""
+    """Texts with a class, a number, and a tag per word, ... which all follow from the text."""
     chosen = random.Random(seed)
     texts = [[chosen.choice(WORDS) for _ in range(chosen.randint(2, 6))] for _ in range(number)]
     return [
@@ -45,6 +52,9 @@ def rows(number, seed=0):
             "second": words[0],
             "label": "wet" if "river" in words or "water" in words else "dry",
             "topics": ["rain", "sea"] if "river" in words or "water" in words else [],
+            "answers": answers(words),
+            "choices": ["river", "war"] if len(words) % 2 else ["music", "river"],
+            "right": "river",
             "number": words.count("river") - words.count("war"),
             "words": words,
             "tags": ["B-WET" if word in ("river", "water") else "O" for word in words],
@@ -165,6 +175,14 @@ LEARNING = {
         "mosaic_bert",
         {"kind": "multilabel", "label": "topics", "metrics": ["micro_f1", "subset_accuracy"]},
     ),
+    "multiple_choice": (
+        "mosaic_bert",
+        {"kind": "multiple_choice", "choices": "choices", "label": "right"},
+    ),
+    "question_answering": (
+        "mosaic_bert",
+        {"kind": "question_answering", "text": "second", "text_pair": "text", "label": "answers", "unanswerable": True},
+    ),
     "regression": ("mosaic_bert", {"kind": "regression", "label": "number"}),
     "tokens": ("mosaic_bert", {**TOKENS, "metrics": ["accuracy", "entity_f1"]}),
 }
@@ -185,10 +203,16 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
     assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
     assert result["rows"] == {"train": 200, "validation": 30, "test": 9} and result["steps"] == 4 * 13
 
-    (file,) = Path(tree["folder"]).glob("*/predictions/validation.txt")
+    (file,) = Path(tree["folder"]).glob("*/predictions/validation.*")
     pairs = list(zip(file.read_text().splitlines(), rows(30, 1), strict=True))
     if what == "regression":
         assert sum((float(p) - row["number"]) ** 2 for p, row in pairs) / 30 < 0.5
+    elif what == "multiple_choice":
+        right = [row["choices"][int(p)] == "river" for p, row in pairs]
+        assert sum(right) / len(right) == pytest.approx(metrics["accuracy"])
+    elif what == "question_answering":
+        right = [json.loads(p)["text"] == "".join(row["answers"]["text"]) for p, row in pairs]
+        assert sum(right) / len(right) == pytest.approx(metrics["exact_match"])
     elif what == "multilabel":
         right = [p == ",".join(row["topics"]) for p, row in pairs]
         assert sum(right) / len(right) == pytest.approx(metrics["subset_accuracy"])

@@ -114,6 +114,23 @@ def test_each_key_misspelt_is_refused(path, write):
         ("tasks.mine.data.validation={near: 3}", "data.validation.near: expected a name other than test, and a file"),
         ("tasks.mine.data={kind: tokens, text_pair: b, metrics: null}", "data.text_pair: has no effect with kind tok"),
         ("tasks.mine.data={kind: regression, labels: [a, b], metrics: null}", "labels: regression has no classes"),
+        (
+            "tasks.mine.data={kind: multiple_choice, metrics: null}",
+            "data.choices: missing; multiple_choice needs a col",
+        ),
+        (
+            "tasks.mine.data={kind: question_answering, metrics: null}",
+            "data.text_pair: missing; question_answering nee",
+        ),
+        (
+            "tasks.mine.data.unanswerable=true",
+            "data.unanswerable: has no effect with kind classification; it is for qu",
+        ),
+        (
+            "tasks.mine.data.choices=x",
+            "data.choices: has no effect with kind classification; it is for multiple_choice",
+        ),
+        ("tasks.mine.data.max_answer_length=0", "data.max_answer_length: expected a positive number, got 0"),
         ("tasks.mine.data.labels=[a]", "data.labels: expected two or more different classes, got ['a']"),
         ("tasks.mine.data.label_names=[a, b]", "data.label_names: needs labels, and as many"),
     ],

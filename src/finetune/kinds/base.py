@@ -34,10 +34,10 @@ class Row(NamedTuple):
 
     text: Any
     """A text, or for ``tokens`` a list of words."""
-    pair: str | None
-    """The second text of a pair."""
+    pair: Any
+    """The second text of a pair; None for single texts; for ``multiple_choice`` the list of choices."""
     label: Any
-    """A class as text, a number, or a list of tags as texts."""
+    """A class as text, a list of them, a number, or what the kind says."""
 
 
 @dataclass
@@ -99,9 +99,15 @@ class Kind:
     has_classes = True
     of_tokens = ("input_ids", "attention_mask", "token_type_ids")
     """What in a batch has a value per token, in its last dimension."""
+    suffix = ".txt"
+    """Of the files of predictions."""
 
     def __init__(self, data: LabelledData):
         self.data = data
+
+    def columns(self) -> list[str]:
+        """Columns that each record has."""
+        return [name for name in (self.data.text, self.data.text_pair, self.data.label) if name is not None]
 
     def row(self, place: str, record: dict[str, Any]) -> Row:
         """A record of a file as a row; raises DataError, which begins with ``place``, if a value does not fit."""
@@ -141,11 +147,11 @@ class Kind:
         """
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         batch: Batch = {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
-        fills = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED}
+        fills = {"input_ids": pad_token_id, "labels": IGNORED}
         for name in examples[0]:
             column = [torch.as_tensor(example[name]) for example in examples]
             if name in self.of_tokens:
-                batch[name] = pad_sequence(column, batch_first=True, padding_value=fills[name]).long()
+                batch[name] = pad_sequence(column, batch_first=True, padding_value=fills.get(name, 0)).long()
             else:
                 batch[name] = torch.stack(column)
         return batch
@@ -156,7 +162,8 @@ class Kind:
         for start in range(0, len(batch["input_ids"]), microbatch_size):
             part = {name: x[start : start + microbatch_size] for name, x in batch.items()}
             longest = int(part["attention_mask"].sum(dim=-1).max())
-            parts.append({name: x[..., :longest] if name in self.of_tokens else x for name, x in part.items()})
+            cut = {name: part[name][..., :longest].contiguous() for name in self.of_tokens if name in part}
+            parts.append({**part, **cut})
         return parts
 
     def count_tokens(self, batch: Batch) -> dict[str, int]:
@@ -171,12 +178,14 @@ class Kind:
         """What of a batch the model takes."""
         return batch
 
-    def weighted_loss(self, outputs: Any, batch: Batch, class_weights: Tensor) -> Tensor:
-        """() fp32: the loss of each label times the weight of its class, (classes,) fp32, as a mean over ``count``.
+    def loss(self, outputs: Any, batch: Batch, class_weights: Tensor | None = None) -> Tensor:
+        """() fp32, mean over ``count``.
 
-        torch divides by the sum of the weights instead, so that they would have no effect in a batch of one row, or of
-        one class.
+        With ``class_weights``, (classes,) fp32, the loss of each label is multiplied by the weight of its class. torch
+        divides by the sum of the weights instead, so that they would have no effect in a batch of one row, or class.
         """
+        if class_weights is None:
+            return outputs["loss"]
         logits, labels = outputs["logits"].float().flatten(0, -2), batch["labels"].flatten()
         loss_sum = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORED, reduction="sum")
         return loss_sum / max(self.count(batch), 1)
