@@ -846,14 +846,14 @@ MUTANTS = [
     ),
     Mutant(
         "truncated-zstd-is-whole",
-        "src/convert/streams.py",
+        "src/common/streams.py",
         "if self.frame is None or not self.frame.eof:\n                    raise",
         "if self.frame is None:\n                    raise",
         "convert/test_forms.py::test_damaged_streams_are_named",
     ),
     Mutant(
         "disk-errors-are-bad-text",
-        "src/convert/streams.py",
+        "src/common/streams.py",
         "and not plain and not isinstance",
         "and plain and not isinstance",
         "convert/test_forms.py::test_errors_of_the_disk_are_no_bad_text",

@@ -35,11 +35,11 @@ import convert_c4
 from benchmarks import report, timing
 from benchmarks.speed.loader import recombined
 from scripts.quickstart import default_documents
+from src.common.streams import OPENERS
 from src.convert.files import Span
 from src.convert.forms import read
 from src.convert.sources import TextSource, iter_documents
 from src.convert.stats import Stats
-from src.convert.streams import OPENERS
 
 
 def text_lines(path: Path, texts: list[str]) -> None:

@@ -1,11 +1,16 @@
-"""Repositories of the Hugging Face Hub as local folders. Imports no torch."""
+"""Repositories of the Hugging Face Hub as local folders, and errors about its datasets. Imports no torch."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from src.common.errors import DataError, first_line
+
+HF = "hf:"
+"""Prefix of a place that is a dataset of the hub: ``hf:OWNER/NAME``; not of the URLs ``hf://...``."""
 
 
 def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_complete: Callable[[Path], bool]) -> Path:
@@ -32,3 +37,33 @@ def snapshot(name: str, repo_type: str, patterns: Sequence[list[str]], is_comple
             return folder
         reason = "some of its files are missing"  # if the hub is unreachable, its client returns what is cached
     raise DataError(f"{name}: not cached, and not available from the Hugging Face Hub ({reason})")
+
+
+def is_dataset(place: str) -> bool:
+    """Whether a place or path is ``hf:OWNER/NAME``, and no URL ``hf://...``."""
+    return place.startswith(HF) and not place.startswith(f"{HF}//")
+
+
+def ask(dataset: str, hints: Mapping[str, str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the hub's libraries; whatever it raises becomes a DataError about the dataset.
+
+    Args:
+        hints: what to do if the configuration or the split has to be named (``choice``), if it cannot be read
+            (``form``), and if the hub is unreachable (``offline``).
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
+        # datasets lists the configurations or splits on lines of their own, before an example in Python.
+        message = " ".join(str(error).split("Example of usage")[0].split()) or first_line(error)
+        about = f"{type(error).__name__} {message}"
+        if re.search(r"(?i)config.*(missing|not found)|\bsplit", message):
+            hint = hints["choice"]
+        elif re.search(r"(?i)gated|\b40[134]\b|private|doesn't exist|not ?found", about):
+            hint = "it does not exist, or needs `hf auth login` and its terms accepted on the hub"
+        elif isinstance(error, ValueError | RuntimeError):  # such as a dataset with a loading script
+            hint = hints["form"]
+        else:
+            message = f"the Hugging Face Hub is unreachable ({first_line(error)})"
+            hint = hints["offline"]
+        raise DataError(f"{dataset}: {message}; {hint}") from None

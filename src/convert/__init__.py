@@ -6,7 +6,7 @@ reasons      why a file is not read
 hub          datasets on the Hugging Face Hub, streamed; files at URLs
 forms        the forms of text files: one file -> its documents; text, JSON, CSV
 tables       Parquet and Arrow     mds    shards of streaming
-files        names of forms, parts of files, rows     streams   files as decompressed bytes
+files        names of forms, parts of files, rows
 filters      duplicates and contaminated documents
 samples      documents -> token samples, truncated or in chunks
 unit         one unit -> a folder of shards, with statistics (stats)

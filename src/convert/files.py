@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from src.common.errors import DataError
+from src.common.streams import damage
 
 COLUMNS = ("text", "timestamp", "url")
 """Names in a document. The text may have another name in its file."""
@@ -15,6 +16,11 @@ BATCH = 1024
 
 class BadText(DataError):
     """A line, or the rest of a file, that cannot be read."""
+
+
+def cannot_decompress(error: Exception) -> BadText:
+    """The error for the rest of a stream; raises errors of the disk and the network again."""
+    return BadText(f"the rest of the file cannot be decompressed ({damage(error)})")
 
 
 class Span(NamedTuple):

@@ -20,10 +20,23 @@ from functools import partial
 from typing import IO, Any
 
 from src.common.errors import DataError, first_line
+from src.common.hub import is_dataset
+from src.common.streams import UNREADABLE, open_stream
 from src.convert import hub, mds, tables
-from src.convert.files import COLUMNS, BadText, File, Form, Rows, Span, form_of, missing, named, outer
+from src.convert.files import (
+    COLUMNS,
+    BadText,
+    File,
+    Form,
+    Rows,
+    Span,
+    cannot_decompress,
+    form_of,
+    missing,
+    named,
+    outer,
+)
 from src.convert.stats import QUOTED, Stats
-from src.convert.streams import UNREADABLE, cannot_decompress, open_stream
 from src.data.source import without_password
 
 Document = dict[str, str]
@@ -44,7 +57,7 @@ BOM = b"\xef\xbb\xbf"
 def spans_of(file: File, size: int) -> Iterator[tuple[Span, int]]:
     """Parts of a file, each with its bytes of text."""
     path, weight, form = file.path, file.text_bytes, form_of(file.path)
-    if form is None or weight <= size or hub.is_dataset(path) or mds.is_shard(path):
+    if form is None or weight <= size or is_dataset(path) or mds.is_shard(path):
         yield Span(path), weight
     elif form.kind == "parquet" and (groups := tables.row_groups(path)):
         for group in range(groups):
@@ -97,7 +110,7 @@ def read(span: Span, text_column: str, skip_bad: bool, stats: Stats) -> Iterator
 
 
 def _rows(span: Span, column: str) -> Rows:
-    if hub.is_dataset(span.path):
+    if is_dataset(span.path):
         yield from hub.rows(span.path)
         return
     form = form_of(span.path)

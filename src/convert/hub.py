@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
@@ -12,25 +12,25 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from src.common.errors import DataError, first_line
+from src.common.hub import HF, ask
 from src.convert.files import File
 from src.data.source import without_password
 
 if TYPE_CHECKING:
     from src.convert.sources import TextSource
 
-HF = "hf:"
-"""Prefix of a place that is a dataset of the hub: ``hf:OWNER/NAME``; not of the URLs ``hf://...``."""
+HINTS = {
+    "choice": "choose with --name and --split",
+    "form": "download its files and give them as --source",
+    "offline": "offline, give a --source of files",
+}
+"""What to do when a dataset cannot be read."""
 
 C4_SPLITS = {"train": "train", "val": "validation"}
 """Our names of C4's splits, and C4's names."""
 
 CHANGES = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 """What file systems tell of a file and changes with it."""
-
-
-def is_dataset(place: str) -> bool:
-    """Whether a place or path is ``hf:OWNER/NAME``, and no URL ``hf://...``."""
-    return place.startswith(HF) and not place.startswith(f"{HF}//")
 
 
 def c4_files(split: str) -> Iterator[File]:
@@ -64,34 +64,14 @@ def revision(dataset: str) -> str:
     """The commit of a dataset at the first call; the whole process reads that one."""
     import huggingface_hub
 
-    return str(_ask(dataset, huggingface_hub.dataset_info, dataset).sha)
+    return str(ask(dataset, HINTS, huggingface_hub.dataset_info, dataset).sha)
 
 
 @cache
 def load(dataset: str, revision: str, name: str | None, split: str | None) -> Any:
     from datasets import load_dataset  # takes seconds to import
 
-    return _ask(dataset, load_dataset, dataset, name, split=split, streaming=True, revision=revision)
-
-
-def _ask(dataset: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function of the hub's libraries; whatever it raises becomes a DataError about the dataset."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:  # OSError, ValueError, httpx.HTTPError and others, depending on the client's version
-        # datasets lists the configurations or splits on lines of their own, before an example in Python.
-        message = " ".join(str(error).split("Example of usage")[0].split()) or first_line(error)
-        about = f"{type(error).__name__} {message}"
-        if re.search(r"(?i)config.*(missing|not found)|\bsplit", message):
-            hint = "choose with --name and --split"
-        elif re.search(r"(?i)gated|\b40[134]\b|private|doesn't exist|not ?found", about):
-            hint = "it does not exist, or needs `hf auth login` and its terms accepted on the hub"
-        elif isinstance(error, ValueError | RuntimeError):  # such as a dataset with a loading script
-            hint = "download its files and give them as --source"
-        else:
-            message = f"the Hugging Face Hub is unreachable ({first_line(error)})"
-            hint = "offline, give a --source of files"
-        raise DataError(f"{dataset}: {message}; {hint}") from None
+    return ask(dataset, HINTS, load_dataset, dataset, name, split=split, streaming=True, revision=revision)
 
 
 def rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -100,7 +80,7 @@ def rows(path: str) -> Iterator[tuple[str, Any]]:
     choice = parse_qs(query)
     streamed = load(dataset, commit, choice.get("name", [None])[0], choice["split"][0])
     iterator = enumerate(streamed.shard(num_shards=streamed.num_shards, index=int(number)), start=1)
-    while item := _ask(dataset, next, iterator, None):
+    while item := ask(dataset, HINTS, next, iterator, None):
         yield f"{path}:{item[0]}", item[1]
 
 

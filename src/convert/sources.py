@@ -16,7 +16,7 @@ from typing import Any
 
 from src.common.errors import DataError
 from src.common.files import atomic
-from src.convert import hub
+from src.common.hub import HF, is_dataset
 from src.convert.files import COLUMNS, File, Form, Span, form_of
 from src.convert.forms import Document, columns_of, read, spans_of
 from src.convert.stats import FilesReport, Stats, printable
@@ -60,8 +60,8 @@ def text_source(args: argparse.Namespace) -> TextSource:
     Raises:
         ValueError: ``--name`` or ``--split`` without a dataset of the hub.
     """
-    if (args.name or args.split) and not any(hub.is_dataset(place) for place in args.source):
-        raise ValueError(f"--name and --split have no effect without a source {hub.HF}OWNER/NAME")
+    if (args.name or args.split) and not any(is_dataset(place) for place in args.source):
+        raise ValueError(f"--name and --split have no effect without a source {HF}OWNER/NAME")
     # Local files under another name: all that holds for them holds for these.
     places = tuple(place.removeprefix("file://") for place in args.source)
     return TextSource(places, args.name, args.split, args.text_column)

@@ -11,8 +11,8 @@ import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
+from src.common.streams import damage, open_stream
 from src.convert.files import BATCH, BadText, Form, Rows, Span, named
-from src.convert.streams import damage, open_stream
 
 TEXT_TYPES = (
     *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),

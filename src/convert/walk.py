@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from src.common.errors import DataError
+from src.common.hub import is_dataset
 from src.convert import hub, mds, reasons, tables
 from src.convert.files import SUFFIXES, File, form_of
 from src.convert.hub import C4_SPLITS
@@ -38,7 +39,7 @@ Entries = Iterator[File | Skipped]
 
 def is_local(path: str) -> bool:
     """Whether a place, or a file of a source, is on this machine's disks."""
-    return not hub.is_dataset(path) and "://" not in path
+    return not is_dataset(path) and "://" not in path
 
 
 def fixed_part(place: str) -> str:
@@ -88,7 +89,7 @@ def walk(source: "TextSource", split: str, skip_bad: bool, output: Path | None =
     places = [(place, expanded(place) if is_local(place) else []) for place in source.places]
     local, remote = _Walk(places, source, skip_bad, output), set[int]()
     for place, paths in places:
-        if hub.is_dataset(place):
+        if is_dataset(place):
             yield from _once(remote, hub.files(source, place))
         elif not is_local(place):
             files = _once(remote, hub.remote_files(place))

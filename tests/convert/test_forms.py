@@ -18,8 +18,9 @@ from streaming import CSVWriter, JSONWriter, MDSWriter, TSVWriter
 
 from benchmarks.texts import film_reviews
 from scripts.quickstart import default_documents
+from src.common import streams
 from src.common.errors import DataError
-from src.convert import forms, mds, streams, tables
+from src.convert import forms, mds, tables
 from src.convert.files import BadText, File, Form, Span, form_of
 from src.convert.forms import columns_of, read, spans_of
 from src.convert.sources import TextSource, iter_documents

@@ -16,6 +16,7 @@ import zstandard
 
 import convert_c4
 from src.common.errors import DataError
+from src.common.hub import is_dataset
 from src.convert import hub, reasons
 from src.convert.files import BadText, Span
 from src.convert.forms import columns_of, read
@@ -252,6 +253,6 @@ def test_files_of_the_hub_are_urls(monkeypatch, tmp_path):
     (tmp_path / "datasets" / "a" / "b" / "c.txt").write_text("one\n")
     try:
         assert texts_of("hf://datasets/a/b/*.txt") == ["one"]
-        assert not hub.is_dataset("hf://datasets/a/b")
+        assert not is_dataset("hf://datasets/a/b")
     finally:
         fsspec.register_implementation("hf", huggingface_hub.HfFileSystem, clobber=True)

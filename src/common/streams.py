@@ -13,7 +13,6 @@ import fsspec
 import zstandard
 
 from src.common.errors import first_line
-from src.convert.files import BadText
 
 
 class _Frames(io.RawIOBase):
@@ -90,8 +89,3 @@ def damage(error: Exception) -> str:
     if isinstance(error, OSError) and not plain and not isinstance(error, gzip.BadGzipFile):
         raise error
     return first_line(error)
-
-
-def cannot_decompress(error: Exception) -> BadText:
-    """The error for the rest of a stream; raises errors of the disk and the network again."""
-    return BadText(f"the rest of the file cannot be decompressed ({damage(error)})")
