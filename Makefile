@@ -33,7 +33,7 @@ help:  ## List the commands
 
 setup: $(VENV)/.installed  ## Install everything into .venv (once; a second call does nothing): STACK=current, or pinned
 
-$(VENV)/.installed: $(RUNTIME) requirements-onnx.txt $(NO_DEPS)
+$(VENV)/.installed: $(RUNTIME) requirements-onnx.txt requirements-loggers.txt $(NO_DEPS)
 	@test -n "$(PYTHON)" || { echo "make setup: the $(STACK) stack needs Python $(MINORS_$(STACK):%=3.%), and none of these is" \
 		"found; name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -589,6 +589,13 @@ MUTANTS = [
         "train/test_run_end.py::test_start_from_a_checkpoint_keeps_the_lines_of_a_finished_run",
     ),
     Mutant(
+        "logger-start",
+        "src/train/loggers.py",
+        "logger.init = one_message(path)(logger.init)",
+        "pass",
+        "train/test_loggers.py::test_a_service_that_does_not_start_ends_in_one_message",
+    ),
+    Mutant(
         "validate-tokens",
         VALIDATE,
         '"tok": 1 / tokens_per_sample',

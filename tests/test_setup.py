@@ -50,6 +50,16 @@ def test_the_current_stack_has_what_composer_and_streaming_list():
     assert all(name in text for name in lacking)
 
 
+def test_the_loggers_fit_both_stacks():
+    """Their file installs with either in one call: no other version of a package that both name."""
+    logged = pins("requirements-loggers.txt")
+    for stack in ("requirements.txt", "requirements-current.txt"):
+        assert logged.items() & pins(stack).items() == {("tensorboard", logged["tensorboard"])}
+        assert logged.keys() & pins(stack).keys() == {"tensorboard"}
+    assert "-r requirements-loggers.txt" in Path("requirements-dev.txt").read_text()
+    assert {"comet_ml", "neptune"} <= set(re.findall(r"\w+", Path("requirements-loggers.txt").read_text()))
+
+
 # The Makefile, with a stand-in for Python
 
 

@@ -3,6 +3,7 @@
 config        every key, its default, unit and meaning       schema       YAML -> dataclasses, all faults at once
 builders      config -> Trainer                              models, optim, data   its parts by name
 callbacks     stop, check or change a run                    monitors     metrics and logs
+loggers       loggers by name, and their packages
 checkpoint    atomic checkpoints, fallback to the previous   resume       settings that may change
 weights       pretrained weights into any model              processes    ranks and loader workers
 run           train or evaluate from a config                ending       a run's end, and its start after that

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer, algorithms, callbacks, loggers
+from composer import Trainer, algorithms, callbacks
 from composer.core import Algorithm, Callback, Timestamp
-from composer.loggers import LoggerDestination
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from transformers import PreTrainedTokenizerFast
@@ -43,7 +42,8 @@ from src.train.callbacks import (
 from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
 from src.train.ending import TIME_LIMIT, EvalInterval, RunEnd, SaveInterval
-from src.train.monitors import ConsoleLine, MetricsFile, StepMonitor, StreamShares
+from src.train.loggers import LOGGERS, build_loggers, check_package
+from src.train.monitors import StepMonitor, StreamShares
 from src.train.optim import OPTIMIZERS, SCHEDULERS, build_scheduler
 from src.train.processes import meet
 from src.train.resume import ResumeCheck
@@ -115,7 +115,8 @@ def build_trainer(config: RunConfig) -> Trainer:
                     *build_savers(config, folder, found is not None, tokenizer, interval),
                     stop,
                 ],
-                loggers=build_loggers(config, found is not None),
+                # Without load_path, what Composer finds in an object store is this run's.
+                loggers=build_loggers(config.loggers, found is not None or config.load_path is None),
                 progress_bar=config.progress_bar,
                 save_folder=config.save_folder,
                 save_interval=interval,
@@ -230,18 +231,6 @@ CALLBACKS: dict[str, Callable[..., Callback]] = {
     "threshold_stopper": ThresholdStopper,
 }
 
-LOGGERS: dict[str, Callable[..., LoggerDestination]] = {
-    "cometml": loggers.CometMLLogger,
-    "console_line": ConsoleLine,
-    "file_logger": loggers.FileLogger,
-    "metrics_file": MetricsFile,
-    "mlflow": loggers.MLFlowLogger,
-    "neptune": loggers.NeptuneLogger,
-    "tensorboard": loggers.TensorboardLogger,
-    "wandb": loggers.WandBLogger,
-}
-
-
 KINDS = {name: kind.options for name, kind in models.KINDS.items()}
 
 
@@ -257,6 +246,7 @@ def check_components(config: RunConfig) -> None:
     parts += [("callbacks", CALLBACKS, part) for part in config.callbacks.values()]
     parts += [("loggers", LOGGERS, part) for part in config.loggers.values()]
     checks = [partial(check_component, *part, given=[]) for part in parts]
+    checks += [partial(check_package, part.name) for part in config.loggers.values()]
     checks.append(partial(check_component, "optimizer", OPTIMIZERS, config.optimizer, given=["model"]))
     shape, kind = config.model.options.get("model_config"), models.KINDS.get(config.model.name)
     if isinstance(shape, dict) and kind is not None:
@@ -328,15 +318,6 @@ def build_callbacks(
         built.append(StreamShares())
     if isinstance(config.mlm_probability, MaskingSchedule):
         built.append(ScheduledMasking(config.mlm_probability))
-    return built
-
-
-def build_loggers(config: RunConfig, resumed: bool) -> list[LoggerDestination]:
-    """The config's loggers; ``resumed``: whether a checkpoint of this run was found in its folder."""
-    built = build_all("loggers", LOGGERS, config.loggers)
-    for logger in built:
-        if isinstance(logger, MetricsFile):  # without load_path, what Composer finds is this run's
-            logger.resumes = resumed or config.load_path is None
     return built
 
 

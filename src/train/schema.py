@@ -399,15 +399,13 @@ def build(path: str, table: Mapping[str, Callable[..., Any]], component: Compone
     """``table[name](**options, **given)``; ``given`` comes from the code and cannot be set in the YAML.
 
     Raises:
-        ConfigError: the name is not in the table, an option is unknown, missing, ill-typed or refused, or a package is
-            not installed. The message has the key's full path.
+        ConfigError: the name is not in the table, or an option is unknown, missing, ill-typed or refused. The message
+            has the key's full path.
     """
     check_component(path, table, component, given)
     path = f"{path}.{component.name}"
     try:
         return table[component.name](**component.options, **given)
-    except ImportError as error:  # Composer's loggers import the package of their service in __init__
-        raise ConfigError(f"{path}: a package is not installed: {error}") from None
     except ConfigError:
         raise
     except (ValueError, *ILL_TYPED) as error:
