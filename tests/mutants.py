@@ -589,6 +589,13 @@ MUTANTS = [
         "train/test_run_end.py::test_start_from_a_checkpoint_keeps_the_lines_of_a_finished_run",
     ),
     Mutant(
+        "export-length",
+        "src/export/sentences.py",
+        "length = trained_length(source) or (own",
+        "length = (own",
+        "export/test_export_hf.py::test_the_length_of_the_tokenizer",
+    ),
+    Mutant(
         "logger-start",
         "src/train/loggers.py",
         "logger.init = one_message(path)(logger.init)",

@@ -1,6 +1,7 @@
 """The exported folder as its users load it: in processes without this repository."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -20,9 +21,11 @@ from src import bert_layers
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 from src.common.errors import ConfigError, ExportError
 from src.configuration_bert import AUTO_MAP
-from src.export import hf, onnx
+from src.data.tokenizer import load_tokenizer
+from src.export import hf, onnx, sentences
 from src.train import weights
 from src.train.weights import load_pretrained
+from tests.conftest import MAX_SEQ_LEN
 from tests.model.test_bert_layers import batch_of, model_of
 from tests.runs import tiny_run
 
@@ -77,9 +80,10 @@ def test_what_a_folder_holds(exported, trained):
     assert config["model_type"] == "mosaic_bert" and config["auto_map"]["AutoModel"] == "bert_layers.BertModel"
     names = {path.name for path in out.iterdir()}
     source = {path.name for path in Path(bert_layers.__file__).parent.glob("*.py")}
-    assert {"model.safetensors", "tokenizer.json", "attention.py"} < names <= export_hf.FILES | source
+    assert {"model.safetensors", "tokenizer.json", "attention.py"} < names <= export_hf.FILES | source | {"1_Pooling"}
     assert not [path for path in out.parent.iterdir() if path != out]
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {(out / "config.json").stat().st_mode & 0o777}
 
 
 def test_the_card_says_how_it_was_made(exported, trained):
@@ -92,6 +96,53 @@ def test_the_card_says_how_it_was_made(exported, trained):
     assert f"| validation loss | {loss:.4f} nats per masked token, at step 4 |" in text
     assert f"| trained for | 4 steps, 64 sequences, {lines[-1]['token']:,} tokens |" in text
     assert (trained / "config.yaml").read_text() in text
+    assert f"cuts them at {MAX_SEQ_LEN} tokens" in text
+    assert f"| longest training sequence | {MAX_SEQ_LEN} tokens |" in text
+    assert 'SentenceTransformer("mosaic", trust_remote_code=True)' in text
+
+
+def test_the_folder_has_mean_pooling_and_the_length_of_its_training(exported):
+    out = exported[0]
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    read = json.loads((out / "sentence_bert_config.json").read_text())
+    assert tokenizer["model_max_length"] == read["max_seq_length"] == MAX_SEQ_LEN and read["do_lower_case"] is False
+    config = json.loads((out / "config.json").read_text())
+    pooling = json.loads((out / "1_Pooling" / "config.json").read_text())
+    assert pooling == {"word_embedding_dimension": config["hidden_size"], "pooling_mode_mean_tokens": True}
+
+
+def test_the_length_of_the_tokenizer(exported, tokenizer_folder, trained):
+    """As asked for, else the run's, else the tokenizer's own, else BERT's."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert tokenizer.model_max_length > 1e20
+    run, folder = weights.read(trained), weights.read(exported[0])
+    assert sentences.max_length(run, tokenizer, None) == MAX_SEQ_LEN and sentences.max_length(run, tokenizer, 9) == 9
+    hidden = dataclasses.replace(run, settings={**(run.settings or {}), "max_seq_len": "${oc.env:N} sha256:1"})
+    for source in (folder, hidden):
+        assert sentences.max_length(source, tokenizer, None) == 512
+    baseline = dataclasses.replace(folder, config=transformers.BertConfig(max_position_embeddings=128))
+    assert sentences.max_length(baseline, tokenizer, None) == 128
+    tokenizer.model_max_length = 77
+    assert [sentences.max_length(source, tokenizer, None) for source in (folder, run)] == [77, MAX_SEQ_LEN]
+    for source, given, limit in ((run, 2, "any number"), (baseline, 129, "128")):
+        with pytest.raises(ConfigError, match=f"--max_length: expected 3 to {limit}, got {given}"):
+            sentences.max_length(source, tokenizer, given)
+
+
+def test_what_sentence_transformers_saved_keeps_its_modules(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    kept = {"modules.json", "config_sentence_transformers.json", "1_Pooling/config.json", "2_Dense/config.json"}
+    for name in {*kept, "0_other"}:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    out.mkdir()
+    sentences.write_pooling(source, 24, 99, out)
+    found = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    assert all(export_hf.is_exported(Path(name)) for name in found)
+    assert json.loads(found.pop("sentence_bert_config.json").read_text())["max_seq_length"] == 99
+    assert found.keys() == kept and all(found[name].read_text() == name for name in kept)
+    for name in ("0_other", "2_Dense/mine.txt", "2_Dense/x/config.json", "other/config.json", "src/x.py"):
+        assert not export_hf.is_exported(Path(name))
 
 
 USER = """
@@ -101,7 +152,7 @@ for absent in ("triton", "composer", "streaming", "omegaconf", "einops", "datase
     sys.modules[absent] = None  # as where only torch and transformers are
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
-from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForNextSentencePrediction, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 folder, file = sys.argv[1:]
 ids, mask, logits, states, texts = torch.load(file)
@@ -120,7 +171,7 @@ for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassifi
 # Without its source, or with a head that it lacks, no other model is loaded silently.
 for auto_class, trust, said in (
     (AutoModel, False, "trust_remote_code"),
-    (AutoModelForQuestionAnswering, True, "MosaicBertConfig"),
+    (AutoModelForNextSentencePrediction, True, "MosaicBertConfig"),
 ):
     try:
         auto_class.from_pretrained(folder, trust_remote_code=trust)
@@ -153,8 +204,18 @@ assert abs(found[0]["score"] - float(best.values[0])) < 1e-6
 
 for absent in ("datasets", "torchmetrics"):
     del sys.modules[absent]
+import logging, warnings
 from sentence_transformers import SentenceTransformer
-embed = SentenceTransformer(folder, device="cpu", **load)
+said = []
+handler = logging.Handler(logging.WARNING)  # such as "No sentence-transformers model found"
+handler.emit = said.append
+logging.getLogger("sentence_transformers").addHandler(handler)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    embed = SentenceTransformer(folder, device="cpu", **load)
+assert not said, said
+assert embed.max_seq_length == tokenizer.model_max_length < 1000
+assert len(embed.tokenize(["water " * 1000])["input_ids"][0]) == embed.max_seq_length
 together = embed.encode(texts, batch_size=len(texts), convert_to_tensor=True)
 alone = torch.cat([embed.encode([text], convert_to_tensor=True) for text in texts])
 torch.testing.assert_close(together, alone, **same)
@@ -164,7 +225,9 @@ mean = (encoder(**batch).last_hidden_state * real).sum(1) / real.sum(1)
 torch.testing.assert_close(together, mean, **same)
 embed.save("embedder")
 assert source("embedder") == source(folder)
-kept = SentenceTransformer("embedder", device="cpu", **load).encode(texts, batch_size=1, convert_to_tensor=True)
+again = SentenceTransformer("embedder", device="cpu", **load)
+assert again.max_seq_length == embed.max_seq_length and [type(m).__name__ for m in again] == ["Transformer", "Pooling"]
+kept = again.encode(texts, batch_size=1, convert_to_tensor=True)
 torch.testing.assert_close(kept, alone, **same)
 assert "src" not in sys.modules and sys.modules["composer"] is None
 print("all the same")
@@ -235,12 +298,17 @@ def test_a_classifier_replaces_an_older_export(exported, trained, tokenizer_fold
     (out / "mine.txt").write_text("kept")
     with pytest.raises(ConfigError, match=r"holds more than an exported model \(mine.txt\)"):
         export_hf.main([*arguments, "--overwrite"])
-    (out / "mine.txt").unlink()
+    (out / "mine.txt").rename(out / "1_Pooling" / "mine.txt")
+    with pytest.raises(ConfigError, match=r"holds more than an exported model \(1_Pooling/mine.txt\)"):
+        export_hf.main([*arguments, "--overwrite"])
+    (out / "1_Pooling" / "mine.txt").unlink()
     export_hf.main([*arguments, "--overwrite"])
     assert "export max_abs_logit_diff=" in capsys.readouterr().out
     again = load_pretrained(out, BertForSequenceClassification)
     assert again.config.id2label == names and torch.equal(again.classifier.weight, model.classifier.weight)
-    assert "pipeline_tag: text-classification" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "SentenceTransformer" not in card
+    assert not (out / "modules.json").exists() and not (out / "1_Pooling").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"tuned", "out"}
 
 
