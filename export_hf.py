@@ -1,6 +1,6 @@
 """A checkpoint -> a Hugging Face folder, which needs only torch and transformers to load.
 
-python export_hf.py runs/mine/checkpoints OUT [--tokenizer NAME] [--max_length N] [--onnx] [--overwrite]
+python export_hf.py runs/mine/checkpoints OUT [--tokenizer NAME] [--max_length N] [--onnx [--int8]] [--overwrite]
 
 OUT holds the config, the tokenizer, the weights (safetensors), the model's source, which trust_remote_code loads, and a
 model card. It appears only after another process has loaded it and computed the checkpoint's outputs with it.
@@ -20,7 +20,7 @@ from src.export.card import model_card
 from src.train import weights
 
 FILES = {
-    *("config.json", "model.safetensors", "model.onnx", "README.md"),
+    *("config.json", "model.safetensors", "model.onnx", "model.int8.onnx", "README.md"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
     *sentences.FILES,
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max_length", type=int, help="tokens at which the tokenizer truncates (default: the run's max_seq_len)"
     )
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx, for any batch size and length")
+    parser.add_argument("--int8", action="store_true", help="with --onnx: also write model.int8.onnx, quantised")
     parser.add_argument("--overwrite", action="store_true", help="replace an exported folder")
     args = parser.parse_args(argv)
     out: Path = args.out
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     others = [str(path) for path in files if not is_exported(path)]
     if others:
         raise ConfigError(f"{out} holds more than an exported model ({min(others)}), so it is not replaced; change OUT")
+    if args.int8 and not args.onnx:
+        raise ConfigError("--int8 quantises the graph of --onnx: give both")
     source = weights.read(args.checkpoint)
     if args.onnx:
         missing = [name for name in onnx.PACKAGES if find_spec(name) is None]
@@ -81,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ExportError("the exported tokenizer returns other token ids; nothing was exported; please report it")
         difference = want.difference(got, "the exported model")
         if args.onnx:
-            onnx.export(model, partial / "model.onnx")  # pyright: ignore[reportArgumentType]
-            got = onnx.run(partial / "model.onnx", want.ids, want.mask)
-            print(f"onnx max_abs_logit_diff={want.difference(got, 'model.onnx'):.3g}")
+            onnx.write(model, partial, args.int8)  # pyright: ignore[reportArgumentType]
         replace_folder(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

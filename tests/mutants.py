@@ -983,9 +983,23 @@ MUTANTS = [
     Mutant(
         "export-tolerance",
         "src/export/hf.py",
-        "max(8 * self.rounding, 1e-5 * largest)",
-        "max(80 * self.rounding, 1e-3 * largest)",
+        "max(8 * rounding, 1e-5 * largest)",
+        "max(80 * rounding, 1e-3 * largest)",
         "export/test_export_hf.py::test_only_rounding_is_accepted",
+    ),
+    Mutant(
+        "export-int8-error-not-checked",
+        "src/export/onnx.py",
+        "if not errors[name] <= INT8_ERROR:",
+        "if errors[name] > 10:",
+        "export/test_deployment.py::test_graphs_of_another_model_are_not_accepted",
+    ),
+    Mutant(
+        "export-int8-decoder-stays-fp32",
+        "src/export/onnx.py",
+        "quant_pre_process(str(path), str(out), skip_symbolic_shape=True)",
+        "quant_pre_process(str(path), str(out), skip_symbolic_shape=True, skip_optimization=True)",
+        "export/test_deployment.py::test_an_int8_graph_has_int8_products_only",
     ),
 ]
 

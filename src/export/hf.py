@@ -73,6 +73,21 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, car
     (folder / "README.md").write_text(card)
 
 
+def accepted(got: Tensor, exact: Tensor, rounding: float, what: str) -> float:
+    """Largest difference of ``got`` from ``exact``; ``rounding`` is that of the model itself.
+
+    Raises:
+        ExportError: it is NaN, or larger than this model's rounding explains.
+    """
+    worst, largest = float((exact - got).abs().max()), float(exact.abs().max())
+    if not worst <= max(8 * rounding, 1e-5 * largest):
+        raise ExportError(
+            f"{what} does not compute what the checkpoint does: outputs up to {largest:.3g} differ by {worst:.3g}, "
+            f"rounding by {rounding:.3g}. Nothing was exported; please report it"
+        )
+    return worst
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The checkpoint's outputs for a batch of several lengths: the reference for what was exported."""
@@ -90,16 +105,9 @@ class Outputs:
         """Largest difference of ``got``, (B, S, n) or (B, n), from ``exact``.
 
         Raises:
-            ExportError: it is NaN, or larger than this model's rounding explains.
+            ExportError: as ``accepted``.
         """
-        got = got[self.mask.bool()] if got.dim() == 3 else got
-        worst, largest = float((self.exact - got).abs().max()), float(self.exact.abs().max())
-        if not worst <= max(8 * self.rounding, 1e-5 * largest):
-            raise ExportError(
-                f"{what} does not compute what the checkpoint does: outputs up to {largest:.3g} differ by {worst:.3g}, "
-                f"rounding by {self.rounding:.3g}. Nothing was exported; please report it"
-            )
-        return worst
+        return accepted(got[self.mask.bool()] if got.dim() == 3 else got, self.exact, self.rounding, what)
 
 
 @torch.no_grad()

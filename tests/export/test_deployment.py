@@ -1,5 +1,6 @@
-"""Models that leave PyTorch, or eager PyTorch: traced, exported, compiled, in int8."""
+"""Models that leave PyTorch, or eager PyTorch: traced, exported, compiled, as ONNX graphs, in int8."""
 
+import contextlib
 import copy
 import io
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from src import bert_layers
+from src.common.errors import ExportError
 from src.configuration_bert import AUTO_MAP
+from src.export import onnx
 from tests.model.test_bert_layers import batch_of, model_of
 
 HEADS = sorted({name.split(".")[1] for auto, name in AUTO_MAP.items() if auto != "AutoConfig"})
@@ -126,3 +129,65 @@ def test_linear_layers_may_be_int8(head):
         want, got = (each(**{**batch, "labels": labels}) for each in (original, quantised))
     assert 0 < (got.logits - want.logits).norm() < 0.2 * want.logits.norm()
     assert abs(float(got.loss - want.loss)) < 0.1 * float(want.loss)
+
+
+# ONNX
+
+OUTPUTS = {
+    "BertForMultipleChoice": ["last_hidden_state", "logits"],
+    "BertForQuestionAnswering": ["last_hidden_state", "start_logits", "end_logits"],
+    "BertModel": ["last_hidden_state", "pooler_output"],
+}
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """The model with its fp32 and its int8 graph, and what was printed."""
+    folder, original, printed = tmp_path_factory.mktemp("onnx"), model(num_hidden_layers=1), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        onnx.write(original, folder, int8=True)
+    return original, folder, printed.getvalue()
+
+
+def check_graph(head, original, path):
+    graph, session = onnx.Graph(original), onnx.session(path)
+    assert [output.name for output in session.get_outputs()] == OUTPUTS.get(head, ["last_hidden_state", "logits"])
+    check(head, graph, lambda *inputs: tuple(onnx.run(session, *inputs).values()))
+
+
+def test_a_graph_is_right_for_any_batch(graphs):
+    original, folder, printed = graphs
+    check_graph("BertForMaskedLM", original, folder / "model.onnx")
+    fields = [dict(field.split("=") for field in line.split()[1:]) for line in printed.splitlines()]
+    assert float(fields[0]["max_abs_diff"]) < 1e-4 and 0.001 < float(fields[1]["relative_error"]) < 0.1
+    assert int(fields[1]["bytes"]) < 0.4 * int(fields[0]["bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", sorted(set(HEADS) - {"BertForMaskedLM"}))
+def test_a_graph_of_each_class_is_right_for_any_batch(head, tmp_path):
+    original = model(head, num_hidden_layers=1)
+    onnx.export(original, tmp_path / "model.onnx")
+    check_graph(head, original, tmp_path / "model.onnx")
+
+
+def test_an_int8_graph_has_int8_products_only(graphs):
+    """Of weights: attention's two products are of activations. The decoder's weight is that of the embeddings."""
+    import onnx as library
+
+    nodes = [node.op_type for node in library.load(graphs[1] / "model.int8.onnx").graph.node]
+    assert nodes.count("MatMulInteger") == 4 + 2 and nodes.count("MatMul") == 2 and "Gemm" not in nodes
+
+
+def test_graphs_of_another_model_are_not_accepted(graphs):
+    original, folder, _ = graphs
+    other = copy.deepcopy(original)
+    torch.nn.init.zeros_(other.cls.predictions.decoder.bias)
+    reference = onnx.Reference(other)
+    with pytest.raises(ExportError, match=r"model.onnx, logits, does not compute what the checkpoint does: outputs up"):
+        reference.difference(folder / "model.onnx")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(-1)
+    with pytest.raises(ExportError, match=r"model.int8.onnx loses too much: logits errs by \d+% .* without --int8"):
+        onnx.Reference(other).int8_error(folder / "model.int8.onnx")

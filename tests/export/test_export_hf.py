@@ -18,7 +18,7 @@ import yaml
 import export_hf
 import main
 from src import bert_layers
-from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel
 from src.common.errors import ConfigError, ExportError
 from src.configuration_bert import AUTO_MAP
 from src.data.tokenizer import load_tokenizer
@@ -360,6 +360,8 @@ def test_refusals_leave_no_folder(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "PACKAGES", ("onnx", "nothing_of_that_name"))
     with pytest.raises(ConfigError, match="--onnx needs nothing_of_that_name: pip install -r requirements-onnx.txt"):
         export_hf.main([str(trained), str(tmp_path / "out"), "--onnx"])
+    with pytest.raises(ConfigError, match="--int8 quantises the graph of --onnx: give both"):
+        export_hf.main([str(trained), str(tmp_path / "out"), "--int8"])
     broken = load_pretrained(trained, BertForMaskedLM)
     torch.nn.init.constant_(broken.cls.predictions.transform.dense.bias, float("nan"))
     with pytest.raises(ExportError, match="the checkpoint computes NaN or infinity"):
@@ -370,32 +372,12 @@ def test_refusals_leave_no_folder(trained, tmp_path, monkeypatch):
 # ONNX
 
 
-def test_padded_computes_what_the_model_does():
-    """With two segments; padding to either side, and holes in the mask."""
-    batch = batch_of()
-    right, full = batch["input_ids"], batch["attention_mask"]
-    holes = full.clone()
-    holes[:, 3] = 0
-    for cls in (BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel):
-        model = model_of(cls, dtype=torch.float32, num_labels=3).eval()
-        for ids, mask in ((right, full), (right.flip(1), full.flip(1)), (right, holes)):
-            with torch.no_grad():
-                want, got = model(ids, mask, ids % 2)[0], onnx.Padded(model)(ids, mask, ids % 2)[-1]
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.slow
-def test_onnx_takes_any_batch_size_and_length(trained, tmp_path, capsys):
-    export_hf.main([str(trained), str(tmp_path / "out"), "--onnx"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("onnx max_abs_logit_diff=") and lines[-1].startswith("export max_abs_logit_diff=")
-    model = load_pretrained(trained, BertForMaskedLM)
-    batch = batch_of()
-    for rows in (slice(0, 1), slice(1, 2), slice(0, 5)):
-        ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
-        got = onnx.run(tmp_path / "out" / "model.onnx", ids, mask)
-        with torch.no_grad():
-            torch.testing.assert_close(got, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
+def test_the_graphs_of_a_checkpoint(trained, tmp_path, capsys):
+    export_hf.main([str(trained), str(tmp_path / "out"), "--onnx", "--int8"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[-3:] == ["onnx", "onnx_int8", "export"]
+    assert {"model.onnx", "model.int8.onnx"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.slow
