@@ -32,6 +32,7 @@ TEXTS = {
     "order-cpu.txt": "Order by length",
     "faults-cpu.txt": "Killed and started again",
     "forms-cpu.txt": "Forms of text",
+    "int8-cpu.txt": "int8",
 }
 """Text files that it holds, and their titles."""
 NAMES = {
@@ -204,6 +205,20 @@ def forms() -> list[str]:
     ]
 
 
+def int8() -> list[str]:
+    """What int8 costs and gains."""
+    path = RESULTS / "int8-cpu.txt"
+    about, *lines = path.read_text().splitlines()
+    rows = [dict(field.split("=") for field in line.split()[1:]) for line in lines]
+    titles = "form | nats per masked token | accuracy | file, MB | ms, 1 sequence | ms, 32 sequences"
+    row = "`{form}` | {loss} | {accuracy} | {mb} | {ms_1} | {ms_32}"
+    return [
+        report.table(titles, row, rows),
+        f"Latencies are minima over interleaved rounds. {about.removeprefix('# ')}; "
+        f"`python -m benchmarks.speed.int8` ([results](../benchmarks/results/{path.name})).",
+    ]
+
+
 def of(name: str, lines: Callable[[Any, str], list[str]]) -> list[str]:
     """What ``lines`` makes of a benchmark's results of the first of DEVICES, and of their path without its suffix."""
     paths = (RESULTS / f"{name}-{device}.json" for device in DEVICES)
@@ -310,6 +325,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "quality": partial(of, "quality", quality),
     "extrapolation": partial(of, "quality", extrapolation),
     "forms": forms,
+    "int8": int8,
     **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
 }
 
