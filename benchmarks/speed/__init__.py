@@ -1,1 +1,1 @@
-"""Speed: step (tokens per second), scaling (length, size, processes), loader (data), forms (of text), int8 (cost)."""
+"""Speed: step (tokens per second), scaling (length, size, processes), loader (data), forms (of text), int8."""
