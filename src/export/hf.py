@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder, and the comparison of that folder with the checkpoint."""
 
 import copy
+import inspect
 import os
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ AUTO_CLASSES = {
     "AutoModelForMaskedLM": ("BertForMaskedLM", "fill-mask"),
     "AutoModelForSequenceClassification": ("BertForSequenceClassification", "text-classification"),
     "AutoModelForTokenClassification": ("BertForTokenClassification", "token-classification"),
+    "AutoModelForQuestionAnswering": ("BertForQuestionAnswering", "question-answering"),
+    "AutoModelForMultipleChoice": ("BertForMultipleChoice", "multiple-choice"),
     "AutoModel": ("BertModel", "feature-extraction"),
 }
 """The class of the model and the hub's name of its task, by transformers' auto class."""
@@ -35,16 +38,30 @@ LENGTHS = (1, 7, 33, 127, 2)
 TEXT = "Paris is the capital of France; naloxone is a drug. 東京 éà 123"
 """Text that the tokenizers are compared on."""
 
-USER_SCRIPT = """
+
+def scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """What is compared: outputs (B, S, n) for each token, or (B, n)."""
+    if type(model).__name__ == "BertForMultipleChoice":
+        ids, mask = ids[:, None], mask[:, None]
+    outputs = model(ids, mask)
+    if "start_logits" in outputs:
+        return torch.stack((outputs["start_logits"], outputs["end_logits"]), dim=-1)
+    return outputs[0]
+
+
+USER_SCRIPT = f"""
 import sys
 import torch
 import transformers
+from typing import Any
+from torch import Tensor
+{inspect.getsource(scores)}
 folder, auto_class, file = sys.argv[1:]
 ids, mask, text = torch.load(file)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
 with torch.no_grad():
-    torch.save((model(ids, mask)[0], tokenizer(text)["input_ids"]), file)
+    torch.save((scores(model, ids, mask), tokenizer(text)["input_ids"]), file)
 """
 """What a user of the folder does, in a process without this repository."""
 
@@ -56,6 +73,10 @@ def load_model(source: Pretrained) -> tuple[str, PreTrainedModel]:
     if "classifier" in heads:
         has_pooler = any(name.startswith("bert.pooler.") for name in source.state)
         auto_class = f"AutoModelFor{'Sequence' if has_pooler else 'Token'}Classification"
+        if source.config.architectures == ["BertForMultipleChoice"]:  # its weights do not say so
+            auto_class = "AutoModelForMultipleChoice"
+    if "qa_outputs" in heads:
+        auto_class = "AutoModelForQuestionAnswering"
     is_mosaic = isinstance(source.config, MosaicBertConfig)
     model_class = getattr(bert_layers if is_mosaic else transformers, AUTO_CLASSES[auto_class][0])
     # Trained with attention dropout, the model keeps the attention that supports it on every device.
@@ -122,7 +143,8 @@ def reference_outputs(model: PreTrainedModel) -> Outputs:
     ids = torch.randint(model.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
 
     def one_by_one(model: Any) -> Tensor:
-        outputs = [model(row[kept.bool()][None])[0][0] for row, kept in zip(ids, mask, strict=True)]
+        alone = [row[kept.bool()][None] for row, kept in zip(ids, mask, strict=True)]
+        outputs = [scores(model, row, torch.ones_like(row))[0] for row in alone]
         return torch.cat([x.reshape(-1, x.shape[-1]) for x in outputs])
 
     exact = one_by_one(copy.deepcopy(model).double())

@@ -65,9 +65,7 @@ class LabelledData:
     answer_start}``, or ``{text: [...], answer_start: [...]}``."""
     text_pair: str | None = None
     """Column of a second text, for tasks on pairs; for ``question_answering`` of the context."""
-    kind: Literal["classification", "multilabel", "multiple_choice", "question_answering", "regression", "tokens"] = (
-        "classification"
-    )
+    kind: KindName = "classification"
     """A class for each text, any number of classes, the right one of several choices, a part of the context for each
     question, or a number; or a class for each word, predicted at its first word piece (Devlin et al., 2019, section
     5.3)."""
