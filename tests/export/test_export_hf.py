@@ -241,26 +241,6 @@ def test_the_folder_needs_only_torch_and_transformers(exported, computed, tmp_pa
     run_as_user(USER, exported[0], (*computed, texts), tmp_path)
 
 
-PLACED = """
-import sys
-import torch
-from transformers import AutoModelForMaskedLM
-
-folder, file = sys.argv[1:]
-ids, mask, logits = torch.load(file)
-for device_map in ("auto", "cpu", {"": "cpu"}, {"bert.embeddings": "cpu", "bert.encoder": "cpu", "cls": "cpu"}):
-    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, device_map=device_map)
-    torch.testing.assert_close(model(ids, mask).logits, logits, rtol=1e-5, atol=1e-5)
-    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
-print("all the same")
-"""
-
-
-def test_accelerate_places_the_model(exported, computed, tmp_path):
-    pytest.importorskip("accelerate")
-    run_as_user(PLACED, exported[0], computed[:3], tmp_path)
-
-
 def test_an_older_folder_is_exported_again_in_place(exported, tmp_path, capsys):
     """With the earlier name of the config's class, and source that fails."""
     old = tmp_path / "old"
