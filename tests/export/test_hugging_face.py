@@ -1,6 +1,8 @@
 """An exported folder with the libraries of its users: Trainer, PEFT, pipelines, sentence-transformers, accelerate."""
 
+import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,8 @@ def exported(tokenizer_folder, documents, tmp_path_factory):
     hf.write_folder(model, load_tokenizer(tokenizer_folder), "", folder / "my-bert")
     texts = [text for text in documents if 20 < len(text.split()) < 200][:80]
     (folder / "text.txt").write_text("\n".join(texts))
+    with (folder / "reviews.csv").open("w") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, len(text) % 2) for text in texts)])
     return folder
 
 
@@ -48,3 +52,16 @@ def test_what_users_do(exported):
     shutil.copy(Path(__file__).with_name("users.py"), exported)
     options = ("-q", "-p", "no:cacheprovider", "--show-capture=no", "--durations=5")
     run_as_user(exported, "-m", "pytest", *options, "users.py")
+
+
+@pytest.mark.slow
+def test_the_page_works(exported):
+    """The Python of docs/export.md, from top to bottom."""
+    blocks = re.findall(r"^```python\n(.*?)^```", Path("docs/export.md").read_text(), re.M | re.S)
+    assert len(blocks) > 3
+    (exported / "page.py").write_text("\n".join(blocks))
+    run_as_user(exported, "page.py")
+    for name in ("my-tuned-bert", "my-classifier"):
+        assert {path.name for path in (exported / name).glob("*.py")} == {
+            path.name for path in (exported / "my-bert").glob("*.py")
+        }
