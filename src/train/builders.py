@@ -82,11 +82,15 @@ def build_trainer(config: RunConfig) -> Trainer:
         loader: Any = train_data.dataloader
         dataset, steps_per_epoch = loader.dataset, len(loader)
         data, data_before = dataset_fingerprints(source.folder for source in dataset.sources.values())
-        words, words_before = tokenizer_fingerprints(tokenizer)
+        words, *words_before = tokenizer_fingerprints(tokenizer)
         check = ResumeCheck(
             {**settings(config), "dataset": data, "tokenizer": words},
             config.resume.allow,
-            {**from_environment(config), "dataset": data_before, "tokenizer": words_before},
+            {
+                **{k: [v] for k, v in from_environment(config).items()},
+                "dataset": [data_before],
+                "tokenizer": words_before,
+            },
         )
         end, *others = build_callbacks(config, tokenizer, model)
         assert isinstance(end, RunEnd)

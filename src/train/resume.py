@@ -29,10 +29,10 @@ class ResumeCheck(Callback):
     Args:
         settings: everything that affects the run's result, by path (``config.settings`` and fingerprints).
         allow: paths and sections that may differ.
-        earlier: values that earlier versions wrote for the same settings, by path.
+        earlier: values that earlier versions wrote for the same settings, a list for each path.
     """
 
-    def __init__(self, settings: dict[str, Any], allow: Sequence[str], earlier: dict[str, Any] | None = None):
+    def __init__(self, settings: dict[str, Any], allow: Sequence[str], earlier: dict[str, list[Any]] | None = None):
         self.settings, self.allow, self.earlier = settings, allow, earlier or {}
         self.accepted: list[str] = []
         self._options: list[list[dict[str, Any]]] = []
@@ -56,7 +56,7 @@ class ResumeCheck(Callback):
         for name in sorted({*there, *self.settings}):
             old, new = there.get(name, ADDED.get(name, ABSENT)), self.settings.get(name, ABSENT)
             # resume_safe: earlier versions compared settings that no longer count.
-            if resume_safe(name) or is_same(old, new) or old == self.earlier.get(name, new):
+            if resume_safe(name) or is_same(old, new) or old in self.earlier.get(name, []):
                 continue
             if name not in RESTORED_BY_STREAMING and any(is_within(name, section) for section in self.allow):
                 accepted.append(name)

@@ -321,7 +321,7 @@ def test_settings_of_earlier_versions_are_compared_by_value(monkeypatch):
     config = load(QUICKSTART, [f"pretrained={ENV}"])
     held, values = settings(config), from_environment(config)
     assert "s3kr1t" not in str(held) and values["pretrained"] == "s3kr1t"
-    check = ResumeCheck(held, [], values)
+    check = ResumeCheck(held, [], {name: [value] for name, value in values.items()})
     assert check.compare({**held, "pretrained": "s3kr1t"}, "x") == []
     with pytest.raises(ConfigError, match=r"pretrained: a value there") as error:
         check.compare({**held, "pretrained": "0ther"}, "x")
