@@ -1,1 +1,1 @@
-"""Small programs of the quickstart and for runs: python -m scripts.quickstart, python -m scripts.plot_curves."""
+"""Small programs, by python -m scripts.NAME: quickstart, plot_curves, sentence_vectors (from an exported folder)."""

@@ -47,6 +47,11 @@ def own_documents(source: str) -> Iterator[str]:
     return (document["text"] for document in iter_documents(TextSource((source,))))
 
 
+def is_held_out(text: str) -> bool:
+    """Whether a document is of the validation set."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT == 0
+
+
 def write_text(out: Path, source: str | None) -> None:
     """Write documents to ``OUT/text/c4-train.00000-of-00001.json.gz`` and ``c4-validation.…``, as C4 does.
 
@@ -60,8 +65,7 @@ def write_text(out: Path, source: str | None) -> None:
     # mtime=0: the same text gives the same bytes.
     files = {split: gzip.GzipFile(path, "wb", compresslevel=6, mtime=0) for split, path in paths.items()}
     for text in default_documents() if source is None else own_documents(source):
-        held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT == 0
-        split = "validation" if held_out else "train"
+        split = "validation" if is_held_out(text) else "train"
         files[split].write((json.dumps({"text": text}) + "\n").encode())
         counts[split] += 1
     for file in files.values():
