@@ -946,6 +946,27 @@ MUTANTS = [
         "finetune/test_kinds.py::test_the_best_window_and_no_answer",
     ),
     Mutant(
+        "class-held-out-altogether",
+        "src/finetune/holdout.py",
+        "left[other] > 1",
+        "left[other] > 0",
+        "finetune/test_holdout.py::test_no_class_is_held_out_altogether",
+    ),
+    Mutant(
+        "entity-continues-another",
+        "src/finetune/tags.py",
+        'before in "BI" and its_kind == kind',
+        'before in "BI"',
+        "finetune/test_tags.py::test_entities",
+    ),
+    Mutant(
+        "cut-table-is-whole",
+        "src/finetune/files.py",
+        "if source.read() != END_OF_STREAM:",
+        "if not source:",
+        "finetune/test_labelled_files.py::test_a_truncated_arrow_file_is_refused",
+    ),
+    Mutant(
         "order-without-seed",
         "src/finetune/run.py",
         "manual_seed(seed)",

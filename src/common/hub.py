@@ -1,7 +1,8 @@
-"""Repositories of the Hugging Face Hub as local folders, and errors about its datasets. Imports no torch."""
+"""Repositories of the Hugging Face Hub as local folders, and its datasets as local files. Imports no torch."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,30 @@ def ask(dataset: str, hints: Mapping[str, str], function: Callable[..., Any], *a
             message = f"the Hugging Face Hub is unreachable ({first_line(error)})"
             hint = hints["offline"]
         raise DataError(f"{dataset}: {message}; {hint}") from None
+
+
+FORM = f"{HF}OWNER/NAME:SPLIT, or {HF}OWNER/NAME:CONFIGURATION:SPLIT"
+HINTS = {
+    "choice": f"choose with {FORM}",
+    "form": "download its files and name them",
+    "offline": "offline, name files of this machine",
+}
+
+
+@cache
+def dataset_files(place: str) -> list[str]:
+    """The local Arrow files of a split of a dataset of the hub, as ``FORM`` names it.
+
+    They are those of the hub at the first call, or if it is unreachable those that ``datasets`` cached before.
+
+    Raises:
+        DataError: there is no such dataset, configuration or split, or it can neither be read nor found in the cache.
+    """
+    match = re.fullmatch(rf"{HF}([^:]+)(?::([^:]+))?:([\w.-]+)", place)
+    if match is None:
+        raise DataError(f"{place}: expected {FORM}")
+    from datasets import load_dataset  # takes seconds to import
+
+    name, configuration, split = match.groups()
+    dataset = ask(name, HINTS, load_dataset, name, configuration, split=split)
+    return [file["filename"] for file in dataset.cache_files]

@@ -1,7 +1,9 @@
 """From a pretrained model and labelled files to a table of results (finetune.py).
 
 config   every key of a fine-tuning YAML        plan    tasks x seeds -> runs, and which are finished
-run      one run: a task, a seed, a device      data    labelled files -> rows
+run      one run: a task, a seed, a device      data    files -> labelled rows, by set
+files    files -> columns by name               cells   lists within a cell
+holdout  a share of rows, class by class        tags    entities in sequences of tags
 kinds    rows -> batches, metrics, predictions  model   encoder and head
 glue     GLUE's tasks and files                 gpus    runs over devices
 table    mean, deviation, 95% interval

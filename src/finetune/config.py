@@ -29,6 +29,7 @@ WITHOUT_CLASSES = "multiple_choice", "question_answering", "regression"
 SETTINGS_OF_KIND = {
     "choices": "multiple_choice",
     "id": "question_answering",
+    "label_columns": "multilabel",
     "max_answer_length": "question_answering",
     "unanswerable": "question_answering",
 }
@@ -45,24 +46,27 @@ DEFAULT_METRICS = {
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Your own labelled rows, in .csv, .tsv, .json (a list of objects, or one per line), .jsonl or .parquet files.
+    """Your own labelled rows, in .csv, .tsv, .json, .jsonl, .parquet, .arrow or, with a word per line, .conll.
 
-    Each is a path, or a pattern such as ``data/train-*.parquet``, whose files are read in the order of their names.
+    Each set is a path; a pattern such as ``data/train-*.parquet``, whose files are read in the order of their names; a
+    folder of one set; or a split of a dataset of the hub, ``hf:OWNER/NAME:SPLIT`` or ``hf:OWNER/NAME:CONFIG:SPLIT``.
     """
 
     train: str
     """Training set."""
     validation: str | float | dict[str, str]
     """Validation set, evaluated after each ``eval_interval`` and at the end; or several by name; or the share of
-    ``train`` to hold out, such as 0.1. The split is by a hash of the text: copies of a text stay together, and every
-    seed holds out the same rows."""
-    text: str
+    ``train`` to hold out, such as 0.1: that share of each class, by a hash of the text. Copies of a text stay together,
+    and every seed holds out the same rows."""
+    text: str = "text"
     """Column of the text; for ``tokens`` of the words: a list, or a text that is split at white space; for
     ``question_answering`` of the question."""
     label: str = "label"
     """Column of the label: a class, a list of classes (multilabel; or a text that is split at commas), a number
     (regression), a tag for each word (tokens), or answers (question_answering) as SQuAD has them: a list of ``{text,
     answer_start}``, or ``{text: [...], answer_start: [...]}``."""
+    label_columns: list[str] | None = None
+    """multilabel: in place of ``label`` a column of 0 and 1 for each class, which has the name of the class."""
     text_pair: str | None = None
     """Column of a second text, for tasks on pairs; for ``question_answering`` of the context."""
     kind: KindName = "classification"
@@ -84,14 +88,17 @@ class LabelledData:
     """The classes as the files have them, in the order of their numbers. None: those of ``train``, sorted. The metric
     ``f1`` takes the second of two as positive."""
     label_names: list[str] | None = None
-    """Names of the classes in the saved model. None: as in the files."""
+    """Names of the classes in the saved model: of ``labels``, or without them of the numbers 0, 1, ... in the files. By
+    default those that the files have for their numbers (ClassLabel of ``datasets``), or else the classes."""
+    empty_texts: bool = False
+    """Accept texts without a character but white space; otherwise they are refused, with their place."""
     test: str | None = None
     """Test set, evaluated once, at the end; not part of the score."""
     metrics: list[str] | None = None
     """The score is their mean. Classification: accuracy (default), f1 (two classes), macro_f1, matthews. Multilabel:
     micro_f1 (default), macro_f1, subset_accuracy. Multiple choice: accuracy. Question answering: exact_match, f1
     (default: both; from 0 to 1). Regression: pearson, spearman (default: both). Tokens: accuracy (default), macro_f1,
-    entity_f1 (tags B-X, I-X, O)."""
+    entity_f1 (tags of IOB1, IOB2, IOBES)."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +296,16 @@ def _data_faults(data: LabelledData) -> Iterator[str]:
         yield "choices: missing; multiple_choice needs a column of lists, or two or more columns"
     if data.max_answer_length < 1:
         yield f"max_answer_length: expected a positive number, got {data.max_answer_length}"
-    if data.label_names is not None and (labels is None or len(labels) != len(data.label_names)):
-        yield "label_names: needs labels, and as many of them"
+    names, columns = data.label_names, data.label_columns
+    if columns is not None and (len(columns) < 2 or len(set(columns)) < len(columns) or data.label != "label"):
+        yield f"label_columns: expected two or more different columns, and no label, got {columns!r}"
+    if columns is not None and names is not None and labels is None:
+        yield "label_names: needs labels, which gives the order of label_columns"
+    if names is not None and labels is not None and len(labels) != len(names):
+        yield f"label_names: expected as many as labels, {len(labels)}, got {len(names)}"
+    if names is not None and labels is None and (len(names) < 2 or len(set(names)) < len(names)):
+        yield f"label_names: expected two or more different names, got {names!r}"
+    if names is not None and labels is None and any(name.isdecimal() for name in names):
+        yield "label_names: names that are numbers need labels: which number of the files has which name"
     if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
         yield f"labels: expected two or more different classes, got {labels!r}"

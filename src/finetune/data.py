@@ -1,178 +1,122 @@
-"""Labelled files -> checked rows; an error names the file and the row.
+"""Labelled files -> checked rows, by set; an error names the file and the row."""
 
-The standard library reads CSV and JSON: pandas, pyarrow and ``datasets`` convert values ("NA", dates, "01"), drop or
-shift values of a row of the wrong length, and name no file and row in an error.
-"""
-
-import csv
-import functools
-import glob
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from src.common.errors import DataError
-from src.finetune import squad
+from src.finetune import holdout
 from src.finetune.config import LabelledData
+from src.finetune.files import MissingColumn, class_names, matching_files, read_records
 from src.finetune.kinds import KINDS, Row
-from src.train.schema import nearest
+from src.finetune.tags import check_schemes
+
+HIDDEN = "a set with hidden labels cannot be evaluated; `python finetune.py predict` writes predictions for it"
 
 
-def matching_files(pattern: str) -> list[str]:
-    """The file, or the files that match a pattern, sorted by name; raises DataError if there is none."""
-    found = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)))
-    if not found:
-        raise DataError(f"{pattern}: no such file")
-    return found
+class Rows(list[Row]):
+    """The rows of a set."""
+
+    names: list[str] | None = None
+    """The classes, in the order of their numbers, if the files or ``label_names`` name them."""
 
 
-def file_hashes(pattern: str) -> list[str]:
-    """SHA-256 of each of the files, in hex."""
-    hashes = []
-    for path in matching_files(pattern):
-        with open(path, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
-
-
-def _check_columns(place: str, columns: Sequence[str], known: list[str]) -> None:
-    for name in columns:
-        if name not in known:
-            raise DataError(f"{place}: no column {name!r}; {nearest(name, known)}")
-
-
-def _read_separated(path: str, columns: Sequence[str], **dialect: Any) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 kB, is less than a long document
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True, **dialect)
-        try:
-            header = next(reader, [])
-            for values in filter(None, reader):  # blank lines are skipped
-                if len(values) != len(header):
-                    raise csv.Error(f"expected {len(header)} values, as in the header, got {len(values)}")
-                yield reader.line_num, dict(zip(header, values, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def _read_json(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """A list of objects, or one object per line; or SQuAD's form."""
-    place = path
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            is_list = file.read(4096).lstrip().startswith("[")
-            file.seek(0)
-            if is_list:
-                yield from enumerate(json.loads(file.read()), start=1)
-                return
-            for number, line in enumerate(file, start=1):
-                place = f"{path}:{number}"
-                if line.strip():
-                    value = json.loads(line)
-                    yield from enumerate(squad.questions(value), 1) if squad.is_squad(value) else [(number, value)]
-    except UnicodeDecodeError:  # a ValueError too, with a message of its own in ``read_set``
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {error}") from None
-
-
-def _read_parquet(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        _check_columns(path, columns, file.schema_arrow.names)
-        batches = file.iter_batches(columns=list(columns))
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {error}") from None
-
-
-READERS: dict[str, Callable[[str, Sequence[str]], Iterator[tuple[int, Any]]]] = {
-    ".csv": _read_separated,
-    # Without quotes, as GLUE's own .tsv: a value holds neither tab nor line break, and " is a character.
-    ".tsv": functools.partial(_read_separated, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def read_set(pattern: str, data: LabelledData) -> list[Row]:
+def read_set(pattern: str, data: LabelledData, labelled: bool = True, default_names: list[str] | None = None) -> Rows:
     """Every row of a set's files.
+
+    Args:
+        labelled: whether they have labels; if not, the rows' labels are None.
+        default_names: names of class numbers, if neither ``data`` nor the file has any: those of the training set.
 
     Raises:
         DataError: a file is missing, empty or unreadable, lacks a column, or has a value that does not fit ``data``.
     """
-    kind, rows = KINDS[data.kind](data), []
-    columns = kind.columns()
+    kind, rows = KINDS[data.kind](data), Rows()
+    columns = kind.columns(labelled)
     for path in matching_files(pattern):
-        suffix = Path(path).suffix.lower()
-        if suffix not in READERS:
-            raise DataError(f"{path}: expected a file name that ends in {', '.join(READERS)}")
+        names = (_names(path, data) or default_names) if labelled and kind.has_classes else None
+        rows.names = rows.names or names or data.label_columns
         try:
-            for number, record in READERS[suffix](path, columns):
-                place = f"{path}:{number}"
-                if not isinstance(record, dict):
-                    raise DataError(f"{place}: expected an object with columns, got {record!r:.40}")
-                _check_columns(place, columns, list(record))
-                rows.append(kind.row(place, record))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+            for place, record in read_records(path, columns, of_words=data.kind == "tokens"):
+                row = kind.row(place, record) if labelled else kind.unlabelled(place, record)
+                rows.append(row if names is None else row._replace(label=_named(place, row.label, names)))
+        except MissingColumn as error:
+            raise DataError(f"{error}. {HIDDEN if error.column == data.label else ''}".rstrip(" .")) from None
     if not rows:
         raise DataError(f"{pattern}: no rows")
     return rows
 
 
-def read_sets(data: LabelledData) -> dict[str, list[Row]]:
+def _names(path: str, data: LabelledData) -> list[str] | None:
+    """Names of the class numbers in a file: ``label_names``, or else those that the file has."""
+    if data.labels is None and data.label_names is not None:
+        return data.label_names
+    names = class_names(path).get(data.label)
+    return names if names is not None and set(data.labels or names) <= set(names) else None
+
+
+def _named(place: str, label: Any, names: list[str]) -> Any:
+    """A class, or each of a list, by its name if it is a number from 0; -1, a hidden label, stays."""
+    if isinstance(label, list):
+        return [_named(place, name, names) for name in label]
+    if label in names or not label.isdecimal():
+        return label
+    if int(label) >= len(names):
+        raise DataError(f"{place}: class number {label}, and there are {len(names)} names: {', '.join(names[:20])}")
+    return names[int(label)]
+
+
+def read_sets(data: LabelledData) -> dict[str, Rows]:
     """All sets of a task by name: ``train``, ``validation`` or the names that ``data`` gives, ``test``.
 
     Raises:
-        DataError: as ``read_set``; or holding out a share of the rows leaves one of the two sets empty.
+        DataError: as ``read_set``, and ``hold_out``.
     """
     rows, files = read_set(data.train, data), data.validation
     if isinstance(files, (int, float)):
-        parts: tuple[list[Row], list[Row]] = [], []
-        for row in rows:
-            texts = json.dumps([row.text] if row.pair is None else [row.text, row.pair])
-            number = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:8], "big")
-            parts[number < files * 2**64].append(row)
-        if not all(parts):
-            raise DataError(f"validation: holding out {files} of {len(rows)} rows leaves one of the two sets empty")
-        sets = {"train": parts[0], "validation": parts[1]}
+        others, held_out = hold_out(rows, files, "validation", data)
+        sets = {"train": others, "validation": held_out}
     else:
         named = files if isinstance(files, dict) else {"validation": files}
-        sets = {"train": rows, **{name: read_set(pattern, data) for name, pattern in named.items()}}
+        others = {name: read_set(pattern, data, default_names=rows.names) for name, pattern in named.items()}
+        sets = {"train": rows, **others}
     if data.test is not None:
-        sets["test"] = read_set(data.test, data)
+        sets["test"] = read_set(data.test, data, default_names=rows.names)
     return sets
 
 
-def classes_of(data: LabelledData, sets: dict[str, list[Row]]) -> list[str]:
+def hold_out(rows: Rows, share: float, name: str, data: LabelledData) -> tuple[Rows, Rows]:
+    """The other rows, and the share of them that is held out for the set ``name`` (``holdout.split``)."""
+    kind = KINDS[data.kind](data)
+    classes = kind.classes if kind.has_classes else lambda row: ()
+    try:
+        others, held_out = map(Rows, holdout.split(rows, share, lambda row: (row.text, row.pair), classes))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    others.names = held_out.names = rows.names
+    return others, held_out
+
+
+def classes_of(data: LabelledData, sets: dict[str, Rows]) -> list[str]:
     """The classes in the order of their numbers; empty for regression.
 
     Raises:
-        DataError: a set has a class that ``labels`` (default: the training set) lacks, or a metric does not fit the
-            classes.
+        DataError: a set has a class that ``labels`` (default: the names that the files or ``label_names`` give, or else
+            the training set) lacks, or a metric does not fit the classes.
     """
     kind = KINDS[data.kind](data)
     if not kind.has_classes:
         return []
     found = {name: {label for row in rows for label in kind.classes(row)} for name, rows in sets.items()}
     numbers = all(name.lstrip("-").isdecimal() for name in found["train"])
-    classes = data.labels or sorted(found["train"], key=int if numbers else None)
+    classes = data.labels or sets["train"].names or sorted(found["train"], key=int if numbers else None)
     for name, there in found.items():
-        unknown = sorted(there - set(classes))
-        if unknown:
+        for unknown in sorted(there - set(classes)):
             of = "labels" if data.labels else "the training set"
-            raise DataError(
-                f"{name}: class {unknown[0]!r} is not in {of} ({', '.join(classes[:20])}). A test split with hidden "
-                "labels, such as GLUE's, cannot be evaluated"
-            )
+            is_hidden = unknown == "-1" and (name != "train" or not data.labels)
+            advice = f"-1: {HIDDEN}" if is_hidden else "list all classes in labels, or correct the row"
+            raise DataError(f"{name}: class {unknown!r} is not in {of} ({', '.join(classes[:20])}); {advice}")
     if len(classes) < 2:
         raise DataError(f"{data.train}: all rows have the class {classes[0]!r}; expected two classes or more")
     kind.check_classes(classes)
+    if "entity_f1" in (data.metrics or []):
+        check_schemes({name: [row.label for row in rows] for name, rows in sets.items()})
     return classes

@@ -12,7 +12,7 @@ from src.common.errors import DataError
 R = TypeVar("R")
 
 
-def hold_out(
+def split(
     rows: Sequence[R], share: float, text_of: Callable[[R], Any], classes_of: Callable[[R], Iterable[str]]
 ) -> tuple[list[R], list[R]]:
     """(training rows, held-out rows), both in the order of the file.
@@ -48,7 +48,7 @@ def hold_out(
                 count -= 1
     if not held_out:
         raise DataError(
-            f"validation: a share of {share} of {len(texts)} different texts holds out none (each class keeps one for "
+            f"a share of {share} of {len(texts)} different texts holds out none (each class keeps one for "
             "training); give a larger share, or a file"
         )
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

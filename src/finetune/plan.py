@@ -14,7 +14,8 @@ from src.common.errors import ConfigError, DataError
 from src.data.tokenizer import tokenizer_fingerprint
 from src.finetune import glue, model
 from src.finetune.config import FinetuneConfig, LabelledData, RunSpec, selected
-from src.finetune.data import classes_of, file_hashes, read_sets
+from src.finetune.data import classes_of, read_sets
+from src.finetune.files import file_hashes
 from src.finetune.kinds import KINDS
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE
 from src.train import optim, weights

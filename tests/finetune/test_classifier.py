@@ -92,21 +92,6 @@ def test_words_without_a_label_do_not_count():
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
 
-@pytest.mark.parametrize(
-    ("tags", "entities"),
-    [
-        ("O B-PER I-PER O", {("PER", 1, 3)}),
-        ("B-PER B-PER I-PER", {("PER", 0, 1), ("PER", 1, 3)}),
-        ("B-PER I-LOC", {("PER", 0, 1), ("LOC", 1, 2)}),  # conlleval: another type begins an entity
-        ("O I-LOC I-LOC O I-PER", {("LOC", 1, 3), ("PER", 4, 5)}),
-        ("O O", set()),
-    ],
-)
-def test_entities(tags, entities):
-    numbers = torch.tensor([TAGS.index(tag) for tag in tags.split()])
-    assert EntityF1(TAGS).entities(numbers) == entities
-
-
 def test_entity_f1():
     def numbers(tags):
         return torch.tensor([[TAGS.index(tag) if tag != "-" else IGNORED for tag in line.split()] for line in tags])

@@ -132,7 +132,24 @@ def test_each_key_misspelt_is_refused(path, write):
         ),
         ("tasks.mine.data.max_answer_length=0", "data.max_answer_length: expected a positive number, got 0"),
         ("tasks.mine.data.labels=[a]", "data.labels: expected two or more different classes, got ['a']"),
-        ("tasks.mine.data.label_names=[a, b]", "data.label_names: needs labels, and as many"),
+        (
+            "tasks.mine.data.label_names=[a, a]",
+            "data.label_names: expected two or more different names, got ['a', 'a']",
+        ),
+        ("tasks.mine.data.label_columns=[a, b]", "data.label_columns: has no effect with kind classification; it is"),
+        (
+            "tasks.mine.data={kind: multilabel, label_columns: [a, a], metrics: null}",
+            "data.label_columns: expected two or more different columns, and no label, got ['a', 'a']",
+        ),
+        (
+            "tasks.mine.data={kind: multilabel, label_columns: [a, b], label_names: [c, d], metrics: null}",
+            "data.label_names: needs labels, which gives the order of label_columns",
+        ),
+        ("tasks.mine.data.label_names=['1', '2']", "data.label_names: names that are numbers need labels"),
+        (
+            "tasks.mine.data={labels: ['1', '2'], label_names: [a]}",
+            "data.label_names: expected as many as labels, 2, got 1",
+        ),
     ],
 )
 def test_each_kind_of_fault(override, fault):

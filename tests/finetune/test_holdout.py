@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 
 from src.common.errors import DataError
-from src.finetune.holdout import hold_out
+from src.finetune import holdout
 
 
 def split(rows, share):
     """Rows are pairs: text, classes."""
-    return hold_out(rows, share, lambda row: row[0], lambda row: row[1])
+    return holdout.split(rows, share, lambda row: row[0], lambda row: row[1])
 
 
 def test_each_class_has_its_share():

@@ -14,7 +14,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from src.common.errors import DataError
 from src.finetune.config import LabelledData
-from src.finetune.data import classes_of, read_set, read_sets
+from src.finetune.data import Rows, classes_of, read_set, read_sets
 from src.finetune.kinds import Row
 from src.masked_lm_loss import IGNORED
 from tests.finetune.test_classifier import kind_of
@@ -22,7 +22,7 @@ from tests.finetune.test_classifier import kind_of
 ROWS = [
     {"text": '"no", he said twice', "label": "neg"},
     {"text": "ein schöner Film, 100%", "label": "pos"},
-    {"text": "", "label": "neg"},
+    {"text": "-", "label": "neg"},
     {"text": "NA", "label": "01"},
     {"text": "1.10", "label": "2020-01-01"},
     {"text": "null", "label": "true"},
@@ -93,8 +93,12 @@ REGRESSION, TOKENS = {"kind": "regression"}, {"kind": "tokens"}
 @pytest.mark.parametrize(
     ("suffix", "content", "fault", "options"),
     [
-        ("txt", "x", ": expected a file name that ends in .csv, .tsv, .json, .jsonl, .parquet", {}),
-        ("csv", "text,lable\nx,1\n", ":2: no column 'label'; did you mean 'lable'?", {}),
+        ("doc", "x", ": expected a file name that ends in .csv, .tsv, .json, .jsonl, .parquet", {}),
+        ("csv", "text,lable\nx,1\n", ":1: no column 'label'; did you mean 'lable'?", {}),
+        ("csv", "text,text,label\nx,y,1\n", ":1: 2 columns have the name 'text'; rename all but one", {}),
+        ("csv", "text,label\n,1\n", ":2: column 'text': expected a text (empty_texts: true accepts", {}),
+        ("csv", "text,label\nx,1\n \t,1\n", ":3: column 'text': expected a text", {}),
+        ("csv", "text,label\nx,' '\nx, \n", ":3: column 'label': expected a class, got ' '", {}),
         ("csv", "text,label\nx,1\na,b,2\n", ":3: expected 2 values, as in the header, got 3", {}),
         ("csv", "text,label\nx\n", ":2: expected 2 values, as in the header, got 1", {}),
         ("csv", 'text,label\n"x"y,1\n', ":2: ", {}),
@@ -104,21 +108,34 @@ REGRESSION, TOKENS = {"kind": "regression"}, {"kind": "tokens"}
         ("csv", "text,label\nx,nan\n", ":2: column 'label': expected a number, got 'nan'", REGRESSION),
         ("csv", "text,label\nx,inf\n", ":2: column 'label': expected a number, got 'inf'", REGRESSION),
         ("csv", "text,label\nx,much\n", ":2: column 'label': expected a number, got 'much'", REGRESSION),
-        ("csv", "text,label\nx,1\n", ":2: no column 'pair'", {"text_pair": "pair"}),
+        ("csv", "text,label\nx,1\n", ":1: no column 'pair'", {"text_pair": "pair"}),
+        ("csv", "text,pair,label\nx,,1\n", ":2: column 'pair': expected a text", {"text_pair": "pair"}),
+        ("csv", 'text,label\n"[EU, a]",O O\n', ":2: column 'text': expected a list, got '[EU, a]': it is in", TOKENS),
+        ("csv", "text,label\n\"['a' ... 'b']\",O O\n", ":2: column 'text': expected a list", TOKENS),
+        ("csv", "text,label\n\"['a', ' ']\",O O\n", ":2: column 'text': expected words, none of them empty", TOKENS),
         ("jsonl", '{"text": "x", "label": 1}\n{"text": "y"', ":2: not JSON", {}),
         ("jsonl", '{"text": "x", "label": 1}\n[1]\n', ":2: expected an object with columns, got [1]", {}),
         ("jsonl", b'{"text": "\xff", "label": 1}', ": not UTF-8", {}),
-        ("jsonl", '{"text": null, "label": 1}\n', ":1: column 'text': expected a text, got None", {}),
+        ("jsonl", '{"text": "x", "label": 1, "text": "y"}', ":1: not JSON: an object has the column 'text' twice", {}),
+        ("jsonl", '{"text": null, "label": 1}\n', ":1: column 'text': expected a text", {}),
+        ("jsonl", '{"text": NaN, "label": 1}\n', ":1: column 'text': expected a text", {}),
         ("jsonl", '{"text": "x", "label": 1, "pair": 2}', ":1: column 'pair': expected a text", {"text_pair": "pair"}),
         ("jsonl", '{"text": "x", "label": null}\n', ":1: column 'label': expected a class, got None", {}),
         ("jsonl", '{"text": "x", "label": 0.5}\n', ":1: column 'label': expected a class, got 0.5", {}),
         ("jsonl", '{"text": ["a", "b"], "label": ["O"]}', ":1: column 'label': expected 2 tags, one for", TOKENS),
         ("jsonl", '{"text": ["a"], "label": [""]}', ":1: column 'label': expected 1 tags, one for", TOKENS),
-        ("jsonl", '{"text": [], "label": []}', ":1: column 'text': expected words, got []", TOKENS),
+        ("jsonl", '{"text": [], "label": []}', ":1: column 'text': expected words, none of them empty, got []", TOKENS),
         ("json", "[{]", ": not JSON", {}),
         ("json", '[{"text": "x", "label": 1}, 2]', ":2: expected an object with columns, got 2", {}),
         ("parquet", "x", ": cannot be read as parquet", {}),
+        ("json", '{"text": ["x", "y"], "label": [1]}', ": not JSON: its columns have 2, 1 rows", {}),
         ("parquet", ROWS, ": no column 'txt'; did you mean 'text'", {"text": "txt"}),
+        ("parquet", [{"text": None, "label": "a"}], ":1: column 'text': expected a text", {}),
+        ("csv.gz", "x", ": cannot be decompressed: Not a gzipped file", {}),
+        ("conll", "a O\nb\n", ":2: expected 2 columns, as in other lines, got 1", TOKENS),
+        ("conll", "a\tO\n\tO\n", ":1: column 'text': expected words, none of them empty", TOKENS),
+        ("conll", "a O\n", ": no column '3'", {"label": "3", **TOKENS}),
+        ("conll", "a O\n", ": has a word per line, which is for kind tokens", {}),
         ("*", "", ": no such file", {}),
     ],
 )
@@ -139,7 +156,8 @@ def encode(rows, classes, kind, tokenizer, max_seq_len):
 def classes(train, validation="ab", **options):
     sets = {"train": train, "validation": validation}
     data = data_of("train.csv", **options)
-    return classes_of(data, {name: [Row("x", None, label) for label in labels] for name, labels in sets.items()})
+    rows = {name: Rows(Row("x", None, label) for label in labels) for name, labels in sets.items()}
+    return classes_of(data, rows)
 
 
 def test_classes_are_those_of_the_training_set_or_as_listed():
@@ -149,30 +167,22 @@ def test_classes_are_those_of_the_training_set_or_as_listed():
 @pytest.mark.parametrize(
     ("train", "validation", "options", "fault"),
     [
-        ("ab", "abc", {}, "validation: class 'c' is not in the training set"),
+        ("ab", "abc", {}, "validation: class 'c' is not in the training set .*; list all classes in labels, or"),
+        (
+            "ab",
+            ["-1"],
+            {},
+            "class '-1' is not in .*; -1: a set with hidden labels cannot be evaluated; .*predict",
+        ),
         ("ab", "ab", {"labels": ["a", "c"]}, "train: class 'b' is not in labels"),
         ("aa", "a", {}, "train.csv: all rows have the class 'a'; expected two"),
         ("abc", "ab", {"metrics": ["f1"]}, "f1 needs 2 classes, got 3"),
-        ("ab", "ab", {"kind": "tokens", "metrics": ["entity_f1"]}, "expects the tags B-X, I-X and O, got 'a'"),
+        ("ab", "ab", {"kind": "tokens", "metrics": ["entity_f1"]}, "expects tags as B-X, I-X and O, got 'a'"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(train, validation, options, fault):
     with pytest.raises(DataError, match=fault):
         classes(train, validation, **options)
-
-
-def test_the_held_out_share(tmp_path):
-    """The same rows at each call; copies of a text stay together; no row is lost."""
-    texts = [f"text {i % 400}" for i in range(800)]
-    path = write(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
-    sets = read_sets(data_of(path, validation=0.25))
-    train, held_out = ([row.text for row in sets[name]] for name in ("train", "validation"))
-    assert 60 < len(set(held_out)) < 140 and not set(train) & set(held_out)
-    assert sorted(train + held_out) == sorted(texts)
-    assert read_sets(data_of(path, validation=0.25)) == sets
-    path = write(tmp_path / "one.jsonl", ROWS[:1])
-    with pytest.raises(DataError, match="holding out 0.5 of 1 rows leaves one of the two sets empty"):
-        read_sets(data_of(path, validation=0.5))
 
 
 def test_validation_sets_by_name(tmp_path):

@@ -19,12 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from src.common.errors import DataError
 from src.data.microbatches import Batch
+from src.finetune.cells import read_list
 from src.finetune.config import LabelledData
 from src.masked_lm_loss import IGNORED
 
 Example = dict[str, Any]
 """``input_ids`` (L,) int32; ``token_type_ids`` (L,) int8 for pairs; ``labels``: int, float, or (L,) int64 for words."""
 
+TEXT = "a text (empty_texts: true accepts an empty one)"
 ROWS_AT_ONCE = 1000
 """Rows in one call of the tokenizer, whose output takes much memory."""
 
@@ -59,7 +61,21 @@ def check(fits: bool, place: str, record: dict[str, Any], column: str, expected:
 
 def is_class(value: Any) -> bool:
     """Whether a value is the name or the number of a class."""
-    return isinstance(value, (str, int)) and value != ""
+    return isinstance(value, (str, int)) and str(value).strip() != ""
+
+
+def is_text(value: Any, data: LabelledData) -> bool:
+    """Whether a value is a text that is not blank, or may be."""
+    return isinstance(value, str) and (data.empty_texts or value.strip() != "")
+
+
+def list_of(place: str, record: dict[str, Any], column: str, separator: str | None = None) -> Any:
+    """A column's value; of a text the list that it holds (``read_list``)."""
+    value = record[column]
+    try:
+        return read_list(value, separator) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{place}: column {column!r}: expected a list, got {value!r:.60}: {error}") from None
 
 
 def tokenized(
@@ -105,13 +121,32 @@ class Kind:
     def __init__(self, data: LabelledData):
         self.data = data
 
-    def columns(self) -> list[str]:
-        """Columns that each record has."""
-        return [name for name in (self.data.text, self.data.text_pair, self.data.label) if name is not None]
+    def columns(self, labelled: bool = True) -> list[str]:
+        """Columns that each record has, with or without those of the label; the first one has the text."""
+        data = self.data
+        labels = data.label_columns or [data.label]
+        return [data.text, *([data.text_pair] if data.text_pair else []), *(labels if labelled else [])]
 
     def row(self, place: str, record: dict[str, Any]) -> Row:
         """A record of a file as a row; raises DataError, which begins with ``place``, if a value does not fit."""
-        raise NotImplementedError
+        text, pair = self.texts(place, record)
+        return Row(text, pair, self.label_of(place, record, text))
+
+    def unlabelled(self, place: str, record: dict[str, Any]) -> Row:
+        """As ``row``, of a record without a label; the row's is None."""
+        return Row(*self.texts(place, record), None)
+
+    def texts(self, place: str, record: dict[str, Any]) -> tuple[Any, Any]:
+        """The text of a record and its second text, if the task is on pairs."""
+        text, pair = self.data.text, self.data.text_pair
+        for column in filter(None, (text, pair)):
+            check(is_text(record[column], self.data), place, record, column, TEXT)
+        return record[text], None if pair is None else record[pair]
+
+    def label_of(self, place: str, record: dict[str, Any], text: Any) -> Any:
+        """The label of a record, as in ``Row``."""
+        check(is_class(record[self.data.label]), place, record, self.data.label, "a class")
+        return str(record[self.data.label])
 
     def classes(self, row: Row) -> Sequence[str]:
         """The classes that a row has."""

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from src.bert_layers import BertForMultipleChoice
 from src.data.microbatches import Batch
 from src.finetune.kinds.base import Encoded, Example, Kind, Row, check, ids_of, tokenized
-from src.finetune.kinds.texts import texts_of
 
 
 class MultipleChoice(Kind):
@@ -23,13 +22,28 @@ class MultipleChoice(Kind):
     number: int | None = None
     """Of choices in each row of a file."""
 
-    def columns(self) -> list[str]:
+    def columns(self, labelled: bool = True) -> list[str]:
         choices = self.data.choices
-        return [*super().columns(), *([choices] if isinstance(choices, str) else choices or [])]
+        return [*super().columns(labelled), *([choices] if isinstance(choices, str) else choices or [])]
 
-    def row(self, place: str, record: dict[str, Any]) -> Row:
-        """``pair`` is the list of choices, ``label`` the number of the right one."""
-        text, question = texts_of(place, record, self.data)
+    def texts(self, place: str, record: dict[str, Any]) -> tuple[str, list[str]]:
+        """The text, and the choices with ``text_pair`` before each."""
+        text, question = super().texts(place, record)
+        choices = self._choices(place, record)
+        return text, [choice if question is None else f"{question} {choice}" for choice in choices]
+
+    def label_of(self, place: str, record: dict[str, Any], text: str) -> int:
+        """The number of the right choice."""
+        label = record[self.data.label]
+        choices = self._choices(place, record)
+        names = [(i, str(i), chr(ord("A") + i), choice) for i, choice in enumerate(choices)]
+        means = [i for i, name in enumerate(names) if label in name]
+        check(
+            len(means) == 1, place, record, self.data.label, "the number from 0, the letter or the text of one choice"
+        )
+        return means[0]
+
+    def _choices(self, place: str, record: dict[str, Any]) -> list[str]:
         named = self.data.choices
         if isinstance(named, str):
             choices, column = record[named], named
@@ -39,13 +53,7 @@ class MultipleChoice(Kind):
         check(fits, place, record, column, "two or more choices")
         self.number = self.number or len(choices)
         check(len(choices) == self.number, place, record, column, f"{self.number} choices, as in the rows before")
-        label = record[self.data.label]
-        names = [(i, str(i), chr(ord("A") + i), choice) for i, choice in enumerate(choices)]
-        means = [i for i, name in enumerate(names) if label in name]
-        check(
-            len(means) == 1, place, record, self.data.label, "the number from 0, the letter or the text of one choice"
-        )
-        return Row(text, [choice if question is None else f"{question} {choice}" for choice in choices], means[0])
+        return choices
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": None}

@@ -24,7 +24,6 @@ from src.common.errors import ConfigError
 from src.data.microbatches import Batch
 from src.finetune.kinds import base
 from src.finetune.kinds.base import Encoded, Example, Kind, Row, check, ids_of
-from src.finetune.kinds.texts import texts_of
 
 SHORTEST = 12
 """Smallest ``max_seq_len`` for which a window has room for the overlap, a question and special tokens."""
@@ -135,11 +134,11 @@ class QuestionAnswering(Kind):
     of_tokens = (*Kind.of_tokens, "in_context")
     suffix = ".jsonl"
 
-    def columns(self) -> list[str]:
-        return [*super().columns(), *filter(None, [self.data.id])]
+    def columns(self, labelled: bool = True) -> list[str]:
+        return [*super().columns(labelled), *filter(None, [self.data.id])]
 
     def row(self, place: str, record: dict[str, Any]) -> Row:
-        question, context = texts_of(place, record, self.data)
+        question, context = self.texts(place, record)
         label = self.data.label
         answers = self._answers(record[label])
         expected = "answers: {text: [...], answer_start: [...]}, or a list of {text, answer_start}"

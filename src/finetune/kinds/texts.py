@@ -21,8 +21,7 @@ from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from src.bert_layers import BertForSequenceClassification
 from src.common.errors import DataError
 from src.data.microbatches import Batch
-from src.finetune.config import LabelledData
-from src.finetune.kinds.base import Kind, Row, check, is_class
+from src.finetune.kinds.base import Kind, Row, check, is_class, list_of
 from src.masked_lm_loss import IGNORED
 
 
@@ -36,13 +35,6 @@ def macro_f1(classes: list[str]) -> Metric:
     return MulticlassF1Score(len(classes), average="macro", ignore_index=IGNORED)
 
 
-def texts_of(place: str, record: dict[str, Any], data: LabelledData) -> tuple[str, str | None]:
-    """The text of a record and its second text, if the task is on pairs."""
-    for column in filter(None, (data.text, data.text_pair)):
-        check(isinstance(record[column], str), place, record, column, "a text")
-    return record[data.text], None if data.text_pair is None else record[data.text_pair]
-
-
 class Classification(Kind):
     """A class for each text."""
 
@@ -54,17 +46,16 @@ class Classification(Kind):
         "matthews": lambda classes: MulticlassMatthewsCorrCoef(len(classes)),
     }
 
-    def row(self, place: str, record: dict[str, Any]) -> Row:
-        texts = texts_of(place, record, self.data)
-        check(is_class(record[self.data.label]), place, record, self.data.label, "a class")
-        return Row(*texts, str(record[self.data.label]))
-
     def check_classes(self, classes: Sequence[str]) -> None:
         if "f1" in (self.data.metrics or []) and len(classes) != 2:
             raise DataError(f"metrics: f1 needs 2 classes, got {len(classes)}; macro_f1 takes any number")
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {**super().head(classes), "problem_type": "single_label_classification"}
+
+
+BINARY = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+"""What a column of ``label_columns`` may have; pandas makes numbers with a point of a column with gaps."""
 
 
 class MultiLabel(Kind):
@@ -77,13 +68,16 @@ class MultiLabel(Kind):
         "subset_accuracy": lambda classes: MultilabelExactMatch(len(classes)),
     }
 
-    def row(self, place: str, record: dict[str, Any]) -> Row:
-        texts, label = texts_of(place, record, self.data), record[self.data.label]
-        if isinstance(label, str):
-            label = [part.strip() for part in label.split(",") if part.strip()]
+    def label_of(self, place: str, record: dict[str, Any], text: str) -> list[str]:
+        columns = self.data.label_columns
+        if columns is not None:
+            for column in columns:
+                check(str(record[column]).lower() in BINARY, place, record, column, "0 or 1")
+            return [column for column in columns if BINARY[str(record[column]).lower()]]
+        label = list_of(place, record, self.data.label, ",")
         fits = isinstance(label, list) and all(map(is_class, label))
         check(fits, place, record, self.data.label, "a list of classes")
-        return Row(*texts, [str(name) for name in label])
+        return list(dict.fromkeys(map(str, label)))
 
     def classes(self, row: Row) -> Sequence[str]:
         return row.label
@@ -118,14 +112,13 @@ class Regression(Kind):
     }
     has_classes = False
 
-    def row(self, place: str, record: dict[str, Any]) -> Row:
-        texts = texts_of(place, record, self.data)
+    def label_of(self, place: str, record: dict[str, Any], text: str) -> float:
         try:
             number = float(record[self.data.label])
         except (TypeError, ValueError):
             number = math.nan
         check(math.isfinite(number), place, record, self.data.label, "a number")
-        return Row(*texts, number)
+        return number
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}

@@ -13,16 +13,17 @@ from transformers import PreTrainedTokenizerFast
 from src.bert_layers import BertForTokenClassification
 from src.common.errors import DataError
 from src.data.microbatches import Batch
-from src.finetune.kinds.base import Encoded, Kind, Row, check, ids_of, is_class, tokenized
+from src.finetune.kinds.base import Encoded, Kind, Row, check, ids_of, is_class, is_text, list_of, tokenized
 from src.finetune.kinds.texts import accuracy, macro_f1
+from src.finetune.tags import entities, is_tag
 from src.masked_lm_loss import IGNORED
 
 
 class EntityF1(Metric):
     """Micro-averaged F1 of whole entities, as conlleval counts them (Tjong Kim Sang and De Meulder, 2003).
 
-    An entity is a sequence of tags B-X I-X ...; an I-X after another tag also begins one. It is correct if its type,
-    first word and last word are. torchmetrics has none.
+    The tags are those of any scheme in src/finetune/tags.py. An entity is correct if its type, first word and last
+    word are. torchmetrics has none.
     """
 
     full_state_update = False
@@ -38,24 +39,12 @@ class EntityF1(Metric):
         """Add a batch of tag numbers, (B, S) each; positions with the label IGNORED do not count."""
         for predicted, label in zip(predictions, labels, strict=True):
             counted = label != IGNORED
-            ours, theirs = self.entities(predicted[counted]), self.entities(label[counted])
+            ours, theirs = (entities(self.classes[int(n)] for n in tags[counted]) for tags in (predicted, label))
             self.counts += self.counts.new_tensor([len(ours & theirs), len(ours), len(theirs)])
 
     def compute(self) -> Tensor:
         """() fp32; 0 if there is no entity."""
         return 2 * self.counts[0] / self.counts[1:].sum().clamp(min=1)
-
-    def entities(self, numbers: Tensor) -> set[tuple[str, int, int]]:
-        """(type, first word, word after the last) of each entity in the tags (words,)."""
-        found, kind, first = set(), None, 0
-        for i, tag in enumerate([*(self.classes[n] for n in numbers.tolist()), "O"]):
-            continues = tag == f"I-{kind}"
-            if kind is not None and not continues:
-                found.add((kind, first, i))
-                kind = None
-            if tag != "O" and not continues:
-                kind, first = tag[2:], i
-        return found
 
 
 class Tokens(Kind):
@@ -65,23 +54,25 @@ class Tokens(Kind):
     metrics = {"accuracy": accuracy, "macro_f1": macro_f1, "entity_f1": EntityF1}
     of_tokens = (*Kind.of_tokens, "labels")
 
-    def row(self, place: str, record: dict[str, Any]) -> Row:
-        data = self.data
-        texts = (record[data.text], record[data.label])
-        words, tags = (value.split() if isinstance(value, str) else value for value in texts)
-        fits = isinstance(words, list) and words != [] and all(isinstance(word, str) for word in words)
-        check(fits, place, record, data.text, "words")
-        fits = isinstance(tags, list) and len(tags) == len(words) and all(map(is_class, tags))
-        check(fits, place, record, data.label, f"{len(words)} tags, one for each word")
-        return Row(words, None, [str(tag) for tag in tags])
+    def texts(self, place: str, record: dict[str, Any]) -> tuple[list[str], None]:
+        words = list_of(place, record, self.data.text)
+        fits = isinstance(words, list) and words != [] and all(is_text(word, self.data) for word in words)
+        check(fits, place, record, self.data.text, "words, none of them empty")
+        return words, None
+
+    def label_of(self, place: str, record: dict[str, Any], text: list[str]) -> list[str]:
+        tags = list_of(place, record, self.data.label)
+        fits = isinstance(tags, list) and len(tags) == len(text) and all(map(is_class, tags))
+        check(fits, place, record, self.data.label, f"{len(text)} tags, one for each word")
+        return [str(tag) for tag in tags]
 
     def classes(self, row: Row) -> Sequence[str]:
         return row.label
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        other = [name for name in classes if name != "O" and not name.startswith(("B-", "I-"))]
+        other = [name for name in classes if not is_tag(name)]
         if "entity_f1" in (self.data.metrics or []) and other:
-            raise DataError(f"metrics: entity_f1 expects the tags B-X, I-X and O, got {other[0]!r}; accuracy takes any")
+            raise DataError(f"metrics: entity_f1 expects tags as B-X, I-X and O, got {other[0]!r}; accuracy takes any")
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {**super().head(classes), "problem_type": None}
