@@ -18,7 +18,7 @@ import yaml
 import export_hf
 import main
 from src import bert_layers
-from src.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel
+from src.bert_layers import BertForMaskedLM, BertForSequenceClassification
 from src.common.errors import ConfigError, ExportError
 from src.configuration_bert import AUTO_MAP
 from src.data.tokenizer import load_tokenizer
