@@ -17,11 +17,13 @@ def note(what):
     with open("notes", "a") as notes:
         notes.write(f"{time.monotonic()} {what} {name} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 note("begin")
+print(name, "begins", flush=True)
+print("half a ", end="", flush=True)
 time.sleep(seconds)
 note("end")
+print("line", flush=True)
 if code > 0:
-    print("first words")
-    print("the reason\\n")
+    print("\\nthe reason", end="")
     sys.exit(code)
 os.kill(os.getpid(), -code)
 """
@@ -45,8 +47,7 @@ def notes():
     return [tuple(line.split()[1:]) for line in sorted(Path("notes").read_text().splitlines())]
 
 
-def test_each_device_runs_one_job_at_a_time(job, monkeypatch):
-    monkeypatch.setattr(gpus, "REPORT_S", 0.1)
+def test_each_device_runs_one_job_at_a_time(job):
     said = []
     assert gpus.run_jobs([job(name) for name in "abcde"], ["0", "GPU-7"], said.append) == {}
     busy = set()
@@ -55,7 +56,16 @@ def test_each_device_runs_one_job_at_a_time(job, monkeypatch):
         busy ^= {device}
     started = [line[0] for line in said if "started" in line]
     assert started == list("abcde") and "started on GPU 0" in said[0] and "started on GPU GPU-7" in said[1]
-    assert "a: no output yet" in said
+    for name in "abcde":  # each whole line once, before the job's end
+        lines = [line.removeprefix(f"{name}: ") for line in said if line.startswith(f"{name}: ")]
+        assert lines[1:3] == [f"{name} begins", "half a line"] and lines[3].startswith("done") and len(lines) == 4
+
+
+def test_lines_of_one_device_have_no_name(job):
+    said = []
+    gpus.run_jobs([job("a", 0), job("b", 0, code=3)], [None], said.append)
+    assert said[1:3] == ["a begins", "half a line"] and said[3].startswith("a: done")
+    assert said[5:8] == ["b begins", "half a line", "the reason"] and said[8].startswith("b: failed: the reason (")
 
 
 def test_a_job_waits_for_the_job_that_it_needs(job):
