@@ -995,6 +995,13 @@ MUTANTS = [
         "finetune/test_finetune.py::test_a_runs_key_hashes_what_decides_its_result",
     ),
     Mutant(
+        "last-weights-reported",
+        "src/finetune/run.py",
+        "        self.network.load_state_dict(self.weights)\n",
+        "",
+        "finetune/test_finetune.py::test_the_best_step_is_kept_by_rows_that_are_not_reported",
+    ),
+    Mutant(
         "interval",
         "src/finetune/table.py",
         "t_quantile(n - 1)",

@@ -7,4 +7,5 @@ holdout  a share of rows, class by class        tags    entities in sequences of
 kinds    rows -> batches, metrics, predictions  model   encoder and head
 glue     GLUE's tasks and files                 gpus    runs over devices
 table    mean, deviation, 95% interval
+predict  predictions for new texts              progress what a run says on the terminal
 """

@@ -5,6 +5,7 @@
 One error reports all faults. This is the only place with defaults.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from src.finetune import glue
 from src.train.config import INTERVAL
-from src.train.schema import NO_KEY, Component, nearest, read, to_dict
+from src.train.schema import NO_KEY, Component, Named, nearest, read, read_values, to_dict
 from src.train.yaml12 import unresolved
 
 KindName = Literal["classification", "multilabel", "multiple_choice", "question_answering", "regression", "tokens"]
@@ -42,6 +43,15 @@ DEFAULT_METRICS = {
     "regression": ["pearson", "spearman"],
     "tokens": ["accuracy"],
 }
+WEIGHTED = "classification", "tokens"
+"""Kinds whose loss takes ``class_weights``."""
+
+WATCHED = "early_stopping"
+"""Name of the set that early stopping watches, if it is no set of ``validation``."""
+RESERVED = "train", "test", WATCHED
+"""Names that a set of ``validation`` cannot have."""
+OF_EACH_RUN = "console_line", "metrics_file"
+"""Loggers that a YAML cannot set, since each run has them, with a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,23 @@ class LabelledData:
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """End a run when a metric no longer improves, and keep the weights that were best by it, not the last ones.
+
+    The watched rows choose the model, so a score on them would be optimistic: they are not among the reported ones.
+    """
+
+    watch: str | float
+    """What is watched at each ``eval_interval``: the share of ``train`` to hold out for it, such as 0.1; or a file; or
+    one of several sets of ``validation``, by its name, which then is not reported."""
+    metric: str | None = None
+    """A metric of the task's kind; higher is better. None: the first of ``data.metrics``."""
+    patience: str | int = 3
+    """The run ends if the metric has not improved for longer than this, in ba or ep, such as 500ba. An int counts
+    epochs."""
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """One task and how it is trained."""
 
@@ -119,6 +146,19 @@ class TaskConfig:
     """Your own files. None: GLUE's task of this name."""
     starts_from: str | None = None
     """The task whose fine-tuned encoder, of its first seed, this one starts from, instead of ``pretrained``."""
+    early_stopping: EarlyStopping | None = None
+    """None: all epochs are trained, and the last weights are kept."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """Weight of each class in the training loss, by its name in the files. ``balanced``: inversely proportional to how
+    often ``train`` has it, with a mean of 1 over the rows, or over the labelled words. None: all are 1."""
+
+    @property
+    def watched(self) -> str | None:
+        """Name of the set that early stopping watches: one of ``data.validation``, or WATCHED."""
+        if self.early_stopping is None or self.data is None:
+            return None
+        watch, named = self.early_stopping.watch, self.data.validation
+        return watch if isinstance(watch, str) and isinstance(named, dict) and watch in named else WATCHED
 
 
 @dataclass(frozen=True)
@@ -160,6 +200,9 @@ class FinetuneConfig:
     """How often to evaluate, for a run's ``metrics.jsonl``. The result is always evaluated at the end."""
     save_models: bool = True
     """Save each run's model as a Hugging Face folder. A model that another task starts from is always saved."""
+    loggers: Named = field(default_factory=dict)
+    """As in pretraining: tensorboard, wandb, mlflow, ...; each run is one of its own there, ``RUN_NAME-TASK-seedSEED``.
+    ``metrics.jsonl`` and the lines of the console are always written."""
 
     interpolations: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, metadata=NO_KEY)
     """Values that depend on the environment, as the YAML has them, by path. They are written in place of the values."""
@@ -207,12 +250,37 @@ class RunSpec:
         return unresolved(to_dict(self), texts)
 
 
+@dataclass(frozen=True)
+class PredictConfig:
+    """How a model that finetune.py made reads texts and predicts: saved in the model's config.json."""
+
+    data: LabelledData
+    """The columns and the kind of the task."""
+    max_seq_len: int
+    """Longest sequence in tokens, as in training."""
+    batch_size: int = 64
+    """Sequences per forward pass; the predictions do not depend on it."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    """Dtype of matrix products. ``amp_*`` needs a GPU."""
+
+
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     """Read a YAML and ``key=value`` overrides such as ``tasks.rte.seeds=[1,2]``; raises ConfigError."""
     return read(FinetuneConfig, path, overrides, _check)
+
+
+def load_predict(given: dict[str, Any], path: str, overrides: Sequence[str]) -> PredictConfig:
+    """The settings that ``path`` holds, with overrides such as ``data.text=title``; raises ConfigError."""
+
+    def check(config: PredictConfig, faults: list[str]) -> None:
+        if config.batch_size < 1:
+            faults.append(f"batch_size: expected a positive number, got {config.batch_size!r}")
+        faults += [f"data.{fault}" for fault in _data_faults(config.data)]
+
+    return read_values(PredictConfig, given, path, overrides, check)
 
 
 def selected(config: FinetuneConfig) -> dict[str, TaskConfig]:
@@ -244,6 +312,8 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
             faults.append(f"only: unknown task {name!r}; {nearest(name, list(config.tasks))}")
     if config.glue_folder is not None and all(task.data for task in config.tasks.values()):
         faults.append("glue_folder: has no effect without a task of GLUE")
+    for name in OF_EACH_RUN:
+        expect(name not in config.loggers, f"loggers.{name}", "another logger; each run has this one", name)
     for name, task in config.tasks.items():
         path = f"tasks.{name}"
         names_folder = bool(NAME.fullmatch(name))
@@ -260,6 +330,7 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
         elif name not in glue.TASKS:
             hint = nearest(name, list(glue.TASKS))
             faults.append(f"{path}: not a task of GLUE ({hint}); a task on your own files needs a section 'data'")
+        faults += [f"{path}.{fault}" for fault in _training_faults(name, task)]
         chain = [name]
         while (start := config.tasks[chain[-1]].starts_from) in config.tasks and start not in chain:
             chain.append(start)
@@ -267,6 +338,34 @@ def _check(config: FinetuneConfig, faults: list[str]) -> None:
             faults.append(f"{path}.starts_from: circular: {' <- '.join([*chain, start])}")
         elif start is not None and len(chain) == 1:  # else the other task reports it
             faults.append(f"{path}.starts_from: unknown task {start!r}; {nearest(start, list(config.tasks))}")
+
+
+def _training_faults(name: str, task: TaskConfig) -> Iterator[str]:
+    stopping, weights = task.early_stopping, task.class_weights
+    given = task.data or (LabelledData(train="", validation="", **glue.TASKS[name]) if name in glue.TASKS else None)
+    if given is None:
+        return
+    kind, named = given.kind, given.validation if isinstance(given.validation, dict) else glue.SPLITS.get(name, {})
+    if stopping is not None:
+        watch, path = stopping.watch, "early_stopping.watch"
+        if stopping.metric is not None and stopping.metric not in KNOWN_METRICS[kind]:
+            hint = nearest(stopping.metric, KNOWN_METRICS[kind])
+            yield f"early_stopping.metric: {stopping.metric!r} is no metric of {kind}; {hint}"
+        if isinstance(watch, float) and not 0 < watch < 1:
+            yield f"{path}: expected a share between 0 and 1, or a file, got {watch!r}"
+        reported = [given.test, *(["test", "validation", given.validation] if not named else ["test", *named.values()])]
+        if watch in reported or list(named) == [watch]:
+            yield (
+                f"{path}: {watch!r} is reported, and choosing the model by reported rows is optimistic; give a share of"
+                " train, such as 0.1, a file, or one of several validation sets"
+            )
+        if not re.fullmatch(r"[1-9]\d*(ba|ep)?", str(stopping.patience)):
+            yield f"early_stopping.patience: expected a number, with ba or ep, such as 2ep, got {stopping.patience!r}"
+    if weights is not None and kind not in WEIGHTED:
+        yield f"class_weights: the loss of kind {kind} has none; {' and '.join(WEIGHTED)} take them"
+    for label, weight in weights.items() if isinstance(weights, dict) else ():
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            yield f"class_weights.{label}: expected 0 or more, got {weight!r}"
 
 
 def _data_faults(data: LabelledData) -> Iterator[str]:
@@ -281,8 +380,8 @@ def _data_faults(data: LabelledData) -> Iterator[str]:
     if files == {}:
         yield "validation: expected at least one file"
     for name, file in files.items() if isinstance(files, dict) else ():
-        if not isinstance(file, str) or not isinstance(name, str) or not NAME.fullmatch(name) or name == "test":
-            yield f"validation.{name}: expected a name other than test, and a file; got {file!r}"
+        if not isinstance(file, str) or not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED:
+            yield f"validation.{name}: expected a name other than {', '.join(RESERVED)}, and a file; got {file!r}"
     if data.kind == "tokens" and data.text_pair is not None:
         yield "text_pair: has no effect with kind tokens, which takes one text"
     if data.kind in WITHOUT_CLASSES and (labels is not None or data.label_names is not None):

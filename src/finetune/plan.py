@@ -13,15 +13,15 @@ from src.common import hub
 from src.common.errors import ConfigError, DataError
 from src.data.tokenizer import tokenizer_fingerprint
 from src.finetune import glue, model
-from src.finetune.config import FinetuneConfig, LabelledData, RunSpec, selected
-from src.finetune.data import classes_of, read_sets
+from src.finetune.config import WATCHED, FinetuneConfig, LabelledData, RunSpec, TaskConfig, selected
 from src.finetune.files import file_hashes
 from src.finetune.kinds import KINDS
-from src.finetune.run import MODEL_FOLDER, RESULT_FILE
+from src.finetune.run import MODEL_FOLDER, RESULT_FILE, read_task
 from src.train import optim, weights
-from src.train.schema import build, to_dict
+from src.train.loggers import LOGGERS, check_package
+from src.train.schema import build, check_component, to_dict
 
-NOT_IN_RUN_KEY = "run_name folder tasks only glue_folder eval_batch_size eval_interval save_models".split()
+NOT_IN_RUN_KEY = "run_name folder tasks only glue_folder eval_batch_size eval_interval save_models loggers".split()
 """Settings that do not change the result of a run, or are hashed for its task alone."""
 
 
@@ -106,7 +106,24 @@ def _task_settings(config: FinetuneConfig, name: str) -> dict[str, Any]:
     settings = to_dict(config.tasks[name])
     settings["data"] |= {split: hashed(settings["data"][split]) for split in ("train", "validation", "test")}
     del settings["seeds"], settings["starts_from"]
+    task = config.tasks[name]
+    if task.early_stopping is not None:
+        if task.watched == WATCHED:
+            settings["early_stopping"]["watch"] = hashed(task.early_stopping.watch)
+        settings["eval_interval"] = config.eval_interval  # it decides which steps can be the best one
     return settings
+
+
+def _check_watched(task: TaskConfig, data: LabelledData) -> None:
+    """Raise ConfigError if early stopping watches a file that the run trains on or reports, under any name."""
+    if task.early_stopping is None or not isinstance(task.early_stopping.watch, str):
+        return
+    watch, named = task.early_stopping.watch, data.validation
+    sets = {"train": data.train, "test": data.test, **(named if isinstance(named, dict) else {"validation": named})}
+    files = set(file_hashes(sets.pop(watch) if task.watched == watch else watch))
+    for name, pattern in sets.items():
+        if isinstance(pattern, str) and files & set(file_hashes(pattern)):
+            raise ConfigError(f"early_stopping.watch: {watch} holds a file of {name}; the watched rows must be others")
 
 
 def is_finished(spec: RunSpec) -> bool:
@@ -121,14 +138,18 @@ def check_runs(specs: list[RunSpec]) -> None:
     if config.precision != "fp32" and not torch.cuda.is_available():
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
     source, tokenizer = model.read_pretrained(config)
+    for logger in config.loggers.values():
+        check_component("loggers", LOGGERS, logger, given=[])
+        check_package(logger.name)
     build("scheduler", optim.SCHEDULERS, config.scheduler)
     build("optimizer", optim.OPTIMIZERS, config.optimizer, model=torch.nn.Linear(1, 1), lr=1.0)
     kinds = {}
     for spec in {spec.task: spec for spec in specs}.values():
         task = spec.config.tasks[spec.task]
         try:
-            sets = read_sets(spec.data)
-            kinds[spec.data.kind] = KINDS[spec.data.kind](spec.data), classes_of(spec.data, sets)
+            _check_watched(task, spec.data)
+            sets, classes = read_task(spec)
+            kinds[spec.data.kind] = KINDS[spec.data.kind](spec.data), classes
             steps = math.ceil(len(sets["train"]) / task.batch_size)
             optim.build_scheduler(config.scheduler, f"{task.epochs * steps}ba", steps)
         except (ConfigError, DataError) as error:

@@ -79,12 +79,22 @@ def read(kind: type, path: str, overrides: Sequence[str], check: Callable[[Any, 
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file")
-    faults = Faults({})
     try:
         given: Any = yaml12.load(Path(path).read_text())
         if not isinstance(given, dict | None):
             raise ConfigError("the top level must be keys and values")
-        merged: Any = OmegaConf.create(given or {})
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return read_values(kind, given or {}, path, overrides, check)
+
+
+def read_values(
+    kind: type, given: dict[str, Any], path: str, overrides: Sequence[str], check: Callable[[Any, list[str]], None]
+) -> Any:
+    """As ``read``, from the values of a YAML; ``path`` names them in messages."""
+    faults = Faults({})
+    try:
+        merged: Any = OmegaConf.create(given)
         for override in overrides:
             merged = _merged(kind, merged, override)
         try:

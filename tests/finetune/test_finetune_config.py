@@ -9,7 +9,16 @@ import yaml
 
 from src.common.errors import ConfigError
 from src.finetune import config, glue
-from src.finetune.config import FinetuneConfig, LabelledData, RunSpec, TaskConfig, load, selected
+from src.finetune.config import (
+    EarlyStopping,
+    FinetuneConfig,
+    LabelledData,
+    PredictConfig,
+    RunSpec,
+    TaskConfig,
+    load,
+    selected,
+)
 from src.train.schema import read, to_dict
 from src.train.yaml12 import dump
 from tests.train.test_config import misspell, paths_of
@@ -110,8 +119,8 @@ def test_each_key_misspelt_is_refused(path, write):
         ("tasks.mine.data.kind=clasification", "tasks.mine.data.kind: "),
         ("tasks.mine.data.validation=1", "data.validation: expected a share between 0 and 1, got 1.0"),
         ("tasks.mine.data.validation={}", "data.validation: expected at least one file"),
-        ("tasks.mine.data.validation={test: a.csv}", "data.validation.test: expected a name other than test, and a"),
-        ("tasks.mine.data.validation={near: 3}", "data.validation.near: expected a name other than test, and a file"),
+        ("tasks.mine.data.validation={test: a.csv}", "data.validation.test: expected a name other than train, test"),
+        ("tasks.mine.data.validation={near: 3}", "data.validation.near: expected a name other than"),
         ("tasks.mine.data={kind: tokens, text_pair: b, metrics: null}", "data.text_pair: has no effect with kind tok"),
         ("tasks.mine.data={kind: regression, labels: [a, b], metrics: null}", "labels: regression has no classes"),
         (
@@ -150,6 +159,38 @@ def test_each_key_misspelt_is_refused(path, write):
             "tasks.mine.data={labels: ['1', '2'], label_names: [a]}",
             "data.label_names: expected as many as labels, 2, got 1",
         ),
+        (
+            "tasks.mine.early_stopping={watch: 1}",
+            "early_stopping.watch: expected a share between 0 and 1, or a file, got",
+        ),
+        ("tasks.mine.early_stopping={watch: validation}", "watch: 'validation' is reported, and choosing the model by"),
+        (
+            "tasks.mine={early_stopping: {watch: a.csv}, data: {test: a.csv}}",
+            "early_stopping.watch: 'a.csv' is reported",
+        ),
+        (
+            "tasks.mine={early_stopping: {watch: dev}, data: {validation: {dev: a.csv}}}",
+            "tasks.mine.early_stopping.watch: 'dev' is reported",
+        ),
+        ("tasks.mine.early_stopping={watch: 0.1, metric: f2}", "early_stopping.metric: 'f2' is no metric of classific"),
+        ("tasks.mine.early_stopping={watch: 0.1, patience: 3x}", "patience: expected a number, with ba or ep, such as"),
+        ("tasks.mine.early_stopping={watch: 0.1, patience: 0}", "early_stopping.patience: expected a number, with ba"),
+        ("tasks.mine.early_stopping={patience: 2}", "tasks.mine.early_stopping.watch: missing"),
+        (
+            "tasks.mine.class_weights=balance",
+            "tasks.mine.class_weights: expected one of balanced or keys and values or",
+        ),
+        ("tasks.mine.class_weights={yes: -1}", "tasks.mine.class_weights.yes: expected 0 or more, got -1"),
+        ("tasks.mine.class_weights={yes: much}", "tasks.mine.class_weights.yes: expected 0 or more, got 'much'"),
+        (
+            "tasks.mine={class_weights: balanced, data: {kind: regression, metrics: null}}",
+            "tasks.mine.class_weights: the loss of kind regression has none",
+        ),
+        (
+            "tasks.mine.data.validation={train: a.csv}",
+            "validation.train: expected a name other than train, test, early",
+        ),
+        ("loggers.metrics_file={path: x}", "loggers.metrics_file: expected another logger; each run has this one"),
     ],
 )
 def test_each_kind_of_fault(override, fault):
@@ -187,7 +228,10 @@ def test_a_runs_description_is_its_spec(write):
 
 def test_every_field_is_explained():
     fields = re.findall(r"^    (\w+): .*\n(.*)", Path(config.__file__).read_text(), re.MULTILINE)
-    count = sum(len(dataclasses.fields(x)) for x in (LabelledData, TaskConfig, FinetuneConfig, RunSpec))
+    count = sum(
+        len(dataclasses.fields(x))
+        for x in (LabelledData, EarlyStopping, TaskConfig, FinetuneConfig, RunSpec, PredictConfig)
+    )
     assert len(fields) == count and [name for name, next_line in fields if '"""' not in next_line] == []
 
 

@@ -4,6 +4,7 @@ transformers' collators return the same batches as ``Kind.collate``, but take 20
 tokenizer's side.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from src.common.errors import DataError
 from src.data.microbatches import Batch
 from src.finetune.cells import read_list
 from src.finetune.config import LabelledData
+from src.finetune.progress import counted
 from src.masked_lm_loss import IGNORED
 
 Example = dict[str, Any]
@@ -83,7 +85,7 @@ def tokenized(
 ) -> Iterator[tuple[Row, Encoding]]:
     """Each row with its tokens. A pair that is too long loses the end of its longer text first."""
     is_pair = rows[0].pair is not None
-    for start in range(0, len(rows), ROWS_AT_ONCE):
+    for start in counted(range(0, len(rows), ROWS_AT_ONCE), "encoding, thousands of rows"):
         part = rows[start : start + ROWS_AT_ONCE]
         tokens = tokenizer(
             [row.text for row in part],
@@ -174,6 +176,10 @@ class Kind:
         """The label of a row's example, from the classes' numbers."""
         return number[row.label]
 
+    def blank_label(self, row: Row, classes: Sequence[str]) -> Any:
+        """A label for a row that has none, so that it can be encoded; predictions do not depend on it."""
+        return classes[0]
+
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
         """Examples -> a batch, padded on the right to its longest example.
 
@@ -249,3 +255,21 @@ class Kind:
     def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
         """A row's prediction as text."""
         return names[int(predicted)]
+
+    def scored_lines(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> list[str]:
+        """As ``lines``, each a JSON object with the prediction and the probability of each class."""
+        lines = zip(self.lines(outputs, batches, names), self._scores(outputs, batches, names), strict=True)
+        return [f"{json.dumps({'prediction': a.rstrip(), 'scores': b}, ensure_ascii=False)}\n" for a, b in lines]
+
+    def _scores(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> Iterator[Any]:
+        for output, batch in zip(outputs, batches, strict=True):
+            for row, label in zip(self.probabilities(output).float(), batch["labels"], strict=True):
+                yield self.scores(row, label, names)
+
+    def probabilities(self, outputs: Any) -> Tensor:
+        """Of each class, as ``logits``."""
+        return outputs["logits"].float().softmax(dim=-1)
+
+    def scores(self, probabilities: Tensor, label: Tensor, names: Sequence[str]) -> Any:
+        """A row's probability of each class, (classes,), by its name."""
+        return {name: round(p, 6) for name, p in zip(names, probabilities.tolist(), strict=True)}
