@@ -2,11 +2,16 @@
 
 python finetune.py yamls/finetune_glue.yaml pretrained=runs/mine/checkpoints [key=value ...]
 python finetune.py yamls/finetune_own.yaml pretrained=runs/mine/checkpoints [key=value ...]
+python finetune.py predict MODEL FILE [--out OUT] [--scores] [key=value ...]
 
 A run is a task with a seed. Each run is a process: one per GPU as GPUs become free, or one after another on the CPU.
 Finished runs are skipped. At the end, a table of all runs is printed and written.
+
+predict: MODEL is the folder ``model`` of a run, or an export of it. FILE has texts, and needs no labels. Each row's
+prediction is a line of OUT, or of standard output; with --scores a JSON object with the probability of each class.
 """
 
+import argparse
 import json
 import os
 import pickle
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from src.common.errors import ConfigError, TrainingError
 from src.common.files import locked, write_text
@@ -23,6 +29,7 @@ from src.common.signals import die_with_parent
 from src.finetune import gpus, table
 from src.finetune.config import FinetuneConfig, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
+from src.finetune.predict import predict
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import to_dict
 from src.train.yaml12 import dump, hidden, hiding, stored
@@ -37,10 +44,11 @@ def finetune(config: FinetuneConfig) -> int:
     """Do the unfinished runs, and write the table; returns the number of failed runs."""
     specs = plan_runs(config)
     unfinished = [spec for spec in specs if not is_finished(spec)]
-    if unfinished:
-        check_runs(unfinished)
     if len(unfinished) < len(specs):
         report(f"{len(specs) - len(unfinished)} of {len(specs)} runs are finished already")
+    if unfinished:
+        report(f"checking the files and the model of {len(unfinished)} runs")
+        check_runs(unfinished)
     by_encoder = {f"{spec.folder}/{MODEL_FOLDER}": spec.name for spec in specs}
     jobs = []
     for spec in unfinished:
@@ -76,13 +84,32 @@ def write_table(config: FinetuneConfig, finished: list[dict[str, Any]], failed: 
     print(f"{text}finetune runs={len(finished)} failed={len(failed)} average={average} table={folder / 'table.md'}")
 
 
+def predict_file(argv: list[str]) -> None:
+    """Write the predictions for a file."""
+    parser = argparse.ArgumentParser("finetune.py predict")
+    for name in ("model", "file"):
+        parser.add_argument(name)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.text=title, batch_size=8, ...")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--scores", action="store_true")
+    args = parser.parse_intermixed_args(argv)
+    lines = predict(args.model, args.file, args.overrides, args.scores)
+    if args.out is None:
+        sys.stdout.writelines(lines)
+    else:
+        write_text(args.out, lines)
+
+
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if argv else 2)
+    if argv[0] == "predict":
+        return predict_file(argv[1:])
     if argv[0] == "--run":  # a process that finetune() started
         die_with_parent()
         spec = pickle.load(sys.stdin.buffer)  # not run.yaml, which hides values from the environment
+        transformers.utils.logging.disable_progress_bar()  # of saving, which a log of lines has no use for
         with hiding(spec.config.interpolations):
             train_and_evaluate(spec)
         return

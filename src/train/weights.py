@@ -151,7 +151,7 @@ def _read_folder(folder: Path) -> tuple[type, dict[str, Any], dict[str, Tensor]]
         if options.get("hidden_act", "gelu") != "gelu":
             raise CheckpointError(f"{folder}: hidden_act: expected gelu, got {options['hidden_act']!r}")
         # A published config has more settings, which have no effect: lengths, positions, names of its own classes.
-        own = ("id2label", "label2id", "problem_type", "architectures")
+        own = ("id2label", "label2id", "problem_type", "architectures", "finetuned")
         takes = {*inspect.signature(MosaicBertConfig).parameters, *own}
         options = {name: value for name, value in options.items() if name in takes}
     paths = [folder / name for name in WEIGHTS if (folder / name).exists()]

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from composer import Trainer
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 import finetune
@@ -188,10 +190,22 @@ LEARNING = {
 }
 
 
+PREDICT_FAULTS = {
+    "data.txt=x": "config.json: 1 fault\n  data.txt: unknown key; did you mean 'text'?",
+    "batch_size=0": "batch_size: expected a positive number, got 0",
+    "data.text=title": "no column 'title'",
+    "precision=amp_bf16": "precision: amp_bf16 needs a GPU",
+}
+
+
 @pytest.mark.parametrize("what", LEARNING)
-def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
-    """On the validation set, far better than chance. The test set is not part of the score."""
+def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
+    """On the validation set, far better than chance. The test set is not part of the score.
+
+    A logger has the run by its name; the saved model predicts the same for rows without labels.
+    """
     model, options = LEARNING[what]
+    tree["loggers"] = {"tensorboard": {"log_dir": str(tmp_path / "board")}}
     data = tree["tasks"]["mine"]["data"]
     data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
     data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
@@ -220,6 +234,39 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path):
         tags = [(p.split(), row["tags"] if what == "tokens" else [row["label"]]) for p, row in pairs]
         right = [a == b for predicted, want in tags for a, b in zip(predicted, want, strict=True)]
         assert sum(right) / len(right) == pytest.approx(metrics["accuracy"])
+
+    events = (tmp_path / "board" / "test-mine-seed1").glob("events.*")
+    assert any(b"metrics/validation/" in path.read_bytes() for path in events)
+    said = capsys.readouterr().err
+    assert "train: 200 rows" in said and "validation: 30 rows" in said
+    assert ("; wet " in said) == (what in ("classification", "pairs"))
+    assert "encoded: " in said and "step 1 (1.9%)  loss " in said
+
+    texts = [{name: row[name] for name in ("text", "second", "words")} for row in rows(30, 1)]
+    unlabelled, folder = write_rows(tmp_path / "new.jsonl", texts), str(next(Path(tree["folder"]).glob("*/model")))
+    size = 64 if what == "regression" else 7  # of others, the numbers differ by rounding
+    finetune.main(["predict", folder, unlabelled, f"batch_size={size}", "--out", str(tmp_path / "new" / "out.txt")])
+    assert (tmp_path / "new" / "out.txt").read_text() == file.read_text()
+    for option, fault in PREDICT_FAULTS.items():
+        with pytest.raises(ValueError) as error:
+            finetune.main(["predict", folder, unlabelled, option])
+        assert fault in str(error.value)
+    if what == "regression":
+        with pytest.raises(ConfigError, match="--scores: has no effect with kind regression"):
+            finetune.main(["predict", folder, unlabelled, "--scores"])
+        return
+    capsys.readouterr()
+    finetune.main(["predict", "--scores", folder, unlabelled])
+    scored = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [line["prediction"] for line in scored] == file.read_text().splitlines()
+    if what == "multilabel":
+        wanted = [",".join(name for name, p in line["scores"].items() if p > 0.5) for line in scored]
+        assert wanted == [line["prediction"] for line in scored]
+        return
+    for line in scored:
+        parts = line["scores"] if what == "tokens" else [line["scores"]]
+        assert [max(part, key=part.get) for part in parts] == line["prediction"].split()
+        assert all(sum(part.values()) == pytest.approx(1, abs=1e-4) for part in parts)
 
 
 def test_the_saved_model_gives_the_predictions(tree, go, tokenizer):
@@ -282,15 +329,35 @@ def test_training_is_shuffled_by_the_seed_and_evaluation_is_not(tree, go, monkey
     assert seeds == [(sizes["train"], 7), (sizes["validation"], None)] and sum(sizes.values()) == 30
 
 
-@pytest.mark.parametrize("data", [{}, TOKENS], ids=["classification", "tokens"])
-def test_the_loss_does_not_depend_on_the_microbatch(data, tree, losses, spec_of):
-    """Nor the result on evaluation batches: every row, or labelled word, has the same weight."""
-    tree["tasks"]["mine"]["data"] |= data
-    expected = losses()
-    want = result_of(spec_of())
-    options = ["device_train_microbatch_size=3", "eval_batch_size=7", "eval_interval=1ba"]
-    assert losses(*options) == pytest.approx(expected, rel=1e-5) and len(expected) == 4
-    assert result_of(spec_of(*options))["metrics"] == want["metrics"]
+@pytest.mark.parametrize("kind", ["classification", "regression", "tokens"])
+def test_losses_and_weights_do_not_depend_on_the_microbatch(kind, tree, losses, spec_of):
+    """Gradient accumulation: every row, or labelled word, has the same weight, with weights of classes, too.
+
+    Nor does the result depend on evaluation batches.
+    """
+    options = {"regression": {"kind": kind, "label": "number"}, "tokens": TOKENS}
+    tree["tasks"]["mine"]["data"] |= options.get(kind, {})
+    tree["optimizer"]["eps"] = 1.0  # steps are proportional to the gradient, not to its sign, which may be rounding
+    tree["tasks"]["mine"] |= {"lr": 0.1, **({} if kind == "regression" else {"class_weights": "balanced"})}
+    (one, first), (two, second), (_, start) = (
+        (losses(*given, *more), (result_of(spec := spec_of(*given, *more))["metrics"], weights_of(spec)))
+        for given, more in (
+            ([], []),
+            (["device_train_microbatch_size=3", "eval_batch_size=7"], ["eval_interval=1ba"]),
+            (["tasks.mine.lr=1e-9"], []),
+        )
+    )
+    assert two == pytest.approx(one, rel=1e-5) and len(one) == 4
+    assert second[0]["validation"] == pytest.approx(first[0]["validation"], rel=1e-4)
+    for name, weight in first[1].items():
+        torch.testing.assert_close(second[1][name], weight, rtol=1e-4, atol=1e-6)
+    moved = max(float((weight - start[1][name]).abs().max()) for name, weight in first[1].items())
+    assert moved > 1e-3
+
+
+def weights_of(spec):
+    """The saved weights of a run."""
+    return load_file(Path(spec.folder) / MODEL_FOLDER / "model.safetensors")
 
 
 def test_each_seed_has_its_own_head(tree, spec_of, monkeypatch):
@@ -331,6 +398,44 @@ def test_the_same_seed_gives_the_same_run(tree, losses):
     assert losses("tasks.mine.seeds=[2]") != want
 
 
+# Early stopping
+
+
+def metrics_in(folder, label):
+    """(step, pearson) of each evaluation of a set in the one run of a folder."""
+    (path,) = Path(folder).rglob("metrics.jsonl")
+    lines, name = map(json.loads, path.read_text().splitlines()), f"metrics/{label}/pearson"
+    return [(line["batch"], line[name]) for line in lines if name in line]
+
+
+@pytest.mark.parametrize("watch", ["0.3", "held-out.jsonl", "dev"])
+def test_the_best_step_is_kept_by_rows_that_are_not_reported(watch, tree, go, tmp_path):
+    """The reported values, the predictions and the saved model are those of the watched set's best step."""
+    data = tree["tasks"]["mine"]["data"]
+    data |= {"kind": "regression", "label": "number", "metrics": ["pearson"]}
+    data["train"] = write_rows(tmp_path / "more.jsonl", rows(60, 5))
+    data["validation"] = write_rows(tmp_path / "reported.jsonl", rows(40, 7))
+    if watch == "dev":
+        data["validation"] = {"dev": str(tmp_path / "held-out.jsonl"), "validation": data["validation"]}
+    name = "dev" if watch == "dev" else "early_stopping"
+    watch = str(tmp_path / watch) if "." in watch[1:] and watch != "0.3" else watch
+    stopping = f"tasks.mine.early_stopping={{watch: {watch}, patience: 12ba}}"
+    result = go(stopping, "tasks.mine={epochs: 20, lr: 0.03}", "eval_interval=2ba")["mine-seed1"]
+
+    watched, reported = metrics_in(tree["folder"], name), dict(metrics_in(tree["folder"], "validation"))
+    step, best = max(watched, key=lambda entry: (entry[1], -entry[0]))
+    assert result["best"] == {"set": name, "step": step, "pearson": pytest.approx(best)}
+    assert result["steps"] == step + 14 < 20 * 8, "the first evaluation after more than 12 steps without a better one"
+    assert list(result["metrics"]) == ["validation"] and result["score"] == pytest.approx(reported[step])
+    assert reported[step] != reported[result["steps"]], "else the last weights would do"
+    assert result["rows"]["train"] + (result["rows"][name] if watch == "0.3" else 0) == 60
+
+    (folder,) = Path(tree["folder"]).glob("mine-*")
+    predicted = list(map(float, (folder / "predictions" / "validation.txt").read_text().split()))
+    numbers = [row["number"] for row in rows(40, 7)]
+    assert statistics.correlation(predicted, numbers) == pytest.approx(reported[step], abs=1e-4)
+
+
 # Plans
 
 
@@ -348,6 +453,15 @@ def test_a_runs_key_hashes_what_decides_its_result(tree, keys, tmp_path, tokeniz
     changes = [f"tasks.mine.{x}" for x in task.split()] + [f"tasks.mine.data.{x}" for x in data.split()]
     for override in [*changes, *run.split(), *(f"model.{x}" for x in model.split())]:
         assert not set(keys(override)) & set(want), override
+    stopping = keys("tasks.mine.early_stopping={watch: 0.2}")
+    for override in ("tasks.mine.class_weights=balanced", "tasks.mine.early_stopping={watch: 0.3}"):
+        assert not set(keys(override)) & {*want, *stopping}, override
+    later = keys("tasks.mine.early_stopping={watch: 0.2}", "eval_interval=2ba")
+    assert not {*later} & {*stopping}, "it decides which steps can be the best one"
+    write_rows(tmp_path / "other.jsonl", rows(5, 3))
+    watched = [keys(f"tasks.mine.early_stopping={{watch: {tmp_path}/{n}.jsonl}}") for n in ("train", "copy", "other")]
+    assert watched[0] == watched[1] and watched[1] != watched[2]
+    assert keys("loggers={tensorboard: {}}") == want
     equal = f"run_name=other eval_batch_size=3 eval_interval=2ba save_models=false folder={tmp_path}/elsewhere"
     for override in [*equal.split(), f"tasks.mine.data.train={copy}", f"tokenizer_name={other}"]:
         assert keys(override) == want, override
@@ -535,6 +649,17 @@ def test_a_model_of_the_hub_comes_from_its_cache(tree, config_of, tmp_path, toke
         ("tasks.mine.data.text=txt", "no column 'txt'; did you mean 'text'"),
         ("tasks.mine.data.label=number", "tasks.mine: validation: class"),
         ("tasks.mine.data.train=nowhere.csv", "nowhere.csv: no such file"),
+        ("loggers.tensorbord={}", "loggers: unknown 'tensorbord'"),
+        ("loggers.tensorboard={log_dirr: x}", "loggers.tensorboard: unexpected 'log_dirr'"),
+        ("tasks.mine.early_stopping={watch: nowhere.csv}", "nowhere.csv: no such file"),
+        (
+            "tasks.mine.early_stopping={watch: copy.jsonl}",
+            "tasks.mine: early_stopping.watch: copy.jsonl holds a file of v",
+        ),
+        (
+            "tasks.mine.class_weights={wet: 2}",
+            "tasks.mine: class_weights: expected a weight for each of dry, wet; got wet",
+        ),
         ("optimizer.beta=1", "optimizer.adamw: unexpected 'beta'"),
         ("optimizer.lr=1", "optimizer.adamw: unexpected 'lr'"),
         ("scheduler.name=linear", "scheduler: unknown 'linear'"),
@@ -543,7 +668,9 @@ def test_a_model_of_the_hub_comes_from_its_cache(tree, config_of, tmp_path, toke
         ("tokenizer_name=null", "tokenizer_name: missing"),
     ],
 )
-def test_faults_are_reported_before_anything_runs(override, fault, tree, write, here, tmp_path):
+def test_faults_are_reported_before_anything_runs(override, fault, tree, write, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy("held-out.jsonl", "copy.jsonl")
     if "label" in override:
         write_rows(tmp_path / "held-out.jsonl", [{**rows(1)[0], "number": 77}])
     with pytest.raises(ValueError) as error:

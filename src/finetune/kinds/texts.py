@@ -91,6 +91,12 @@ class MultiLabel(Kind):
         label[[number[name] for name in row.label]] = 1
         return label
 
+    def blank_label(self, row: Row, classes: Sequence[str]) -> list[str]:
+        return []
+
+    def probabilities(self, outputs: Any) -> Tensor:
+        return outputs["logits"].float().sigmoid()
+
     def predictions(self, outputs: Any) -> Tensor:
         """(B, classes) int64, 1 for predicted ones."""
         return (outputs["logits"] > 0).long()
@@ -122,6 +128,9 @@ class Regression(Kind):
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
+
+    def blank_label(self, row: Row, classes: Sequence[str]) -> float:
+        return 0.0
 
     def label(self, row: Row, number: Mapping[str, int]) -> float:
         return row.label

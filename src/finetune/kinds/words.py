@@ -101,6 +101,9 @@ class Tokens(Kind):
             encoded.unread += len(row.label) - len(first_piece)
         return encoded
 
+    def blank_label(self, row: Row, classes: Sequence[str]) -> list[str]:
+        return [classes[0]] * len(row.text)
+
     def count(self, batch: Batch) -> int:
         """The labelled words."""
         return int((batch["labels"] != IGNORED).sum())
@@ -108,3 +111,7 @@ class Tokens(Kind):
     def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
         """The tags of the words that have a word piece."""
         return " ".join(names[int(number)] for number in predicted[label != IGNORED])
+
+    def scores(self, probabilities: Tensor, label: Tensor, names: Sequence[str]) -> list[dict[str, float]]:
+        """Of each of those words, from (tokens, classes)."""
+        return [super(Tokens, self).scores(word, label, names) for word in probabilities[label != IGNORED]]
