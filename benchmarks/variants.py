@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from src.attention import resolve
-from src.bert_layers import BertForMaskedLM, BertSelfAttention
+from src.bert_encoder import BertSelfAttention
+from src.bert_layers import BertForMaskedLM
 from src.bert_padding import Layout, index_first_axis
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded

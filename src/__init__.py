@@ -3,8 +3,9 @@
 The model lies flat in this folder, as Hugging Face's trust_remote_code loader needs it: files that import their
 siblings, torch and transformers only, and that an export copies byte for byte.
 
-    configuration_bert     shape of a model                     bert_layers      embeddings, layers, heads
-    bert_padding           between (B, S) and (T) tokens        attention        ALiBi attention, four implementations
+    configuration_bert     shape of a model                     bert_layers      the model and its heads
+    bert_padding           between (B, S) and (T) tokens        bert_encoder     embeddings, layers
+    graphs                 whether torch records a graph        attention        ALiBi attention, four implementations
     masked_lm_loss         loss of the masked tokens            flash_attn_triton, layer_norm_triton, geglu_triton
     torch_ops              the kernels' work in plain PyTorch   triton_common    what the kernels share
 

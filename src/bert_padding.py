@@ -143,3 +143,15 @@ def unpad_input(x: Tensor, indices: Tensor) -> Tensor:
 def pad_input(x: Tensor, indices: Tensor, batch_size: int, seqlen: int) -> Tensor:
     """The inverse of ``unpad_input``: (B, S, ...) from (T, ...), zero at padding."""
     return scatter_first_axis(x, indices, batch_size * seqlen).unflatten(0, (batch_size, seqlen))
+
+
+def to_rows(x: Tensor | None, layout: Layout | PaddedLayout) -> Tensor | None:
+    """What the encoder computes of a padded tensor (B, S, ...): its tokens (T, ...), in an exported graph all of it."""
+    return x if x is None or isinstance(layout, PaddedLayout) else unpad_input(x, layout.indices)
+
+
+def from_rows(x: Tensor, layout: Layout | PaddedLayout, B: int, S: int) -> Tensor:
+    """The inverse for states: (B, S, D) from (T, D), zero at padding."""
+    if isinstance(layout, PaddedLayout):
+        return x * layout.mask[:, :, None]
+    return pad_input(x, layout.indices, B, S)

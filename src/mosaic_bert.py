@@ -8,7 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from src.bert_layers import BertForMaskedLM, BertLayer, UnpaddedMaskedLMOutput
+from src.bert_encoder import BertLayer
+from src.bert_layers import BertForMaskedLM, UnpaddedMaskedLMOutput
 from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 

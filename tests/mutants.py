@@ -46,7 +46,8 @@ class Mutant(NamedTuple):
 
 BUILDERS, VALIDATE = "src/train/builders.py", "src/train/validate.py"
 CALLBACKS, MONITORS, MASKING = "src/train/callbacks.py", "src/train/monitors.py", "src/data/masking.py"
-MODEL, ATTENTION, LOSS = "src/bert_layers.py", "src/attention.py", "src/masked_lm_loss.py"
+MODEL, ENCODER, ATTENTION = "src/bert_layers.py", "src/bert_encoder.py", "src/attention.py"
+LOSS = "src/masked_lm_loss.py"
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
 BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
@@ -119,18 +120,18 @@ MUTANTS = [
     Mutant(
         "gelu-tanh", "src/torch_ops.py", "F.gelu(gate).mul_(up)", 'F.gelu(gate, approximate="tanh").mul_(up)', PADDED
     ),
-    Mutant("layer-norm-eps", MODEL, "eps=config.layer_norm_eps", "eps=1e-5", PADDED),
-    Mutant("dropout-mlp", MODEL, "(self.wo(hidden), residual=x)", "(self.wo(hidden), x, self.dropout_p)", PLACES),
+    Mutant("layer-norm-eps", ENCODER, "eps=config.layer_norm_eps", "eps=1e-5", PADDED),
+    Mutant("dropout-mlp", ENCODER, "(self.wo(hidden), residual=x)", "(self.wo(hidden), x, self.dropout_p)", PLACES),
     Mutant(
         "dropout-embeddings",
-        MODEL,
+        ENCODER,
         "dropout(self.LayerNorm(x), self.dropout_p, self.training)",
         "self.LayerNorm(x)",
         PLACES,
     ),
     Mutant(
         "last-layer-rows",
-        MODEL,
+        ENCODER,
         "rows if i == len(self.layer) - 1 else None",
         "None",
         "model/test_bert_layers.py::test_last_layer_computes_only_masked_rows",
@@ -166,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention-weights-in-bf16",
-        MODEL,
+        ENCODER,
         "with torch.autocast(x.device.type, enabled=False):  # scores",
         "with torch.no_grad():  # scores",
         "model/test_bert_layers.py::test_attention_weights_are_those_of_the_definition",

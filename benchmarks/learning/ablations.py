@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.variants import Batch, MosaicBert, MosaicBertPadded, Part
 from src.attention import AlibiSlopes
-from src.bert_layers import BertForMaskedLM, LayerNorm
+from src.bert_encoder import LayerNorm
+from src.bert_layers import BertForMaskedLM
 from src.bert_padding import index_first_axis
 from src.configuration_bert import MosaicBertConfig
 from src.masked_lm_loss import IGNORED, masked_lm_loss_in_place

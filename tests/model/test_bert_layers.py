@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import bert_layers, torch_ops
+from src import bert_encoder, torch_ops
 from src.attention import alibi_slopes, attention_weights
 from src.bert_layers import (
     BertForMaskedLM,
@@ -348,9 +348,9 @@ def test_uninitialised_slopes_are_refused():
 
 
 def test_last_layer_computes_only_masked_rows(monkeypatch):
-    rows, forward = [], bert_layers.BertGatedLinearUnitMLP.forward
+    rows, forward = [], bert_encoder.BertGatedLinearUnitMLP.forward
     monkeypatch.setattr(
-        bert_layers.BertGatedLinearUnitMLP, "forward", lambda self, x: rows.append(len(x)) or forward(self, x)
+        bert_encoder.BertGatedLinearUnitMLP, "forward", lambda self, x: rows.append(len(x)) or forward(self, x)
     )
     batch = batch_of()
     unpadded(model_of(), batch)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels.compare import kept_bytes, saved
 from src import attention, flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops, triton_common
-from src.bert_layers import BertLayer
+from src.bert_encoder import BertLayer
 from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
