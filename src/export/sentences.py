@@ -52,7 +52,7 @@ def is_module_file(path: Path) -> bool:
 def write_pooling(source: Path, hidden_size: int, max_length: int, folder: Path) -> None:
     """Add the files to ``folder``. What sentence-transformers saved in ``source`` keeps its modules and prompts.
 
-    The names are those that each version of sentence-transformers from 2.2 to 6.2 reads without a warning.
+    The names are those that sentence-transformers 5.7.0 and 6.2.0 both read without a warning.
     """
     if (source / "modules.json").exists():
         for path in (source / "modules.json", source / "config_sentence_transformers.json"):
