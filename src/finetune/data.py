@@ -85,10 +85,9 @@ def read_sets(data: LabelledData) -> dict[str, Rows]:
 
 def hold_out(rows: Rows, share: float, name: str, data: LabelledData) -> tuple[Rows, Rows]:
     """The other rows, and the share of them that is held out for the set ``name`` (``holdout.split``)."""
-    kind = KINDS[data.kind](data)
-    classes = kind.classes if kind.has_classes else lambda row: ()
+    classes_of_row = KINDS[data.kind](data).classes
     try:
-        others, held_out = map(Rows, holdout.split(rows, share, lambda row: (row.text, row.pair), classes))
+        others, held_out = map(Rows, holdout.split(rows, share, lambda row: (row.text, row.pair), classes_of_row))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     others.names = held_out.names = rows.names

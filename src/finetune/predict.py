@@ -44,8 +44,8 @@ def predict(folder: str, file: str, overrides: Sequence[str] = (), scores: bool 
         raise ConfigError(f"precision: {config.precision} needs a GPU, and none is found; precision=fp32 runs here")
     data, tokenizer = config.data, weights.load_tokenizer(source, None)
     kind = KINDS[data.kind](data)
-    if scores and not kind.has_classes:
-        raise ConfigError(f"--scores: has no effect with kind {data.kind}, which has no classes")
+    if scores and not kind.has_scores:
+        raise ConfigError(f"--scores: predictions of kind {data.kind} have no probabilities")
     head = kind.heads["mosaic_bert" if isinstance(source.config, MosaicBertConfig) else "hf_bert"]
     network = weights.load_pretrained(source, head)
     by_number: dict[int, str] = network.config.id2label or {}  # pyright: ignore[reportAssignmentType]
@@ -53,6 +53,8 @@ def predict(folder: str, file: str, overrides: Sequence[str] = (), scores: bool 
     rows = [row._replace(label=kind.blank_label(row, names)) for row in read_set(file, data, labelled=False)]
     say(f"{file}: {len(rows):,} rows")
     encoded = kind.encode(rows, names, tokenizer, config.max_seq_len)
+    if encoded.cut:
+        say(f"{file}: {encoded.cut:,} rows cut at {config.max_seq_len} tokens, {encoded.unread:,} words have no tag")
     part = data_spec(kind, encoded, tokenizer, config.batch_size, None)
     warnings.filterwarnings("ignore", "No optimizer was specified")
     trainer = Trainer(model=Classifier(network, kind, {}), precision=config.precision, progress_bar=False)

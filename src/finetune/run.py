@@ -206,7 +206,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     model = Classifier(network, kind, {name: kind.metrics[name](classes) for name in measured}, weighting)
 
     encoded = {name: kind.encode(rows, classes, tokenizer, config.max_seq_len) for name, rows in sets.items()}
-    tokens = sum(len(example["input_ids"]) for example in encoded["train"].examples)
+    tokens = sum(map(kind.size, encoded["train"].examples))
     say(f"encoded: {tokens:,} tokens of training, {encoded['train'].cut:,} rows cut at {config.max_seq_len}")
     train = data_spec(kind, encoded["train"], tokenizer, task.batch_size, spec.seed)
     size = config.eval_batch_size
@@ -243,7 +243,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
 
     if spec.save_model:
         setattr(network.config, SETTINGS, reading_settings(spec))
-        save_model(network, tokenizer, folder / MODEL_FOLDER)
+        save_model(network, tokenizer, config.max_seq_len, folder / MODEL_FOLDER)
     result = {
         "task": spec.task,
         "seed": spec.seed,
@@ -270,8 +270,9 @@ def reading_settings(spec: RunSpec) -> dict[str, Any]:
     return {"data": used, "max_seq_len": spec.config.max_seq_len}
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder; it is complete or absent."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, folder: Path) -> None:
+    """Write a Hugging Face folder, whose tokenizer cuts at ``max_seq_len``; it is complete or absent."""
+    tokenizer.model_max_length = max_seq_len
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -1,6 +1,7 @@
 """Plans, runs and tables with tiny models, in this process; the last test starts processes."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -202,7 +203,8 @@ PREDICT_FAULTS = {
 def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
     """On the validation set, far better than chance. The test set is not part of the score.
 
-    A logger has the run by its name; the saved model predicts the same for rows without labels.
+    Early stopping watches other rows. A logger has the run by its name; the saved model predicts the same for rows
+    without labels, in a compressed file.
     """
     model, options = LEARNING[what]
     tree["loggers"] = {"tensorboard": {"log_dir": str(tmp_path / "board")}}
@@ -210,12 +212,14 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
     data |= {**options, "test": write_rows(tmp_path / "test.jsonl", rows(9, 2))}
     data["train"] = write_rows(tmp_path / "more.jsonl", rows(200, 5))
     tree["model"]["name"] = model
-    result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}")["mine-seed1"]
+    stopping = f"tasks.mine.early_stopping.watch={write_rows(tmp_path / 'watched.jsonl', rows(30, 9))}"
+    result = go("tasks.mine={epochs: 4, batch_size: 16, lr: 0.01}", stopping)["mine-seed1"]
     assert result["score"] > 0.8
     metrics = result["metrics"]["validation"]
     assert list(metrics) == list(result["metrics"]["test"])
     assert result["score"] == pytest.approx(sum(metrics.values()) / len(metrics))
-    assert result["rows"] == {"train": 200, "validation": 30, "test": 9} and result["steps"] == 4 * 13
+    assert result["rows"] == {"train": 200, "validation": 30, "test": 9, "early_stopping": 30}
+    assert result["steps"] == 4 * 13 and result["best"]["set"] == "early_stopping"
 
     (file,) = Path(tree["folder"]).glob("*/predictions/validation.*")
     pairs = list(zip(file.read_text().splitlines(), rows(30, 1), strict=True))
@@ -228,7 +232,7 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
         right = [json.loads(p)["text"] == "".join(row["answers"]["text"]) for p, row in pairs]
         assert sum(right) / len(right) == pytest.approx(metrics["exact_match"])
     elif what == "multilabel":
-        right = [p == ",".join(row["topics"]) for p, row in pairs]
+        right = [json.loads(p) == row["topics"] for p, row in pairs]
         assert sum(right) / len(right) == pytest.approx(metrics["subset_accuracy"])
     else:
         tags = [(p.split(), row["tags"] if what == "tokens" else [row["label"]]) for p, row in pairs]
@@ -242,8 +246,10 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
     assert ("; wet " in said) == (what in ("classification", "pairs"))
     assert "encoded: " in said and "step 1 (1.9%)  loss " in said
 
-    texts = [{name: row[name] for name in ("text", "second", "words")} for row in rows(30, 1)]
-    unlabelled, folder = write_rows(tmp_path / "new.jsonl", texts), str(next(Path(tree["folder"]).glob("*/model")))
+    texts = [{name: row[name] for name in ("text", "second", "words", "choices")} for row in rows(30, 1)]
+    unlabelled, folder = str(tmp_path / "new.jsonl.gz"), str(next(Path(tree["folder"]).glob("*/model")))
+    Path(unlabelled).write_bytes(gzip.compress(Path(write_rows(tmp_path / "new.jsonl", texts)).read_bytes()))
+    assert json.loads(Path(folder, "tokenizer_config.json").read_text())["model_max_length"] == 16
     size = 64 if what == "regression" else 7  # of others, the numbers differ by rounding
     finetune.main(["predict", folder, unlabelled, f"batch_size={size}", "--out", str(tmp_path / "new" / "out.txt")])
     assert (tmp_path / "new" / "out.txt").read_text() == file.read_text()
@@ -251,18 +257,24 @@ def test_each_kind_of_task_is_learnt(what, tree, go, tmp_path, capsys):
         with pytest.raises(ValueError) as error:
             finetune.main(["predict", folder, unlabelled, option])
         assert fault in str(error.value)
-    if what == "regression":
-        with pytest.raises(ConfigError, match="--scores: has no effect with kind regression"):
+    if what in ("classification", "multilabel", "regression"):
+        (tmp_path / "new.txt").write_text("".join(f"{row['text']}\n" for row in texts))
+        capsys.readouterr()
+        finetune.main(["predict", folder, str(tmp_path / "new.txt")])
+        assert capsys.readouterr().out == file.read_text()
+    if what in ("regression", "question_answering"):
+        with pytest.raises(ConfigError, match=f"--scores: predictions of kind {what} have no probabilities"):
             finetune.main(["predict", folder, unlabelled, "--scores"])
         return
     capsys.readouterr()
     finetune.main(["predict", "--scores", folder, unlabelled])
     scored = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert [line["prediction"] for line in scored] == file.read_text().splitlines()
     if what == "multilabel":
-        wanted = [",".join(name for name, p in line["scores"].items() if p > 0.5) for line in scored]
+        assert [line["prediction"] for line in scored] == list(map(json.loads, file.read_text().splitlines()))
+        wanted = [[name for name, p in line["scores"].items() if p > 0.5] for line in scored]
         assert wanted == [line["prediction"] for line in scored]
         return
+    assert [line["prediction"] for line in scored] == file.read_text().splitlines()
     for line in scored:
         parts = line["scores"] if what == "tokens" else [line["scores"]]
         assert [max(part, key=part.get) for part in parts] == line["prediction"].split()
@@ -287,7 +299,7 @@ def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatc
     (tmp_path / f"{MODEL_FOLDER}.partial").mkdir()  # of a run that was killed
     (tmp_path / f"{MODEL_FOLDER}.partial" / "old").touch()
     network = BertForSequenceClassification(BertConfig(vocab_size=64, **SHAPE))
-    run.save_model(network, tokenizer, folder)
+    run.save_model(network, tokenizer, 16, folder)
     names = sorted(path.name for path in folder.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} < set(names) and "old" not in names
 
@@ -296,7 +308,7 @@ def test_a_model_folder_is_complete_or_as_it_was(tokenizer, tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "save_tokenizer", full)
     with pytest.raises(OSError, match="no space left"):
-        run.save_model(network, tokenizer, folder)
+        run.save_model(network, tokenizer, 16, folder)
     assert sorted(path.name for path in folder.iterdir()) == names
 
 

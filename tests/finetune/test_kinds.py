@@ -80,7 +80,7 @@ def test_class_weights(name, tokenizer):
 
 
 def test_a_list_of_classes(tokenizer):
-    """As a list, or as a text that is split at commas; it may be empty. The line of predictions is such a text."""
+    """As a list, or as a text that is split at commas; it may be empty. A line of predictions is a list as JSON."""
     kind = kind_of("multilabel", label="tags")
     for value, want in ((["b", 3], ["b", "3"]), ("war, sea level,", ["war", "sea level"]), ([], []), ("", [])):
         assert kind.row("x:1", {"text": "t", "tags": value}) == Row("t", None, want)
@@ -90,7 +90,10 @@ def test_a_list_of_classes(tokenizer):
     batch = kind.collate(kind.encode(ROWS["multilabel"][:3], CLASSES, tokenizer, 16).examples, 0)
     assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
     logits = torch.tensor([[0.1, -1, 2], [-1, -1, -0.1], [1, 1, 1]])
-    assert kind.lines([{"logits": logits}], [batch], CLASSES) == ["a,c\n", "\n", "a,b,c\n"]
+    lines = kind.lines([{"logits": logits}], [batch], ["a", "b, too", "c"])
+    assert lines == ['["a", "c"]\n', "[]\n", '["a", "b, too", "c"]\n']
+    for line, want in zip(lines, (["a", "c"], [], ["a", "b, too", "c"]), strict=True):
+        assert kind.row("x:1", {"text": "t", "tags": line}).label == want
 
 
 # Multiple choice
@@ -105,6 +108,7 @@ def test_the_right_choice():
     record = {"text": "t", "choices": ["x", "y"], "first": "x", "second": "y", "q": "why"}
     for label, want in ((0, 0), (1, 1), ("1", 1), ("A", 0), ("B", 1), ("y", 1)):
         assert choices_of().row("a:1", {**record, "label": label}) == Row("t", ["x", "y"], want)
+    assert choices_of().row("a:1", {"text": "t", "choices": "['x', 'y']", "label": "y"}).pair == ["x", "y"]  # of a CSV
     record["label"] = 1
     columns = choices_of(choices=["first", "second"], text_pair="q")
     assert columns.columns() == ["text", "q", "label", "first", "second"]
@@ -117,6 +121,7 @@ def test_the_right_choice():
         ({"label": 2}, "a:2: column 'label': expected the number from 0, the letter or the text of one choice, got 2"),
         ({"label": None}, "a:2: column 'label'"),
         ({"label": "1", "choices": ["1", "2"]}, "a:2: column 'label'"),  # the number of one, and the text of the other
+        ({"choices": "x y"}, "a:2: column 'choices': expected two or more choices"),
         ({"choices": ["x"]}, "a:2: column 'choices': expected two or more choices"),
         ({"choices": ["x", None]}, "a:2: column 'choices': expected two or more choices"),
         ({"choices": ["x", "y", "z"]}, "a:2: column 'choices': expected 2 choices, as in the rows before"),

@@ -115,6 +115,8 @@ class Kind:
     metrics: Mapping[str, Callable[[list[str]], Metric]]
     """Functions of the classes, by the name in the YAML."""
     has_classes = True
+    has_scores = True
+    """Whether a prediction has a probability for each class, or choice."""
     of_tokens = ("input_ids", "attention_mask", "token_type_ids")
     """What in a batch has a value per token, in its last dimension."""
     suffix = ".txt"
@@ -135,7 +137,7 @@ class Kind:
         return Row(text, pair, self.label_of(place, record, text))
 
     def unlabelled(self, place: str, record: dict[str, Any]) -> Row:
-        """As ``row``, of a record without a label; the row's is None."""
+        """As ``row``, of a record without a label; the row's is None, or what the kind needs (``blank_label``)."""
         return Row(*self.texts(place, record), None)
 
     def texts(self, place: str, record: dict[str, Any]) -> tuple[Any, Any]:
@@ -151,8 +153,8 @@ class Kind:
         return str(record[self.data.label])
 
     def classes(self, row: Row) -> Sequence[str]:
-        """The classes that a row has."""
-        return [row.label]
+        """The classes that a row has; none if the kind has no classes."""
+        return [row.label] if self.has_classes else []
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise DataError if a metric does not fit the classes."""
@@ -207,6 +209,10 @@ class Kind:
             parts.append({**part, **cut})
         return parts
 
+    def size(self, example: Example) -> int:
+        """Tokens of an example."""
+        return len(example["input_ids"])
+
     def count_tokens(self, batch: Batch) -> dict[str, int]:
         """Non-padding tokens of a batch, and what its loss is the mean over."""
         return {"total": int(batch["attention_mask"].sum()), "loss_generating": self.count(batch)}
@@ -246,20 +252,22 @@ class Kind:
             outputs: the model's, for each of ``batches``.
             names: the classes, in the order of their numbers.
         """
-        return [
-            f"{self.shown(predicted, label, names)}\n"
-            for output, batch in zip(outputs, batches, strict=True)
-            for predicted, label in zip(self.predictions(output), batch["labels"], strict=True)
-        ]
+        shown = self._shown(outputs, batches, names)
+        return [f"{one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)}\n" for one in shown]
 
-    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
-        """A row's prediction as text."""
+    def _shown(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> Iterator[Any]:
+        for output, batch in zip(outputs, batches, strict=True):
+            for predicted, label in zip(self.predictions(output), batch["labels"], strict=True):
+                yield self.shown(predicted, label, names)
+
+    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> Any:
+        """A row's prediction: a text, or a value that is written as JSON."""
         return names[int(predicted)]
 
     def scored_lines(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> list[str]:
         """As ``lines``, each a JSON object with the prediction and the probability of each class."""
-        lines = zip(self.lines(outputs, batches, names), self._scores(outputs, batches, names), strict=True)
-        return [f"{json.dumps({'prediction': a.rstrip(), 'scores': b}, ensure_ascii=False)}\n" for a, b in lines]
+        lines = zip(self._shown(outputs, batches, names), self._scores(outputs, batches, names), strict=True)
+        return [f"{json.dumps({'prediction': a, 'scores': b}, ensure_ascii=False)}\n" for a, b in lines]
 
     def _scores(self, outputs: Sequence[Any], batches: Iterable[Batch], names: Sequence[str]) -> Iterator[Any]:
         for output, batch in zip(outputs, batches, strict=True):

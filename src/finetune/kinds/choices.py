@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.bert_layers import BertForMultipleChoice
 from src.data.microbatches import Batch
-from src.finetune.kinds.base import Encoded, Example, Kind, Row, check, ids_of, tokenized
+from src.finetune.kinds.base import Encoded, Example, Kind, Row, check, ids_of, list_of, tokenized
 
 
 class MultipleChoice(Kind):
@@ -27,7 +27,7 @@ class MultipleChoice(Kind):
         return [*super().columns(labelled), *([choices] if isinstance(choices, str) else choices or [])]
 
     def texts(self, place: str, record: dict[str, Any]) -> tuple[str, list[str]]:
-        """The text, and the choices with ``text_pair`` before each."""
+        """The text, and the choices, each after ``text_pair``."""
         text, question = super().texts(place, record)
         choices = self._choices(place, record)
         return text, [choice if question is None else f"{question} {choice}" for choice in choices]
@@ -46,7 +46,7 @@ class MultipleChoice(Kind):
     def _choices(self, place: str, record: dict[str, Any]) -> list[str]:
         named = self.data.choices
         if isinstance(named, str):
-            choices, column = record[named], named
+            choices, column = list_of(place, record, named, "\n"), named
         else:
             choices, column = [record[name] for name in named or []], (named or [""])[0]
         fits = isinstance(choices, list) and len(choices) > 1 and all(isinstance(choice, str) for choice in choices)
@@ -54,6 +54,9 @@ class MultipleChoice(Kind):
         self.number = self.number or len(choices)
         check(len(choices) == self.number, place, record, column, f"{self.number} choices, as in the rows before")
         return choices
+
+    def blank_label(self, row: Row, classes: Sequence[str]) -> int:
+        return 0
 
     def head(self, classes: Sequence[str]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": None}
@@ -77,9 +80,16 @@ class MultipleChoice(Kind):
         batch = {name: x.unflatten(0, (len(examples), -1)) for name, x in flat.items()}
         return {**batch, "labels": torch.tensor([example["labels"] for example in examples])}
 
+    def size(self, example: Example) -> int:
+        return sum(map(super().size, example["choices"]))
+
     def update_metric(self, metric: Metric, batch: Batch, outputs: Any) -> None:
         metric.update((self.predictions(outputs) == batch["labels"]).float())
 
     def shown(self, predicted: Any, label: Any, names: Sequence[str]) -> str:
         """The number of the choice, from 0."""
         return str(int(predicted))
+
+    def scores(self, probabilities: Any, label: Any, names: Sequence[str]) -> dict[str, float]:
+        """Of each choice, by its number."""
+        return super().scores(probabilities, label, [str(i) for i in range(len(probabilities))])

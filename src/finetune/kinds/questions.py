@@ -130,7 +130,7 @@ class QuestionAnswering(Kind):
         "exact_match": lambda classes: AnswerScore("exact_match"),
         "f1": lambda classes: AnswerScore("f1"),
     }
-    has_classes = False
+    has_classes = has_scores = False
     of_tokens = (*Kind.of_tokens, "in_context")
     suffix = ".jsonl"
 
@@ -149,8 +149,16 @@ class QuestionAnswering(Kind):
             check(text.strip() != "" and start >= 0 and context.startswith(text, start), place, record, label, at)
         hint = "an answer; unanswerable: true is for questions that may have none"
         check(answers != [] or self.data.unanswerable, place, record, label, hint)
-        name = None if self.data.id is None else str(record[self.data.id])
-        return Row(question, context, Question(name, answers))
+        return Row(question, context, Question(self._id(record), answers))
+
+    def unlabelled(self, place: str, record: dict[str, Any]) -> Row:
+        return Row(*self.texts(place, record), Question(self._id(record), []))
+
+    def blank_label(self, row: Row, classes: Sequence[str]) -> Question:
+        return row.label
+
+    def _id(self, record: dict[str, Any]) -> str | None:
+        return None if self.data.id is None else str(record[self.data.id])
 
     @staticmethod
     def _answers(value: Any) -> list[tuple[str, int]] | None:

@@ -104,8 +104,9 @@ class MultiLabel(Kind):
     def update_metric(self, metric: Metric, batch: Batch, outputs: Any) -> None:
         metric.update(self.predictions(outputs), batch["labels"].long())
 
-    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> str:
-        return ",".join(names[int(number)] for number in predicted.nonzero())
+    def shown(self, predicted: Tensor, label: Tensor, names: Sequence[str]) -> list[str]:
+        """The classes as a list, which is written as JSON: a name may have a comma."""
+        return [names[int(number)] for number in predicted.nonzero()]
 
 
 class Regression(Kind):
@@ -116,7 +117,7 @@ class Regression(Kind):
         "pearson": lambda classes: PearsonCorrCoef().set_dtype(torch.float64),
         "spearman": lambda classes: SpearmanCorrCoef(),
     }
-    has_classes = False
+    has_classes = has_scores = False
 
     def label_of(self, place: str, record: dict[str, Any], text: str) -> float:
         try:
