@@ -127,6 +127,7 @@ def end_interrupted(number: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()  # version 5 warns of each config.json of MosaicBERT
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end_interrupted)
     try:

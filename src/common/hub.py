@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,20 @@ HINTS = {
 }
 
 
-@cache
+FOUND: dict[str, list[str]] = {}
+"""Results of ``dataset_files`` by place. A process that goes on with another's work takes its results."""
+
+
 def dataset_files(place: str) -> list[str]:
     """The local Arrow files of a split of a dataset of the hub, as ``FORM`` names it.
 
-    They are those of the hub at the first call, or if it is unreachable those that ``datasets`` cached before.
+    They are those of FOUND; else those of the hub now, or if it is unreachable those that ``datasets`` cached before.
 
     Raises:
         DataError: there is no such dataset, configuration or split, or it can neither be read nor found in the cache.
     """
+    if place in FOUND:
+        return FOUND[place]
     match = re.fullmatch(rf"{HF}([^:]+)(?::([^:]+))?:([\w.-]+)", place)
     if match is None:
         raise DataError(f"{place}: expected {FORM}")
@@ -94,4 +98,5 @@ def dataset_files(place: str) -> list[str]:
 
     name, configuration, split = match.groups()
     dataset = ask(name, HINTS, load_dataset, name, configuration, split=split)
-    return [file["filename"] for file in dataset.cache_files]
+    FOUND[place] = [file["filename"] for file in dataset.cache_files]
+    return FOUND[place]

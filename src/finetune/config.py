@@ -224,6 +224,8 @@ class RunSpec:
     """Whether the fine-tuned model is saved."""
     config: FinetuneConfig
     """The config with this task alone, whose ``data`` is set also for GLUE."""
+    hub_files: dict[str, list[str]]
+    """Local files of the task's datasets of the hub: the run reads those of the key if the hub has changed since."""
 
     @property
     def data(self) -> LabelledData:

@@ -58,6 +58,7 @@ def plan_runs(config: FinetuneConfig) -> list[RunSpec]:
                 encoder=f"{start.folder}/{MODEL_FOLDER}" if start else None,
                 save_model=config.save_models or (needed and seed == task.seeds[0]),
                 config=dataclasses.replace(config, tasks={name: task}),
+                hub_files=_hub_files(task),
             )
             for seed in task.seeds
         ]
@@ -112,6 +113,14 @@ def _task_settings(config: FinetuneConfig, name: str) -> dict[str, Any]:
             settings["early_stopping"]["watch"] = hashed(task.early_stopping.watch)
         settings["eval_interval"] = config.eval_interval  # it decides which steps can be the best one
     return settings
+
+
+def _hub_files(task: TaskConfig) -> dict[str, list[str]]:
+    data, stopping = task.data, task.early_stopping
+    assert data is not None
+    validation = data.validation.values() if isinstance(data.validation, dict) else [data.validation]
+    sets = [data.train, data.test, *validation, stopping.watch if stopping else None]
+    return {place: hub.dataset_files(place) for place in sets if isinstance(place, str) and hub.is_dataset(place)}
 
 
 def _check_watched(task: TaskConfig, data: LabelledData) -> None:

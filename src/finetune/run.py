@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from src.common import hub
 from src.common.environment import environment
 from src.common.errors import DataError, TrainingError, first_line
 from src.common.files import PARTIAL, replace_folder, write_text
@@ -185,6 +186,7 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
     started, config, folder = time.monotonic(), spec.config, Path(spec.folder)
     task, data = config.tasks[spec.task], spec.data
     kind = KINDS[data.kind](data)
+    hub.FOUND.update(spec.hub_files)
     checkpoint.load_as_data()
     reproducibility.seed_all(spec.seed)  # the head's first weights
 
@@ -222,8 +224,11 @@ def train_and_evaluate(spec: RunSpec) -> dict[str, Any]:
         steps = trainer.state.timestamp.batch.value
         if keeper is not None:
             best = keeper.restore()
-            say(f"best {keeper.monitor} of {keeper.dataloader_label}: step {best['step']:,}, whose weights are kept")
-            trainer.eval()
+            say(
+                f"best {keeper.monitor} of {keeper.dataloader_label}: {best[keeper.monitor]:.4f} at step "
+                f"{best['step']:,}, whose weights are kept and evaluated now"
+            )
+            trainer.eval([evaluator for name, evaluator in evaluators.items() if name != watched])
         if test is not None:
             trainer.eval(test)
         for name in reported:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -12,17 +13,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchmetrics
 from composer import Trainer
+from composer.core import Timestamp
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+import export_hf
 import finetune
 from src.bert_layers import BertForTokenClassification
+from src.common import hub
 from src.common.errors import ConfigError, TrainingError
 from src.finetune import gpus, plan, run
 from src.finetune.config import load
@@ -448,6 +454,48 @@ def test_the_best_step_is_kept_by_rows_that_are_not_reported(watch, tree, go, tm
     assert statistics.correlation(predicted, numbers) == pytest.approx(reported[step], abs=1e-4)
 
 
+def test_a_metric_without_a_value_is_never_the_best():
+    """The correlation of equal predictions is NaN. The first of equal values stays the best."""
+    keeper, found = run.KeepBest(torch.nn.Linear(1, 1), "pearson", "dev", "2ba"), []
+    for step, value in enumerate([math.nan, 0.1, math.nan, 0.3, 0.3], start=1):
+        metric = torchmetrics.MeanMetric(nan_strategy="disable")
+        metric.update(value)
+        state = SimpleNamespace(
+            dataloader_label="dev",
+            dataloader=object(),
+            eval_metrics={"dev": {"pearson": metric}},
+            timestamp=Timestamp(batch=step),
+            stop_training=lambda: found.append("end"),
+        )
+        keeper.network.weight.data.fill_(step)
+        keeper.eval_end(state, None)
+    assert keeper.restore() == {"set": "dev", "step": 4, "pearson": pytest.approx(0.3)} and found == []
+    assert keeper.network.weight.item() == 4
+
+
+def test_the_watched_share_is_no_part_of_another_set(tree, spec_of, tmp_path):
+    """Nor has it a text of theirs; of each class one text at least is trained on."""
+    texts = [{"text": f"text {i % 80}", "label": "rare" if i % 80 < 3 else "often"} for i in range(100)]
+    options = "early_stopping.watch=0.2", "data.validation=0.1", f"data.train={write_rows(tmp_path / 'a.jsonl', texts)}"
+    sets, classes = run.read_task(spec_of(*(f"tasks.mine.{option}" for option in options)))
+    found = {name: {row.text for row in rows} for name, rows in sets.items()}
+    assert classes == ["often", "rare"] and sum(map(len, sets.values())) == 100
+    assert list(found) == ["train", "validation", "early_stopping"] and sum(map(len, found.values())) == 80
+    assert len(found["validation"]) == 8 and len(found["early_stopping"]) in (14, 15)
+    assert {row.label for row in sets["train"]} == {"often", "rare"}
+
+
+def test_values_of_class_weights():
+    """n / (classes x n of the class): each class has the same part in the loss, and the mean over the rows is 1."""
+    labels, classes = Counter(a=6, b=3, c=1), ["c", "b", "a"]
+    balanced = run.class_weights("balanced", labels, classes)
+    assert balanced.tolist() == pytest.approx([10 / 3, 10 / 9, 10 / 18])
+    assert run.class_weights("balanced", labels, [*classes, "d"])[:3].equal(balanced), "d has no row"
+    assert run.class_weights({"a": 1, "b": 0.5, "c": 3}, labels, classes).tolist() == [3, 0.5, 1]
+    assert run.class_weights({0: 2.0, 1: 1.0}, Counter({"0": 1, "1": 1}), ["0", "1"]).tolist() == [2, 1]
+    assert run.class_weights(None, labels, classes) is None
+
+
 # Plans
 
 
@@ -651,6 +699,15 @@ def test_a_model_of_the_hub_comes_from_its_cache(tree, config_of, tmp_path, toke
         plan.plan_runs(config_of("pretrained=./none"))
 
 
+def test_a_run_reads_the_files_of_the_hub_that_its_key_was_made_of(tree, spec_of, tmp_path, monkeypatch):
+    """Its process does not ask the hub again, where the dataset may be another one by then."""
+    place = "hf:owner/texts:train"
+    monkeypatch.setattr(hub, "FOUND", {place: [tree["tasks"]["mine"]["data"]["train"]]})
+    spec = spec_of(f"tasks.mine.data.train={place}", "tasks.mine.early_stopping.watch=0.2")
+    monkeypatch.setattr(hub, "FOUND", {place: ["changed.jsonl"]})
+    assert sum(run.train_and_evaluate(spec)["rows"].values()) == 30 + 30
+
+
 # Failures
 
 
@@ -759,6 +816,24 @@ def test_messages_of_runs_show_no_value_of_the_environment(tree, here, write, ca
     assert "failed: test failed (${oc.env:MY_SECRET}/mine-seed1-" in capsys.readouterr().err
     for table in Path(tree["folder"], "s3kr1t").glob("table.*"):
         assert "s3kr1t" not in table.read_text() and "test failed (${oc.env:MY_SECRET}/mine-" in table.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokens", "question_answering"])
+def test_an_export_predicts_as_the_run(kind, tree, go, tmp_path):
+    """By the command line, for rows without labels; and its tokenizer cuts at the run's length."""
+    tree["tasks"]["mine"]["data"] |= LEARNING[kind][1]
+    go()
+    (folder,) = Path(tree["folder"]).glob("mine-*")
+    export_hf.main([str(folder / MODEL_FOLDER), str(tmp_path / "exported")])
+    assert json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())["model_max_length"] == 16
+    texts = [{name: row[name] for name in ("text", "second", "words")} for row in rows(30, 1)]
+    new = write_rows(tmp_path / "new.jsonl", texts)
+    command = [sys.executable, "finetune.py", "predict", str(tmp_path / "exported"), new]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (file,) = (folder / "predictions").iterdir()
+    assert done.stdout == file.read_text() and done.stderr.startswith(f"{new}: 30 rows\n"), done.stderr
+    assert "You are using" not in done.stderr
 
 
 @pytest.mark.slow

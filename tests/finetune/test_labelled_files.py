@@ -216,9 +216,7 @@ def hub_of(labelled, tmp_path, monkeypatch):
         "load_dataset",
         lambda name, *args, **options: load_dataset(str(tmp_path / name), *args, **options, cache_dir=str(tmp_path)),
     )
-    hub.dataset_files.cache_clear()
-    yield
-    hub.dataset_files.cache_clear()
+    monkeypatch.setattr(hub, "FOUND", {})
 
 
 def test_a_dataset_of_the_hub(hub_of):
