@@ -365,6 +365,8 @@ def _training_faults(name: str, task: TaskConfig) -> Iterator[str]:
             yield f"early_stopping.patience: expected a number, with ba or ep, such as 2ep, got {stopping.patience!r}"
     if weights is not None and kind not in WEIGHTED:
         yield f"class_weights: the loss of kind {kind} has none; {' and '.join(WEIGHTED)} take them"
+    if isinstance(weights, dict) and not any(weights.values()):
+        yield f"class_weights: expected one above 0 at least, got {weights!r}"
     for label, weight in weights.items() if isinstance(weights, dict) else ():
         if type(weight) not in (int, float) or not 0 <= weight < math.inf:
             yield f"class_weights.{label}: expected 0 or more, got {weight!r}"

@@ -819,15 +819,14 @@ def test_messages_of_runs_show_no_value_of_the_environment(tree, here, write, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tokens", "question_answering"])
-def test_an_export_predicts_as_the_run(kind, tree, go, tmp_path):
+def test_an_export_predicts_as_the_run(tree, go, tmp_path):
     """By the command line, for rows without labels; and its tokenizer cuts at the run's length."""
-    tree["tasks"]["mine"]["data"] |= LEARNING[kind][1]
+    tree["tasks"]["mine"]["data"] |= LEARNING["question_answering"][1]
     go()
     (folder,) = Path(tree["folder"]).glob("mine-*")
     export_hf.main([str(folder / MODEL_FOLDER), str(tmp_path / "exported")])
     assert json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())["model_max_length"] == 16
-    texts = [{name: row[name] for name in ("text", "second", "words")} for row in rows(30, 1)]
+    texts = [{name: row[name] for name in ("text", "second")} for row in rows(30, 1)]
     new = write_rows(tmp_path / "new.jsonl", texts)
     command = [sys.executable, "finetune.py", "predict", str(tmp_path / "exported"), new]
     done = subprocess.run(command, capture_output=True, text=True)

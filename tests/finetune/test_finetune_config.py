@@ -180,6 +180,7 @@ def test_each_key_misspelt_is_refused(path, write):
             "tasks.mine.class_weights=balance",
             "tasks.mine.class_weights: expected one of balanced or keys and values or",
         ),
+        ("tasks.mine.class_weights={yes: 0}", "tasks.mine.class_weights: expected one above 0 at least, got"),
         ("tasks.mine.class_weights={yes: -1}", "tasks.mine.class_weights.yes: expected 0 or more, got -1"),
         ("tasks.mine.class_weights={yes: much}", "tasks.mine.class_weights.yes: expected 0 or more, got 'much'"),
         (
