@@ -222,7 +222,7 @@ def test_names_of_tasks_that_are_refused(name, fault, write):
 
 
 def test_a_runs_description_is_its_spec(write):
-    spec = RunSpec("mine", 17, "0123456789", None, True, own())
+    spec = RunSpec("mine", 17, "0123456789", None, True, own(), {"hf:owner/texts:train": ["a.arrow"]})
     assert read(RunSpec, write(dump(spec.described())), [], lambda spec, faults: None) == spec
     assert (spec.name, spec.folder) == ("mine-seed17", "runs/finetune-own/mine-seed17-01234567")
 
