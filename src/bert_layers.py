@@ -340,7 +340,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             segments = None if token_type_ids is None else unpad_input(token_type_ids, layout.indices)
             ids_T, labels_M = unpad_input(input_ids, layout.indices), labels_T[masked_index]
             out: Any = self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments)
-            loss = out.loss if num_items_in_batch is None else out.loss_sum / num_items_in_batch
+            loss = _mean(out.loss_sum, out.count, num_items_in_batch)
             return self._returned(MaskedLMOutput(loss=loss), return_dict)
 
         encoded = self.bert(*inputs, weights, states, return_dict=True)
@@ -348,7 +348,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         if labels is not None:
             labels = labels.where(mask, IGNORED)
             sums = masked_lm_loss(logits.flatten(0, 1), labels.flatten())
-            loss = sums["loss"] if num_items_in_batch is None else sums["loss_sum"] / num_items_in_batch
+            loss = _mean(sums["loss_sum"], sums["count"], num_items_in_batch)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
@@ -372,12 +372,18 @@ class BertForMaskedLM(BertPreTrainedModel):
             token_type_ids: (T,); None means segment 0.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
-        return UnpaddedMaskedLMOutput(**masked_lm_loss_in_place(self.cls(states[-1]), labels))
+        # The loss in place overwrites logits that a hook, or a module put in the place of ours, may have kept.
+        ours = {BertOnlyMLMHead, BertLMPredictionHead, nn.Linear}
+        makers = [module for name, module in self.cls.named_modules() if "transform" not in name]
+        kept = in_graph() or any(type(module) not in ours or module._forward_hooks for module in makers)
+        loss = masked_lm_loss if kept else masked_lm_loss_in_place
+        return UnpaddedMaskedLMOutput(**loss(self.cls(states[-1]), labels))
 
 
 def _mean(loss_sum: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The mean over ``count`` items; or a microbatch's part of the mean over all items of a batch."""
-    return loss_sum / (count if num_items_in_batch is None else num_items_in_batch)
+    """The mean over ``count`` items; or a microbatch's part of the mean over all items of a batch. 0 without any."""
+    items = count if num_items_in_batch is None else num_items_in_batch
+    return loss_sum / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -386,8 +392,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Mean cross entropy of (n, classes) over the labels (n,) that are not IGNORED; 0 if all are."""
+    labels = labels if labels.is_floating_point() else labels.long()  # torch refuses int32
     loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-    return _mean(loss_sum, (labels != IGNORED).sum().clamp(min=1), num_items_in_batch)
+    return _mean(loss_sum, (labels != IGNORED).sum(), num_items_in_batch)
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, what: str) -> None:
@@ -523,6 +530,9 @@ class BertForMultipleChoice(_Classifier):
         if given is None or given.dim() != (3 if inputs_embeds is None else 4):
             raise ValueError(f"expected C choices, (B, C, S), got {None if given is None else tuple(given.shape)}")
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
+        shapes = {tuple(x.shape[:3]) for x in inputs if x is not None} if not in_graph() else ()
+        if len(shapes) > 1:
+            raise ValueError(f"expected inputs of one shape, (B, C, S), got {', '.join(map(str, sorted(shapes)))}")
         flat = [None if x is None else x.flatten(0, 1) for x in inputs]
         scored: Any = super().forward(*flat, None, output_attentions, output_hidden_states, True)  # pyright: ignore
         logits, loss = scored.logits.view(given.shape[:2]), None
@@ -581,7 +591,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             losses = []
             for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
                 _check_labels(positions.flatten(), logits.shape[:1], "a position for each sequence, (B,)")
-                positions = positions.flatten()
+                positions = positions.flatten().long()
                 at = positions.clamp(0, logits.shape[1] - 1)
                 is_token = (positions == at) & mask.bool().gather(1, at[:, None]).squeeze(1)
                 scores = _wide(logits).masked_fill(~mask.bool(), float("-inf"))

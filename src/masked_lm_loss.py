@@ -28,7 +28,7 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
     Args:
         logits: (M, V), M may be 0.
-        labels: (M,) int64, negative for rows without loss.
+        labels: (M,) integers, negative for rows without loss.
 
     Returns:
         loss: () fp32, ``loss_sum / max(count, 1)``.
@@ -42,7 +42,7 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         RuntimeError: a label is V or more (on a GPU, a device-side assertion).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = labels.where(labels >= 0, IGNORED)
+    labels = labels.long().where(labels >= 0, IGNORED)
     loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
     return _fields(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum(), labels)
 
@@ -51,6 +51,7 @@ def masked_lm_loss_in_place(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """The same, for logits that nothing else reads: the backward overwrites them. Saves nothing as large."""
     if in_graph():  # the compiler fuses the passes over the logits itself
         return masked_lm_loss(logits, labels)
+    labels = labels.long()
     loss_sum, correct = _InPlaceLoss.apply(logits, labels)  # pyright: ignore[reportGeneralTypeIssues]
     return _fields(loss_sum, correct, labels)
 

@@ -146,8 +146,8 @@ MUTANTS = [
     Mutant(
         "head-past-its-module",
         MODEL,
-        "masked_lm_loss_in_place(self.cls(states[-1]), labels)",
-        "masked_lm_loss_in_place(F.linear(self.cls.predictions.transform(states[-1]),"
+        "loss(self.cls(states[-1]), labels)",
+        "loss(F.linear(self.cls.predictions.transform(states[-1]),"
         " self.get_input_embeddings().weight, self.cls.predictions.decoder.bias), labels)",
         "model/test_bert_layers.py::test_every_weight_goes_through_its_module",
     ),
@@ -175,7 +175,7 @@ MUTANTS = [
     Mutant(
         "items-in-batch",
         MODEL,
-        "out.loss_sum / num_items_in_batch",
+        "_mean(out.loss_sum, out.count, num_items_in_batch)",
         "out.loss",
         "model/test_bert_layers.py::test_microbatches_add_up_to_the_batch_by_the_number_of_items",
     ),
@@ -202,7 +202,21 @@ MUTANTS = [
         LOSS,
         "count.clamp(min=1)",
         "count",
-        "model/test_bert_layers.py::test_a_batch_without_masked_tokens_has_loss_and_gradients_of_zero",
+        "model/test_masked_lm_loss.py::test_without_labels_loss_and_gradients_are_zero",
+    ),
+    Mutant(
+        "no-items-in-batch",
+        MODEL,
+        "items.clamp(min=1) if isinstance",
+        "items if isinstance",
+        "model/test_bert_layers.py::test_no_item_in_all_microbatches_of_a_step_is_a_loss_of_zero",
+    ),
+    Mutant(
+        "hooked-logits-overwritten",
+        MODEL,
+        "type(module) not in ours or module._forward_hooks for",
+        "type(module) not in ours for",
+        "model/test_bert_layers.py::test_hooks_may_keep_and_change_the_logits",
     ),
     Mutant(
         "loss-mean-of-microbatches",

@@ -255,6 +255,50 @@ def test_every_weight_goes_through_its_module(segments):
         assert_same(gradients(model, got), gradients(model, want), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("cls", [BertForMaskedLM, BertForTokenClassification])
+def test_no_item_in_all_microbatches_of_a_step_is_a_loss_of_zero(cls):
+    """Short texts may have no masked token. transformers' Trainer then gives 0 items, and one NaN spoils a mean."""
+    model, batch = model_of(cls), batch_of(rate=0.0)
+    for training in (True, False):
+        for items in (0, torch.tensor(0)):
+            assert model.train(training)(**batch, num_items_in_batch=items).loss == 0
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [lambda output: None, lambda output: output.tanh(), lambda output: output[:, :1].expand_as(output)],
+    ids=["kept", "saved by the backward", "expanded"],
+)
+@pytest.mark.parametrize("name", ["cls", "cls.predictions", "cls.predictions.decoder"])
+def test_hooks_may_keep_and_change_the_logits(name, keep):
+    """The loss does not overwrite logits that it does not own."""
+    model, batch, seen = model_of().train(), batch_of(), []
+
+    def hook(module, inputs, output):
+        seen.append((output.detach(), output.detach().clone()))
+        return keep(output)
+
+    model.get_submodule(name).register_forward_hook(hook)
+    labels = batch["labels"]
+    loss = model(**batch).loss
+    got = gradients(model, loss)
+    assert torch.equal(*seen[0])
+    model.get_submodule(name)._forward_hooks.clear()
+    logits = model(**batch, return_logits=True).logits[labels >= 0]
+    want = F.cross_entropy(logits if keep(logits) is None else keep(logits), labels[labels >= 0])
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=0)
+    assert_same(got, gradients(model, want), rtol=1e-9, atol=1e-11)
+
+
+def test_a_module_in_the_place_of_the_decoder_may_keep_the_logits():
+    model, batch = model_of().train(), batch_of()
+    decoder = model.cls.predictions.decoder
+    model.cls.predictions.decoder = torch.nn.Sequential(decoder, torch.nn.Tanh())  # its backward reads them
+    want = F.cross_entropy(model(**batch, return_logits=True).logits.flatten(0, 1), batch["labels"].flatten())
+    got = model(**batch).loss
+    assert_same(gradients(model, got), gradients(model, want), rtol=1e-9, atol=1e-11)
+
+
 def test_a_batch_without_masked_tokens_has_loss_and_gradients_of_zero():
     model = model_of()
     batch = batch_of(rate=0.0)
@@ -502,6 +546,24 @@ def test_question_answering():
     assert len(model(ids, mask, return_dict=False)) == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_may_be_int32(training):
+    """As ids may."""
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    positions = torch.tensor([3, 0, 2, 1, 0])
+    for cls, labels in (
+        (BertForMaskedLM, {"labels": batch["labels"]}),
+        (BertForTokenClassification, {"labels": batch["labels"].clamp(max=1)}),
+        (BertForSequenceClassification, {"labels": positions.clamp(max=1)}),
+        (BertForQuestionAnswering, {"start_positions": positions, "end_positions": positions}),
+    ):
+        model = model_of(cls).train(training)
+        want = model(**inputs, **labels).loss
+        got = model(**{k: v.int() for k, v in inputs.items()}, **{k: v.int() for k, v in labels.items()}).loss
+        assert torch.equal(got, want)
+
+
 def test_labels_that_do_not_fit_are_refused_with_their_shapes():
     """Also where their number fits by chance, or torch would broadcast them."""
     batch = batch_of()
@@ -532,6 +594,8 @@ def test_multiple_choice():
     torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, out.logits)
     with pytest.raises(ValueError, match=r"expected C choices, \(B, C, S\), got \(6, 17\)"):
         model(batch["input_ids"])
+    with pytest.raises(ValueError, match=r"one shape, \(B, C, S\), got \(2, 3, 17\), \(2, 17\)"):
+        model(ids, mask[:, 0])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
