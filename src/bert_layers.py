@@ -35,7 +35,14 @@ from .bert_padding import Layout, PaddedLayout, from_rows, to_rows, unpad_input,
 from .configuration_bert import MosaicBertConfig
 from .flash_attn_triton import tile_tables
 from .graphs import in_exported_graph, in_graph, in_trace
-from .masked_lm_loss import IGNORED, masked_lm_loss, masked_lm_loss_in_place
+from .masked_lm_loss import (
+    IGNORED,
+    masked_lm_loss,
+    masked_lm_loss_in_place,
+    mean_cross_entropy,
+    mean_loss,
+    wide,
+)
 
 # isort: split
 # transformers' loader copies the files that this one names, not those that they name in turn.
@@ -340,7 +347,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             segments = None if token_type_ids is None else unpad_input(token_type_ids, layout.indices)
             ids_T, labels_M = unpad_input(input_ids, layout.indices), labels_T[masked_index]
             out: Any = self.forward_unpadded(ids_T, layout, masked_index, labels_M, segments)
-            loss = _mean(out.loss_sum, out.count, num_items_in_batch)
+            loss = mean_loss(out.loss_sum, out.count, num_items_in_batch)
             return self._returned(MaskedLMOutput(loss=loss), return_dict)
 
         encoded = self.bert(*inputs, weights, states, return_dict=True)
@@ -348,7 +355,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         if labels is not None:
             labels = labels.where(mask, IGNORED)
             sums = masked_lm_loss(logits.flatten(0, 1), labels.flatten())
-            loss = _mean(sums["loss_sum"], sums["count"], num_items_in_batch)
+            loss = mean_loss(sums["loss_sum"], sums["count"], num_items_in_batch)
         output = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
@@ -378,23 +385,6 @@ class BertForMaskedLM(BertPreTrainedModel):
         kept = in_graph() or any(type(module) not in ours or module._forward_hooks for module in makers)
         loss = masked_lm_loss if kept else masked_lm_loss_in_place
         return UnpaddedMaskedLMOutput(**loss(self.cls(states[-1]), labels))
-
-
-def _mean(loss_sum: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The mean over ``count`` items; or a microbatch's part of the mean over all items of a batch. 0 without any."""
-    items = count if num_items_in_batch is None else num_items_in_batch
-    return loss_sum / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Mean cross entropy of (n, classes) over the labels (n,) that are not IGNORED; 0 if all are."""
-    labels = labels if labels.is_floating_point() else labels.long()  # torch refuses int32
-    loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
-    return _mean(loss_sum, (labels != IGNORED).sum(), num_items_in_batch)
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, what: str) -> None:
@@ -440,7 +430,7 @@ class _Classifier(BertPreTrainedModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds)
         encoded = self.bert(*inputs, output_attentions, output_hidden_states, return_dict=True)
         logits = self.classifier(self.dropout(encoded.pooler_output if self.pooled else encoded.last_hidden_state))
-        loss = None if labels is None else self._loss(_wide(logits), labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(wide(logits), labels, num_items_in_batch)
         output = self.output_class(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
@@ -470,7 +460,7 @@ class BertForSequenceClassification(_Classifier):
             problem_type = "regression" if self.num_labels == 1 else single
         if problem_type == "single_label_classification":
             _check_labels(labels.flatten(), logits.shape[:1], "a class for each sequence, (B,)")
-            return _cross_entropy(logits, labels.flatten(), num_items_in_batch)
+            return mean_cross_entropy(logits, labels.flatten(), num_items_in_batch)
         one = problem_type == "regression" and self.num_labels == 1
         what = "a number for each sequence, (B,)" if one else "one for each sequence and label, (B, num_labels)"
         _check_labels(labels.flatten() if one else labels, logits.shape[: 1 if one else 2], what)
@@ -479,7 +469,7 @@ class BertForSequenceClassification(_Classifier):
             loss_sum = F.mse_loss(logits.flatten(), labels.flatten(), reduction="sum")
         else:
             loss_sum = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return _mean(loss_sum, labels.numel(), num_items_in_batch)
+        return mean_loss(loss_sum, labels.numel(), num_items_in_batch)
 
 
 class BertForTokenClassification(_Classifier):
@@ -493,7 +483,7 @@ class BertForTokenClassification(_Classifier):
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         _check_labels(labels, logits.shape[:2], "one for each token, (B, S)")
-        return _cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
+        return mean_cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
 
 
 class BertForMultipleChoice(_Classifier):
@@ -538,7 +528,7 @@ class BertForMultipleChoice(_Classifier):
         logits, loss = scored.logits.view(given.shape[:2]), None
         if labels is not None:
             _check_labels(labels.flatten(), logits.shape[:1], "a choice for each row, (B,)")
-            loss = _cross_entropy(_wide(logits), labels.flatten(), num_items_in_batch)
+            loss = mean_cross_entropy(wide(logits), labels.flatten(), num_items_in_batch)
         output = MultipleChoiceModelOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,
@@ -594,8 +584,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
                 positions = positions.flatten().long()
                 at = positions.clamp(0, logits.shape[1] - 1)
                 is_token = (positions == at) & mask.bool().gather(1, at[:, None]).squeeze(1)
-                scores = _wide(logits).masked_fill(~mask.bool(), float("-inf"))
-                losses.append(_cross_entropy(scores, positions.where(is_token, IGNORED)))
+                scores = wide(logits).masked_fill(~mask.bool(), float("-inf"))
+                losses.append(mean_cross_entropy(scores, positions.where(is_token, IGNORED)))
             loss = (losses[0] + losses[1]) / 2
         output = QuestionAnsweringModelOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]

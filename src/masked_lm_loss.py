@@ -1,4 +1,4 @@
-"""The masked-language-model loss: cross entropy of the masked tokens, from their logits.
+"""The masked-language-model loss: cross entropy of the masked tokens, from their logits; and means of other losses.
 
 The logits (M, V) are the largest tensor of a step: at base size 61 KB per masked token in bf16. In training they are
 stored once, in the product's dtype, and the backward overwrites them with their gradient. fp32 copies and the softmax
@@ -41,7 +41,7 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     Raises:
         RuntimeError: a label is V or more (on a GPU, a device-side assertion).
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     labels = labels.long().where(labels >= 0, IGNORED)
     loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
     return _fields(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum(), labels)
@@ -54,6 +54,24 @@ def masked_lm_loss_in_place(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     labels = labels.long()
     loss_sum, correct = _InPlaceLoss.apply(logits, labels)  # pyright: ignore[reportGeneralTypeIssues]
     return _fields(loss_sum, correct, labels)
+
+
+def mean_loss(loss_sum: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean over ``count`` items; or a microbatch's part of the mean over all items of a batch. 0 without any."""
+    items = count if num_items_in_batch is None else num_items_in_batch
+    return loss_sum / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In fp32, or fp64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Mean cross entropy of (n, classes) over the labels (n,) that are not IGNORED; 0 if all are."""
+    labels = labels if labels.is_floating_point() else labels.long()  # torch refuses int32
+    loss_sum = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return mean_loss(loss_sum, (labels != IGNORED).sum(), num_items_in_batch)
 
 
 def _fields(loss_sum: Tensor, correct: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -175,7 +175,7 @@ MUTANTS = [
     Mutant(
         "items-in-batch",
         MODEL,
-        "_mean(out.loss_sum, out.count, num_items_in_batch)",
+        "mean_loss(out.loss_sum, out.count, num_items_in_batch)",
         "out.loss",
         "model/test_bert_layers.py::test_microbatches_add_up_to_the_batch_by_the_number_of_items",
     ),
@@ -206,7 +206,7 @@ MUTANTS = [
     ),
     Mutant(
         "no-items-in-batch",
-        MODEL,
+        LOSS,
         "items.clamp(min=1) if isinstance",
         "items if isinstance",
         "model/test_bert_layers.py::test_no_item_in_all_microbatches_of_a_step_is_a_loss_of_zero",
