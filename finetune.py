@@ -30,14 +30,10 @@ from src.finetune import gpus, table
 from src.finetune.config import FinetuneConfig, load
 from src.finetune.plan import check_runs, is_finished, plan_runs
 from src.finetune.predict import predict
+from src.finetune.progress import say
 from src.finetune.run import MODEL_FOLDER, RESULT_FILE, SPEC_FILE, train_and_evaluate
 from src.train.schema import to_dict
 from src.train.yaml12 import dump, hidden, hiding, stored
-
-
-def report(line: str) -> None:
-    """Print a line to standard error at once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -45,9 +41,9 @@ def finetune(config: FinetuneConfig) -> int:
     specs = plan_runs(config)
     unfinished = [spec for spec in specs if not is_finished(spec)]
     if len(unfinished) < len(specs):
-        report(f"{len(specs) - len(unfinished)} of {len(specs)} runs are finished already")
+        say(f"{len(specs) - len(unfinished)} of {len(specs)} runs are finished already")
     if unfinished:
-        report(f"checking the files and the model of {len(unfinished)} runs")
+        say(f"checking the files and the model of {len(unfinished)} runs")
         check_runs(unfinished)
     by_encoder = {f"{spec.folder}/{MODEL_FOLDER}": spec.name for spec in specs}
     jobs = []
@@ -57,7 +53,7 @@ def finetune(config: FinetuneConfig) -> int:
         command = [sys.executable, __file__, "--run", spec.folder]
         jobs.append(gpus.Job(spec.name, command, folder / "log.txt", first, pickle.dumps(spec)))
     devices, texts = gpus.visible_devices(torch.cuda.device_count()), config.interpolations
-    failed = gpus.run_jobs(jobs, devices, lambda line: report(hidden(line, texts)))
+    failed = gpus.run_jobs(jobs, devices, lambda line: say(hidden(line, texts)))
     failed = {name: hidden(reason, texts) for name, reason in failed.items()}
     finished = [json.loads((Path(spec.folder) / RESULT_FILE).read_text()) for spec in specs if is_finished(spec)]
     write_table(config, finished, failed)

@@ -198,7 +198,7 @@ class MosaicBert(Variant):
 
 
 @dataclass(frozen=True)
-class PaddedLayout:
+class BiasedLayout:
     """Replaces ``Layout`` for a batch that keeps its padding."""
 
     bias: Tensor
@@ -212,7 +212,7 @@ class PaddedSelfAttention(nn.Module):
         super().__init__()
         self.Wqkv, self.num_heads = attention.Wqkv, attention.num_heads
 
-    def forward(self, x: Tensor, layout: PaddedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, layout: BiasedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
         """(B * S, D) -> (B * S, D), or (M, D) at ``rows``."""
         B, _, S, _ = layout.bias.shape
         q, k, v = self.Wqkv(x).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -239,7 +239,7 @@ class MosaicBertPadded(MosaicBert):
         lowest = torch.finfo(self.dtype).min
         bias = alibi.masked_fill(part["attention_mask"][:, None, None] == 0, lowest).to(self.dtype)
         labels = part["masked_labels"]
-        return [{**part, "input_ids": part["input_ids"].flatten(), "labels": labels, "layout": PaddedLayout(bias)}]
+        return [{**part, "input_ids": part["input_ids"].flatten(), "labels": labels, "layout": BiasedLayout(bias)}]
 
 
 class HFBert(Variant):

@@ -41,6 +41,7 @@ from .masked_lm_loss import (
     masked_lm_loss_in_place,
     mean_cross_entropy,
     mean_loss,
+    owns_output,
     wide,
 )
 
@@ -379,12 +380,10 @@ class BertForMaskedLM(BertPreTrainedModel):
             token_type_ids: (T,); None means segment 0.
         """
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
-        # The loss in place overwrites logits that a hook, or a module put in the place of ours, may have kept.
-        ours = {BertOnlyMLMHead, BertLMPredictionHead, nn.Linear}
-        makers = [module for name, module in self.cls.named_modules() if "transform" not in name]
-        kept = in_graph() or any(type(module) not in ours or module._forward_hooks for module in makers)
-        loss = masked_lm_loss if kept else masked_lm_loss_in_place
-        return UnpaddedMaskedLMOutput(**loss(self.cls(states[-1]), labels))
+        logits = self.cls(states[-1])  # (M, V)
+        owned = owns_output(self.cls, {BertOnlyMLMHead, BertLMPredictionHead, nn.Linear})
+        loss = masked_lm_loss_in_place if owned else masked_lm_loss
+        return UnpaddedMaskedLMOutput(**loss(logits, labels))
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, what: str) -> None:

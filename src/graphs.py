@@ -18,5 +18,7 @@ def in_exported_graph() -> bool:
 
     In torch 2.7, torch.export needs ``strict=False``, today's default: with True this is False, and it fails.
     """
-    # torch.compiler.is_exporting() itself is true in torch 2.7's torch.compile, which would then lose the kernels.
-    return torch.compiler._is_exporting_flag or in_trace()
+    # torch.compiler.is_exporting() itself is true in torch 2.7's torch.compile, which would then lose the kernels. The
+    # flag behind it has no promise to stay.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return (torch.compiler.is_exporting() if flag is None else flag) or in_trace()

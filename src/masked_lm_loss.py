@@ -7,14 +7,19 @@ exist for one block of rows at a time.
 Letters: M masked tokens, V vocabulary.
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .graphs import in_graph
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position without loss: no gradient, not counted. Any negative label means the same."""
@@ -48,12 +53,29 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def masked_lm_loss_in_place(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The same, for logits that nothing else reads: the backward overwrites them. Saves nothing as large."""
-    if in_graph():  # the compiler fuses the passes over the logits itself
-        return masked_lm_loss(logits, labels)
+    """The same, for logits that nothing else reads (``owns_output``): the backward overwrites them."""
     labels = labels.long()
     loss_sum, correct = _InPlaceLoss.apply(logits, labels)  # pyright: ignore[reportGeneralTypeIssues]
     return _fields(loss_sum, correct, labels)
+
+
+def owns_output(head: nn.Module, ours: set[type]) -> bool:
+    """Whether nothing keeps what the head returns: no hook, and no module put in the place of one of ``ours``.
+
+    False in a graph, too: the compiler fuses the passes over the logits itself.
+    """
+    if in_graph():
+        return False
+    makers = [module for name, module in head.named_modules() if "transform" not in name]
+    owned = not any(type(module) not in ours or module._forward_hooks for module in makers)
+    if not owned:
+        _log_once("the head has a hook or an adapter: the loss keeps its logits, and needs more memory")
+    return owned
+
+
+@cache
+def _log_once(message: str) -> None:
+    log.info(message)
 
 
 def mean_loss(loss_sum: Tensor, count: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:

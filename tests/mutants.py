@@ -146,9 +146,9 @@ MUTANTS = [
     Mutant(
         "head-past-its-module",
         MODEL,
-        "loss(self.cls(states[-1]), labels)",
-        "loss(F.linear(self.cls.predictions.transform(states[-1]),"
-        " self.get_input_embeddings().weight, self.cls.predictions.decoder.bias), labels)",
+        "logits = self.cls(states[-1])",
+        "logits = F.linear(self.cls.predictions.transform(states[-1]),"
+        " self.get_input_embeddings().weight, self.cls.predictions.decoder.bias)",
         "model/test_bert_layers.py::test_every_weight_goes_through_its_module",
     ),
     Mutant(
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "hooked-logits-overwritten",
-        MODEL,
+        LOSS,
         "type(module) not in ours or module._forward_hooks for",
         "type(module) not in ours for",
         "model/test_bert_layers.py::test_hooks_may_keep_and_change_the_logits",

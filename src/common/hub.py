@@ -78,7 +78,7 @@ HINTS = {
 
 
 FOUND: dict[str, list[str]] = {}
-"""Results of ``dataset_files`` by place. A process that goes on with another's work takes its results."""
+"""Files that ``dataset_files`` returned, by place. A run of finetune.py gets those of the plan, which made its key."""
 
 
 def dataset_files(place: str) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import bert_encoder, torch_ops
+from src import bert_encoder, masked_lm_loss, torch_ops
 from src.attention import alibi_slopes, attention_weights
 from src.bert_layers import (
     BertForMaskedLM,
@@ -290,13 +290,18 @@ def test_hooks_may_keep_and_change_the_logits(name, keep):
     assert_same(got, gradients(model, want), rtol=1e-9, atol=1e-11)
 
 
-def test_a_module_in_the_place_of_the_decoder_may_keep_the_logits():
+def test_a_module_in_the_place_of_the_decoder_may_keep_the_logits(caplog):
+    """Said once, because it needs more memory."""
+    caplog.set_level("INFO", logger="src.masked_lm_loss")
+    masked_lm_loss._log_once.cache_clear()
     model, batch = model_of().train(), batch_of()
+    assert model(**batch).loss > 0 and not caplog.records
     decoder = model.cls.predictions.decoder
     model.cls.predictions.decoder = torch.nn.Sequential(decoder, torch.nn.Tanh())  # its backward reads them
     want = F.cross_entropy(model(**batch, return_logits=True).logits.flatten(0, 1), batch["labels"].flatten())
     got = model(**batch).loss
     assert_same(gradients(model, got), gradients(model, want), rtol=1e-9, atol=1e-11)
+    assert model(**batch).loss > 0 and [r.message[:13] for r in caplog.records] == ["the head has "]
 
 
 def test_a_batch_without_masked_tokens_has_loss_and_gradients_of_zero():

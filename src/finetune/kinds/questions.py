@@ -239,7 +239,7 @@ class QuestionAnswering(Kind):
     def loss(self, outputs: Any, batch: Batch, class_weights: Tensor | None = None) -> Tensor:
         """Mean cross entropy of the first and the last token. Padding has no probability.
 
-        In the models' own loss it has, as in BERT, so that their loss depends on the longest window of a microbatch.
+        In the loss of transformers' BERT it has, so that the loss depends on the longest window of a microbatch.
         """
         padding, losses = batch["attention_mask"] == 0, []
         for name in ("start", "end"):
