@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import MODEL
 
 WITHOUT = """
@@ -39,6 +41,7 @@ for name in ("kernels.compare", "speed.step", "kernels.tune", "kernels.aot"):
 """In one process, as torch takes seconds to import."""
 
 
+@pytest.mark.slow
 def test_kernels_need_only_torch_triton_transformers_and_pytest(tmp_path):
     """Without Composer, streaming and git, tests and benchmarks of the kernels run, through the interpreter."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)

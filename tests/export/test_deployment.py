@@ -86,7 +86,8 @@ def exported_program(head):
     ).module()
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", pytest.param("BertForMultipleChoice", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForMultipleChoice"])
 def test_an_exported_program_is_right_for_any_batch(head):
     """Length 1 included, which B * S rows would exclude."""
     check(head, model(head, return_dict=False), exported_program(head))

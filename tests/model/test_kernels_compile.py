@@ -25,6 +25,7 @@ def compiled(*arguments, before="pass"):
     return done.returncode, {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", last)}
 
 
+@pytest.mark.slow
 def test_the_base_model_on_a100_and_h100(tmp_path):
     """Heads of 64, hidden size 768, GLU width 3,072; aligned and other strides."""
     table, old = tmp_path / "table.md", f"## Triton {triton.__version__}\n\nold\n"
