@@ -47,7 +47,8 @@ from .masked_lm_loss import (
 
 # isort: split
 # transformers' loader copies the files that this one names, not those that they name in turn.
-from .geglu_triton import geglu as _  # noqa: F401
+from .cross_entropy_triton import fused_forward as _  # noqa: F401
+from .geglu_triton import geglu as _  # noqa: F401, F811
 from .layer_norm_triton import layer_norm as _  # noqa: F401, F811
 from .torch_ops import dropout as _  # noqa: F401, F811
 from .triton_common import draw_key as _  # noqa: F401, F811
@@ -382,8 +383,9 @@ class BertForMaskedLM(BertPreTrainedModel):
         states = self.bert.encode(input_ids, layout, token_type_ids, rows=masked_index)
         logits = self.cls(states[-1])  # (M, V)
         owned = owns_output(self.cls, {BertOnlyMLMHead, BertLMPredictionHead, nn.Linear})
-        loss = masked_lm_loss_in_place if owned else masked_lm_loss
-        return UnpaddedMaskedLMOutput(**loss(logits, labels))
+        kernels = self.config.kernels
+        loss = masked_lm_loss_in_place(logits, labels, kernels) if owned else masked_lm_loss(logits, labels)
+        return UnpaddedMaskedLMOutput(**loss)
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, what: str) -> None:

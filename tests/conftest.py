@@ -216,7 +216,7 @@ def trained(token_shards, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """``torch.empty`` gives NaN between guards. At the end: every element was written, and no guard.
+    """``torch.empty`` gives NaN, or -1 for integers, between guards. At the end: all was written, and no guard.
 
     Yields the memory given so far.
     """
@@ -227,7 +227,7 @@ def poisoned(monkeypatch):
         size = int(torch.Size(shape).numel())
         memory = torch.full((size + 128,), 7.0, dtype=dtype, device=device)
         view = memory[64 : 64 + size].view(shape)
-        view.fill_(float("nan"))
+        view.fill_(float("nan") if dtype.is_floating_point else -1)
         made.append((memory, size))
         return view
 
@@ -237,4 +237,5 @@ def poisoned(monkeypatch):
     assert made
     for memory, size in made:
         assert (memory[:64] == 7.0).all() and (memory[64 + size :] == 7.0).all()
-        assert not memory.isnan().any(), "elements that were never written, or NaN"
+        unwritten = memory.isnan() if memory.is_floating_point() else memory == -1
+        assert not unwritten.any(), "elements that were never written, or NaN"

@@ -48,6 +48,7 @@ BUILDERS, VALIDATE = "src/train/builders.py", "src/train/validate.py"
 CALLBACKS, MONITORS, MASKING = "src/train/callbacks.py", "src/train/monitors.py", "src/data/masking.py"
 MODEL, ENCODER, ATTENTION = "src/bert_layers.py", "src/bert_encoder.py", "src/attention.py"
 LOSS = "src/masked_lm_loss.py"
+CROSS_ENTROPY = "src/cross_entropy_triton.py"
 FILES, CHECKPOINT, RESUME = "src/common/files.py", "src/train/checkpoint.py", "src/train/resume.py"
 BATCHES, WEIGHTS, METRICS = "src/data/microbatches.py", "src/train/weights.py", "src/mosaic_bert.py"
 ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.py"
@@ -195,7 +196,32 @@ MUTANTS = [
         "model/test_masked_lm_loss.py",
     ),
     Mutant(
-        "label-zero", LOSS, "count = (labels >= 0).sum()", "count = (labels > 0).sum()", "model/test_masked_lm_loss.py"
+        "label-zero",
+        LOSS,
+        "[best == labels, labels >= 0]",
+        "[best == labels, labels > 0]",
+        "model/test_masked_lm_loss.py",
+    ),
+    Mutant(
+        "sum-not-rescaled",
+        CROSS_ENTROPY,
+        "tl.where(higher, total * ratio + 1.0, total + ratio)",
+        "tl.where(higher, total + 1.0, total + ratio)",
+        "model/test_cross_entropy_triton.py::test_loss_and_gradient",
+    ),
+    Mutant(
+        "last-of-equal-logits",
+        CROSS_ENTROPY,
+        "tl.min(tl.where(top == row_top, best, V), axis=0)",
+        "tl.max(tl.where(top == row_top, best, -1), axis=0)",
+        "model/test_cross_entropy_triton.py::test_the_highest_logits_are_counted_as_torch_does",
+    ),
+    Mutant(
+        "kernel-writes-in-silence",
+        CROSS_ENTROPY,
+        "torch.autograd.graph.increment_version(logits)",
+        "pass",
+        "model/test_masked_lm_loss.py::test_logits_that_something_else_saved_are_not_overwritten_in_silence",
     ),
     Mutant(
         "count-clamp",

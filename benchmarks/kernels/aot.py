@@ -1,7 +1,7 @@
 """Compile every kernel for all supported cards, on a machine without a GPU.
 
-    python -m benchmarks.kernels.aot [--architectures 80 90] [--head_sizes 64] [--widths 768] [--dtypes bf16]
-        [--out table.md]
+    python -m benchmarks.kernels.aot [--architectures 80 90] [--head_sizes 64] [--widths 768] [--vocabularies 30528]
+        [--dtypes bf16] [--out table.md]
 
 Prints for each build the registers per thread, bytes spilled to local memory, and shared memory of a program. Last
 line: ``aot kernels=… spilling=… over_limit=…``; the exit status is 1 if a build spills or needs more shared memory than
@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import report
-from src import flash_attn_triton, geglu_triton, layer_norm_triton, triton_common
+from src import cross_entropy_triton, flash_attn_triton, geglu_triton, layer_norm_triton, triton_common
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 """Bytes of shared memory that a program may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
@@ -63,14 +63,14 @@ class Build:
 
     def divides(self, argument: str) -> bool:
         """Whether the compiler may assume that 16 divides an argument; it divides every pointer."""
-        return argument.endswith("_ptr") or (self.aligned and ("stride" in argument or argument in ("D", "I")))
+        return argument.endswith("_ptr") or (self.aligned and ("stride" in argument or argument in ("D", "I", "V")))
 
 
 POINTERS = {
     **dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "fp32"),
-    **dict.fromkeys(("weight_ptr", "bias_ptr"), "fp32"),
-    "tiles_ptr": "i32",
-    "key_ptr": "i64",
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "loss_ptr", "top_ptr", "total_ptr", "dloss_ptr"), "fp32"),
+    **dict.fromkeys(("tiles_ptr", "counts_ptr"), "i32"),
+    **dict.fromkeys(("key_ptr", "labels_ptr"), "i64"),
 }
 """Element types that do not depend on the dtype."""
 
@@ -105,12 +105,22 @@ def rowwise_builds(width: int, dtype: str) -> Iterator[Build]:
             yield Build(kernel, f"I={4 * width}{', dropout' * dropout}", dtype, constants, constants.pop("num_warps"))
 
 
+def cross_entropy_builds(V: int, dtype: str) -> Iterator[Build]:
+    """The masked-token head's kernels for one vocabulary. That from V = 1,025 on is one build, but for alignment."""
+    constants = cross_entropy_triton.tile(V)
+    warps = constants.pop("num_warps")
+    for kernel in (cross_entropy_triton.cross_entropy_forward, cross_entropy_triton.cross_entropy_backward):
+        yield Build(kernel, f"V={V}", dtype, constants, warps)
+
+
 def builds_for(architecture: int, args: argparse.Namespace) -> Iterator[Build]:
     """All builds for a card."""
     for dtype in args.dtypes:
         for head_size in args.head_sizes:
             yield from flash_attn_builds(architecture, head_size, dtype)
-        for build in itertools.chain(*(rowwise_builds(width, dtype) for width in args.widths)):
+        rowwise = (rowwise_builds(width, dtype) for width in args.widths)
+        heads = (cross_entropy_builds(V, dtype) for V in args.vocabularies)
+        for build in itertools.chain(*rowwise, *heads):
             yield from (replace(build, aligned=aligned) for aligned in (True, False))
 
 
@@ -164,8 +174,9 @@ def main(argv: list[str]) -> int:
     parser = report.parser(__doc__)
     known = list(SHARED_MEMORY)
     parser.add_argument("--architectures", type=int, nargs="+", default=known, choices=known)
-    parser.add_argument("--head_sizes", type=int, nargs="+", default=[16, 24, 32, 48, 64, 80, 128])
+    parser.add_argument("--head_sizes", type=int, nargs="*", default=[16, 24, 32, 48, 64, 80, 128])
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 768, 1024, 4096], help="hidden sizes")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=[30528])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--out", type=Path, help="file for the table")
     args = parser.parse_args(argv)

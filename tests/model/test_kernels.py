@@ -11,7 +11,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels.compare import kept_bytes, saved
-from src import attention, flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops, triton_common
+from src import (
+    attention,
+    cross_entropy_triton,
+    flash_attn_triton,
+    geglu_triton,
+    layer_norm_triton,
+    torch_ops,
+    triton_common,
+)
 from src.bert_encoder import BertLayer
 from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
@@ -169,6 +177,7 @@ def test_whole_model_with_kernels_equals_the_one_without():
         **dict.fromkeys(("flash_attn_forward", "flash_attn_delta", "flash_attn_dkdv", "flash_attn_dq"), L),
         **dict.fromkeys(("layer_norm_forward", "layer_norm_backward"), norms),
         **dict.fromkeys(("geglu_forward", "geglu_backward"), L),
+        **dict.fromkeys(("cross_entropy_forward", "cross_entropy_backward"), 1),
     }
     assert_same(results["triton"], results["reference"], rtol=2e-4, atol=2e-5)
 
@@ -203,7 +212,7 @@ class Syncs(TorchDispatchMode):
         self.seen, self.launching = [], False
         for name in self.METHODS:
             monkeypatch.setattr(torch.Tensor, name, self.recording(name, getattr(torch.Tensor, name)))
-        for module in (flash_attn_triton, layer_norm_triton, geglu_triton):
+        for module in (flash_attn_triton, layer_norm_triton, geglu_triton, cross_entropy_triton):
             monkeypatch.setattr(module, "launch", self.interpreted)
 
     def record(self, name):

@@ -1,4 +1,7 @@
-"""The loss that overwrites its logits, behind the product that makes them, against plain torch."""
+"""The loss that overwrites its logits, behind the product that makes them, in plain torch, against F.cross_entropy.
+
+Its kernel: test_cross_entropy_triton.py.
+"""
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ def inputs_of(M, dtype=torch.float32, scale=1.0):
 
 
 def ours(x, weight, bias, labels):
-    return masked_lm_loss_in_place(F.linear(x, weight, bias), labels)
+    return masked_lm_loss_in_place(F.linear(x, weight, bias), labels, "torch")
 
 
 def plain(x, weight, bias, labels):
@@ -109,12 +112,13 @@ def test_only_the_logits_are_kept_and_their_gradient_overwrites_them():
         torch.autograd.grad(out, tensors)
 
 
-def test_logits_that_something_else_saved_are_not_overwritten_in_silence():
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_logits_that_something_else_saved_are_not_overwritten_in_silence(kernels):
     """Such as a module behind the decoder, whose own backward reads them."""
     (x, weight, bias), labels = inputs_of(7)
     logits = F.linear(x, weight, bias).tanh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(masked_lm_loss_in_place(logits, labels)["loss"], x)
+        torch.autograd.grad(masked_lm_loss_in_place(logits, labels, kernels)["loss"], x)
 
 
 def test_only_some_inputs_need_gradients():
