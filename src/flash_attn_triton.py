@@ -68,19 +68,21 @@ class Tiles:
 
 
 # By (architecture or 0 for any, largest padded head size, bytes per element); the first match is used. None spills
-# registers or exceeds the card's shared memory with Triton 3.3.0 or 3.8.0 (benchmarks/results/kernels_aot.md). For
-# speed, see benchmarks/kernels/tune.py.
+# registers, exceeds the card's shared memory or makes two warps compute the same scores with Triton 3.3.0 or 3.8.0
+# (benchmarks/results/kernels_aot.md). For speed, see benchmarks/kernels/tune.py.
 TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB per program
-    (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),  # A100: 163 KiB
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 128, 2): Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(64, 32, 4, 2)),
+    (80, 128, 2): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 1), Tile(64, 32, 4, 2)),
     (100, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B200
+    (100, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
     (103, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B300
-    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),  # any other: 99 KiB
+    (103, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
+    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(128, 32, 8, 2)),  # any other: 99 KiB
     (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(64, 32, 4, 1)),
     (0, 16, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (0, 32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 2)),
     (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)),

@@ -1,16 +1,25 @@
 """Compile every kernel for all supported cards, on a machine without a GPU.
 
     python -m benchmarks.kernels.aot [--architectures 80 90] [--head_sizes 64] [--widths 768] [--vocabularies 30528]
-        [--dtypes bf16] [--out table.md]
+        [--dtypes bf16] [--processes 2] [--out table.md]
 
-Prints for each build the registers per thread, bytes spilled to local memory, and shared memory of a program. Last
-line: ``aot kernels=… spilling=… over_limit=…``; the exit status is 1 if a build spills or needs more shared memory than
-the card has. ``--out`` replaces the section of this Triton version in that file. Row-wise kernels are compiled for
-strides that are multiples of 16 elements and for others; attention's heads are aligned if 16 divides them.
+Prints for each build the registers per thread, bytes spilled to local memory, and shared memory of a program. For
+attention also:
+
+warps per score             how many warps compute the same score: 1, or the tile has too few rows for its warps.
+issue cycles per score      instructions of the main loop, times warps, divided by scores and by 4 schedulers. A bound
+                            of the time, without waits for memory and products; compare tiles of one kernel and card.
+
+Last line: ``aot kernels=… spilling=… over_limit=… repeating=…``; the exit status is 1 if a build spills, needs more
+shared memory than the card has, or repeats scores. ``--out`` replaces the section of this Triton version in that file.
+Row-wise kernels are compiled for strides that are multiples of 16 elements and for others; attention's heads are
+aligned if 16 divides them. Builds that the compiler cannot distinguish are compiled once.
 """
 
 import argparse
 import itertools
+import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -64,6 +73,18 @@ class Build:
     def divides(self, argument: str) -> bool:
         """Whether the compiler may assume that 16 divides an argument; it divides every pointer."""
         return argument.endswith("_ptr") or (self.aligned and ("stride" in argument or argument in ("D", "I", "V")))
+
+    def source(self) -> ASTSource:
+        """What the compiler gets. As in a launch, it assumes nothing about arguments that are not specialised."""
+        places = {parameter.name: (parameter.num,) for parameter in self.kernel.params}
+        known = [p.name for p in self.kernel.params if not p.do_not_specialize and p.name not in self.constants]
+        attributes = {places[name]: [["tt.divisibility", 16]] for name in known if self.divides(name)}
+        constants = {places[name]: value for name, value in self.constants.items()}
+        return ASTSource(self.kernel, self.types(), constants, attributes)
+
+    def key(self, architecture: int) -> tuple[Any, ...]:
+        """Equal for builds that the compiler cannot distinguish."""
+        return architecture, self.kernel.__name__, self.num_warps, self.num_stages, self.source().hash()
 
 
 POINTERS = {
@@ -124,28 +145,92 @@ def builds_for(architecture: int, args: argparse.Namespace) -> Iterator[Build]:
             yield from (replace(build, aligned=aligned) for aligned in (True, False))
 
 
-def compile_for(build: Build, architecture: int) -> dict[str, int]:
+def compile_for(build: Build, architecture: int) -> dict[str, Any]:
     """Registers and spilled bytes per thread, bytes of shared memory per program; whether it has ``wgmma`` (Hopper's
     asynchronous product), and whether ptxas makes it wait for each one (its note C7515, which Triton does not pass on).
+    Of attention's kernels with scores also ``warps_per_score`` and ``cycles_per_score``.
     """
-    names = build.kernel.arg_names
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if build.divides(name)}
-    constants = {(names.index(name),): value for name, value in build.constants.items()}
     compiled = triton.compile(
-        ASTSource(build.kernel, build.types(), constants, attributes),
+        build.source(),
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
-    usage = output_of("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    cubin, ptx, ttgir = compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttgir"]
+    usage = output_of("cuobjdump", cubin, "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    wgmma, ptx = "wgmma" in compiled.asm["ptx"], compiled.asm["ptx"].encode()
-    return {
-        "registers": found["REG"],
-        "spilled": found["STACK"],
-        "shared": compiled.metadata.shared,
-        "wgmma": wgmma,
-        "serialised": wgmma and "C7515" in output_of("ptxas", ptx, "-v", "--gpu-name=sm_90a", "-o", os.devnull),
-    }
+    wgmma = "wgmma" in ptx
+    serialised = wgmma and "C7515" in output_of("ptxas", ptx.encode(), "-v", "--gpu-name=sm_90a", "-o", os.devnull)
+    about = {"registers": found["REG"], "spilled": found["STACK"], "shared": compiled.metadata.shared}
+    about |= {"wgmma": wgmma, "serialised": serialised}
+    # The scores are where attention takes exp2 of a matrix.
+    matrix = re.search(r"math\.exp2 .*: tensor<(\d+)x(\d+)xf32, (#\w+)>", ttgir)
+    if build.kernel.__name__.startswith("flash_attn") and matrix is not None:
+        shape = (int(matrix[1]), int(matrix[2]))
+        about["warps_per_score"] = warps_per_score(ttgir, matrix[3], shape)
+        instructions = main_loop(output_of("cuobjdump", cubin, "-sass"))
+        about["cycles_per_score"] = instructions * build.num_warps / SCHEDULERS / math.prod(shape)
+    return about
+
+
+SCHEDULERS = 4
+"""Of a multiprocessor, on all cards here; each issues one instruction of a warp per cycle."""
+
+
+def warps_per_score(ttgir: str, layout: str, shape: tuple[int, int]) -> int:
+    """Warps that hold the same element of a matrix of this layout (a name such as ``#mma``) and shape.
+
+    Raises:
+        ValueError: a kind of layout that is not known here.
+    """
+    definition = re.search(rf"^{layout} = (.*)$", ttgir, re.MULTILINE)
+    text = definition[1] if definition is not None else ""
+
+    def sizes(name: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", re.search(rf"\b{name} = \[([^\]]*)\]", text)[1])]  # pyright: ignore
+
+    if text.startswith("#ttg.linear"):  # each bit of the warp's number moves it by such an offset
+        offsets = re.findall(r"\[(\d+), (\d+)\]", re.search(r"warp = \[(.*?)\](?:, block|\})", text)[1])  # pyright: ignore
+        return 2 ** offsets.count(("0", "0"))
+    if text.startswith("#ttg.nvidia_mma"):
+        one_warp = sizes("instrShape")[-3 if len(sizes("instrShape")) == 3 else -2 :][:2]
+    elif text.startswith("#ttg.blocked"):
+        one_warp = [a * b for a, b in zip(sizes("sizePerThread"), sizes("threadsPerWarp"), strict=True)]
+    else:
+        raise ValueError(f"unknown layout of the scores, {layout} = {text}")
+    warps = sizes("warpsPerCTA")
+    distinct = (min(n, max(1, size // each)) for n, size, each in zip(warps, shape, one_warp, strict=True))
+    return math.prod(warps) // math.prod(distinct)
+
+
+def main_loop(sass: str) -> int:
+    """Instructions of the longest loop with an exp2, or of the whole kernel if it has no such loop."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, re.MULTILINE)]
+    jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)) for at, text in code]
+    loops = [[text for at, text in code if int(to[1], 16) <= at <= end] for end, to in jumps if to is not None]
+    return max((len(loop) for loop in loops if any("MUFU.EX2" in text for text in loop)), default=len(code))
+
+
+def compiled(work: list[tuple[int, Build]], processes: int) -> Iterator[dict[str, Any]]:
+    """``compile_for`` of all, in order; once for equal ones."""
+    keys = [build.key(architecture) for architecture, build in work]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    # Forked processes see the work as it is here: Triton's kernels cannot be pickled, so they get its numbers.
+    with multiprocessing.get_context("fork").Pool(processes, _take, [work]) as pool:
+        running = {key: pool.apply_async(_compile, [i]) for key, i in sorted(first.items(), key=lambda item: item[1])}
+        for key in keys:
+            yield running[key].get()
+
+
+_work: list[tuple[int, Build]] = []
+
+
+def _take(work: list[tuple[int, Build]]) -> None:
+    _work[:] = work
+
+
+def _compile(number: int) -> dict[str, Any]:
+    architecture, build = _work[number]
+    return compile_for(build, architecture)
 
 
 def output_of(tool: str, content: bytes, *arguments: str) -> str:
@@ -178,44 +263,51 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 768, 1024, 4096], help="hidden sizes")
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[30528])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", type=Path, help="file for the table")
     args = parser.parse_args(argv)
 
+    work: list[tuple[int, Build]] = []
+    notes: list[str] = []
+    for architecture in dict.fromkeys([75, *args.architectures]):
+        reason = triton_common.refused(architecture)
+        if reason is None:
+            work += [(architecture, build) for build in builds_for(architecture, args)]
+        else:
+            notes.append(f"sm_{architecture} is refused: {reason}.")
+    titles = "card | kernel | dtype | variant | strides | warps | stages | registers | spilled | shared memory"
+    titles += " | warps per score | issue cycles per score"
     lines = [
         f"With torch {torch.__version__}; no GPU was used, and no figure here is a time.",
         "",
-        "| card | kernel | dtype | variant | strides | warps | stages | registers | spilled | shared memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {titles} |",
+        "|---" * (titles.count("|") + 1) + "|",
     ]
     print("\n".join(lines), flush=True)
-    notes: list[str] = []
-    usages: list[dict[str, int]] = []
-    for architecture in dict.fromkeys([75, *args.architectures]):
-        reason = triton_common.refused(architecture)
-        if reason is not None:
-            notes.append(f"sm_{architecture} is refused: {reason}.")
-            continue
-        for build in builds_for(architecture, args):
-            usage = compile_for(build, architecture)
-            usages.append(usage | {"over_limit": usage["shared"] > SHARED_MEMORY[architecture]})
-            cells = [f"sm_{architecture}", build.kernel.__name__, build.dtype, build.variant]
-            cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages]
-            cells += [usage["registers"], usage["spilled"], usage["shared"]]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-            print(lines[-1], flush=True)
-    counts = {
-        name: sum(usage[name] > 0 for usage in usages) for name in ("wgmma", "serialised", "spilled", "over_limit")
-    }
+    usages: list[dict[str, Any]] = []
+    for (architecture, build), usage in zip(work, compiled(work, args.processes), strict=True):
+        over_limit, repeating = usage["shared"] > SHARED_MEMORY[architecture], usage.get("warps_per_score", 1) > 1
+        usages.append(usage | {"over_limit": over_limit, "repeating": repeating})
+        cells = [f"sm_{architecture}", build.kernel.__name__, build.dtype, build.variant]
+        cells += ["aligned" if build.aligned else "any", build.num_warps, build.num_stages]
+        cells += [usage["registers"], usage["spilled"], usage["shared"]]
+        scores = "cycles_per_score" in usage
+        cells += [usage["warps_per_score"], f"{usage['cycles_per_score']:.3f}"] if scores else ["", ""]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        print(lines[-1], flush=True)
+    names = ("wgmma", "serialised", "spilled", "over_limit", "repeating")
+    counts = {name: sum(usage[name] > 0 for usage in usages) for name in names}
     if counts["wgmma"]:
         notes.append(
             f"{counts['serialised']} of {counts['wgmma']} builds with wgmma wait for each product (ptxas's note C7515)."
         )
-    last = f"aot kernels={len(usages)} spilling={counts['spilled']} over_limit={counts['over_limit']}"
+    faults = {"spilling": counts["spilled"], "over_limit": counts["over_limit"], "repeating": counts["repeating"]}
+    last = " ".join([f"aot kernels={len(usages)}", *(f"{name}={count}" for name, count in faults.items())])
     tail = ["", *notes, "", last]
     print("\n".join(tail))
     if args.out is not None:
         write_section(args.out, lines + tail)
-    return int(counts["spilled"] + counts["over_limit"] > 0)
+    return int(any(faults.values()))
 
 
 if __name__ == "__main__":
