@@ -1,10 +1,11 @@
-"""Write docs/results.md and the measured blocks of README and docs from benchmarks/results.
+"""Write docs/results.md and the measured and calculated blocks of README and docs from benchmarks/results.
 
     python -m benchmarks.publish            # write them
     python -m benchmarks.publish --check    # exit status 1 if they are not as it would write them
 
-docs/results.md is made of the Markdown and text files there. A block stands between ``<!-- measured: NAME -->``, NAME
-one of BLOCKS, and ``<!-- end -->``. Of a benchmark with results of several devices, it shows the first of DEVICES.
+docs/results.md is made of the Markdown and text files there. A block stands between ``<!-- KIND: NAME -->``, NAME one
+of BLOCKS, and ``<!-- end -->``. KIND is ``measured``, or what CALCULATED says. Of a benchmark with results of several
+devices, a block shows the first of DEVICES.
 """
 
 import itertools
@@ -18,12 +19,13 @@ from functools import partial
 from typing import Any
 
 from benchmarks import report
+from benchmarks.speed import roofline
 from benchmarks.speed.scaling import TABLES
 from benchmarks.speed.step import TIME_RATIO
 from src.common.environment import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- measured: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- ([a-z ]+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DEVICES = ("cuda", "cpu")
 PAGES = ("step", "time_to_loss", "quality")
 """Files NAME-DEVICE.md that docs/results.md holds, in its order."""
@@ -180,8 +182,19 @@ def extrapolation(found: dict[str, Any], path: str) -> list[str]:
 def scaling(part: str, found: dict[str, Any], path: str) -> list[str]:
     """A part of benchmarks/speed/scaling.py."""
     results = found[part]
-    about = f"{report.described(results['machine'])}; `{results['command']}`."
-    return [about, report.table(*TABLES[part], results["rows"])]
+    machine = results["machine"]
+    about = (
+        f"Calculated at commit {machine['commit']}" if f"scaling {part}" in CALCULATED else report.described(machine)
+    )
+    return [f"{about}; `{results['command']}`.", report.table(*TABLES[part], results["rows"])]
+
+
+def of_roofline() -> list[str]:
+    """Calculated and measured times of the profiled steps."""
+    path = RESULTS / "gpu-h200.json"
+    profile = json.loads(path.read_text())["profile"]
+    about = f"Calculated / measured, ms on an H200, the code of commit {profile['commit']} ([results]"
+    return [f"{about}(../benchmarks/results/{path.name})).", roofline.compared(profile["results"])]
 
 
 def forms() -> list[str]:
@@ -327,20 +340,30 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "forms": forms,
     "int8": int8,
     **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
+    "roofline": of_roofline,
+    "roofline now": lambda: [roofline.expected()],
 }
+CALCULATED = {
+    **dict.fromkeys(("scaling gpus", "scaling sizes", "roofline now"), "calculated"),
+    "roofline": "calculated and measured",
+}
+"""Blocks with figures that were not measured."""
 
 
 def filled(text: str, name: str) -> str:
     """A page with new text in its blocks.
 
     Raises:
-        SystemExit: an unknown block.
+        SystemExit: an unknown block, or one whose mark says measured where it is calculated, or the reverse.
     """
 
     def block(match: re.Match[str]) -> str:
-        if match[2] not in BLOCKS:
-            sys.exit(f"{name}: unknown block {match[2]!r}; blocks: {', '.join(BLOCKS)}")
-        return "\n\n".join([match[1].strip(), *BLOCKS[match[2]](), match[3]])
+        _, kind, block, end = match.groups()
+        if block not in BLOCKS:
+            sys.exit(f"{name}: unknown block {block!r}; blocks: {', '.join(BLOCKS)}")
+        if kind != CALCULATED.get(block, "measured"):
+            sys.exit(f"{name}: expected block {block!r} to be {CALCULATED.get(block, 'measured')!r}, got {kind!r}")
+        return "\n\n".join([match[1].strip(), *BLOCKS[block](), end])
 
     return BLOCK.sub(block, text)
 

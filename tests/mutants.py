@@ -55,6 +55,7 @@ ORDER, DATA, OPTIM = "src/data/order.py", "src/train/data.py", "src/train/optim.
 STREAMING_C4, INDEX_FILE = "src/data_c4.py", "src/data/index.py"
 SHARDS, ENDING, STOPPERS = "src/data/shards.py", "src/train/ending.py", "src/train/stoppers.py"
 TEXTS = "src/finetune/kinds/texts.py"
+AOT, ROOFLINE, PUBLISH = "benchmarks/kernels/aot.py", "benchmarks/speed/roofline.py", "benchmarks/publish.py"
 SCHEMA, YAML = "src/train/schema.py", "src/train/yaml12.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
@@ -1111,6 +1112,28 @@ MUTANTS = [
         "quant_pre_process(str(path), str(out), skip_symbolic_shape=True)",
         "quant_pre_process(str(path), str(out), skip_symbolic_shape=True, skip_optimization=True)",
         "export/test_deployment.py::test_an_int8_graph_has_int8_products_only",
+    ),
+    # Benchmarks
+    Mutant(
+        "aot-repeated-scores",
+        AOT,
+        "return math.prod(warps) // math.prod(distinct)",
+        "return 1",
+        "model/test_kernels_compile.py::test_a_bad_tile_is_caught",
+    ),
+    Mutant(
+        "roofline-one-tile-backward",
+        ROOFLINE,
+        "lengths.max()) <= kernels.one_tile",
+        "lengths.max()) < kernels.one_tile",
+        "benchmarks/test_benchmarks.py::test_roofline_counts_the_products_of_the_model",
+    ),
+    Mutant(
+        "calculated-as-measured",
+        PUBLISH,
+        'if kind != CALCULATED.get(block, "measured"):',
+        "if kind not in CALCULATED.values() and kind != 'measured':",
+        "benchmarks/test_quality.py::test_pages_match_the_results",
     ),
 ]
 

@@ -15,7 +15,7 @@ from benchmarks import publish
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
-from benchmarks.speed import forms, scaling, step
+from benchmarks.speed import forms, roofline, scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert as ComposerMosaicBert
@@ -67,6 +67,47 @@ def test_flops_are_those_of_the_models(batch):
     for name, composer in (("mosaic_bert", ComposerMosaicBert), ("hf_bert", HFBert)):
         variant = VARIANTS[name](SHAPE)
         assert step_flops(variant, batch) == composer(variant.model.config).flops_per_batch(batch)
+
+
+def test_roofline_counts_the_products_of_the_model(batch):
+    """Attention recomputes the scores, once in one program, and the gradient of the probabilities too in two."""
+    variant, lengths = VARIANTS["mosaic_bert"](SHAPE), batch["attention_mask"].sum(1)
+    assert roofline.parameters(SHAPE)[1] == parameters("mosaic_bert", SHAPE)
+    M, score = int((batch["labels"] >= 0).sum()), SHAPE.layers * 2 * SHAPE.hidden * int(lengths.square().sum())
+    for one_tile, again in ((64, 1), (63, 3)):
+        found = roofline.parts(SHAPE, lengths, M, roofline.Kernels(one_tile=one_tile))
+        assert sum(part.flops for part in found) == step_flops(variant, batch) + again * score
+
+
+def test_roofline_counts_bytes():
+    """One layer of width 2, gated unit of 3, 5 words; sequences of 2 and 1, 1 token masked; 2 microbatches."""
+    shape = Shape(layers=1, hidden=2, heads=1, width=3, vocabulary=5)
+    kernels = roofline.Kernels(logit_bytes=8, one_tile=1, casts=1)
+    found = roofline.parts(shape, torch.tensor([2, 1]), 1, kernels, microbatches=2)
+    weights = (2 * 6, 2 * 2, 2 * 6, 3 * 2, 2 * 2, 2 * 5)
+    values = (3 * (2 + 6), 2 + 2, 2 + 6, 3 + 2, 2 + 2, 2 + 5)  # in and out; all but the first of the masked token only
+    assert {part.name: part.bytes for part in found if part.group not in ("LayerNorm", "GeGLU", "other")} == {
+        **dict(zip(("Wqkv", "out", "GLU", "wo", "transform", "decoder"), map(sized, weights, values), strict=True)),
+        **{name: tensors * 3 * 2 * 2 for name, tensors in (("forward", 4), ("dk/dv", 6), ("dq", 5), ("delta", 2))},
+        "AdamW": 28 * parameters("mosaic_bert", shape),
+    }
+    others = {(part.group, part.name): part.bytes for part in found if part.group in ("LayerNorm", "GeGLU", "other")}
+    assert others == {
+        ("LayerNorm", "forward"): 2 * 3 * 2 * 2 + 3 * 2 * (4 + 2) + 2 * (2 + 2),
+        ("LayerNorm", "backward"): (5 + 4) * 2 * 2 + 3 * 2 * (2 + 4 + 4) + 2 * (2 + 2 + 2),
+        ("GeGLU", "forward"): 2 * (6 + 3),
+        ("GeGLU", "backward"): 2 * (3 + 6 + 6),
+        ("other", "loss"): 8 * 5,
+        ("other", "embeddings"): 3 * 2 * (16 + 8 + 10) + 2 * 5 * 2 * (4 + 12),
+        ("other", "bias gradients"): 2 * (3 * 6 + 2 + 2 + 2),
+        ("other", "sums"): 2 * 6 * 2 + 3 * 2 * 4 + 2 * 2 * (2 + 2 + 2 + 2),
+        ("other", "weights"): 48 * (6 + 2 * 6 + 12),
+    }
+
+
+def sized(weights, values):
+    """Bytes of three products in bf16; the weights once per microbatch."""
+    return 3 * 2 * (values + 2 * weights)
 
 
 def test_hf_strong_computes_each_sequence_once_with_less_padding(batch):

@@ -134,3 +134,6 @@ def test_pages_match_the_results(monkeypatch, tmp_path):
     page.write_text(text.replace("measured: step", "measured: steps"))
     with pytest.raises(SystemExit, match="unknown block 'steps'"):
         publish.main([])
+    page.write_text(text.replace("measured: step", "measured: scaling gpus"))
+    with pytest.raises(SystemExit, match="expected block 'scaling gpus' to be 'calculated', got 'measured'"):
+        publish.main([])
