@@ -190,7 +190,7 @@ class MosaicBert(Variant):
         ).loss_sum
 
     def counted(self) -> "Variant":
-        if resolve(self.attention, device_type=self.device) not in ("triton", "flash_attn"):
+        if resolve(self.attention, device_type=self.device) in ("reference", "torch"):
             return self
         twin = type(self)(self.shape, self.device, self.dtype, attention="torch", kernels=self.kernels)
         twin.share(self)

@@ -1,4 +1,4 @@
-"""Attention over unpadded sequences, with ALiBi: one function, four implementations.
+"""Attention over unpadded sequences, with ALiBi: one function, five implementations.
 
     attention(q, k, v, layout, alibi_slopes, dropout_p=0.0, impl="auto") -> (T, N, H)
 
@@ -6,6 +6,7 @@
     torch        scaled_dot_product_attention, one call per sequence length                    any device
     triton       our kernels (flash_attn_triton.py)                                            CUDA
     flash_attn   the flash-attn package (requirements-gpu.txt)                                 CUDA
+    flash_attn_4 the flash-attn-4 package (requirements-flash-attn-4.txt)                      Hopper, Blackwell
 
 For tokens i and j of one sequence, and head n:
 
@@ -24,7 +25,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -336,7 +337,7 @@ def torch_ragged(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# flash_attn, and the table of implementations
+# flash_attn and flash_attn_4, and the table of implementations
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -352,17 +353,93 @@ def flash_attn_package(q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_sl
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"attention 'flash_attn' cannot run here: {error}") from error
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention 'flash_attn': expected fp16 or bf16, got {q.dtype}; set precision to amp_bf16")
+    _check_half(q, "flash_attn")
     lengths = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)  # of queries, of keys
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_varlen_func(q, k, v, *lengths, alibi_slopes=alibi_slopes, deterministic=deterministic)
 
 
+@torch.compiler.disable  # it compiles its kernels by its own compiler at their first call
+def flash_attn_4_package(q: Tensor, k: Tensor, v: Tensor, layout: Layout, alibi_slopes: Tensor) -> Tensor:
+    """flash_attn_varlen_func of the flash-attn-4 package, with ALiBi as its score_mod; fp16 and bf16 only.
+
+    The backward adds dq by atomics unless ``torch.use_deterministic_algorithms`` is on.
+
+    Raises:
+        ValueError: the package does not import, another dtype, or a head size that its backward does not support.
+    """
+    try:
+        from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"attention 'flash_attn_4' cannot run here: {error}") from error
+    _check_half(q, "flash_attn_4")
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        raise ValueError(
+            f"attention 'flash_attn_4': expected a head size that is a multiple of 8 and at most 128, "
+            f"got {q.shape[-1]}; set attention to auto"
+        )
+    out, _ = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=layout.cu_seqlens,
+        cu_seqlens_k=layout.cu_seqlens,
+        max_seqlen_q=layout.max_seqlen,
+        max_seqlen_k=layout.max_seqlen,
+        score_mod=_alibi,
+        score_mod_bwd=_alibi_backward,
+        aux_tensors=[alibi_slopes],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out
+
+
+def _alibi(score: Any, batch: Any, head: Any, q_idx: Any, kv_idx: Any, seqlen_info: Any, aux_tensors: Any) -> Any:
+    """score - slope * |i - j|; flash-attn-4 traces it into its kernels.
+
+    Args:
+        score: q . k * H^-0.5 of some elements of one head, fp32.
+        head: index of their head, int32, as often as there are elements.
+        q_idx, kv_idx: positions within the sequence, int32.
+        aux_tensors: the slopes (N,), fp32.
+    """
+    return score - aux_tensors[0][head[0]] * abs(q_idx - kv_idx)
+
+
+def _alibi_backward(grad: Any, score: Any, *where: Any, **kwargs: Any) -> Any:
+    """Gradient of ``score``: that of ``_alibi``'s result, as the bias is added."""
+    return grad
+
+
+def _check_half(q: Tensor, name: str) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention {name!r}: expected fp16 or bf16, got {q.dtype}; set precision to amp_bf16")
+
+
+@cache
+def _package_missing(distribution: str, requirements: str, device_type: str) -> str | None:
+    """Asks for the distribution: flash-attn and flash-attn-4 both install ``flash_attn``, and ``flash_attn.cute``."""
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return f"the package {distribution} is not installed ({requirements})"
+    return None if device_type == "cuda" else f"{distribution} needs a CUDA device, and this is {device_type}"
+
+
+@torch.compiler.assume_constant_result
 def _flash_attn_missing(device_type: str) -> str | None:
-    if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (requirements-gpu.txt)"
-    return None if device_type == "cuda" else f"flash-attn needs a CUDA device, and this is {device_type}"
+    return _package_missing("flash-attn", "requirements-gpu.txt", device_type)
+
+
+@torch.compiler.assume_constant_result
+def _flash_attn_4_missing(device_type: str) -> str | None:
+    reason = _package_missing("flash-attn-4", "requirements-flash-attn-4.txt", device_type)
+    if reason is None and torch.cuda.is_available():  # False: asked for another machine
+        major, minor = torch.cuda.get_device_capability()
+        if major not in (9, 10, 11):
+            need = "compute capability 9, 10 or 11 (Hopper, Blackwell)"
+            return f"flash-attn-4's backward needs {need}, and this GPU has {major}.{minor}"
+    return reason
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -370,7 +447,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "torch": torch_ragged,
     "triton": flash_attn_triton.flash_attn,
     "flash_attn": flash_attn_package,
+    "flash_attn_4": flash_attn_4_package,
 }
 WITH_DROPOUT = {"reference", "torch"}
-MISSING = {"triton": triton_common.unavailable, "flash_attn": _flash_attn_missing}
+MISSING = {
+    "triton": triton_common.unavailable,
+    "flash_attn": _flash_attn_missing,
+    "flash_attn_4": _flash_attn_4_missing,
+}
 """Why an implementation cannot run on a type of device, or None. Implementations not listed run on any."""

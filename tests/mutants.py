@@ -99,6 +99,13 @@ MUTANTS = [
         "model/test_attention.py::test_bias_is_exact_at_long_distances",
     ),
     Mutant(
+        "alibi-of-flash-attn-4",
+        ATTENTION,
+        "head[0]] * abs(q_idx - kv_idx)",
+        "head[0]] * (q_idx - kv_idx)",
+        "model/test_attention.py::test_flash_attn_4_is_given_alibi",
+    ),
+    Mutant(
         "alibi-slopes-cast",
         ATTENTION,
         "super()._apply(fn, recurse)\n        self.fill(self.slopes.device)",

@@ -1,5 +1,11 @@
 """Reference against the formula and torch against the reference, on ragged batches. Kernels: test_flash_attn_triton."""
 
+import os
+import subprocess
+import sys
+import types
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -150,3 +156,160 @@ def test_slopes_of_a_power_of_two_and_of_twelve():
     twelve = [2.0**-e for e in (1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5)]
     torch.testing.assert_close(A.alibi_slopes(12), torch.tensor(twelve), rtol=1e-6, atol=0)
     assert A.alibi_slopes(12).dtype == torch.float32 and len(A.alibi_slopes(3)) == 3
+
+
+class _Scored(torch.autograd.Function):
+    """A score_mod with its score_mod_bwd, called with the arguments that flash-attn-4 passes."""
+
+    @staticmethod
+    def forward(ctx, score, score_mod, score_mod_bwd, head, aux_tensors):
+        i = torch.arange(len(score), dtype=torch.int32)
+        where = dict(q_idx=i[:, None], kv_idx=i, seqlen_info=None, aux_tensors=aux_tensors)
+        ctx.backward = lambda grad: score_mod_bwd(grad, score, torch.zeros(1, dtype=torch.int32), head, **where)
+        return score_mod(score, torch.zeros(1, dtype=torch.int32), head, **where)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.backward(grad), None, None, None, None
+
+
+def flash_attn_4_in_torch(q, k, v, *, cu_seqlens_q, score_mod, score_mod_bwd, aux_tensors, **kwargs):
+    """What flash_attn.cute computes, of one sequence and head at a time, in fp32."""
+    out = torch.zeros_like(q)
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        for n in range(q.shape[1]):
+            wide_q, wide_k, wide_v = (x[start:end, n].float() for x in (q, k, v))
+            head = torch.tensor([n], dtype=torch.int32)
+            score = wide_q @ wide_k.T * q.shape[-1] ** -0.5
+            score = _Scored.apply(score, score_mod, score_mod_bwd, head, aux_tensors)
+            out[start:end, n] = (score.softmax(1) @ wide_v).to(q.dtype)
+    flash_attn_4_in_torch.called = kwargs
+    return out, None
+
+
+@pytest.fixture
+def flash_attn_4(monkeypatch):
+    """A stand-in for the package, installed on a machine with a GPU that it supports."""
+    package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_4_in_torch)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    monkeypatch.setitem(A.MISSING, "flash_attn_4", lambda device_type: None)
+
+
+def test_flash_attn_4_is_given_alibi(flash_attn_4):
+    """Its score_mod and score_mod_bwd, run on tensors, give the reference's output and gradients."""
+    qkv, *rest = make(RAGGED, dtype=torch.float16)
+    out, grad = run("flash_attn_4", qkv, *rest)
+    want, want_grad = run("reference", qkv, *rest)
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-5)
+    torch.testing.assert_close(grad, want_grad, rtol=2e-3, atol=1e-3)
+    layout = rest[0]
+    lengths = dict(cu_seqlens_k=layout.cu_seqlens, max_seqlen_q=127, max_seqlen_k=127)
+    assert flash_attn_4_in_torch.called == dict(lengths, deterministic=False)
+
+
+def test_flash_attn_4_is_deterministic_when_torch_is(flash_attn_4):
+    torch.use_deterministic_algorithms(True)
+    try:
+        run("flash_attn_4", *make([3], dtype=torch.bfloat16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash_attn_4_in_torch.called["deterministic"] is True
+
+
+def test_flash_attn_4_refuses_what_its_kernels_cannot(flash_attn_4):
+    with pytest.raises(ValueError, match=r"'flash_attn_4': expected fp16 or bf16, got torch.float32"):
+        run("flash_attn_4", *make([5], dtype=torch.float32))
+    for H in (12, 136):
+        with pytest.raises(ValueError, match=f"multiple of 8 and at most 128, got {H}"):
+            run("flash_attn_4", *make([5], H=H, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="'flash_attn_4' has no dropout: .* reference, torch"):
+        A.resolve("flash_attn_4", 0.1)
+
+
+def test_each_package_is_looked_for_by_its_own_name(monkeypatch):
+    """Both install a package flash_attn."""
+
+    def only(installed):
+        def version(distribution):
+            if distribution != installed:
+                raise PackageNotFoundError(distribution)
+            return "1"
+
+        A._package_missing.cache_clear()
+        monkeypatch.setattr(A, "version", version)
+        return {name: A.MISSING[name]("cuda") for name in ("flash_attn", "flash_attn_4")}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = "the package {} is not installed ({})".format
+    assert only("flash-attn") == {
+        "flash_attn": None,
+        "flash_attn_4": missing("flash-attn-4", "requirements-flash-attn-4.txt"),
+    }
+    assert only("flash-attn-4") == {"flash_attn": missing("flash-attn", "requirements-gpu.txt"), "flash_attn_4": None}
+    assert A.MISSING["flash_attn_4"]("cpu") == "flash-attn-4 needs a CUDA device, and this is cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, runs in {(8, 0): False, (9, 0): True, (10, 3): True, (11, 0): True, (12, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert (A.MISSING["flash_attn_4"]("cuda") is None) == runs
+    A._package_missing.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["flash_attn", "flash_attn_4"])
+def test_packages_round_at_most_twice_as_much_as_plain_torch(impl, dtype):
+    """Output and gradients, against fp32."""
+    try:
+        A.resolve(impl, device_type="cuda")
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    qkv, layout, slopes = make([513, *RAGGED], N=12, H=64, dtype=torch.float32)
+    layout = unpad_layout(layout.cu_seqlens.diff().cuda())
+    qkv, slopes = qkv.detach().to("cuda", dtype).requires_grad_(), slopes.cuda()
+    grad = torch.randn(qkv[:, 0].shape, device="cuda").to(dtype)
+
+    rows = []  # of plain torch: every product and the weights in ``dtype``
+    lengths = layout.cu_seqlens.diff().tolist()
+    for q, k, v in zip(*(x.transpose(0, 1).split(lengths, 1) for x in qkv.unbind(1)), strict=True):
+        i = torch.arange(q.shape[1], device="cuda")
+        bias = -slopes[:, None, None] * (i[:, None] - i).abs()
+        rows.append(((q @ k.transpose(1, 2) * 64**-0.5 + bias).softmax(2).to(dtype) @ v).transpose(0, 1))
+    plain = torch.cat(rows)
+    plain_results = plain, torch.autograd.grad(plain, qkv, grad)[0]
+    exact = run("reference", qkv.detach().float().requires_grad_(), layout, slopes, grad.float())
+    for got, want, other in zip(run(impl, qkv, layout, slopes, grad), exact, plain_results, strict=True):
+        assert got.isfinite().all()
+        allowed = max(2 * (other.float() - want).abs().max(), 4 * torch.finfo(dtype).eps * want.abs().max())
+        assert (got.float() - want).abs().max() <= allowed
+
+
+FOR_ANOTHER_CARD = """
+import torch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from src.attention import _alibi, _alibi_backward
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    q, k, v = torch.empty(1000, 3, 12, 64, dtype=torch.bfloat16, device="cuda").unbind(1)
+    cu_seqlens = torch.empty(5, dtype=torch.int32, device="cuda")
+    mod = dict(score_mod=_alibi, aux_tensors=[torch.empty(12, device="cuda")])
+    lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=500, max_seqlen_k=500)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **lengths, **mod)
+    _flash_attn_bwd(q, k, v, out, torch.empty_like(out), lse, score_mod_bwd=_alibi_backward, **lengths, **mod)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["90", "100"])
+def test_flash_attn_4_compiles_alibi_without_a_gpu(architecture, tmp_path):
+    """Forward and backward, by the package's own compiler; the PTX converts distances to fp32."""
+    if (reason := A._flash_attn_4_missing("cuda")) is not None and "not installed" in reason:
+        pytest.skip(reason)
+    target = {"FLASH_ATTENTION_ARCH": f"sm_{architecture}", "CUTE_DSL_ARCH": f"sm_{architecture}a"}
+    keep = {"CUTE_DSL_KEEP": "ptx", "CUTE_DSL_DUMP_DIR": str(tmp_path), "FLASH_ATTENTION_NUM_SMS": "132"}
+    command = [sys.executable, "-c", FOR_ANOTHER_CARD]
+    done = subprocess.run(command, env={**os.environ, **target, **keep}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kernel in ("fwd_sm", "bwd_sm"):
+        (ptx,) = (path.read_text() for path in tmp_path.glob(f"*flash_{kernel}{architecture}*.ptx"))
+        assert "abs.s32" in ptx and "cvt.rn.f32.s32" in ptx

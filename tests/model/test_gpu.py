@@ -81,7 +81,7 @@ def deterministic():
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
-@pytest.mark.parametrize("attention", ["triton", "flash_attn"])
+@pytest.mark.parametrize("attention", ["triton", "flash_attn", "flash_attn_4"])
 def test_a_step_never_synchronizes(attention, pinned):
     """Copies, forward, loss, backward and optimizer are all asynchronous."""
     try:
