@@ -442,7 +442,7 @@ def _flash_attn_4_missing(device_type: str) -> str | None:
     return reason
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference,
     "torch": torch_ragged,
     "triton": flash_attn_triton.flash_attn,
