@@ -5,11 +5,12 @@
     TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --toy      # a CPU, toy sizes: only that all of it runs
     TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --saved    # any machine: bytes saved for the backward
 
-Baselines: plain torch; torch.compile of it; FlexAttention (compiled, document mask, ALiBi as score_mod); padded SDPA
-with a bias in memory; flash-attn where it is installed. Every output and gradient is compared with the same computation
-in a higher precision. An implementation whose error is more than twice that of plain torch in the same dtype (and more
-than 4 roundings of the largest value) is not timed; if it is ours, the exit status is 1. Times are of forward and
-backward, in interleaved rounds, each after the L2 cache was overwritten: minimum, median, median ratio to ours.
+Baselines: plain torch; torch.compile of it; FlexAttention (compiled, ALiBi as score_mod, documents as a block mask);
+padded SDPA with a bias in memory; flash-attn and flash-attn-4 where they are installed. Every output and gradient is
+compared with the same computation in a higher precision. An implementation whose error is more than twice that of plain
+torch in the same dtype (and more than 4 roundings of the largest value) is not timed; if it is ours, the exit status is
+1. Times are of forward and backward, in interleaved rounds, each after the L2 cache was overwritten: minimum, median,
+median ratio to ours.
 
 Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``. A baseline that does not run
 here is left out, and its reason is printed. Needs neither Composer nor streaming.
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
@@ -61,6 +62,29 @@ class Case:
     """Its results on inputs in fp32 (fp64 for fp32) count as exact; None: those of ``plain``."""
 
 
+def document_mask(lengths_B: Tensor, size: int = 128) -> BlockMask:
+    """FlexAttention's mask of packed documents. Each query block overlaps a range of key blocks, so the table of blocks
+    comes from the lengths; ``create_block_mask`` would first make a (T, T) mask, 3.4 GB at T = 58,625.
+    """
+    document_T = torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
+    T = len(document_T)
+    first, last = document_T[::size], torch.cat([document_T[size - 1 :: size], document_T[-1:]])[: math.ceil(T / size)]
+    overlap = (first[:, None] <= last) & (first <= last[:, None])
+    one = (first == last) & (size * torch.arange(1, len(first) + 1, device=first.device) <= T)  # a whole block of one
+    full = one[:, None] & one & (first[:, None] == first)
+
+    def table(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of key blocks of each query block, and all key blocks, the chosen ones first."""
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    def same_document(b, h, i, j):
+        return document_T[i] == document_T[j]
+
+    tables = *table(overlap & ~full), *table(full)
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=size, mask_mod=same_document, seq_lengths=(T, T))
+
+
 def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, device: str) -> Case:
     """C4-like lengths cut at S; padded and ragged implementations see the same tokens."""
     lengths_B = c4_like_lengths(max(1, tokens // S), S)
@@ -72,7 +96,6 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     position = torch.arange(longest, device=device)
     real = position < lengths_B[:, None]
     bias_NSS = (-slopes[:, None, None] * (position[:, None] - position).abs()).to(dtype)
-    document = torch.arange(B, device=device).repeat_interleave(lengths_B)
 
     def through(impl: str) -> Implementation:
         def run(qkv: Tensor) -> Tensor:
@@ -92,10 +115,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     def score_mod(score, b, h, i, j):
         return score - slopes[h] * (i - j).abs()  # within a document, packed positions have the same distance
 
-    def same_document(b, h, i, j):
-        return document[i] == document[j]
-
-    block_mask = create_block_mask(same_document, None, None, T, T, device=device)
+    block_mask = document_mask(lengths_B)
     flex = torch.compile(flex_attention) if device == "cuda" else flex_attention
 
     def flexible(qkv: Tensor) -> Tensor:
@@ -103,9 +123,10 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         out: Any = flex(q, k, v, score_mod=score_mod, block_mask=block_mask)
         return out[0].transpose(0, 1)
 
-    baselines = {"padded SDPA": padded, "FlexAttention": flexible, "torch": through("torch")}
-    if A.MISSING["flash_attn"](device) is None and dtype != torch.float32:
-        baselines["flash-attn"] = through("flash_attn")
+    baselines = {"padded SDPA": padded, "FlexAttention": flexible}
+    for impl in ("flash_attn", "flash_attn_4"):
+        if A.MISSING[impl](device) is None and dtype != torch.float32:
+            baselines[impl.replace("_", "-")] = through(impl)
     size = f"S={S} T={T} fill={T / (B * longest):.2f}"
     return Case("attention", size, (packed,), padded, through("triton"), baselines, through("reference"))
 

@@ -10,8 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import publish
+from benchmarks.kernels.compare import document_mask
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
@@ -42,6 +44,23 @@ def test_variant_computes_what_its_weights_mean(name, dtype, batch):
 def test_kernels_compute_what_the_weights_mean(batch):
     few = {name: x[-3:, :17] for name, x in batch.items()}  # for Triton's interpreter
     check(partial(MosaicBert, attention="triton", kernels="triton"), SHAPE, "cpu", torch.float32, few)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 16, 3], [16, 16], [40, 1, 7], [33]], ids=str)
+def test_the_block_mask_of_documents_is_that_of_the_dense_mask(lengths):
+    """Partial blocks, full ones, and their order."""
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    T = len(document)
+    mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, T, T, "cpu", BLOCK_SIZE=8)
+    got = document_mask(torch.tensor(lengths), size=8)
+    assert got.seq_lengths == mask.seq_lengths
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(got, name), getattr(mask, name)), name
+    for name in ("kv", "full_kv"):
+        counts = getattr(mask, f"{name}_num_blocks")[0, 0]
+        for row, count in enumerate(counts):
+            one, other = (getattr(each, f"{name}_indices")[0, 0, row, :count] for each in (got, mask))
+            assert torch.equal(one, other), (name, row)
 
 
 @pytest.mark.slow  # it compiles
