@@ -277,9 +277,10 @@ def gpu() -> list[str]:
 def curve(rows: list[dict]) -> str:
     for setting in rows:
         setting["speed"] = f"{setting['tokens_per_s']:,.0f}" if "tokens_per_s" in setting else "out of memory"
+        setting["tflops"] = f"{setting['tflops']:.0f}" if "tflops" in setting else "not counted"
     return report.table(
-        "length | sequences | tokens per second | fill | microbatches | copied | dropout | peak GiB",
-        "{length} | {sequences} | {speed} | {fill} | {microbatches} | {copy} | {dropout:g} | {peak_gib:.1f}",
+        "length | sequences | tokens per second | TFLOP/s | fill | microbatches | copied | dropout | peak GiB",
+        "{length} | {sequences} | {speed} | {tflops} | {fill} | {microbatches} | {copy} | {dropout:g} | {peak_gib:.1f}",
         sorted(rows, key=operator.itemgetter("length", "microbatches", "sequences")),
     )
 
@@ -314,15 +315,16 @@ model = partial(
 )
 trainer = partial(
     report.table,
-    "microbatch | tokens per second | fill | MFU | waiting for data",
-    "{microbatch} | {step/tokens_per_s:,.0f} | {step/fill:.2f} | {step/mfu:.2f} | {step/data_wait_share:.2f}",
+    "length | microbatch | tokens per second | fill | MFU | waiting for data",
+    "{length} | {microbatch} | {step/tokens_per_s:,.0f} | {step/fill:.2f} | {step/mfu:.2f} "
+    "| {step/data_wait_share:.2f}",
 )
 GPU_PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tests": ("Tests", str),
     "model": ("Two layers of base widths, compared with a plain implementation", model),
     "curve": ("A training step, base size, bf16, AdamW", curve),
     "profile": ("Kernels of a step", profile),
-    "trainer": ("main.py with Composer, length 128", trainer),
+    "trainer": ("main.py with Composer", trainer),
     "attention": ("Attention, forward and backward", kernels),
     "rowwise": ("Other kernels, forward and backward", kernels),
     "tiles": ("Tiles of the attention kernels, ms by length", tiles),

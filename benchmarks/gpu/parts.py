@@ -3,7 +3,6 @@
     TOY=1 TRITON_INTERPRET=1 python -m benchmarks.gpu.parts curve --out FOLDER      one part, here on a CPU
 
     environment    card, versions, measured peaks, host time of a launch
-    model          loss and gradients of two layers at base widths, against a plain implementation
     curve          tokens per second over microbatches, lengths, accumulation, and ways to copy a batch to the card
     profile        kernels of a step by time, and the share of it that the card is busy
     trainer        main.py on .gpu/mds, with Composer from .gpu/whl if it is not installed
@@ -25,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks import report, timing
 from benchmarks.speed import step
-from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, check, make_batch, to_device
+from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, make_batch, to_device
 from src import layer_norm_triton
 from src.bert_padding import Layout
 from src.common.environment import ROOT
@@ -92,15 +92,13 @@ def environment(out: Path) -> None:
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
 
 
-def model(out: Path) -> None:
-    rows = []
-    for dtype in (torch.float32,) if TOY else (torch.float32, torch.bfloat16):
-        for S in (32,) if TOY else (128, 512, 2048):
-            batch = make_batch(c4_like_lengths(3 if TOY else max(6, 4096 // S), S), SHAPE.vocabulary, 0.3)
-            loss, gradients = check(OURS, SHAPE, DEVICE, dtype, batch)  # raises if they are above rounding
-            rows.append({"dtype": str(dtype), "length": S, "loss_error": loss, "gradient_error": gradients})
-            write(out, "model", rows)
-            print(rows[-1])
+def flops(shape: Shape, lengths_B: Tensor, masked: int) -> int:
+    """Of a step, counted as ``MosaicBert.flops_per_batch`` does, which needs Composer."""
+    D, L, T = shape.hidden, shape.layers, int(lengths_B.sum())
+    rest = D * D + 3 * D * shape.width  # attention's output, GLU: of all tokens, but in the last layer of masked ones
+    layers = L * 3 * D * D * T + rest * ((L - 1) * T + masked)
+    attention = L * 2 * D * int(lengths_B.long().square().sum())
+    return 6 * (layers + attention + masked * (D * D + D * shape.vocabulary))
 
 
 class Training:
@@ -140,21 +138,24 @@ class Training:
         synchronize()
         took = time.perf_counter() - started
         tokens = part["num_tokens"] * microbatches
+        counted = microbatches * flops(SHAPE, part["cu_seqlens"].diff(), part["num_masked"])
         return {
             "tokens": tokens,
             "ms": 1e3 * took / steps,
             "tokens_per_s": tokens * steps / took,
+            "tflops": counted * steps / took / 1e12,
             "host_share": enqueued / took,  # near 1: the card waits for the host
             "peak_gib": 0.0 if TOY else torch.cuda.max_memory_allocated() / 2**30,
         }
 
 
 GRID = [
-    *((0.1, B, 128, "c4", 1, "before") for B in (512, 64, 128, 256, 1024)),
+    *((0.1, B, S, "c4", 1, "before") for B, S in ((512, 128), (128, 512), (64, 2048))),
+    *((0.1, B, S, "1.0", 1, "before") for B, S in ((512, 128), (128, 512), (32, 2048))),
+    *((0.1, B, 128, "c4", 1, "before") for B in (64, 128, 256, 1024)),
+    *((0.1, B, 512, "c4", 1, "before") for B in (32, 256)),
     *((0.1, B, 128, "c4", n, copy) for B, n in ((128, 8), (512, 2)) for copy in ("before", "pageable", "pinned")),
-    *((0.1, B, 512, fill, 1, "before") for B, fill in ((128, "c4"), (256, "c4"), (128, "1.0"), (32, "c4"))),
-    *((0.1, B, 2048, fill, 1, "before") for B, fill in ((64, "c4"), (32, "1.0"), (128, "c4"))),
-    *((0.0, B, S, fill, 1, "before") for B, S, fill in ((512, 128, "c4"), (512, 128, "1.0"), (128, 512, "c4"))),
+    (0.0, 512, 128, "c4", 1, "before"),
 ]
 TOY_GRID = [(0.1, 4, 32, "c4", 1, "before"), (0.1, 4, 32, "c4", 2, "pageable"), (0.0, 2, 32, "1.0", 1, "before")]
 COLUMNS = ("dropout", "sequences", "length", "fill", "microbatches", "copy")
@@ -210,39 +211,42 @@ def profile(out: Path) -> None:
         print(f"{name}: {sum(calls.values())} launches in {took / 1e3:.1f} ms, busy for {busy / took:.0%} of it")
 
 
+TRAINED = {128: "device_train_microbatch_size=512 global_train_batch_size=2048 max_duration=16ba"}
+TRAINED[512] = "device_train_microbatch_size=128 global_train_batch_size=1024 max_duration=12ba"
+TOY_TRAINED = {128: "device_train_microbatch_size=16 global_train_batch_size=32 max_duration=4ba"}
+"""By ``max_seq_len``; shards in .gpu/mds/128 and .gpu/mds/512."""
+
+
 def trainer(out: Path) -> None:
-    """Some steps of the reference recipe at two microbatch sizes; step_monitor logs the tokens per second."""
+    """Some steps of the reference recipe at two lengths; step_monitor logs the tokens per second."""
     here, environment, rows = ROOT / ".gpu", dict(os.environ), []
     if subprocess.run([sys.executable, "-c", "import composer"], capture_output=True).returncode:
         environment["PYTHONPATH"] = str(out / "site")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", out / "site"]
         subprocess.run([*pip, *here.glob("whl/*.whl")], check=True)
-    for microbatch, batch in ((16, 32),) if TOY else ((512, 2048), (128, 2048)):
+    for length, chosen in (TOY_TRAINED if TOY else TRAINED).items():
         settings = f"""
-            max_seq_len=128 global_train_batch_size={batch} device_train_microbatch_size={microbatch}
-            max_duration={"4ba" if TOY else "16ba"} scheduler.t_warmup=1ba eval_interval=1000ba
-            save_folder=null autoresume=false progress_bar=false
+            {chosen} max_seq_len={length} data_local={here}/mds/{length} tokenizer_name={here}/tokenizer
+            scheduler.t_warmup=1ba eval_interval=1000ba save_folder=null autoresume=false progress_bar=false
             callbacks.step_monitor.warmup=2 callbacks.step_monitor.window_size=8
+            loggers.metrics_file.path={out}/{length}.jsonl loggers.tensorboard.log_dir={out}/tensorboard
         """.split()
-        settings += [f"data_local={here}/mds", f"tokenizer_name={here}/tokenizer"]
-        settings += [
-            f"loggers.metrics_file.path={out}/{microbatch}.jsonl",
-            f"loggers.tensorboard.log_dir={out}/tensorboard",
-        ]
         settings += [] if TOY else ["model.model_config.vocab_size=30528"]  # C4's; the tokenizer in .gpu is small
         yaml = "yamls/quickstart.yaml" if TOY else "yamls/mosaic_bert.yaml"
         if subprocess.run([sys.executable, "main.py", yaml, *settings], env=environment).returncode:
-            sys.exit(f"microbatches of {microbatch}: main.py failed")
-        logged = [json.loads(line) for line in (out / f"{microbatch}.jsonl").read_text().splitlines()]
+            sys.exit(f"length {length}: main.py failed")
+        logged = [json.loads(line) for line in (out / f"{length}.jsonl").read_text().splitlines()]
         last = [line for line in logged if "step/tokens_per_s" in line][-1]
-        rows.append({"microbatch": microbatch, **{name: x for name, x in last.items() if name.startswith("step/")}})
+        microbatch = chosen.split()[0].removeprefix("device_train_microbatch_")
+        rows.append({"length": length, "microbatch": microbatch})
+        rows[-1] |= {name: x for name, x in last.items() if name.startswith("step/")}
         write(out, "trainer", rows)
         print(rows[-1], flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Run a part."""
-    parts = {function.__name__: function for function in (environment, model, curve, profile, trainer)}
+    parts = {function.__name__: function for function in (environment, curve, profile, trainer)}
     parser = report.parser(__doc__)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--out", type=Path, required=True, help="folder for PART.json")

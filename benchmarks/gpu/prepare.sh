@@ -20,12 +20,14 @@ for glibc in 2014 1 _2_17 _2_27 _2_28 _2_31 _2_34; do platforms+=(--platform "ma
 "$PYTHON" -m pip download -qq --no-deps --only-binary=:all: --python-version "$VERSION" --implementation cp \
     "${platforms[@]}" -d .gpu/whl -r .gpu/requirements.txt
 
-if [ ! -d .gpu/mds/val ]; then
+if [ ! -d .gpu/mds/512/val ]; then
     "$PYTHON" -m scripts.quickstart text .gpu
     "$PYTHON" train_tokenizer.py .gpu/text/c4-train.00000-of-00001.json.gz --out .gpu/tokenizer --vocab_size 1000 \
         --overwrite
-    "$PYTHON" convert_c4.py --out_root .gpu/mds --splits train val --source .gpu/text --tokenizer .gpu/tokenizer \
-        --max_seq_len 128 --pack chunk --overwrite
+    for length in 128 512; do
+        "$PYTHON" convert_c4.py --out_root ".gpu/mds/$length" --splits train val --source .gpu/text \
+            --tokenizer .gpu/tokenizer --max_seq_len "$length" --pack chunk --overwrite
+    done
     rm -r .gpu/text
 fi
 echo "prepared: $(du -sh .gpu | cut -f1) in .gpu; copy this repository with .gpu to the GPU machine and run there:"

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import publish
+from benchmarks.gpu import parts as gpu_parts
 from benchmarks.kernels.compare import document_mask
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
@@ -61,6 +62,11 @@ def test_the_block_mask_of_documents_is_that_of_the_dense_mask(lengths):
         for row, count in enumerate(counts):
             one, other = (getattr(each, f"{name}_indices")[0, 0, row, :count] for each in (got, mask))
             assert torch.equal(one, other), (name, row)
+
+
+def test_the_flops_of_a_microbatch_are_those_that_torch_counts(batch):
+    lengths, masked = batch["attention_mask"].sum(1), int((batch["labels"] >= 0).sum())
+    assert gpu_parts.flops(SHAPE, lengths, masked) == step_flops(MosaicBert(SHAPE, "cpu", torch.float32), batch)
 
 
 @pytest.mark.slow  # it compiles

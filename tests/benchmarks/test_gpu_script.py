@@ -28,7 +28,7 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
     shutil.copytree(tokenizer_folder, copy / ".gpu" / "tokenizer")
     (copy / ".gpu" / "commit").write_text("abc123\n")
     tokens = ["--tokenizer", tokenizer_folder, "--max_seq_len", "128", "--pack", "chunk"]
-    shards = ["--out_root", str(copy / ".gpu" / "mds"), "--splits", "train", "val", "--source", str(c4_folder)]
+    shards = ["--out_root", str(copy / ".gpu" / "mds" / "128"), "--splits", "train", "val", "--source", str(c4_folder)]
     convert_c4.main([*shards, *tokens])
 
     def run(**settings):
@@ -39,7 +39,7 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
 
     done, parts = run(BUDGET="3000")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-1].startswith("gpu card=1_thread") and " parts=12 failed=0 " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("gpu card=1_thread") and " parts=10 failed=0 " in done.stdout
     assert parts["environment"]["results"]["commit"] == "abc123"
     assert all(part["status"] == "0" and part["results"] for name, part in parts.items() if name != "tests")
     assert "5 passed, 1 skipped" in parts["tests"]["last_line"]  # of flash_attn_triton, fused_kernels and kernels
@@ -47,16 +47,20 @@ def test_the_gpu_script_runs_on_a_copy_without_git(c4_folder, tokenizer_folder, 
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     shutil.copy(out / "gpu.json", tmp_path / "results" / "gpu-toy.json")
-    assert re.search(r"\| 32 \| 4 \| [\d,]+ \| c4 \| 1 \| before \|", "\n".join(publish.gpu()))
+    assert re.search(r"\| 32 \| 4 \| [\d,]+ \| \d+ \| c4 \| 1 \| before \|", "\n".join(publish.gpu()))
     assert {file.name for file in out.iterdir()} == {"gpu.json", "log.txt"}
     log = (out / "log.txt").read_text()
-    assert " passed" in log and "attention_S64_vs_torch=" in log
+    assert " passed" in log and "attention_S64_vs_sdpa=" in log
     assert parts["trainer"]["results"][0]["step/tokens_per_s"] > 0
 
     (copy / "benchmarks" / "kernels" / "tune.py").unlink()
-    done, parts = run(ONLY="tiles environment compiled", BUDGET="3000")
+    done, parts = run(ONLY="tiles environment modernbert", BUDGET="3000")
     assert done.returncode == 1 and "FAILED: tiles: 1" in done.stdout
-    assert {name: part["status"] for name, part in parts.items()} == {"environment": "0", "tiles": "1", "compiled": "0"}
+    assert {name: part["status"] for name, part in parts.items()} == {
+        "environment": "0",
+        "tiles": "1",
+        "modernbert": "0",
+    }
     done, _ = run(ONLY="curve enviroment")
     assert done.returncode == 2 and "unknown part enviroment; parts: environment tests" in done.stderr
     done, parts = run(ONLY="environment curve", BUDGET="14")
