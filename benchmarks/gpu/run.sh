@@ -58,7 +58,7 @@ step=(benchmarks.speed.step "${toy[@]}" "${lengths[@]}" "${rounds[@]}" --fill c4
 # What decides comes first. Limits are above what an H200 needed (docs/gpu.md), so that one slow part leaves time.
 run environment 40 benchmarks.gpu.parts environment
 part tests 100 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -p no:cacheprovider "${select[@]}" -vv --durations=10 \
-    tests/model/test_{gpu,attention,flash_attn_triton,fused_kernels,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
+    tests/model/test_{gpu,attention,cross_entropy_triton,flash_attn_triton,fused_kernels,layer_norm_triton,geglu_triton,kernels,masked_lm_loss}.py
 run curve 80 benchmarks.gpu.parts curve
 run attention 90 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases attention
 run rowwise 70 benchmarks.kernels.compare "${toy[@]}" "${rounds[@]}" --cases head geglu layer_norm
