@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from src.attention import resolve
+from src.attention_tiles import tile_tables
 from src.bert_encoder import BertSelfAttention
 from src.bert_layers import BertForMaskedLM
 from src.bert_padding import Layout, index_first_axis
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
-from src.flash_attn_triton import tile_tables
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each (B, S), on the CPU."""

@@ -6,9 +6,9 @@ siblings, torch and transformers only, and that an export copies byte for byte.
     configuration_bert     shape of a model                     bert_layers      the model and its heads
     bert_padding           between (B, S) and (T) tokens        bert_encoder     embeddings, layers
     graphs                 whether torch records a graph        attention        ALiBi attention, four implementations
-    masked_lm_loss         loss of the masked tokens            flash_attn_triton, layer_norm_triton, geglu_triton,
-                                                                cross_entropy_triton
+    masked_lm_loss         loss of the masked tokens            attention_tiles  sizes and tables of its kernels' tiles
     torch_ops              the kernels' work in plain PyTorch   triton_common    what the kernels share
+    flash_attn_triton, layer_norm_triton, geglu_triton, cross_entropy_triton     the kernels
 
     mosaic_bert, hf_bert   both models as ComposerModels        data_c4          StreamingC4 and its loader
 

@@ -30,10 +30,10 @@ from transformers.modeling_outputs import (
 )
 
 from .attention import AlibiSlopes, resolve
+from .attention_tiles import tile_tables
 from .bert_encoder import BertEmbeddings, BertEncoder, BertPooler, LayerNorm
 from .bert_padding import Layout, PaddedLayout, from_rows, to_rows, unpad_input, unpad_layout
 from .configuration_bert import MosaicBertConfig
-from .flash_attn_triton import tile_tables
 from .graphs import in_exported_graph, in_graph, in_trace
 from .masked_lm_loss import (
     IGNORED,
@@ -48,6 +48,7 @@ from .masked_lm_loss import (
 # isort: split
 # transformers' loader copies the files that this one names, not those that they name in turn.
 from .cross_entropy_triton import fused_forward as _  # noqa: F401
+from .flash_attn_triton import flash_attn as _  # noqa: F401, F811
 from .geglu_triton import geglu as _  # noqa: F401, F811
 from .layer_norm_triton import layer_norm as _  # noqa: F401, F811
 from .torch_ops import dropout as _  # noqa: F401, F811

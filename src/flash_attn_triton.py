@@ -11,22 +11,24 @@ of two. As a suffix they give a tensor's shape: q_TNH is (T, N, H).
     delta     sum over H of do * out, per token and head                                         -> delta
     dkdv      a program takes ROWS keys, loops over the queries                                  -> dk, dv
     dq        a program takes ROWS queries, loops over the keys                                  -> dq
+    whole     instead of the last three, if all sequences have at most ROWS tokens: a program takes a whole sequence,
+              loops over its queries                                                             -> dq, dk, dv
 
-A program finds its rows in a table (``tile_table``), so there is no padding, no idle program and no limit on length.
-Nothing has size (S, S). There are no atomics: the same input gives the same bits.
+A program finds its rows in a table (attention_tiles.py), so there is no padding, no idle program and no limit on
+length. Nothing has size (S, S). There are no atomics: the same input gives the same bits.
 
 Scores are in base 2: s = (q.k * H^-0.5 - slope * |i - j|) * log2(e). Then the softmax is exp2(s - lse) with
 lse = log2(sum(exp2(s))). fp16 and bf16 accumulate in fp32; fp32 is computed in fp32 ("ieee"), not in TF32.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention_tiles import Tile, padded_head_size, tile_tables, tiles_for
 from .bert_padding import Layout
 from .triton_common import DTYPES, interpreted, launch, ops_of
 
@@ -37,97 +39,6 @@ except ImportError:  # see triton_common.py
     triton = None
 
 LOG2E = math.log2(math.e)
-MAX_HEAD_SIZE = 128
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tiles
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of one kernel."""
-
-    rows: int
-    """ROWS of one program: queries in the forward and for dq, keys for dk and dv."""
-    cols: int
-    """COLS per step of the program's loop: keys, or queries for dk and dv."""
-    warps: int
-    stages: int
-    """Steps of the loop whose loads are in flight (software pipelining)."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles of the three kernels that use a tile table."""
-
-    forward: Tile
-    dkdv: Tile
-    dq: Tile
-
-
-# By (architecture or 0 for any, largest padded head size, bytes per element); the first match is used. None spills
-# registers, exceeds the card's shared memory or makes two warps compute the same scores with Triton 3.3.0 or 3.8.0
-# (benchmarks/results/kernels_aot.md). For speed, see benchmarks/kernels/tune.py.
-TILES: dict[tuple[int, int, int], Tiles] = {
-    (90, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),  # H100: 227 KiB per program
-    (90, 128, 2): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),  # A100: 163 KiB
-    (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 128, 2): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 1), Tile(64, 32, 4, 2)),
-    (100, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B200
-    (100, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
-    (103, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2)),  # B300
-    (103, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
-    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(128, 32, 8, 2)),  # any other: 99 KiB
-    (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(64, 32, 4, 1)),
-    (0, 16, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (0, 32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 2)),
-    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)),
-    (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-}
-TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq)}))
-"""All ``rows`` in TILES."""
-
-
-def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """The tiles for a head size, dtype and architecture (80 for compute capability 8.0).
-
-    Raises:
-        ValueError: the heads are too large.
-    """
-    for (arch, largest, itemsize), tiles in TILES.items():
-        if arch in (architecture, 0) and padded_head_size(head_size) <= largest and itemsize == dtype.itemsize:
-            return tiles
-    raise ValueError(f"attention 'triton': expected heads of at most {MAX_HEAD_SIZE}, got {head_size} in {dtype}")
-
-
-def tile_table(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Cut each sequence into tiles of ``rows`` tokens, one per program and head. Synchronizes a GPU.
-
-    Returns:
-        (n, 3) int32: first token of the tile's sequence, the sequence's length, the tile's first row in it. Longest
-        sequences first: their programs run longest, so they start first.
-    """
-    lengths = cu_seqlens.diff()  # (B,)
-    tiles = (lengths + rows - 1) // rows  # (B,), tiles per sequence
-    order = lengths.argsort(descending=True, stable=True)
-    sequence = order.repeat_interleave(tiles[order])  # (n,)
-    before = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
-    first_row = (torch.arange(len(sequence), device=cu_seqlens.device) - before) * rows
-    return torch.stack([cu_seqlens[sequence], lengths[sequence], first_row], dim=1).to(torch.int32)
-
-
-def tile_tables(layout: Layout, sizes: Iterable[int] = TILE_ROWS) -> dict[int, Tensor]:
-    """The layout's tile tables, by rows of a tile; by default all that any kernel needs."""
-    return {rows: tile_table(layout.cu_seqlens, rows) for rows in sizes}
-
-
-def padded_head_size(head_size: int) -> int:
-    """Width of a head in a tile: a power of two, at least 16, zero beyond H."""
-    return max(16, 1 << (head_size - 1).bit_length())
 
 
 def _architecture(device: torch.device) -> int:
@@ -368,6 +279,79 @@ if triton is not None:
 
         _store(dq_ptr + head * stride_dqn, stride_dqt, start, rows, length, dims, dq * scale, H)
 
+    @triton.jit
+    def flash_attn_whole(
+        q_ptr,  # (T, N, H)
+        k_ptr,  # (T, N, H)
+        v_ptr,  # (T, N, H)
+        do_ptr,  # (T, N, H)
+        dq_ptr,  # (T, N, H)
+        dk_ptr,  # (T, N, H)
+        dv_ptr,  # (T, N, H)
+        out_ptr,  # (T, N, H)
+        lse_ptr,  # (N, T) fp32, log2 of the softmax's denominator
+        slopes_ptr,  # (N,) fp32
+        tiles_ptr,  # (n, 3) int32, see tile_table: one row per sequence
+        stride_qt,  # from token to token; q[t, n] itself is contiguous
+        stride_qn,  # from head to head
+        stride_kt,
+        stride_kn,
+        stride_vt,
+        stride_vn,
+        stride_dot,
+        stride_don,
+        stride_dqt,
+        stride_dqn,
+        stride_dkt,
+        stride_dkn,
+        stride_dvt,
+        stride_dvn,
+        stride_ot,
+        stride_on,
+        stride_lse,  # T
+        num_heads,
+        scale,  # H^-0.5
+        scale_log2,  # H^-0.5 * log2(e)
+        H: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLS: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """dq, dk and dv of a sequence of at most ROWS tokens: all its keys, one pass over its queries.
+
+        Each probability is computed once: five products, where dkdv and dq need seven. Tiles are (keys, queries).
+        """
+        start, length, rows, head = _tile_of(tiles_ptr, num_heads, ROWS)  # pyright: ignore
+        dims = tl.arange(0, BLOCK_H)
+        slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
+        k = _load(k_ptr + head * stride_kn, stride_kt, start, rows, length, dims, H)
+        v = _load(v_ptr + head * stride_vn, stride_vt, start, rows, length, dims, H)
+
+        dk = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        dv = tl.zeros([ROWS, BLOCK_H], tl.float32)
+        for first in range(0, length, COLS):
+            cols = first + tl.arange(0, COLS)
+            q = _load(q_ptr + head * stride_qn, stride_qt, start, cols, length, dims, H)
+            do = _load(do_ptr + head * stride_don, stride_dot, start, cols, length, dims, H)
+            out = _load(out_ptr + head * stride_on, stride_ot, start, cols, length, dims, H)
+            delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+            # lse = +inf makes the probabilities of a query beyond the end 0. Keys beyond the end need a score of -inf:
+            # theirs could overflow, and infinity times their zeros is NaN in dq.
+            lse = tl.load(lse_ptr + head * stride_lse + start + cols, mask=cols < length, other=float("inf"))
+            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
+            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = tl.where((rows < length)[:, None], scores, float("-inf"))
+            probs = tl.exp2(scores - lse[None, :])
+            dv += _dot(probs.to(do.dtype), do, UPCAST)
+            dscores = (probs * (_dot(v, tl.trans(do), UPCAST) - delta[None, :])).to(q.dtype)  # pyright: ignore
+            dk += _dot(dscores, q, UPCAST)
+            dq = _dot(tl.trans(dscores), k, UPCAST)  # pyright: ignore
+            _store(dq_ptr + head * stride_dqn, stride_dqt, start, cols, length, dims, dq * scale, H)
+
+        _store(dk_ptr + head * stride_dkn, stride_dkt, start, rows, length, dims, dk * scale, H)
+        _store(dv_ptr + head * stride_dvn, stride_dvt, start, rows, length, dims, dv, H)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launches
@@ -463,22 +447,27 @@ def _backward(
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
-    dkdv_table: Tensor,
-    dq_table: Tensor,
+    tables: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Write ``grads``: dq, dk, dv, each (T, N, H)."""
-    T, _, H = q.shape
+    """Write ``grads``: dq, dk, dv, each (T, N, H). ``tables`` are those of the tiles that ``Tiles.backward`` names."""
+    T, N, H = q.shape
     if not T:
         return
     tiles = tiles_for(H, q.dtype, _architecture(q.device))
     do, q, k, v = map(_aligned, (do, q, k, v))
-    saved = (do, q, k, v, lse, _delta(out, do), slopes)
     dq, dk, dv = grads
-    _launch_gradients(flash_attn_dkdv, *saved, dkdv_table, [dk, dv], tiles.dkdv)
-    _launch_gradients(flash_attn_dq, *saved, dq_table, [dq], tiles.dq)
+    if len(tables) == 1:
+        assert tiles.whole is not None, "whose table it is"
+        sizes = (*_strides(q, k, v, do, *grads, out), T, N, H**-0.5, H**-0.5 * LOG2E)
+        args = (q, k, v, do, *grads, out, lse, slopes, *tables, *sizes)
+        launch(flash_attn_whole, len(tables[0]) * N, *args, **_options(q, tiles.whole))
+        return
+    saved = (do, q, k, v, lse, _delta(out, do), slopes)
+    _launch_gradients(flash_attn_dkdv, *saved, tables[0], [dk, dv], tiles.dkdv)
+    _launch_gradients(flash_attn_dq, *saved, tables[1], [dq], tiles.dq)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -486,58 +475,50 @@ def _backward(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, slopes, _, dkdv_table, dq_table = inputs
-    ctx.save_for_backward(q, k, v, slopes, dkdv_table, dq_table, *output)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, slopes, _, backward_tables = inputs
+    ctx.save_for_backward(q, k, v, slopes, *output, *backward_tables)
 
 
 class _FlashAttention(torch.autograd.Function):
     """Saves q, k, v, out and lse; the backward recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        q, k, v, slopes, table, *_ = inputs
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q, k, v, slopes, table, _ = inputs
         output = _forward(q, k, v, slopes, table)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, slopes, dkdv_table, dq_table, out, lse = ctx.saved_tensors
+        q, k, v, slopes, out, lse, *tables = ctx.saved_tensors
         T, N, H = q.shape
         # One buffer: bert_padding's unpack_heads returns it as the packed product's gradient without a copy.
         dq, dk, dv = torch.empty(T, 3, N, H, dtype=q.dtype, device=q.device).unbind(1)
-        _backward(grads[0], q, k, v, slopes, dkdv_table, dq_table, out, lse, (dq, dk, dv))
-        return dq, dk, dv, None, None, None, None
+        _backward(grads[0], q, k, v, slopes, tables, out, lse, (dq, dk, dv))
+        return dq, dk, dv, None, None, None
 
 
 @torch.library.custom_op(f"{ops_of(__name__)}::forward", mutates_args=())
 def _flash_attn_op(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, dkdv_table: Tensor, dq_table: Tensor
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, table: Tensor, backward_tables: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     return _forward(q, k, v, slopes, table)
 
 
 @_flash_attn_op.register_fake
-def _(q, k, v, slopes, table, dkdv_table, dq_table):
+def _(q, k, v, slopes, table, backward_tables):
     T, N, H = q.shape
     return q.new_empty(T, N, H), q.new_empty(N, T, dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{ops_of(__name__)}::backward", mutates_args=())
 def _flash_attn_backward_op(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    dkdv_table: Tensor,
-    dq_table: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, out: Tensor, lse: Tensor, tables: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(do, q, k, v, slopes, dkdv_table, dq_table, out, lse, (dq, dk, dv))
+    _backward(do, q, k, v, slopes, tables, out, lse, (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -546,8 +527,10 @@ def _(do, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    return *_flash_attn_backward_op(do, *ctx.saved_tensors), None, None, None, None
+def _op_backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    q, k, v, slopes, out, lse, *tables = ctx.saved_tensors
+    grads = _flash_attn_backward_op(do, q, k, v, slopes, out, lse, tables)
+    return *grads, None, None, [None] * len(tables)
 
 
 _flash_attn_op.register_autograd(_op_backward, setup_context=_save)
@@ -574,9 +557,9 @@ def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alib
     if alibi_slopes.dtype != torch.float32:
         raise ValueError(f"attention 'triton': expected slopes in fp32, got {alibi_slopes.dtype}")
     tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
-    rows = [tile.rows for tile in (tiles.forward, tiles.dkdv, tiles.dq)]
-    tables = layout.tables or tile_tables(layout, set(rows))
-    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, *(tables[size] for size in rows))
+    backward = [tile.rows for tile in tiles.backward(layout.max_seqlen)]
+    tables = layout.tables or tile_tables(layout, {tiles.forward.rows, *backward})
+    args = (q_TNH, k_TNH, v_TNH, alibi_slopes, tables[tiles.forward.rows], [tables[rows] for rows in backward])
     if torch.compiler.is_compiling():
         return _flash_attn_op(*args)[0]
     return _FlashAttention.apply(*args)  # pyright: ignore[reportReturnType]

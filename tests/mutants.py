@@ -106,6 +106,13 @@ MUTANTS = [
         "model/test_attention.py::test_flash_attn_4_is_given_alibi",
     ),
     Mutant(
+        "keys-beyond-a-whole-sequence",
+        "src/flash_attn_triton.py",
+        'scores = tl.where((rows < length)[:, None], scores, float("-inf"))',
+        "scores = scores",
+        "model/test_flash_attn_triton.py::test_scores_far_below_zero",
+    ),
+    Mutant(
         "alibi-slopes-cast",
         ATTENTION,
         "super()._apply(fn, recurse)\n        self.fill(self.slopes.device)",

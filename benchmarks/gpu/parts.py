@@ -33,10 +33,10 @@ from benchmarks import report, timing
 from benchmarks.speed import step
 from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, make_batch, to_device
 from src import layer_norm_triton
+from src.attention_tiles import tile_tables
 from src.bert_padding import Layout
 from src.common.environment import ROOT
 from src.data.microbatches import Batch, split_unpadded
-from src.flash_attn_triton import tile_tables
 
 TOY = os.environ.get("TOY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if TOY else ("cuda", torch.bfloat16)

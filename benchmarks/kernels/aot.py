@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import report
-from src import cross_entropy_triton, flash_attn_triton, geglu_triton, layer_norm_triton, triton_common
+from src import attention_tiles, cross_entropy_triton, flash_attn_triton, geglu_triton, layer_norm_triton, triton_common
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 """Bytes of shared memory that a program may use, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
@@ -99,10 +99,12 @@ POINTERS = {
 def flash_attn_builds(architecture: int, head_size: int, dtype: str) -> Iterator[Build]:
     """The attention kernels for one head size."""
     F = flash_attn_triton
-    tiles, aligned = F.tiles_for(head_size, DTYPES[dtype], architecture), head_size % 16 == 0
-    shape = {"H": head_size, "BLOCK_H": F.padded_head_size(head_size)}
-    for name in ("forward", "dkdv", "dq"):
+    tiles, aligned = attention_tiles.tiles_for(head_size, DTYPES[dtype], architecture), head_size % 16 == 0
+    shape = {"H": head_size, "BLOCK_H": attention_tiles.padded_head_size(head_size)}
+    for name in ("forward", "dkdv", "dq", "whole"):
         tile = getattr(tiles, name)
+        if tile is None:
+            continue
         constants = {**shape, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
         variant = f"H={head_size}, {tile.rows} x {tile.cols}"
         yield Build(getattr(F, f"flash_attn_{name}"), variant, dtype, constants, tile.warps, tile.stages, aligned)

@@ -37,10 +37,10 @@ from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
 from src import geglu_triton, layer_norm_triton, torch_ops
+from src.attention_tiles import tile_tables
 from src.bert_encoder import BertLayer
 from src.bert_padding import unpack_heads, unpad_layout
 from src.configuration_bert import MosaicBertConfig
-from src.flash_attn_triton import tile_tables
 from src.masked_lm_loss import masked_lm_loss, masked_lm_loss_in_place
 from src.triton_common import draw_key
 

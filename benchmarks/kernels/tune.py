@@ -1,4 +1,4 @@
-"""Find the fastest tiles of the attention kernels on this card, for TILES in src/flash_attn_triton.py.
+"""Find the fastest tiles of the attention kernels on this card, for TILES in src/attention_tiles.py.
 
     python -m benchmarks.kernels.tune [--head_sizes 64 128] [--dtypes bfloat16] [--lengths 128 512 2048] [--out FOLDER]
     TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, toy sizes: only that all of it runs
@@ -24,10 +24,11 @@ import torch
 
 from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
+from src import attention_tiles
 from src import flash_attn_triton as kernels
 from src.attention import alibi_slopes
+from src.attention_tiles import Tile
 from src.bert_padding import unpad_layout
-from src.flash_attn_triton import Tile
 
 CANDIDATES = {
     "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)]
@@ -49,12 +50,12 @@ class Attention:
         num_heads = 768 // head_size if device == "cuda" else 2
         layout = unpad_layout(c4_like_lengths(max(1, tokens // length), length).to(device))
         sizes = {rows for tiles in (*CANDIDATES.values(), *TOY_CANDIDATES.values()) for rows, *_ in tiles}
-        self.tables = kernels.tile_tables(layout) | kernels.tile_tables(layout, sizes)
+        self.tables = attention_tiles.tile_tables(layout) | attention_tiles.tile_tables(layout, sizes)
         shape = (len(layout.indices), num_heads, head_size)
         self.q, self.k, self.v, self.do, *outputs = (torch.randn(shape).to(device, dtype) for _ in range(7))
         self.dq, self.dk, self.dv = outputs
         self.slopes = alibi_slopes(num_heads).to(device)
-        self.present = kernels.tiles_for(head_size, dtype, kernels._architecture(self.q.device))
+        self.present = attention_tiles.tiles_for(head_size, dtype, kernels._architecture(self.q.device))
         out, self.lse = kernels._forward(self.q, self.k, self.v, self.slopes, self.tables[self.present.forward.rows])
         self.delta = kernels._delta(out, self.do)
 
@@ -148,7 +149,7 @@ def main(argv: list[str]) -> int:
         dtype = getattr(torch, name)
         found = tune(head_size, dtype, args)
         results += found
-        key = (kernels._architecture(torch.device(device)), kernels.padded_head_size(head_size), dtype.itemsize)
+        key = (kernels._architecture(torch.device(device)), attention_tiles.padded_head_size(head_size), dtype.itemsize)
         best = ", ".join(row["best"] for row in found)
         gains = ", ".join(f"{row['kernel']} {row['gain']:.2f}x" for row in found)
         lines.append(f"    {key}: Tiles({best}),  # {about['device']}, {name}, at least: {gains}")

@@ -59,7 +59,7 @@ def split_unpadded(
     Args:
         batch: padded and masked.
         microbatch_size: sequences in a microbatch.
-        tables_of: makes the tile tables of a layout (``flash_attn_triton.tile_tables``); optional.
+        tables_of: makes the tile tables of a layout (``attention_tiles.tile_tables``); optional.
 
     Returns:
         For each microbatch, its sequences longest first: ``input_ids`` (T,), ``labels`` (M,), ``masked_index`` (M,)

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from src import data_c4
 from src.attention import resolve
+from src.attention_tiles import tile_tables
 from src.common.errors import ConfigError
 from src.data.masking import EVALUATION_SEED, MaskingCollator
 from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
 from src.data.source import real_folder
-from src.flash_attn_triton import tile_tables
 from src.train import processes
 from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
 

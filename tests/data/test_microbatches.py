@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from src.attention_tiles import tile_tables
 from src.bert_padding import Layout
 from src.data.microbatches import num_samples, num_tokens, split_padded, split_unpadded
-from src.flash_attn_triton import tile_tables
 from src.masked_lm_loss import IGNORED
 from tests.model.test_bert_layers import batch_of
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from src.attention import alibi_slopes, attention, resolve
+from src.attention_tiles import tile_tables
 from src.bert_layers import BertForMaskedLM
 from src.bert_padding import Layout, unpad_layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
-from src.flash_attn_triton import tile_tables
 from tests.model.test_bert_layers import batch_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

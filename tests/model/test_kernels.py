@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kernels.compare import kept_bytes, saved
 from src import (
     attention,
+    attention_tiles,
     cross_entropy_triton,
     flash_attn_triton,
     geglu_triton,
@@ -186,7 +187,7 @@ def test_whole_model_with_kernels_equals_the_one_without():
 def test_a_step_never_synchronizes(monkeypatch):
     """Forward, loss and backward read no tensor's value, and create no tensor whose size depends on one."""
     model = model_of(dtype=torch.float32, hidden_dropout_prob=0.1, **IN_TURN["triton"]).train()
-    (micro,) = split_unpadded(batch_of(), 5, flash_attn_triton.tile_tables)
+    (micro,) = split_unpadded(batch_of(), 5, attention_tiles.tile_tables)
     layout = Layout.from_batch(micro)
     inputs = (micro["input_ids"], layout, micro["masked_index"], micro["labels"])
     model.forward_unpadded(*inputs)  # checks ALiBi's slopes, once
@@ -195,7 +196,7 @@ def test_a_step_never_synchronizes(monkeypatch):
         model.forward_unpadded(*inputs).loss.backward()
     assert syncs.seen == []
     with syncs:
-        flash_attn_triton.tile_tables(layout)
+        attention_tiles.tile_tables(layout)
         float(micro["input_ids"].sum())
         micro["input_ids"].tolist()
     assert {"repeat_interleave", "_local_scalar_dense", "tolist"} <= set(syncs.seen)
@@ -324,7 +325,7 @@ def test_the_whole_model_is_one_graph_and_seldom_recompiled():
         ([30, 2], 0.3),
         ([7], 0.3),
     ):
-        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths), flash_attn_triton.tile_tables)
+        (micro,) = split_unpadded(batch_of(lengths, rate), len(lengths), attention_tiles.tile_tables)
         layout = Layout.from_batch(micro).to(DEVICE)
         inputs = (micro["input_ids"].to(DEVICE), layout, micro["masked_index"].to(DEVICE), micro["labels"].to(DEVICE))
         triton_common.launches.clear()
