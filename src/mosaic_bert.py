@@ -29,8 +29,8 @@ class MaskedTokenMetric(Metric):
     correct: Tensor
     count: Tensor
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         for name, dtype in (("loss_sum", torch.float64), ("correct", torch.int64), ("count", torch.int64)):
             self.add_state(name, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
@@ -85,7 +85,8 @@ class MaskedLMModel(ComposerModel):
         self.config: Any = model.config
         train: list[type[Metric]] = [LanguageCrossEntropy, MaskedAccuracy]
         evaluation = [LanguageCrossEntropy, LanguagePerplexity, MaskedAccuracy, MaskedTokens]
-        self.train_metrics = {kind.__name__: kind() for kind in train}
+        # Not summed over processes here: train/callbacks.py (TrainMetrics) does that, for all of them at once.
+        self.train_metrics = {kind.__name__: kind(sync_on_compute=False) for kind in train}
         self.val_metrics: dict[str, Metric] = {kind.__name__: kind() for kind in evaluation}
         model.fsdp_wrap_fn = lambda module: isinstance(module, layer)  # pyright: ignore
         if gradient_checkpointing:

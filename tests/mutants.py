@@ -659,6 +659,20 @@ MUTANTS = [
         "train/test_loggers.py::test_a_service_that_does_not_start_ends_in_one_message",
     ),
     Mutant(
+        "train-metrics-seen",
+        "src/train/callbacks.py",
+        "state.train_metrics, self.outputs = {}, []",
+        "self.outputs = []",
+        "train/test_callbacks.py::test_train_metrics_are_those_that_composer_computes",
+    ),
+    Mutant(
+        "train-metrics-of-one-process",
+        "src/train/callbacks.py",
+        'dist.all_reduce(sums, reduce_operation="SUM")',
+        "pass",
+        "train/test_world_size.py::test_loss_gradient_and_samples_do_not_depend_on_the_number_of_processes",
+    ),
+    Mutant(
         "validate-tokens",
         VALIDATE,
         '"tok": 1 / tokens_per_sample',

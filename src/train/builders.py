@@ -38,6 +38,7 @@ from src.train.callbacks import (
     StopAtTimeLimit,
     StopOnSignal,
     StopOnSilentFailure,
+    TrainMetrics,
 )
 from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
 from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
@@ -309,7 +310,7 @@ def build_callbacks(
     check_stoppers(built, config, model)
     for callback, component in zip(built, config.callbacks.values(), strict=True):
         end.watch(callback, component.name, stored(component.options, component.interpolations, component.path))
-    built = [end, *built, Reseed(config.seed), StopOnSilentFailure()]
+    built = [end, *built, Reseed(config.seed), TrainMetrics(), StopOnSilentFailure()]
     if config.device_train_microbatch_size != "auto":  # auto finds what fits
         size = min(config.device_train_microbatch_size, device_train_batch_size(config))
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)

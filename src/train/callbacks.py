@@ -282,6 +282,40 @@ class ScheduledMasking(Callback):
         logger.log_metrics({"masking/rate": rate})
 
 
+class TrainMetrics(Callback):
+    """Compute the metrics of a step from the outputs of its microbatches; Composer logs them as metrics/train/<name>.
+
+    Composer itself switches the whole model to evaluation and back for each microbatch, and each metric gathers each of
+    its sums from all processes. Here Composer sees no metric between the start and the end of a step, the outputs stay
+    on the device, and one all-reduce sums them. The values are the same.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """Of each microbatch, (): loss_sum, correct, count."""
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        metrics: Any = state.train_metrics
+        self.metrics = {name: state.device.module_to_device(metric) for name, metric in metrics.items()}
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        state.train_metrics, self.outputs = {}, []  # auto may start a step again
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        out: Any = state.outputs
+        self.outputs.append((out.loss_sum.detach(), out.correct, out.count))
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        loss_sums, corrects, counts = (torch.stack(column) for column in zip(*self.outputs, strict=True))
+        sums = torch.stack([loss_sums.double().sum(), corrects.sum(), counts.sum()])  # fp64: exact counts below 2^53
+        dist.all_reduce(sums, reduce_operation="SUM")
+        for metric in self.metrics.values():
+            metric.reset()
+            metric.update(sums[0], sums[1].long(), sums[2].long())
+        state.train_metrics, self.outputs = self.metrics, []
+
+
 class StopAtTimeLimit(Callback):
     """Stop all processes at the same step after a time limit; the run is then saved, or evaluated if it is not saved.
 

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from composer import Callback
 
 import main
 from src import data_c4
 from src.common.errors import ConfigError, TrainingError
 from src.data.masking import MaskingCollator, mask_batch
 from src.mosaic_bert import MosaicBert
-from src.train import callbacks
+from src.train import builders, callbacks
 from src.train.callbacks import MemoryProbe, Reseed, ScheduledMasking, StopOnSilentFailure
 from src.train.config import MaskingSchedule
 from tests.conftest import TRAIN
@@ -143,6 +144,27 @@ def test_too_little_memory_is_an_error_before_the_first_step(overrides, monkeypa
     message = str(exit.value)
     assert "too little memory for a microbatch of 16 sequences, 512 tokens (CUDA out of memory. Tried" in message
     assert "Lower device_train_microbatch_size" in message and "more" not in message.split("(")[1].split(")")[0]
+
+
+def test_train_metrics_are_those_that_composer_computes(overrides, tmp_path, monkeypatch):
+    """At each step and at the end of an epoch, also after a resumption; without a change to evaluation mode and back."""
+    sizes = ["global_train_batch_size=100", "device_train_microbatch_size=40", f"max_duration={-(-TRAIN // 100) + 1}ba"]
+    options = [*overrides, *sizes, "eval_interval=0", "save_interval=1ba"]
+    switched, evaluate = [], MosaicBert.eval
+    monkeypatch.setattr(MosaicBert, "eval", lambda self: switched.append(1) or evaluate(self))
+
+    def lines(name, changes=(), kill_at=None):
+        path = tmp_path / name
+        fit([*options, f"save_folder={path}", f"loggers.metrics_file.path={path}/metrics.jsonl", *changes], kill_at)
+        return [{k: v for k, v in line.items() if k.startswith("metrics/")} for line in logged(path)]
+
+    lines("ours", kill_at=2)
+    assert not switched
+    got = lines("ours", ["autoresume=true"])
+    monkeypatch.setattr(builders, "TrainMetrics", Callback)
+    want = lines("composers")
+    assert len(switched) > 2 * len(want) and got == want
+    assert set(got[0]) == {"metrics/train/LanguageCrossEntropy", "metrics/train/MaskedAccuracy"}
 
 
 def test_console_lines(overrides, capsys):
