@@ -1,1 +1,1 @@
-"""Speed: step (tokens per second), scaling (length, size, processes), roofline, loader (data), forms, int8."""
+"""Speed: step (tokens per second), scaling (length, size, processes), roofline, launches, loader, forms, int8."""

@@ -147,7 +147,7 @@ def test_too_little_memory_is_an_error_before_the_first_step(overrides, monkeypa
 
 
 def test_train_metrics_are_those_that_composer_computes(overrides, tmp_path, monkeypatch):
-    """At each step and at the end of an epoch, also after a resumption; without a change to evaluation mode and back."""
+    """At each step and at the end of an epoch, also after a resumption; no change to evaluation mode."""
     sizes = ["global_train_batch_size=100", "device_train_microbatch_size=40", f"max_duration={-(-TRAIN // 100) + 1}ba"]
     options = [*overrides, *sizes, "eval_interval=0", "save_interval=1ba"]
     switched, evaluate = [], MosaicBert.eval
