@@ -122,7 +122,8 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     model = model_of("mosaic_bert", tokenizer, SHAPE)
     names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer, model)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
-    assert names == ["RunEnd", *from_yaml, "Reseed", "StopOnSilentFailure", "MemoryProbe", "ScheduledMasking"]
+    of_every_run = ["Reseed", "TrainMetrics", "StopOnSilentFailure", "MemoryProbe"]
+    assert names == ["RunEnd", *from_yaml, *of_every_run, "ScheduledMasking"]
     loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)
     assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
