@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m benchmarks.speed.launches [--toy]      # base, 128 sequences, C4's lengths up to 128
 
 A microbatch that adds to gradients: forward, loss, backward, bf16 autocast, dropout, on fake tensors, which have no
-memory. Our kernels are not run. First with weights cast in each microbatch, then once per step (src/train/casting.py).
+memory. Our kernels are not run. First with weights cast in each microbatch, then as if once per step.
 
 aten      PyTorch operations that launch at least one kernel: all but views and memory without contents.
 triton    Launches of our kernels.
