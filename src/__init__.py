@@ -5,7 +5,7 @@ siblings, torch and transformers only, and that an export copies byte for byte.
 
     configuration_bert     shape of a model                     bert_layers      the model and its heads
     bert_padding           between (B, S) and (T) tokens        bert_encoder     embeddings, layers
-    graphs                 whether torch records a graph        attention        ALiBi attention, four implementations
+    graphs                 whether torch records a graph        attention        ALiBi attention, five implementations
     masked_lm_loss         loss of the masked tokens            attention_tiles  sizes and tables of its kernels' tiles
     torch_ops              the kernels' work in plain PyTorch   triton_common    what the kernels share
     flash_attn_triton, layer_norm_triton, geglu_triton, cross_entropy_triton     the kernels

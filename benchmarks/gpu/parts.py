@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks import report, timing
-from benchmarks.speed import step
+from benchmarks.speed import roofline, step
 from benchmarks.variants import MosaicBert, Shape, c4_like_lengths, make_batch, to_device
 from src import layer_norm_triton
 from src.attention_tiles import tile_tables
@@ -93,12 +93,10 @@ def environment(out: Path) -> None:
 
 
 def flops(shape: Shape, lengths_B: Tensor, masked: int) -> int:
-    """Of a step, counted as ``MosaicBert.flops_per_batch`` does, which needs Composer."""
-    D, L, T = shape.hidden, shape.layers, int(lengths_B.sum())
-    rest = D * D + 3 * D * shape.width  # attention's output, GLU: of all tokens, but in the last layer of masked ones
-    layers = L * 3 * D * D * T + rest * ((L - 1) * T + masked)
-    attention = L * 2 * D * int(lengths_B.long().square().sum())
-    return 6 * (layers + attention + masked * (D * D + D * shape.vocabulary))
+    """Of a step, as ``MosaicBert.flops_per_batch``, which needs Composer: attention recomputes nothing."""
+    counted = roofline.parts(shape, lengths_B.long(), masked, roofline.Kernels())
+    attention = 12 * shape.layers * shape.hidden * int(lengths_B.long().square().sum())
+    return attention + sum(part.flops for part in counted if part.group == "products")
 
 
 class Training:

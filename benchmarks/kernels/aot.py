@@ -129,7 +129,7 @@ def rowwise_builds(width: int, dtype: str) -> Iterator[Build]:
 
 
 def cross_entropy_builds(V: int, dtype: str) -> Iterator[Build]:
-    """The masked-token head's kernels for one vocabulary. That from V = 1,025 on is one build, but for alignment."""
+    """The masked-token head's kernels for one vocabulary. All V above 1,024 share one block size."""
     constants = cross_entropy_triton.tile(V)
     warps = constants.pop("num_warps")
     for kernel in (cross_entropy_triton.cross_entropy_forward, cross_entropy_triton.cross_entropy_backward):

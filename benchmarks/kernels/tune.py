@@ -150,7 +150,8 @@ def main(argv: list[str]) -> int:
         found = tune(head_size, dtype, args)
         results += found
         key = (kernels._architecture(torch.device(device)), attention_tiles.padded_head_size(head_size), dtype.itemsize)
-        best = ", ".join(row["best"] for row in found)
+        whole = attention_tiles.tiles_for(head_size, dtype, key[0]).whole  # not tuned here, and kept
+        best = ", ".join([*(row["best"] for row in found), *([f"Tile{astuple(whole)}"] if whole else [])])
         gains = ", ".join(f"{row['kernel']} {row['gain']:.2f}x" for row in found)
         lines.append(f"    {key}: Tiles({best}),  # {about['device']}, {name}, at least: {gains}")
     print("\n".join(lines))

@@ -40,11 +40,9 @@ class Kernels:
     """Longest sequence of a batch whose dq, dk and dv come from one program, with 5 products instead of 7."""
     repeats: int = 1
     """Warps that compute the same score in dk/dv (kernels_aot.md)."""
-    casts: int | None = 1
-    """Casts of the weights to bf16 per step; None: one per microbatch."""
 
 
-PROFILED = Kernels(logit_bytes=68, one_tile=0, repeats=2, casts=None)
+PROFILED = Kernels(logit_bytes=68, one_tile=0, repeats=2)
 """The code of the H200's profiles."""
 
 
@@ -99,9 +97,8 @@ def parts(shape: Shape, lengths: Tensor, M: int, kernels: Kernels, microbatches:
         Part("other", "sums", 0, 12 * D * rows + 4 * D * (T + 4 * M)),
     ]
     matrices, every = parameters(shape)
-    casts = microbatches if kernels.casts is None else kernels.casts
-    # fp32 to bf16, gradients back, added from the second microbatch on.
-    found.append(Part("other", "weights", 0, matrices * (6 * casts + 6 * microbatches + 12 * (microbatches - 1))))
+    # In each microbatch fp32 to bf16, and gradients back; added from the second microbatch on.
+    found.append(Part("other", "weights", 0, matrices * (12 * microbatches + 12 * (microbatches - 1))))
     return [*found, Part("optimizer", "AdamW", 0, 28 * every)]  # reads weight, gradient, moments; writes all but one
 
 

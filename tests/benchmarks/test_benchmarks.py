@@ -14,12 +14,14 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import publish
 from benchmarks.gpu import parts as gpu_parts
+from benchmarks.kernels import tune
 from benchmarks.kernels.compare import document_mask
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
 from benchmarks.speed import forms, roofline, scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
+from src import attention_tiles
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert as ComposerMosaicBert
 
@@ -107,7 +109,7 @@ def test_roofline_counts_the_products_of_the_model(batch):
 def test_roofline_counts_bytes():
     """One layer of width 2, gated unit of 3, 5 words; sequences of 2 and 1, 1 token masked; 2 microbatches."""
     shape = Shape(layers=1, hidden=2, heads=1, width=3, vocabulary=5)
-    kernels = roofline.Kernels(logit_bytes=8, one_tile=1, casts=1)
+    kernels = roofline.Kernels(logit_bytes=8, one_tile=1)
     found = roofline.parts(shape, torch.tensor([2, 1]), 1, kernels, microbatches=2)
     weights = (2 * 6, 2 * 2, 2 * 6, 3 * 2, 2 * 2, 2 * 5)
     values = (3 * (2 + 6), 2 + 2, 2 + 6, 3 + 2, 2 + 2, 2 + 5)  # in and out; all but the first of the masked token only
@@ -126,7 +128,7 @@ def test_roofline_counts_bytes():
         ("other", "embeddings"): 3 * 2 * (16 + 8 + 10) + 2 * 5 * 2 * (4 + 12),
         ("other", "bias gradients"): 2 * (3 * 6 + 2 + 2 + 2),
         ("other", "sums"): 2 * 6 * 2 + 3 * 2 * 4 + 2 * 2 * (2 + 2 + 2 + 2),
-        ("other", "weights"): 48 * (6 + 2 * 6 + 12),
+        ("other", "weights"): 48 * (2 * 6 + 2 * 6 + 12),
     }
 
 
@@ -339,3 +341,13 @@ def test_forms_end_with_their_line(tmp_path, capsys):
     *lines, last = printed.splitlines()[1:]
     assert [re.match("form name=(.*) read_docs_per_s=[1-9]", line)[1] for line in lines] == list(publish.FORMS)
     assert re.fullmatch(r"forms memory_mb=\d+ imports_mb=\d+ text_mb=1", last)
+
+
+def test_tune_keeps_the_tile_that_it_does_not_tune(monkeypatch, capsys):
+    """Its line replaces the whole entry of TILES."""
+    present = attention_tiles.Tiles(*(attention_tiles.Tile(16, 16, 4, stages) for stages in (1, 2, 3, 4)))
+    monkeypatch.setattr(tune.attention_tiles, "tiles_for", lambda *_: present)
+    row = {"kernel": "dq", "gain": 1.0, "best": "Tile(16, 16, 4, 1)"}
+    monkeypatch.setattr(tune, "tune", lambda *_: [row] * 3)
+    assert tune.main(["--toy"]) == 0
+    assert "Tiles(" + ", ".join([row["best"]] * 3) + ", Tile(16, 16, 4, 4))," in capsys.readouterr().out
