@@ -32,11 +32,13 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
         self.kernels = resolve_kernels(config.kernels)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:  # (..., D)
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, key: Tensor | None = None
+    ) -> Tensor:
+        """(..., D) -> (..., D). ``key`` (1,) int64 is for the kernels' dropout, as in ``BertEncoder.keys``."""
         p = dropout_p if self.training else 0.0
         if not use_triton(self.kernels, input):
             return layer_norm_torch(input, self.weight, self.bias, self.eps, residual, p)
-        key = draw_key(input) if p else None
         return layer_norm_triton(input, self.weight, self.bias, self.eps, residual, p, key)
 
 
@@ -97,8 +99,8 @@ class BertSelfOutput(nn.Module):
         self.LayerNorm = LayerNorm(config)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x), residual, self.dropout_p)
+    def forward(self, x: Tensor, residual: Tensor, key: Tensor | None = None) -> Tensor:
+        return self.LayerNorm(self.dense(x), residual, self.dropout_p, key)
 
 
 class BertAttention(nn.Module):
@@ -109,9 +111,16 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, x: Tensor, layout: Layout | PaddedLayout, slopes: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | PaddedLayout,
+        slopes: Tensor,
+        rows: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> Tensor:
         residual = x if rows is None else index_first_axis(x, rows)
-        return self.output(self.self(x, layout, slopes, rows), residual)
+        return self.output(self.self(x, layout, slopes, rows), residual, key)
 
 
 class BertGatedLinearUnitMLP(nn.Module):
@@ -124,26 +133,36 @@ class BertGatedLinearUnitMLP(nn.Module):
         self.layernorm = LayerNorm(config)
         self.dropout_p, self.kernels = config.hidden_dropout_prob, resolve_kernels(config.kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor | None = None) -> Tensor:
         gate_and_up = self.gated_layers(x)  # (T, 2I)
         p = self.dropout_p if self.training else 0.0
         if use_triton(self.kernels, gate_and_up):
-            hidden = geglu_triton(gate_and_up, p, draw_key(x) if p else None)  # (T, I)
+            hidden = geglu_triton(gate_and_up, p, key)  # (T, I)
         else:
             hidden = geglu_torch(gate_and_up, p)
         return self.layernorm(self.wo(hidden), residual=x)  # (T, D)
 
 
 class BertLayer(nn.Module):
-    """One Transformer layer. With ``rows`` it computes attention of all T tokens, the rest for these rows."""
+    """One Transformer layer. With ``rows`` it computes attention of all T tokens, the rest for these rows.
+
+    ``keys`` are those of the kernels' dropout after attention and in the gated unit, as in ``BertEncoder.keys``.
+    """
 
     def __init__(self, config: MosaicBertConfig):
         super().__init__()
         self.attention = BertAttention(config)
         self.mlp = BertGatedLinearUnitMLP(config)
 
-    def forward(self, x: Tensor, layout: Layout | PaddedLayout, slopes: Tensor, rows: Tensor | None = None) -> Tensor:
-        return self.mlp(self.attention(x, layout, slopes, rows))
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | PaddedLayout,
+        slopes: Tensor,
+        rows: Tensor | None = None,
+        keys: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        return self.mlp(self.attention(x, layout, slopes, rows, keys[0]), keys[1])
 
 
 class BertEncoder(nn.Module):
@@ -153,14 +172,22 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.alibi = AlibiSlopes(config.num_attention_heads)
+        self.dropout_p, self.kernels = config.hidden_dropout_prob, resolve_kernels(config.kernels)
         self.gradient_checkpointing = False  # transformers sets both attributes
         self._gradient_checkpointing_func: Callable[..., Tensor]
 
+    def keys(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """The keys of the kernels' dropout, (1,) int64 each, two per layer, by one draw; None if they are not used."""
+        n = 2 * len(self.layer)
+        if self.training and self.dropout_p and use_triton(self.kernels, x):
+            return draw_key(x, n).split(1)
+        return (None,) * n
+
     def forward(self, x: Tensor, layout: Layout | PaddedLayout, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         """The input and each layer's output, (T, D); with ``rows`` (M,) the last is (M, D)."""
-        states, slopes = (x,), self.alibi(x.device)
+        states, slopes, keys = (x,), self.alibi(x.device), self.keys(x)
         for i, layer in enumerate(self.layer):
-            args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None)
+            args = (x, layout, slopes, rows if i == len(self.layer) - 1 else None, keys[2 * i : 2 * i + 2])
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, *args)
             else:

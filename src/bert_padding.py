@@ -40,7 +40,7 @@ def index_first_axis(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter_first_axis(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """The inverse of ``index_first_axis``: (rows, ...) with ``x`` (M, ...) at rows ``index`` (M,), zero elsewhere."""
-    return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
+    return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
 
 
 class _UnpackHeads(torch.autograd.Function):

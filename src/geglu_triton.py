@@ -12,6 +12,7 @@ Launch: tiles of ROWS x BLOCK of the output, numbered row by row; one-dimensiona
 # pyright: reportOptionalMemberAccess=false
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ except ImportError:  # see triton_common.py
 if triton is not None:
     from .triton_common import keep_mask
 
-    @triton.jit
+    # As in layer_norm_triton.py, what changes with the batch is not specialised.
+    @triton.jit(do_not_specialize=["key_ptr", "T"])
     def geglu_forward(
         gate_and_up_ptr,  # (T, 2I)
         key_ptr,  # (1,) int64
@@ -60,7 +62,7 @@ if triton is not None:
             out = tl.where(keep, out * scale, 0.0)
         tl.store(out_ptr + row64 * I + column, out, mask=real)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["key_ptr", "T"])
     def geglu_backward(
         dout_ptr,  # (T, I), contiguous
         gate_and_up_ptr,  # (T, 2I)
@@ -103,6 +105,7 @@ BLOCK = 1024
 """Maximal number of columns of a tile: 3,072, the base model's width, is three of them, without masked lanes."""
 
 
+@cache
 def tile(I: int) -> dict[str, int]:  # noqa: E741
     """Tile and number of warps."""
     block = min(BLOCK, max(16, triton.next_power_of_2(I)))
@@ -111,8 +114,8 @@ def tile(I: int) -> dict[str, int]:  # noqa: E741
 
 def _launch(kernel: Any, gate_and_up: Tensor, dropout_p: float, *tensors: Tensor) -> None:
     (T, width), options, threshold = gate_and_up.shape, tile(gate_and_up.shape[1] // 2), dropout_threshold(dropout_p)
-    columns = triton.cdiv(width // 2, options["BLOCK"])
-    programs = triton.cdiv(T, options["ROWS"]) * columns
+    columns = -(-width // (2 * options["BLOCK"]))
+    programs = -(-T // options["ROWS"]) * columns
     sizes = (gate_and_up.stride(0), T, width // 2, columns, threshold, dropout_scale(threshold))
     launch(kernel, programs, *tensors, *sizes, DROPOUT=threshold > 0, **options)
 
@@ -201,4 +204,5 @@ def geglu(gate_and_up: Tensor, dropout_p: float = 0.0, key: Tensor | None = None
     if gate_and_up.shape[-1] % 2:
         raise ValueError(f"GEGLU kernel: expected an even number of columns, got {gate_and_up.shape[-1]}")
     run: Any = _forward_op if torch.compiler.is_compiling() else _Geglu.apply
-    return run(rows_of(gate_and_up), key, dropout_p).unflatten(0, gate_and_up.shape[:-1])
+    out = run(rows_of(gate_and_up), key, dropout_p)
+    return out if gate_and_up.dim() == 2 else out.unflatten(0, gate_and_up.shape[:-1])

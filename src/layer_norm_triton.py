@@ -16,6 +16,7 @@ Launch: tiles of ROWS x BLOCK_D, D padded to a power of two and masked; one-dime
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ except ImportError:  # see triton_common.py
 if triton is not None:
     from .triton_common import keep_mask
 
-    @triton.jit
+    # Not specialised: what changes with the batch, which would compile the kernel again for 1 and for multiples of 16,
+    # and the address of the key, one of many in a row.
+    @triton.jit(do_not_specialize=["key_ptr", "T"])
     def layer_norm_forward(
         x_ptr,  # (T, D)
         residual_ptr,  # (T, D)
@@ -76,7 +79,7 @@ if triton is not None:
         y = centred * rstd[:, None] * weight + bias
         tl.store(y_ptr + row64 * D + column, y, mask=real)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["key_ptr", "T", "tiles"])
     def layer_norm_backward(
         dy_ptr,  # (T, D), contiguous
         x_ptr,  # (T, D)
@@ -154,6 +157,7 @@ per thread; its sums need no barrier. Backward: 8 elements per thread: each take
 and with 16, D = 768 spills on sm_90. Chosen by compiling for sm_80 and sm_90; other sizes are not timed."""
 
 
+@cache
 def tile(D: int, kind: str) -> dict[str, int]:
     """Tile and number of warps for ``kind`` forward or backward.
 
@@ -187,7 +191,7 @@ def _forward(
     pointers = (x, x if residual is None else residual, weight, bias, x if key is None else key, y, mean, rstd)
     sizes = (x.stride(0), 0 if residual is None else residual.stride(0), T, D, eps, threshold, dropout_scale(threshold))
     flags = {"RESIDUAL": residual is not None, "DROPOUT": threshold > 0}
-    launch(layer_norm_forward, triton.cdiv(T, options["ROWS"]), *pointers, *sizes, **flags, **options)
+    launch(layer_norm_forward, -(-T // options["ROWS"]), *pointers, *sizes, **flags, **options)
     return y, mean, rstd
 
 
@@ -207,23 +211,22 @@ def _backward(
     rstd: Tensor,
     key: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (T, D), dresidual (T, D) or (0,) as ``_new_dresidual`` says, dweight (D,), dbias (D,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (T, D), dresidual (T, D) or (0,) as ``_new_dresidual`` says, dweight and dbias as one (2, D) fp32."""
     T, D = x.shape
     dy = dy.contiguous()  # may be an expanded scalar
     options, threshold = tile(D, "backward"), dropout_threshold(dropout_p)
     dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
     dresidual = _new_dresidual(x, residual, threshold)
-    tiles = triton.cdiv(T, options["ROWS"])
+    tiles = -(-T // options["ROWS"])
     programs = min(PROGRAMS, tiles)
     partial = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
     given = (dy, x, x if residual is None else residual, weight, x if key is None else key, mean, rstd)
-    sizes = (x.stride(0), 0 if residual is None else residual.stride(0), T, D, triton.cdiv(tiles, max(programs, 1)))
+    sizes = (x.stride(0), 0 if residual is None else residual.stride(0), T, D, -(-tiles // max(programs, 1)))
     flags = {"RESIDUAL": residual is not None, "WRITE_DRESIDUAL": dresidual.ndim == 2, "DROPOUT": threshold > 0}
     args = (*given, dx, dresidual, partial, *sizes, threshold, dropout_scale(threshold))
     launch(layer_norm_backward, programs, *args, **flags, **options)
-    dweight, dbias = (part.sum(0).to(weight.dtype) for part in partial)
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, partial.sum(1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
@@ -236,12 +239,12 @@ def _gradients(ctx: Any, backward: Callable[..., tuple[Tensor, ...]], dy: Tensor
     """Gradients of the arguments of ``_forward``."""
     saved = ctx.saved_tensors  # read once: with checkpointing, reading recomputes the layer
     residual = saved[1]
-    dx, dresidual, dweight, dbias = backward(dy, *saved, ctx.dropout_p)
+    dx, dresidual, dparameters = backward(dy, *saved, ctx.dropout_p)
     if residual is None:
         dresidual = None
     elif dresidual.ndim == 1:
         dresidual = dx
-    return dx, dresidual, dweight, dbias, None, None, None, None
+    return dx, dresidual, *dparameters.unbind(), None, None, None, None  # autograd casts to the parameters' dtype
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -277,7 +280,7 @@ def _(x, residual, weight, bias, key, eps, dropout_p, out_dtype):
 @_backward_op.register_fake
 def _(dy, x, residual, weight, mean, rstd, key, dropout_p):
     dresidual = _new_dresidual(x, residual, dropout_threshold(dropout_p))
-    return x.new_empty(x.shape), dresidual, torch.empty_like(weight), torch.empty_like(weight)
+    return x.new_empty(x.shape), dresidual, mean.new_empty(2, x.shape[1])
 
 
 _forward_op.register_autograd(
@@ -319,4 +322,4 @@ def layer_norm(
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     inputs = (rows_of(x), None if residual is None else rows_of(residual), weight, bias, key, eps, dropout_p, out_dtype)
     y: Any = _forward_op(*inputs)[0] if torch.compiler.is_compiling() else _LayerNorm.apply(*inputs)
-    return y.view(x.shape)
+    return y if x.dim() == 2 else y.view(x.shape)

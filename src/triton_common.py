@@ -148,7 +148,7 @@ def rows_of(x: Tensor) -> Tensor:
     missing = None if x.is_cuda else unavailable(x.device.type)
     if missing is not None:
         raise ValueError(f"{missing}; set kernels to auto or torch")
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -176,6 +176,9 @@ def dropout_scale(threshold: int) -> float:
     return 2**MASK_BITS / (2**MASK_BITS - threshold)
 
 
-def draw_key(x: Tensor) -> Tensor:
-    """A new key for dropout, (1,) int64, from the generator of the device of ``x``; never synchronizes."""
-    return torch.randint(2**62, (1,), device=x.device)
+def draw_key(x: Tensor, n: int = 1) -> Tensor:
+    """New keys for dropout, (n,) int64, from the generator of the device of ``x``; never synchronizes.
+
+    A kernel takes one, (1,). One draw for many kernels saves launches.
+    """
+    return torch.randint(2**62, (n,), device=x.device)

@@ -293,7 +293,7 @@ def saved(T: int, device: str) -> dict[str, list[int]]:
         "attention": (ours_attention, plain_attention, (qkv,)),
         "LayerNorm(residual + dropout(x))": (ours_norm, plain_norm, (x, residual)),
         "dropout(gelu(gate) * up)": (lambda x: geglu_triton.geglu(x, p, key), plain_geglu, (packed,)),
-        "a whole layer": (lambda x: layer(x, layout, slopes), plain_layer, (x,)),
+        "a whole layer": (lambda x: layer(x, layout, slopes, None, (key, key)), plain_layer, (x,)),
     }
     found = {}
     with torch.autocast(device, torch.bfloat16):

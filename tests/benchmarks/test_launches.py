@@ -1,9 +1,14 @@
 """What a microbatch launches on a GPU (benchmarks/speed/launches.py). Kernels are called, and do not run."""
 
+import collections
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.speed import launches
 
@@ -12,7 +17,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counted in th
 
 @pytest.mark.parametrize(
     ("cast_once", "constant", "per_layer"),
-    [(False, 53, 48), (True, 49, 41)],
+    [(False, 52, 44), (True, 48, 37)],
     ids=["weights cast in each microbatch", "weights cast once"],
 )
 def test_launches_are_linear_in_layers(cast_once, constant, per_layer):
@@ -25,4 +30,35 @@ def test_launches_are_linear_in_layers(cast_once, constant, per_layer):
 
 def test_the_script(capsys):
     launches.main(["--toy"])
-    assert "launches aten=131 triton=26 bytes=" in capsys.readouterr().out.splitlines()[-1]
+    assert "launches aten=122 triton=26 bytes=" in capsys.readouterr().out.splitlines()[-1]
+
+
+def calls_of(lengths):
+    """Each kernel's call for a microbatch: the kernel, its arguments by position, its options."""
+    calls = []
+    with launches.step(lambda kernel, *args, **options: calls.append((kernel, args, options)), cast_once=False):
+        launches.microbatch(launches.TOY, torch.tensor(lengths))()
+    return calls
+
+
+def test_each_dropout_has_its_own_key():
+    """Of one draw; the backward gets the forward's."""
+    keys = collections.Counter()
+    for kernel, args, options in calls_of([5, 3]):
+        if options.get("DROPOUT"):
+            keys[args[kernel.arg_names.index("key_ptr")].item()] += 1
+    assert list(keys.values()) == [2] * 2 * launches.TOY.layers
+
+
+def test_no_batch_compiles_a_row_wise_kernel_again():
+    """Triton compiles apart integers that are 1 or that 16 divides, and addresses that 16 divides."""
+    backend, found = make_backend(GPUTarget("cuda", 90, 32)), []
+    for lengths in ([1], [16], [17], [9, 5, 8, 8]):
+        found.append(set())
+        for kernel, args, options in calls_of(lengths):
+            if kernel.__name__.startswith(("layer_norm", "geglu", "cross_entropy")):
+                jit = triton.JITFunction(kernel.fn, **kernel.rewriter.kwargs)
+                specialise = create_function_from_signature(jit.signature, jit.params, backend)
+                found[-1].add((kernel.__name__, str(specialise(*args, **options)[1])))
+    assert len(found[0]) == 12  # layer_norm after embeddings, attention, gated unit and in the head; the others once
+    assert found[1:] == found[:1] * 3
