@@ -136,6 +136,20 @@ MUTANTS = [
     Mutant(
         "gelu-tanh", "src/torch_ops.py", "F.gelu(gate).mul_(up)", 'F.gelu(gate, approximate="tanh").mul_(up)', PADDED
     ),
+    Mutant(
+        "dropout-key-shared",
+        ENCODER,
+        "keys[2 * i : 2 * i + 2]",
+        "keys[:2]",
+        "benchmarks/test_launches.py::test_each_dropout_has_its_own_key",
+    ),
+    Mutant(
+        "tokens-specialised",
+        "src/geglu_triton.py",
+        '(do_not_specialize=["key_ptr", "T"])\n    def geglu_forward',
+        "\n    def geglu_forward",
+        "benchmarks/test_launches.py::test_no_batch_compiles_a_row_wise_kernel_again",
+    ),
     Mutant("layer-norm-eps", ENCODER, "eps=config.layer_norm_eps", "eps=1e-5", PADDED),
     Mutant("dropout-mlp", ENCODER, "(self.wo(hidden), residual=x)", "(self.wo(hidden), x, self.dropout_p)", PLACES),
     Mutant(
