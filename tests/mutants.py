@@ -673,6 +673,13 @@ MUTANTS = [
         "train/test_loggers.py::test_a_service_that_does_not_start_ends_in_one_message",
     ),
     Mutant(
+        "budget-exceeded",
+        "src/data/balance.py",
+        "if total + length > tokens:",
+        "if False:",
+        "data/test_balance.py::test_each_sequence_is_in_one_microbatch_within_both_limits",
+    ),
+    Mutant(
         "train-metrics-seen",
         "src/train/callbacks.py",
         "state.train_metrics, self.outputs = {}, []",

@@ -6,7 +6,7 @@ cache           downloading, unpacking, deleting files   shared_memory  removal 
 tokenizer       loading, saving, fingerprints            cutting        the first tokens of a text, and crops of it
 order           grouping by length, repeated samples     masking        samples -> padded, masked batch
 unigram         the unigram baseline                     microbatches   padded batch -> unpadded microbatches
-columns         the column of a sample that is read
+columns         the column of a sample that is read     balance        which sequences make a microbatch
 
 src/data_c4.py puts them together.
 """

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from src.bert_padding import Layout, unpad_layout
+from src.data.balance import partition
 from src.masked_lm_loss import IGNORED
 
 Batch = dict[str, Any]
@@ -33,17 +34,21 @@ def sequence_lengths(batch: Batch) -> Tensor:
     return lengths.where(~batch["filler"].squeeze(1), 0) if "filler" in batch else lengths
 
 
-def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
+def split_padded(batch: Batch, microbatch_size: int, tokens: int | None = None) -> list[Batch]:
     """Cut a padded batch (B, S) into padded microbatches, each as long as its longest sequence.
+
+    Args:
+        batch: padded and masked.
+        microbatch_size, tokens: sequences, and tokens, that a microbatch may have (``balance.partition``).
 
     Adds counts as Python ints, which are read without waiting for a GPU: ``num_samples``, ``num_tokens``, and
     ``num_masked``, the tokens with a loss. Fillers are not counted.
     """
     microbatches = []
-    for start in range(0, len(batch["input_ids"]), microbatch_size):
-        rows = slice(start, start + microbatch_size)
-        longest = int(batch["attention_mask"][rows].sum(dim=1).max())
-        part: Batch = {name: x[rows, :longest] for name, x in batch.items()}
+    lengths_B = batch["attention_mask"].sum(dim=1)
+    for rows in partition(lengths_B, microbatch_size, tokens):
+        longest = int(lengths_B[rows].max())
+        part: Batch = {name: x[rows][:, :longest] for name, x in batch.items()}
         counts, tokens = num_samples(part), num_tokens(part)
         part |= {"num_samples": counts, "num_tokens": tokens["total"], "num_masked": int(tokens["loss_generating"])}
         part.pop("filler", None)
@@ -52,13 +57,16 @@ def split_padded(batch: Batch, microbatch_size: int) -> list[Batch]:
 
 
 def split_unpadded(
-    batch: Batch, microbatch_size: int, tables_of: Callable[[Layout], dict[int, Tensor]] | None = None
+    batch: Batch,
+    microbatch_size: int,
+    tables_of: Callable[[Layout], dict[int, Tensor]] | None = None,
+    tokens: int | None = None,
 ) -> list[Batch]:
     """Cut a padded batch (B, S) into unpadded microbatches, each with its layout. Nothing may slice them later.
 
     Args:
         batch: padded and masked.
-        microbatch_size: sequences in a microbatch.
+        microbatch_size, tokens: sequences, and tokens, that a microbatch may have (``balance.partition``).
         tables_of: makes the tile tables of a layout (``attention_tiles.tile_tables``); optional.
 
     Returns:
@@ -66,7 +74,7 @@ def split_unpadded(
         int64 into 0..T-1, the fields of ``Layout``, and the counts of ``split_padded``.
     """
     microbatches = []
-    for part in split_padded(batch, microbatch_size):
+    for part in split_padded(batch, microbatch_size, tokens):
         # Longest first: neighbours of one length share an attention tile, and a GPU's last tiles are its smallest.
         layout = unpad_layout(part["attention_mask"], longest_first=True)
         if tables_of is not None:
@@ -98,8 +106,20 @@ def num_tokens(batch: Batch) -> dict[str, int]:
     return {"total": int(sequence_lengths(batch).sum()), "loss_generating": MaskedCount(masked)}
 
 
-def fullest_batch(tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int) -> Batch:
-    """A masked batch (B, S) without padding, T = B * S: the most work and memory that a batch can take."""
-    ids = torch.full((batch_size, max_seq_len), int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
-    masked = torch.arange(ids.numel()).view_as(ids) % 100 < round(100 * rate)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(masked, ids, IGNORED)}
+def fullest_batch(
+    tokenizer: PreTrainedTokenizerFast, rate: float, batch_size: int, max_seq_len: int, tokens: int | None = None
+) -> Batch:
+    """A masked batch (B, S) without padding, T = B * S: the most work and memory that a batch can take.
+
+    With fewer ``tokens``, only so many, in the fewest sequences: attention's work grows with their lengths.
+    """
+    T = min(tokens or batch_size * max_seq_len, batch_size * max_seq_len)
+    B = -(-T // max_seq_len)
+    ids = torch.full((B, max_seq_len), int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
+    position = torch.arange(ids.numel()).view_as(ids)
+    masked = (position % 100 < round(100 * rate)) & (position < T)
+    return {
+        "input_ids": ids,
+        "attention_mask": (position < T).long(),
+        "labels": torch.where(masked, ids, IGNORED),
+    }

@@ -41,7 +41,7 @@ from src.train.callbacks import (
     TrainMetrics,
 )
 from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
-from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
+from src.train.data import build_evaluators, build_train_data, highest_rate, microbatch_size, split_batch
 from src.train.ending import TIME_LIMIT, EvalInterval, RunEnd, SaveInterval
 from src.train.loggers import LOGGERS, build_loggers, check_package
 from src.train.monitors import StepMonitor, StreamShares
@@ -109,7 +109,7 @@ def build_trainer(config: RunConfig) -> Trainer:
                 max_duration=config.max_duration,
                 eval_interval=EvalInterval(config.eval_interval, end, steps_per_epoch) if config.eval_interval else 0,
                 precision=config.precision,
-                device_train_microbatch_size=config.device_train_microbatch_size,
+                device_train_microbatch_size=microbatch_size(config),
                 # Every masked token of the global batch has the same weight, for any microbatch size and rank.
                 accumulate_train_batch_on_tokens=True,
                 algorithms=build_all("algorithms", ALGORITHMS, config.algorithms),
@@ -311,10 +311,11 @@ def build_callbacks(
     for callback, component in zip(built, config.callbacks.values(), strict=True):
         end.watch(callback, component.name, stored(component.options, component.interpolations, component.path))
     built = [end, *built, Reseed(config.seed), TrainMetrics(), StopOnSilentFailure()]
-    if config.device_train_microbatch_size != "auto":  # auto finds what fits
-        size = min(config.device_train_microbatch_size, device_train_batch_size(config))
-        largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len)
-        built.append(MemoryProbe(split_batch(config)(largest, size)[0]))
+    size, tokens = microbatch_size(config), config.device_train_microbatch_tokens
+    if size != "auto":  # auto finds what fits
+        largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len, tokens)
+        limit = "tokens" if tokens is not None and tokens < size * config.max_seq_len else "size"
+        built.append(MemoryProbe(split_batch(config)(largest, size)[0], f"device_train_microbatch_{limit}"))
     if config.parallelism_config is not None:
         built.append(AverageGradients())
     if config.time_limit is not None:
@@ -368,6 +369,8 @@ WITHOUT_FSDP = {
     "algorithms.gradient_clipping.clipping_type": "adaptive compares norms of shards; use norm or value",
     "callbacks.optimizer_monitor": "Composer's logs norms of one process's shards; use step_monitor's grad_norm",
     "device_train_microbatch_size": "give a number. Composer supports auto for FSDP1 only, and not on torch >= 2.7.1",
+    "device_train_microbatch_tokens": "processes would run different numbers of microbatches, and wait for ever in the "
+    "one that gathers weights; give device_train_microbatch_size alone",
 }
 """What gives wrong results with Composer's FSDP."""
 
@@ -397,6 +400,8 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
         used.add("algorithms.gradient_clipping.clipping_type")
     if config.device_train_microbatch_size == "auto":
         used.add("device_train_microbatch_size")
+    if config.device_train_microbatch_tokens is not None:
+        used.add("device_train_microbatch_tokens")
     faults += [f"{name}: {reason}" for name, reason in WITHOUT_FSDP.items() if name in used]
     if faults:
         raise ConfigError("\n  ".join(["this run cannot use FSDP", *faults]))
@@ -405,13 +410,17 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
 
 
 def check_device(config: RunConfig) -> None:
-    """Refuse settings that this machine cannot run, in one ConfigError."""
-    if torch.cuda.is_available():
-        return
-    faults = []
-    if config.precision != "fp32":
-        faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
-    if config.device_train_microbatch_size == "auto":
-        faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
+    """Refuse settings that this machine, or this number of processes, cannot run, in one ConfigError."""
+    faults, auto = [], config.device_train_microbatch_size == "auto"
+    if not torch.cuda.is_available():
+        if config.precision != "fp32":
+            faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
+        if auto:
+            faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
+    if auto and config.device_train_microbatch_tokens is not None and dist.get_world_size() > 1:
+        faults.append(
+            "device_train_microbatch_size: auto with device_train_microbatch_tokens runs on one GPU only: in its first "
+            "step Composer sums gradients after each microbatch, whose number differs between processes. Remove auto"
+        )
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))

@@ -210,13 +210,14 @@ class MemoryProbe(Callback):
 
     Args:
         microbatch: the largest possible one, with its layout.
+        setting: path of the setting that limits it.
 
     Raises:
         TrainingError: there is too little memory.
     """
 
-    def __init__(self, microbatch: Batch):
-        self.microbatch = microbatch
+    def __init__(self, microbatch: Batch, setting: str):
+        self.microbatch, self.setting = microbatch, setting
 
     def fit_start(self, state: State, logger: Logger) -> None:
         batch = state.device.batch_to_device(self.microbatch)
@@ -239,7 +240,7 @@ class MemoryProbe(Callback):
             size, tokens = self.microbatch["num_samples"], self.microbatch["num_tokens"]
             raise TrainingError(
                 f"too little memory for a microbatch of {size} sequences, {tokens} tokens ({first_line(error)}). Lower "
-                "device_train_microbatch_size (the loss stays the same; auto finds what fits), or set "
+                f"{self.setting} (the loss stays the same; main.py --validate says what fits on which card), or set "
                 "model.gradient_checkpointing: true"
             ) from None
         finally:

@@ -160,8 +160,14 @@ class RunConfig:
     data_verify: Literal["size", "hash", "off"] = "size"
     """Check of the shards before the first step. ``size``: every shard is there, with its size. ``hash``: its hash too,
     which reads all the data once. ``off``: only the index. Streamed shards are always checked when they arrive."""
-    device_train_microbatch_size: int | Literal["auto"] = "auto"
-    """Sequences per microbatch. No effect on the loss. ``auto`` (GPU) finds what fits into memory."""
+    device_train_microbatch_size: int | Literal["auto"] | None = None
+    """Most sequences per microbatch. No effect on the loss. ``auto`` (GPU) finds what fits into memory. None: ``auto``,
+    or no limit if there is a ``device_train_microbatch_tokens``."""
+    device_train_microbatch_tokens: int | None = None
+    """Most non-padding tokens per microbatch, for example 65536; at least ``max_seq_len``. No effect on the loss. The
+    sequences of a step are dealt out to as few microbatches as possible, of nearly equal numbers of tokens
+    (docs/data.md). Both limits hold, also with ``auto``. None: no limit. Refused for ``hf_bert``, with FSDP, and with
+    ``auto`` on several GPUs."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     """Dtype of matrix products. ``amp_*`` need a GPU."""
     seed: int = 17
@@ -213,7 +219,8 @@ RESUME_SAFE = (
     *(f"train_loader.{f.name}" for f in dataclasses.fields(LoaderConfig)),
     *(f"train_loader.streams.*.{name}" for name in ("local", "remote", "split")),
     *("eval_loader", "eval_loaders", "device_eval_batch_size", "eval_interval"),
-    *("device_train_microbatch_size", "time_limit", "callbacks", "loggers", "progress_bar"),
+    *("device_train_microbatch_size", "device_train_microbatch_tokens", "time_limit"),
+    *("callbacks", "loggers", "progress_bar"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite"),
     *("load_path", "load_weights_only", "autoresume", "resume", "dist_timeout"),
     *("compile_config", "parallelism_config", "model.attention", "model.gradient_checkpointing"),
@@ -291,7 +298,12 @@ def _check(config: RunConfig, faults: list[str]) -> None:
     expect(wait <= LONGEST_WAIT, "dist_timeout", f"at most {LONGEST_WAIT:,} seconds", wait)
     expect(config.max_seq_len > 2, "max_seq_len", "more than the 2 special tokens of a sample", config.max_seq_len)
     size = config.device_train_microbatch_size
-    expect(size == "auto" or size > 0, "device_train_microbatch_size", "a positive number", size)
+    expect(size in ("auto", None) or int(size) > 0, "device_train_microbatch_size", "a positive number", size)
+    if (tokens := config.device_train_microbatch_tokens) is not None:
+        path, least = "device_train_microbatch_tokens", f"at least max_seq_len ({config.max_seq_len})"
+        expect(tokens >= config.max_seq_len, path, least, tokens)
+        if config.model.name == "hf_bert":
+            faults.append(f"{path}: hf_bert computes padding too, so give device_train_microbatch_size")
     _check_loaders(config, faults, expect)
     _check_order(config, faults, expect)
 
@@ -429,8 +441,10 @@ def _fill(config: RunConfig) -> RunConfig:
     # Sorted by name: the order of lines in the YAML must not change sample ids.
     streams = {name: fill(stream, split=stream.split or train.split) for name, stream in sorted(train.streams.items())}
     order = {"shuffle_seed": config.seed if seed is None else seed, "streams": streams}
+    auto = config.device_train_microbatch_size is None and config.device_train_microbatch_tokens is None
     return dataclasses.replace(
         config,
+        device_train_microbatch_size="auto" if auto else config.device_train_microbatch_size,
         train_loader=dataclasses.replace(train, **order) if streams else fill(train, **order),
         eval_loader=fill(config.eval_loader),
         eval_loaders={name: fill(loader) for name, loader in config.eval_loaders.items()},

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from composer.core import DataSpec, Evaluator
@@ -28,6 +28,12 @@ def device_train_batch_size(config: RunConfig) -> int:
     return sequences // devices
 
 
+def microbatch_size(config: RunConfig) -> int | Literal["auto"]:
+    """Most sequences of a microbatch: the setting, but at most those of a step on a device."""
+    size, most = config.device_train_microbatch_size, device_train_batch_size(config)
+    return size if size == "auto" else min(size or most, most)
+
+
 def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> DataSpec:
     """The training data, in batches of one device's share."""
     loader, batch_size = config.train_loader, device_train_batch_size(config)
@@ -36,7 +42,7 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
     dataset = _streaming_c4(config, tokenizer, loader, batch_size, **options)
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = MaskingCollator(tokenizer, rate, config.seed, config.mlm_whole_words)
-    return _data_spec(config, dataset, collator, loader, batch_size)
+    return _data_spec(config, dataset, collator, loader, batch_size, config.device_train_microbatch_tokens)
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
@@ -68,12 +74,12 @@ def highest_rate(config: RunConfig) -> float:
     return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
 
 
-def split_batch(config: RunConfig) -> Callable[[Batch, int], list[Batch]]:
-    """The function that cuts a padded batch into the model's microbatches."""
+def split_batch(config: RunConfig, tokens: int | None = None) -> Callable[[Batch, int], list[Batch]]:
+    """The function that cuts a padded batch into the model's microbatches, of at most ``tokens``."""
     if config.model.name != "mosaic_bert":
         return split_padded
     triton = resolve(config.model.options.get("attention", "auto")) == "triton"
-    return partial(split_unpadded, tables_of=tile_tables if triton else None)
+    return partial(split_unpadded, tables_of=tile_tables if triton else None, tokens=tokens)
 
 
 def _streaming_c4(
@@ -100,6 +106,7 @@ def _data_spec(
     collator: MaskingCollator,
     loader: LoaderConfig,
     batch_size: int,
+    tokens: int | None = None,
 ) -> DataSpec:
     """With our own ``split_batch``: Composer's default silently corrupts the layout of a microbatch."""
     workers = ("num_workers", "prefetch_factor", "persistent_workers", "timeout")
@@ -112,7 +119,7 @@ def _data_spec(
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=processes.settle_worker,
         ),
-        split_batch=split_batch(config),  # pyright: ignore
+        split_batch=split_batch(config, tokens),  # pyright: ignore
         get_num_samples_in_batch=num_samples,
         get_num_tokens_in_batch=num_tokens,  # pyright: ignore
     )

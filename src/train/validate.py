@@ -18,7 +18,7 @@ from src.data_c4 import StreamingC4
 from src.mosaic_bert import MaskedLMModel
 from src.train import builders, checkpoint, models, weights
 from src.train.config import MaskingSchedule, RunConfig
-from src.train.data import build_evaluators, build_train_data, device_train_batch_size, highest_rate, split_batch
+from src.train.data import build_evaluators, build_train_data, highest_rate, microbatch_size, split_batch
 from src.train.optim import OPTIMIZERS, build_scheduler
 from src.train.schema import build
 
@@ -126,7 +126,8 @@ def schedule_shares(
 
 
 def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S).
+    """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S), or as many
+    tokens as ``device_train_microbatch_tokens``.
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
     measured on one and two sequences and extrapolated. Workspaces and fragmentation are not included.
@@ -134,7 +135,7 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
     parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
     states = (16 - sharded + sharded / dist.get_world_size()) * parameters
-    size = config.device_train_microbatch_size
+    size, tokens = microbatch_size(config), config.device_train_microbatch_tokens
     if size == "auto":
         return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; auto finds the microbatch on the GPU"
     S = config.max_seq_len
@@ -148,10 +149,12 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
 
-    activations = extrapolated(kept, min(size, device_train_batch_size(config)))
+    T = min(size * S, tokens or size * S)
+    activations = extrapolated(kept, math.ceil(T / S))
+    described = f"{size} x {S} tokens" if T == size * S else f"{T:,} tokens"
     return (
         f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {states / 2**30:.2f} for "
-        f"weights, gradients and Adam, {activations / 2**30:.2f} for a microbatch of {size} x {S} tokens"
+        f"weights, gradients and Adam, {activations / 2**30:.2f} for a microbatch of {described}"
     )
 
 

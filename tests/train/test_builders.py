@@ -159,6 +159,7 @@ def test_fsdp_is_fsdp2_with_whole_checkpoints_and_fp32_weights():
         ("algorithms.ema.half_life=1ba", "algorithms.ema: Composer's cannot average sharded weights"),
         ("callbacks.optimizer_monitor={}", "optimizer_monitor: Composer's logs norms of one process's shards"),
         ("device_train_microbatch_size=auto", "size: give a number. Composer supports auto for FSDP1"),
+        ("device_train_microbatch_tokens=65536", "tokens: processes would run different numbers of microbatches"),
     ],
 )
 def test_fsdp_refuses(override, message):
@@ -185,6 +186,20 @@ def test_machine_without_gpu_refuses_in_one_error(monkeypatch):
     assert "precision: amp_bf16 needs a GPU" in message and "device_train_microbatch_size: auto" in message
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     builders.check_device(run)
+
+
+def test_auto_with_a_budget_of_tokens_runs_on_one_gpu_only(monkeypatch):
+    """Composer's first step with auto sums gradients after each microbatch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tokens = "device_train_microbatch_tokens=65536"
+    run = config.load("yamls/mosaic_bert.yaml", ["device_train_microbatch_size=auto", tokens])
+    builders.check_device(run)
+    monkeypatch.setattr(builders.dist, "get_world_size", lambda: 2)
+    builders.check_device(config.load("yamls/mosaic_bert.yaml", [tokens]))
+    with pytest.raises(
+        ConfigError, match="device_train_microbatch_size: auto with device_train_microbatch_tokens runs"
+    ):
+        builders.check_device(run)
 
 
 # Optimizers and schedules

@@ -134,16 +134,35 @@ def test_memory_probe_runs_the_largest_microbatch_first_and_changes_no_state(ove
     assert got.losses == want.losses and torch.equal(weights, same)
 
 
-def test_too_little_memory_is_an_error_before_the_first_step(overrides, monkeypatch):
+def test_memory_probe_knows_the_budget_of_tokens(overrides):
+    """The largest microbatch: as many tokens as either limit allows, in the longest sequences."""
+    tokens, longest = "device_train_microbatch_tokens=100", "max_seq_len=32"
+    for change, samples, most, setting in (
+        ([tokens, "device_train_microbatch_size=null"], 4, 100, "tokens"),
+        ([tokens, "device_train_microbatch_size=3"], 3, 96, "size"),
+        (["device_train_microbatch_size=1000"], 16, 512, "size"),
+    ):
+        trainer = trainer_of([*overrides, *UNSAVED, longest, *change])
+        (probe,) = (c for c in trainer.state.callbacks if isinstance(c, MemoryProbe))
+        trainer.close()
+        got = probe.microbatch["num_samples"], probe.microbatch["num_tokens"], probe.setting
+        assert got == (samples, most, f"device_train_microbatch_{setting}")
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "lower"),
+    [("size=16", "16 sequences, 512 tokens", "size"), ("tokens=40", "2 sequences, 40 tokens", "tokens")],
+)
+def test_too_little_memory_is_an_error_before_the_first_step(change, size, lower, overrides, monkeypatch):
     def forward(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(MosaicBert, "forward", forward)
     with pytest.raises(SystemExit) as exit:
-        main.run([QUICKSTART, *overrides])
+        main.run([QUICKSTART, *overrides, f"device_train_microbatch_{change}"])
     message = str(exit.value)
-    assert "too little memory for a microbatch of 16 sequences, 512 tokens (CUDA out of memory. Tried" in message
-    assert "Lower device_train_microbatch_size" in message and "more" not in message.split("(")[1].split(")")[0]
+    assert f"too little memory for a microbatch of {size} (CUDA out of memory. Tried" in message
+    assert f"Lower device_train_microbatch_{lower}" in message and "more" not in message.split("(")[1].split(")")[0]
 
 
 def test_train_metrics_are_those_that_composer_computes(overrides, tmp_path, monkeypatch):

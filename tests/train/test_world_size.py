@@ -54,6 +54,14 @@ def test_loss_gradient_and_samples_do_not_depend_on_the_number_of_processes(proc
 
 
 @pytest.mark.slow
+def test_processes_may_have_different_numbers_of_microbatches(options, want, tmp_path):
+    """By a budget of tokens: six sequences of a process, of 3 to 32 tokens each, make 1 to 4 microbatches."""
+    folder = tmp_path / "budget"
+    wait(start(2, [*options, "device_train_microbatch_tokens=50"], folder), folder)
+    check(logged(folder), want)
+
+
+@pytest.mark.slow
 def test_resume_on_another_number_of_processes(options, want, tmp_path):
     """1, 4, 2 and 3 processes in turn, the last one over the end of the epoch."""
     folder = tmp_path / "killed"
