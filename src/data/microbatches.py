@@ -49,8 +49,8 @@ def split_padded(batch: Batch, microbatch_size: int, tokens: int | None = None) 
     for rows in partition(lengths_B, microbatch_size, tokens):
         longest = int(lengths_B[rows].max())
         part: Batch = {name: x[rows][:, :longest] for name, x in batch.items()}
-        counts, tokens = num_samples(part), num_tokens(part)
-        part |= {"num_samples": counts, "num_tokens": tokens["total"], "num_masked": int(tokens["loss_generating"])}
+        counts, totals = num_samples(part), num_tokens(part)
+        part |= {"num_samples": counts, "num_tokens": totals["total"], "num_masked": int(totals["loss_generating"])}
         part.pop("filler", None)
         microbatches.append(part)
     return microbatches
@@ -117,7 +117,8 @@ def fullest_batch(
     B = -(-T // max_seq_len)
     ids = torch.full((B, max_seq_len), int(tokenizer.mask_token_id))  # pyright: ignore[reportArgumentType]
     position = torch.arange(ids.numel()).view_as(ids)
-    masked = (position % 100 < round(100 * rate)) & (position < T)
+    before = (position.double() * rate).floor()  # masked tokens before it: of any part of the batch, the share is rate
+    masked = ((position.double() + 1) * rate >= before + 1) & (position < T)
     return {
         "input_ids": ids,
         "attention_mask": (position < T).long(),

@@ -12,6 +12,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device
 from transformers import PreTrainedTokenizerFast
 
+from src.configuration_bert import MosaicBertConfig
 from src.data.masking import MaskingCollator
 from src.data.microbatches import fullest_batch, num_tokens
 from src.data_c4 import StreamingC4
@@ -130,7 +131,8 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
     tokens as ``device_train_microbatch_tokens``.
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
-    measured on one and two sequences and extrapolated. Workspaces and fragmentation are not included.
+    measured on one and two sequences and extrapolated; for ``amp_*`` without a GPU, and without gradient checkpointing,
+    those of the kernels are counted. Workspaces and fragmentation are not included.
     """
     parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
@@ -143,7 +145,15 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
     model = device.module_to_device(model)
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
 
+    options = models.read_options(config.model)
+    impls = [(options.model_config or {}).get(name) for name in ("attention", "kernels")]
+    # With amp_* the run trains on a GPU. Without one here, count what the kernels save there.
+    counted = low is not None and device.name == "cpu" and impls == ["auto", "auto"]
+
     def kept(sequences: int) -> int:
+        if counted and not options.gradient_checkpointing:
+            T = sequences * S
+            return 2 * parameters + kernels_saved_bytes(model.config, T, math.ceil(highest_rate(config) * T))
         (part,) = split_batch(config)(fullest_batch(tokenizer, highest_rate(config), sequences, S), sequences)
         part = device.batch_to_device(part)
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
@@ -156,6 +166,19 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
         f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {states / 2**30:.2f} for "
         f"weights, gradients and Adam, {activations / 2**30:.2f} for a microbatch of {described}"
     )
+
+
+def kernels_saved_bytes(config: MosaicBertConfig, T: int, M: int) -> int:
+    """Bytes that the kernels save for the backward, in bf16 or fp16, of T tokens, M of them masked; without weights.
+
+    The last layer saves, behind attention, M rows only. The logits are saved once, in the products' dtype.
+    """
+    D, N, V = config.hidden_size, config.num_attention_heads, config.vocab_size
+    glu = 6 * config.intermediate_size  # the packed product and the result
+    layer = 16 * D + glu + 4 * N + 16
+    embeddings_and_last = (15 if config.hidden_dropout_prob else 14) * D + 4 * N + 16
+    masked = 2 * V + glu + 18 * D + 48
+    return T * ((config.num_hidden_layers - 1) * layer + embeddings_and_last) + M * masked
 
 
 def extrapolated(kept: Callable[[int], int], size: int) -> int:

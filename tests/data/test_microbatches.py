@@ -1,11 +1,13 @@
 """Padded batch -> microbatches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from src.attention_tiles import tile_tables
 from src.bert_padding import Layout
-from src.data.microbatches import num_samples, num_tokens, split_padded, split_unpadded
+from src.data.microbatches import fullest_batch, num_samples, num_tokens, split_padded, split_unpadded
 from src.masked_lm_loss import IGNORED
 from tests.model.test_bert_layers import batch_of
 
@@ -87,3 +89,14 @@ def test_filler_is_not_counted(split):
 
 def test_padded_microbatches_are_as_long_as_their_longest_sequence():
     assert [p["input_ids"].shape for p in split_padded(batch_of([5, 9, 30]), 2)] == [(2, 9), (1, 30)]
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3, 0.5])
+def test_each_part_of_the_fullest_batch_has_its_share_of_masked_tokens(rate):
+    """--validate extrapolates from one and two sequences."""
+    tokenizer = SimpleNamespace(mask_token_id=4)
+    for B, tokens in ((1, None), (2, None), (50, None), (50, 1001)):
+        batch = fullest_batch(tokenizer, rate, B, 32, tokens)
+        T = batch["attention_mask"].sum().item()
+        assert T == (tokens or B * 32) and (batch["labels"] >= 0).sum() == pytest.approx(rate * T, abs=1)
+        assert not (batch["labels"][batch["attention_mask"] == 0] >= 0).any()

@@ -195,7 +195,8 @@ def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
     assert gib(*many) == pytest.approx(2 * gib(many[0], "device_train_microbatch_size=50000"), abs=0.02)
     assert gib("global_train_batch_size=50000", many[1]) == pytest.approx(gib(*many) / 2, abs=0.02)
     assert gib(*many, "model.gradient_checkpointing=true") < 0.7 * gib(*many)
-    assert gib(*many, "precision=amp_bf16") < 0.75 * gib(*many)
+    plain = "model.attention=torch"  # measured: without it, what a GPU's kernels save is counted
+    assert gib(*many, "precision=amp_bf16", plain) < 0.75 * gib(*many)
 
 
 @pytest.mark.parametrize(
