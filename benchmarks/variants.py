@@ -33,9 +33,10 @@ from src.attention import resolve
 from src.attention_tiles import tile_tables
 from src.bert_encoder import BertSelfAttention
 from src.bert_layers import BertForMaskedLM
-from src.bert_padding import Layout, index_first_axis
+from src.bert_padding import Layout, index_first_axis, unpad_layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
+from src.data.packing import Microbatch
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each (B, S), on the CPU."""
@@ -80,13 +81,9 @@ def make_batch(lengths: Tensor, vocabulary: int, masked: float) -> Batch:
     return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
 
 
-def to_device(x: Any, device: str, pinned: bool = False) -> Any:
+def to_device(part: Microbatch, device: str, pinned: bool = False) -> Microbatch:
     """A microbatch on the device, copied without waiting, as Composer does it; optionally from pinned memory."""
-    if isinstance(x, dict):
-        return {name: to_device(y, device, pinned) for name, y in x.items()}
-    if isinstance(x, Tensor):
-        return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
-    return x
+    return (Microbatch(part.packed.pin_memory(), part.plan) if pinned else part).to(device)
 
 
 class Variant:
@@ -178,11 +175,12 @@ class MosaicBert(Variant):
     def parts(self, batch: Batch) -> list[Part]:
         triton = resolve(self.attention, device_type=self.device) == "triton"
         (part,) = split_unpadded(batch, len(batch["input_ids"]), tile_tables if triton else None)
-        segments = self.segments(batch)
+        part, segments = to_device(part, self.device), self.segments(batch)
+        inputs = {**part.values, "layout": Layout.from_batch(part)}
         if segments is not None:
-            part["segments"] = segments.flatten()[part["indices"]]
-        part = to_device(part, self.device)
-        return [part | {"layout": Layout.from_batch(part)}]
+            indices = unpad_layout(batch["attention_mask"], longest_first=True).indices
+            inputs["segments"] = segments.flatten()[indices].to(self.device)
+        return [inputs]
 
     def loss_sum(self, part: Part) -> Tensor:
         return self.model.forward_unpadded(

@@ -7,8 +7,7 @@ Letters: B sequences, S padded length, T tokens of the batch, padding not counte
 ``cu_seqlens[b]:cu_seqlens[b + 1]`` of an unpadded tensor.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,7 +92,8 @@ class Layout:
     """Where each token of an unpadded batch comes from, and where each sequence starts."""
 
     indices: Tensor
-    """(T,) int64, position of each token in the flattened (B * S) padded batch."""
+    """(T,) int64, position of each token in the flattened (B * S) padded batch; None in a microbatch, which is never
+    padded again."""
     cu_seqlens: Tensor
     """(B + 1,) int32, cumulative lengths; the first is 0, the last T."""
     max_seqlen: int
@@ -102,14 +102,15 @@ class Layout:
     """Tile tables of the attention kernels, by rows of a tile; if empty, each layer computes its own."""
 
     @classmethod
-    def from_batch(cls, batch: Mapping[str, Any]) -> "Layout":
-        """From a microbatch, which carries the fields under their names."""
+    def from_batch(cls, batch: Any) -> "Layout":
+        """From a ``Microbatch`` or a dict, which has the fields under their names."""
         return cls(batch["indices"], batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same, on ``device``."""
+        indices = None if self.indices is None else self.indices.to(device)
         tables = {rows: table.to(device) for rows, table in self.tables.items()}
-        return Layout(self.indices.to(device), self.cu_seqlens.to(device), self.max_seqlen, tables)
+        return replace(self, indices=indices, cu_seqlens=self.cu_seqlens.to(device), tables=tables)
 
 
 def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout:
@@ -120,7 +121,7 @@ def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout
             padded on the right to the longest.
         longest_first: sort sequences by length, stably, instead of keeping their order.
 
-    Synchronizes a GPU; training calls it on the CPU, in ``split_unpadded``.
+    Synchronizes a GPU. Training makes its layouts on the CPU (src/data/microbatches.py).
     """
     mask = mask_or_lengths
     if mask.dim() == 1:

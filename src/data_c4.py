@@ -2,7 +2,7 @@
 
     StreamingC4         one sample at a time, from one dataset or a mixture, of text (tokenized here) or of tokens
     ExactEvalDataset    the same samples for evaluation, each exactly once
-    build_dataloader    samples -> padded (B, S) batches, masked by ``MaskingCollator``
+    build_dataloader    samples -> batches, by a collator: ``MaskingCollator``, padded; ``SplittingCollator``, split
 
 Letters: B sequences, S longest length in the batch, N samples of a dataset.
 
@@ -12,7 +12,7 @@ As a script it prints what training would see:  python src/data_c4.py REMOTE [LO
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from src.data.columns import TEXT, Column, ids_of, text_of
 from src.data.cutting import TextEncoder, encode_crop, encode_prefix
 from src.data.index import TOKENS_KEY, read_index
 from src.data.masking import EVALUATION_SEED, MaskingCollator, Sample
-from src.data.microbatches import Batch, num_tokens
+from src.data.microbatches import num_tokens
 from src.data.order import group_lengths, occurrences
 from src.data.shards import check_shards, check_tokens
 from src.data.source import Source
@@ -240,7 +240,7 @@ class Loader(DataLoader):
     def __len__(self) -> int:
         return super().__len__() + self.added
 
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         earlier = active_children()
         batches = super().__iter__()
         self.workers = frozenset(active_children()).difference(earlier) or self.workers  # persistent ones live on
@@ -267,13 +267,14 @@ class Loader(DataLoader):
 
 def build_dataloader(
     dataset: StreamingC4 | ExactEvalDataset,
-    collator: MaskingCollator,
+    collator: Callable[[list[Sample]], Any],
     batch_size: int,
     num_workers: int = 0,
     timeout: float = 0,
     **options: Any,
 ) -> Loader:
-    """A DataLoader of padded batches. ``timeout`` (seconds) has no effect without workers; ``options`` are torch's."""
+    """A DataLoader of the collator's batches. ``timeout`` (seconds) has no effect without workers; ``options`` are
+    torch's."""
     timeout = timeout if num_workers else 0
     return Loader(dataset, batch_size, collate_fn=collator, num_workers=num_workers, timeout=timeout, **options)
 

@@ -12,8 +12,8 @@ from src.bert_encoder import BertLayer
 from src.bert_layers import BertForMaskedLM, UnpaddedMaskedLMOutput
 from src.bert_padding import Layout
 from src.configuration_bert import MosaicBertConfig
-
-Batch = dict[str, Any]
+from src.data.microbatches import Batch, counts_of
+from src.data.packing import Microbatch, SplitBatch
 
 
 class MaskedTokenMetric(Metric):
@@ -92,12 +92,12 @@ class MaskedLMModel(ComposerModel):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def loss(self, outputs: UnpaddedMaskedLMOutput, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+    def loss(self, outputs: UnpaddedMaskedLMOutput, batch: Microbatch, *args: Any, **kwargs: Any) -> Tensor:
         """() mean cross entropy of the microbatch's masked tokens; Composer weights it by their number."""
         assert outputs.loss is not None
         return outputs.loss
 
-    def eval_forward(self, batch: Batch, outputs: UnpaddedMaskedLMOutput | None = None) -> UnpaddedMaskedLMOutput:
+    def eval_forward(self, batch: Microbatch, outputs: UnpaddedMaskedLMOutput | None = None) -> UnpaddedMaskedLMOutput:
         """The forward pass, or ``outputs`` if training has run it already."""
         return self(batch) if outputs is None else outputs
 
@@ -105,7 +105,7 @@ class MaskedLMModel(ComposerModel):
         """Metrics by name."""
         return self.train_metrics if is_train else self.val_metrics
 
-    def update_metric(self, batch: Batch, outputs: UnpaddedMaskedLMOutput, metric: Metric) -> None:
+    def update_metric(self, batch: Microbatch, outputs: UnpaddedMaskedLMOutput, metric: Metric) -> None:
         """Add a microbatch to a metric."""
         metric.update(outputs.loss_sum, outputs.correct, outputs.count)
 
@@ -116,23 +116,20 @@ class MosaicBert(MaskedLMModel):
     def __init__(self, config: MosaicBertConfig, gradient_checkpointing: bool = False):
         super().__init__(BertForMaskedLM(config), BertLayer, gradient_checkpointing)
 
-    def forward(self, batch: Batch) -> UnpaddedMaskedLMOutput:
+    def forward(self, batch: Microbatch) -> UnpaddedMaskedLMOutput:
         """A microbatch of ``split_unpadded``."""
         ids, labels, masked_index = batch["input_ids"], batch["labels"], batch["masked_index"]
         return self.model(ids, labels=labels, layout=Layout.from_batch(batch), masked_index=masked_index)
 
-    def flops_per_batch(self, batch: Batch) -> int:
+    def flops_per_batch(self, batch: Batch | SplitBatch | Microbatch) -> int:
         """Floating-point operations of a training step (forward and backward) on a batch, without padding.
 
         Counts matrix products, 2 per multiply-add, the backward as twice the forward. Attention counts the sum of
         squared lengths; the last layer after attention, and the head, count the M masked tokens. Does not count
         recomputation by gradient checkpointing or in attention's backward.
         """
-        if "cu_seqlens" in batch:
-            lengths, M = batch["cu_seqlens"].diff(), len(batch["labels"])
-        else:
-            lengths, M = batch["attention_mask"].sum(dim=1), int((batch["labels"] >= 0).sum())
-        T, pairs = int(lengths.sum()), int(lengths.long().square().sum())
+        counts = counts_of(batch)
+        T, M, pairs = counts.num_tokens, counts.num_masked, counts.squares
         c = self.config
         D, L = c.hidden_size, c.num_hidden_layers
         qkv, rest = 3 * D * D, D * D + 3 * D * c.intermediate_size  # rest: attention's output, GLU

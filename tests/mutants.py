@@ -305,18 +305,25 @@ MUTANTS = [
     Mutant(
         "padding-counted",
         BATCHES,
-        'int(sequence_lengths(batch).sum()), "loss',
-        'batch["attention_mask"].numel(), "loss',
+        '_counted(batch, batch["attention_mask"].numpy().sum(axis=1))',
+        '_counted(batch, np.full(len(batch["input_ids"]), batch["input_ids"].shape[1]))',
         "data/test_microbatches.py::test_tokens_of_a_padded_batch_do_not_count_padding",
     ),
     Mutant(
         "label-zero-not-counted",
         BATCHES,
-        'int((batch["labels"] >= 0).sum())',
-        'int((batch["labels"] > 0).sum())',
+        '(batch["labels"].numpy() >= 0)',
+        '(batch["labels"].numpy() > 0)',
         "data/test_microbatches.py::test_tokens_of_a_padded_batch_do_not_count_padding",
     ),
-    Mutant("split-order", BATCHES, "longest_first=True", "longest_first=False", "data/test_microbatches.py"),
+    Mutant(
+        "split-order", BATCHES, "np.argsort(-lengths_B[part]", "np.argsort(lengths_B[part]", "data/test_microbatches.py"
+    ),
+    Mutant(
+        "masked-index-of-the-batch", BATCHES, "masked_M[m:m_end] - t", "masked_M[m:m_end]", "data/test_microbatches.py"
+    ),
+    Mutant("tables-of-the-batch", BATCHES, "whole[:, 0] -= ", "whole[:, 0] -= 0 * ", "data/test_microbatches.py"),
+    Mutant("views-not-aligned", "src/data/packing.py", "ALIGNMENT = 4", "ALIGNMENT = 2", "data/test_microbatches.py"),
     Mutant(
         "nothing-masked",
         BATCHES,
@@ -325,7 +332,7 @@ MUTANTS = [
         "data/test_microbatches.py",
     ),
     Mutant("epoch-gaps", ORDER, "last[last < starts[1:]]", "last", "data/test_order.py"),
-    Mutant("fillers-counted", BATCHES, "lengths.where(~batch[", "lengths.where(batch[", "data/test_microbatches.py"),
+    Mutant("fillers-counted", BATCHES, "np.where(batch[", "np.where(~batch[", "data/test_microbatches.py"),
     # Masking
     Mutant("hash-without-epoch", MASKING, "_mix(key ^ epochs.astype(np.uint64))", "_mix(key)", CHANGES),
     Mutant("hash-without-sample", MASKING, " ^ sample_ids.astype(np.uint64))", ")", CHANGES),
@@ -469,8 +476,8 @@ MUTANTS = [
     Mutant(
         "shares-of-samples",
         MONITORS,
-        "sequence_lengths(state.batch))",
-        'torch.ones_like(state.batch["stream"][:, 0]))',
+        "self.tokens[stream] += tokens",
+        "self.tokens[stream] += 1",
         "train/test_monitors.py::test_stream_shares_count_tokens_since_the_last_log",
     ),
     Mutant("mfu-doubled", MONITORS, "flops / self.gpu_flops_available", "2 * flops / self.gpu_flops_available", STEP),

@@ -12,7 +12,7 @@ BASE = {"common"}
 SCRIPTS = {path.stem for path in Path().glob("*.py")}
 MAY_IMPORT = {
     **dict.fromkeys(MODEL, MODEL),
-    **dict.fromkeys(TRAINING, {*MODEL, *TRAINING}),
+    **dict.fromkeys(TRAINING, {"data", *MODEL, *TRAINING}),
     "common": BASE,
     "data": {"data", *BASE, "bert_padding", "masked_lm_loss"},
     "data_c4": {"data", *BASE},

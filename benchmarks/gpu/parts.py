@@ -36,7 +36,8 @@ from src import layer_norm_triton
 from src.attention_tiles import tile_tables
 from src.bert_padding import Layout
 from src.common.environment import ROOT
-from src.data.microbatches import Batch, split_unpadded
+from src.data.microbatches import split_unpadded
+from src.data.packing import Microbatch
 
 TOY = os.environ.get("TOY") == "1"
 DEVICE, DTYPE = ("cpu", torch.float32) if TOY else ("cuda", torch.bfloat16)
@@ -106,22 +107,22 @@ class Training:
         self.variant = OURS(replace(SHAPE, dropout=dropout), DEVICE, DTYPE)
         self.optimizer = torch.optim.AdamW(self.variant.model.parameters(), lr=1e-4, fused=True)
 
-    def microbatch(self, B: int, S: int, fill: str) -> Batch:
+    def microbatch(self, B: int, S: int, fill: str) -> Microbatch:
         """A microbatch of B sequences, on the host."""
         lengths = c4_like_lengths(B, S) if fill == "c4" else torch.full((B,), S)
         return split_unpadded(make_batch(lengths, SHAPE.vocabulary, 0.3), B, tile_tables)[0]
 
-    def step(self, parts: list[Batch], copy: str) -> None:
+    def step(self, parts: list[Microbatch], copy: str) -> None:
         """Forward and backward of each microbatch, then the optimizer."""
         masked = sum(part["num_masked"] for part in parts)
         for part in parts:
             part = to_device(part, DEVICE, copy == "pinned") if copy != "before" else part
-            part["layout"] = Layout.from_batch(part)
-            (self.variant.run(part) / masked).backward()
+            inputs = {**part.values, "layout": Layout.from_batch(part)}
+            (self.variant.run(inputs) / masked).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def speed(self, part: Batch, microbatches: int, copy: str, steps: int) -> dict[str, float]:
+    def speed(self, part: Microbatch, microbatches: int, copy: str, steps: int) -> dict[str, float]:
         """Speed and peak memory of steps that follow each other without waiting."""
         parts = [to_device(part, DEVICE) if copy == "before" else part] * microbatches
         for _ in range(1 if TOY else 3):

@@ -92,7 +92,7 @@ class FullHead(AllRows):
     """The head computes logits of all tokens."""
 
     def rows(self, states: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        labels = torch.full_like(part["input_ids"], IGNORED)
+        labels = part["labels"].new_full(part["input_ids"].shape, IGNORED)
         labels[part["masked_index"]] = part["labels"]
         return states, labels
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from src.common.errors import Interrupted, TrainingError, first_line
 from src.data.masking import mask_batch
-from src.data.microbatches import Batch
+from src.data.packing import Microbatch
 from src.train.checkpoint import not_finite
 from src.train.config import MaskingSchedule
 from src.train.processes import EXIT_INTERRUPTED
@@ -216,13 +216,13 @@ class MemoryProbe(Callback):
         TrainingError: there is too little memory.
     """
 
-    def __init__(self, microbatch: Batch, setting: str):
+    def __init__(self, microbatch: Microbatch, setting: str):
         self.microbatch, self.setting = microbatch, setting
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        batch = state.device.batch_to_device(self.microbatch)
         parameters = [p for p in state.model.parameters() if p.requires_grad]
         device = parameters[0].device
+        batch = self.microbatch.to(device)
         state.model.train()
         try:
             # Adam allocates its two moments in the first step.

@@ -14,7 +14,8 @@ from src.attention import resolve
 from src.attention_tiles import tile_tables
 from src.common.errors import ConfigError
 from src.data.masking import EVALUATION_SEED, MaskingCollator
-from src.data.microbatches import Batch, num_samples, num_tokens, split_padded, split_unpadded
+from src.data.microbatches import Batch, SplittingCollator, num_samples, num_tokens, split_padded, split_unpadded
+from src.data.packing import Microbatch, SplitBatch
 from src.data.source import real_folder
 from src.train import processes
 from src.train.config import LoaderConfig, MaskingSchedule, RunConfig
@@ -42,7 +43,10 @@ def build_train_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> D
     dataset = _streaming_c4(config, tokenizer, loader, batch_size, **options)
     rate = None if isinstance(config.mlm_probability, MaskingSchedule) else config.mlm_probability
     collator = MaskingCollator(tokenizer, rate, config.seed, config.mlm_whole_words)
-    return _data_spec(config, dataset, collator, loader, batch_size, config.device_train_microbatch_tokens)
+    size, tokens = microbatch_size(config), config.device_train_microbatch_tokens
+    # Workers load ahead: of a scheduled rate, and a size that may still fall, only the main process knows.
+    known = None if rate is None or size == "auto" else size
+    return _data_spec(config, dataset, collator, loader, batch_size, known, tokens)
 
 
 def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, train: DataSpec) -> list[Evaluator]:
@@ -63,7 +67,7 @@ def build_evaluators(config: RunConfig, tokenizer: PreTrainedTokenizerFast, trai
             datasets[folder] = _streaming_c4(config, tokenizer, loader, batch_size)
         once = data_c4.ExactEvalDataset(datasets[folder], batch_size, dist.get_global_rank(), dist.get_world_size())
         collator = MaskingCollator(tokenizer, loader.mlm_probability, EVALUATION_SEED, loader.mlm_whole_words)
-        spec = _data_spec(config, once, collator, loader, batch_size)
+        spec = _data_spec(config, once, collator, loader, batch_size, batch_size)
         evaluators.append(Evaluator(label=label, dataloader=spec, device_eval_microbatch_size=batch_size))
     return evaluators
 
@@ -74,12 +78,29 @@ def highest_rate(config: RunConfig) -> float:
     return max(rate.initial, rate.final) if isinstance(rate, MaskingSchedule) else rate
 
 
-def split_batch(config: RunConfig, tokens: int | None = None) -> Callable[[Batch, int], list[Batch]]:
-    """The function that cuts a padded batch into the model's microbatches, of at most ``tokens``."""
+def split_batch(config: RunConfig, tokens: int | None = None) -> Callable[[Batch | SplitBatch, int], SplitBatch]:
+    """The function that hands out the microbatches of a split batch, and first splits a padded one, into microbatches
+    of at most ``tokens``."""
+    return partial(_hand_out, _split_of(config, tokens))
+
+
+def _split_of(config: RunConfig, tokens: int | None) -> Callable[[Batch, int], SplitBatch]:
     if config.model.name != "mosaic_bert":
         return split_padded
     triton = resolve(config.model.options.get("attention", "auto")) == "triton"
     return partial(split_unpadded, tables_of=tile_tables if triton else None, tokens=tokens)
+
+
+def _hand_out(split: Callable[[Batch, int], SplitBatch], batch: Batch | SplitBatch, microbatch_size: int) -> SplitBatch:
+    if isinstance(batch, SplitBatch):
+        return batch
+    parts = split(batch, microbatch_size)
+    return parts.pin_memory() if torch.cuda.is_available() else parts
+
+
+def to_device(microbatch: Microbatch) -> Microbatch:
+    """The microbatch where Composer puts the model: on this process's GPU if there is one."""
+    return microbatch.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _streaming_c4(
@@ -106,20 +127,23 @@ def _data_spec(
     collator: MaskingCollator,
     loader: LoaderConfig,
     batch_size: int,
+    size: int | None,
     tokens: int | None = None,
 ) -> DataSpec:
-    """With our own ``split_batch``: Composer's default silently corrupts the layout of a microbatch."""
+    """Of batches that the workers split into microbatches of ``size``, in pinned memory; without a size, of padded
+    batches, which ``split_batch`` splits and pins."""
     workers = ("num_workers", "prefetch_factor", "persistent_workers", "timeout")
     return DataSpec(
         data_c4.build_dataloader(
             dataset,
-            collator,
+            collator if size is None else SplittingCollator(collator, _split_of(config, tokens), size),
             batch_size,
             **{name: getattr(loader, name) for name in workers},
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and size is not None,
             worker_init_fn=processes.settle_worker,
         ),
         split_batch=split_batch(config, tokens),  # pyright: ignore
+        microbatch_transforms=to_device,  # pyright: ignore  # Composer passes a microbatch by, as it is no tensor
         get_num_samples_in_batch=num_samples,
         get_num_tokens_in_batch=num_tokens,  # pyright: ignore
     )

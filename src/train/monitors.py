@@ -18,7 +18,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch.distributed.tensor import DTensor
 
 from src.common.files import write_text
-from src.data.microbatches import num_tokens, sequence_lengths
+from src.data.microbatches import counts_of
 from src.data_c4 import StreamingC4
 from src.train.callbacks import is_over
 
@@ -58,7 +58,8 @@ class StreamShares(Callback):
         self._loaded = state.get("tokens", {}) if dist.get_global_rank() == 0 else {}
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self.tokens.index_add_(0, state.batch["stream"][:, 0], sequence_lengths(state.batch))
+        for stream, tokens in counts_of(state.batch).stream_tokens.items():
+            self.tokens[stream] += tokens
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % self.STEPS == 0:
@@ -119,9 +120,9 @@ class StepMonitor(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         seconds = time.perf_counter() - self.started
-        counts, now, before = num_tokens(state.batch), state.timestamp, state.previous_timestamp
-        fill = counts["total"] / state.batch["input_ids"].numel()
-        logger.log_metrics({"step/fill": fill, "step/masked_tokens": counts["loss_generating"]})
+        counts, now, before = counts_of(state.batch), state.timestamp, state.previous_timestamp
+        fill = counts.num_tokens / counts.positions
+        logger.log_metrics({"step/fill": fill, "step/masked_tokens": counts.num_masked})
         if self.warmup:
             self.warmup -= 1
             return

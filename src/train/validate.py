@@ -154,8 +154,8 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
         if counted and not options.gradient_checkpointing:
             T = sequences * S
             return 2 * parameters + kernels_saved_bytes(model.config, T, math.ceil(highest_rate(config) * T))
-        (part,) = split_batch(config)(fullest_batch(tokenizer, highest_rate(config), sequences, S), sequences)
-        part = device.batch_to_device(part)
+        largest = split_batch(config)(fullest_batch(tokenizer, highest_rate(config), sequences, S), sequences)
+        part = largest[0].to(next(model.parameters()).device)
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
 

@@ -14,7 +14,7 @@ from src.bert_layers import (
     BertForTokenClassification,
     BertModel,
 )
-from src.bert_padding import Layout
+from src.bert_padding import Layout, unpad_layout
 from src.configuration_bert import MosaicBertConfig
 from src.data.microbatches import split_unpadded
 
@@ -160,11 +160,12 @@ def test_dropout_acts_in_three_places_and_nowhere_else(monkeypatch):
     assert len(recorded) == 1 + 2 * L  # embeddings; attention output and GLU of each layer
 
     B, S = batch["input_ids"].shape
-    rows_of_last = part["indices"][part["masked_index"]]
+    indices = unpad_layout(batch["attention_mask"], longest_first=True).indices
+    rows_of_last = indices[part["masked_index"]]
     names = ["embeddings", *(f"{place} {i}" for i in range(L) for place in ("attention", "mlp"))]
     masks = {}
     for name, keep in zip(names, recorded, strict=True):
-        rows = rows_of_last if name.endswith(f" {L - 1}") else part["indices"]
+        rows = rows_of_last if name.endswith(f" {L - 1}") else indices
         assert len(keep) == len(rows)
         masks[name] = keep.new_ones(B * S, keep.shape[1]).index_copy(0, rows, keep).view(B, S, -1)
     want_loss, _ = padded_loss(model, batch, lambda name, x: x * masks[name])

@@ -1,23 +1,26 @@
 """What only a GPU can show; skipped elsewhere. The kernels' own tests run on a GPU as they are.
 
-Batches reach the device as in training: split and counted on the CPU, tile tables included, then copied without
-synchronizing. One microbatch has more than 3,072 tokens: from there on PyTorch's embedding computes its gradient in
-another way.
+Batches reach the device as in training: split on the CPU, tile tables included, pinned by the loader, then each
+microbatch copied as one buffer without synchronizing. One microbatch has more than 3,072 tokens: from there on
+PyTorch's embedding computes its gradient in another way.
 """
 
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from src.attention import alibi_slopes, attention, resolve
 from src.attention_tiles import tile_tables
 from src.bert_layers import BertForMaskedLM
 from src.bert_padding import Layout, unpad_layout
 from src.configuration_bert import MosaicBertConfig
-from src.data.microbatches import split_unpadded
+from src.data.microbatches import SplittingCollator, split_unpadded
 from tests.model.test_bert_layers import batch_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -33,13 +36,9 @@ def microbatches(size=10):
     return split_unpadded(batch_of(LENGTHS, 0.3, V), size, tile_tables)
 
 
-def moved(x, pinned=False):
-    """A microbatch on the device, copied as Composer does: asynchronously."""
-    if isinstance(x, dict):
-        return {name: moved(y, pinned) for name, y in x.items()}
-    if isinstance(x, torch.Tensor):
-        return (x.pin_memory() if pinned else x).to(DEVICE, non_blocking=True)
-    return x
+def padded(samples):
+    (batch,) = samples
+    return batch
 
 
 def model_of(attention="triton", kernels="triton", **options):
@@ -56,11 +55,11 @@ def loss_of(model, part, dtype=torch.bfloat16):
         return model(part["input_ids"], labels=part["labels"], layout=layout, masked_index=part["masked_index"]).loss
 
 
-def step(model, optimizer, parts, pinned=False, dtype=torch.bfloat16):
+def step(model, optimizer, parts, dtype=torch.bfloat16):
     """A training step on microbatches on the host; returns the loss of the batch, ()."""
     masked, losses = sum(part["num_masked"] for part in parts), []
     for part in parts:
-        loss = loss_of(model, moved(part, pinned), dtype) * (part["num_masked"] / masked)
+        loss = loss_of(model, part.to(DEVICE), dtype) * (part["num_masked"] / masked)
         loss.backward()
         losses.append(loss.detach())
     optimizer.step()
@@ -80,22 +79,26 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize(("pinned", "num_workers"), [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize("attention", ["triton", "flash_attn", "flash_attn_4"])
-def test_a_step_never_synchronizes(attention, pinned):
+def test_a_step_never_synchronizes(attention, pinned, num_workers):
     """Copies, forward, loss, backward and optimizer are all asynchronous."""
     try:
         resolve(attention, device_type=DEVICE)
     except ValueError as reason:
         pytest.skip(str(reason))
-    model, parts = model_of(attention), microbatches()
+    model, collate = model_of(attention), SplittingCollator(padded, partial(split_unpadded, tables_of=tile_tables), 10)
+    samples: Any = [batch_of(LENGTHS, 0.3, V)]
+    loader = DataLoader(samples, collate_fn=collate, num_workers=num_workers, pin_memory=pinned)
+    (parts,) = loader
     assert [part["num_tokens"] for part in parts] == [3511, 268]
+    assert parts.packed.is_pinned() == pinned and all(part.packed.is_pinned() == pinned for part in parts)
     optimizer = adamw(model)
     for mode in ("default", "error"):  # the first step compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss = step(model, optimizer, parts, pinned)
+            loss = step(model, optimizer, parts)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
@@ -108,7 +111,7 @@ def test_errors_are_at_most_twice_those_of_plain_torch(dtype):
     plain = dict(attention="reference", kernels="torch", **sharp)
     (part,) = microbatches(len(LENGTHS))
     assert part["num_tokens"] > 3072
-    part, scale = moved(part), 2.0**10  # as a gradient scaler: small gradients underflow in fp16
+    part, scale = part.to(DEVICE), 2.0**10  # as a gradient scaler: small gradients underflow in fp16
 
     def results(model, dtype):
         (scale * loss_of(model, part, dtype)).backward()
@@ -128,7 +131,7 @@ def test_a_training_step_gives_the_same_bits():
     for _ in range(2):
         model = model_of()
         torch.manual_seed(1)
-        loss = loss_of(model, moved(microbatches()[1]))
+        loss = loss_of(model, microbatches()[1].to(DEVICE))
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     assert torch.equal(results[0][0], results[1][0])
@@ -170,7 +173,7 @@ def test_kernels_and_reference_train_alike():
     curves = {}
     for name, options in {"kernels": {}, "plain": {"attention": "reference", "kernels": "torch"}}.items():
         model = model_of(hidden_dropout_prob=0.0, **options)
-        optimizer, parts = adamw(model), microbatches()[1:]
+        optimizer, parts = adamw(model), [microbatches()[1]]
         curves[name] = torch.stack([step(model, optimizer, parts) for _ in range(20)])
     assert curves["kernels"][-1] < curves["kernels"][0] - 1
     torch.testing.assert_close(curves["kernels"], curves["plain"], rtol=0.02, atol=0.02)
@@ -220,3 +223,14 @@ def test_an_exported_folder_runs_its_kernels(tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "the same" in done.stdout, done.stderr
+
+
+def test_a_pinned_microbatch_is_copied_while_the_cpu_goes_on():
+    """Behind a busy GPU: the copy is queued, not done, when ``to`` returns, and then gives the bytes."""
+    (part,) = microbatches(len(LENGTHS)).pin_memory()
+    stream = torch.cuda.current_stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # cycles: about half a second
+    moved = part.to(DEVICE)
+    assert not stream.query()
+    assert torch.equal(moved.packed.cpu(), part.packed)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -5,11 +6,14 @@ import pytest
 import torch
 import yaml
 from composer.core import Time, Timestamp
+from composer.devices import DeviceCPU
 from composer.loggers import TensorboardLogger
 from composer.optim import DecoupledAdamW
 from composer.utils.parallelism import FSDP2Config
 
 from src.common.errors import ConfigError
+from src.data.masking import mask_batch
+from src.data.packing import SplitBatch
 from src.train import builders, config, models, optim
 from src.train.data import build_train_data
 from src.train.models import padded_vocab_size
@@ -285,3 +289,22 @@ def test_loader_settings_reach_dataset_and_workers(overrides, text_shards, token
     assert (dataset.cache_limit, dataset.predownload, dataset.moving_crop) == (20 << 20, 32, True)
     assert dataset.encoder.ids("[MASK]") == [tokenizer.mask_token_id]
     assert (dataset.streams[0].download_retry, dataset.streams[0].download_timeout) == (4, 8)
+
+
+def test_workers_split_unless_only_the_main_process_knows_how(overrides, tokenizer):
+    """The microbatches are the same, and Composer hands them on as they are: no copy, one on the way to the model."""
+    scheduled = "mlm_probability={initial: 0.3, final: 0.3}"
+    first = {}
+    for name, changes in {"fixed": ["mlm_probability=0.3"], "scheduled": [scheduled]}.items():
+        run = config.load("yamls/quickstart.yaml", [*overrides, "device_train_microbatch_size=3", *changes])
+        spec = build_train_data(run, tokenizer)
+        batch = next(iter(spec.dataloader))
+        assert isinstance(batch, SplitBatch) == (name == "fixed")
+        assert spec.get_num_samples_in_batch(batch) == 16
+        batch = batch if name == "fixed" else mask_batch(batch, 0.3)
+        first[name] = spec.split_batch(batch, 3)
+        assert [part["num_samples"] for part in first[name]] == [3, 3, 3, 3, 3, 1]
+        part = first[name][0]
+        moved = spec.microbatch_transforms(DeviceCPU().batch_to_device(part))
+        assert moved.packed is part.packed and copy.deepcopy(moved) is moved
+    assert torch.equal(first["fixed"].packed, first["scheduled"].packed)

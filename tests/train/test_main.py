@@ -102,8 +102,8 @@ def test_evaluations_masks_do_not_depend_on_the_seed(overrides, tokenizer):
         train = data.build_train_data(config, tokenizer)
         evaluators = data.build_evaluators(config, tokenizer, train)
         assert [evaluator.label for evaluator in evaluators] == ["eval", "harder"]
-        masked = [batch["labels"] for evaluator in evaluators for batch in evaluator.dataloader.dataloader]
-        return next(iter(train.dataloader))["labels"], masked
+        masked = [batch[0]["labels"] for evaluator in evaluators for batch in evaluator.dataloader.dataloader]
+        return next(iter(train.dataloader))[0]["labels"], masked
 
     (train, masked), (other_train, other_masked) = labels(17), labels(18)
     assert not torch.equal(train, other_train)
@@ -437,7 +437,6 @@ def test_step_reads_few_values_back(overrides, monkeypatch):
     trainer.state.callbacks.append(Switch())
     trainer.fit()
     trainer.close()
-    assert asked.pop("src/data/microbatches.py") + asked.pop("src/bert_padding.py") > 1  # the batch is on the CPU
     assert asked.pop("src/attention.py") == 2  # that of plain torch, one per layer; a GPU takes another
     assert asked == {"composer/trainer/trainer.py": 6, "src/train/monitors.py": 3}
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from src.data.packing import Counts, SplitBatch
 from src.train import monitors
 from src.train.monitors import StepMonitor, StreamShares
 
@@ -21,7 +22,7 @@ def test_step_monitor_averages_over_its_window(monkeypatch):
     now, logged = [0.0], Log()
     monkeypatch.setattr(monitors, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monitor = StepMonitor(window_size=2, warmup=1, gpu_flops_available=1e9)
-    model = SimpleNamespace(flops_per_batch=lambda batch: 10**8 * batch["num_tokens"])
+    model = SimpleNamespace(flops_per_batch=lambda batch: 10**8 * batch.counts.num_tokens)
     state = SimpleNamespace(model=model, is_model_ddp=False)
     monitor.fit_start(state, logged)
     tokens, samples = [30, 40, 25, 15], [4, 5, 3, 2]
@@ -31,7 +32,8 @@ def test_step_monitor_averages_over_its_window(monkeypatch):
         now[0] += waited
         monitor.after_dataloader(state, logged)
         now[0] += seconds - waited
-        state.batch = {"num_tokens": tokens[step], "num_masked": step, "input_ids": torch.zeros(5, 10)}
+        counts = Counts(0, num_tokens=tokens[step], num_masked=step, positions=50, max_seqlen=10, squares=0)
+        state.batch = SplitBatch(torch.zeros(0), [], counts)
         state.previous_timestamp, before = at, at
         at = SimpleNamespace(  # of two processes
             token=SimpleNamespace(value=before.token.value + 2 * tokens[step]),
