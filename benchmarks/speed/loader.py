@@ -8,14 +8,17 @@ Text: Wikipedia leads and film reviews (benchmarks/texts.py), bert-base-uncased'
    Python; to text without duplicates and near duplicates; its peak memory (sum of its processes' proportional set
    sizes) over ``--gigabytes`` of recombined sentences.
 2. Loaders, one process and one thread each, in turn: ours from shards of tokens and of text, with masking, collation
-   and the layout of microbatches; and a baseline, which tokenizes whole documents, pads them to 128 and
+   and splitting into microbatches; and a baseline, which tokenizes whole documents, pads them to 128 and
    masks them with Hugging Face's collator. Tokens per second of CPU time; ratios are medians over rounds. Each stage
    of ours is timed alone. From them it calculates how long a GPU of 500,000 tokens per second would wait for 8 workers.
-3. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a new process.
+3. CPU time of the main process per step of 4,096 samples, which a worker splits, or which the main process splits, as
+   with a scheduled masking rate; in turn. Tile tables included; pinning is not, which needs a GPU.
+4. Start-up at 364,868,892 samples, C4's size: shards of tokens, all links to the same file, in a new process.
 """
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -43,14 +46,18 @@ from transformers import DataCollatorForLanguageModeling
 from benchmarks import report, timing
 from benchmarks.texts import data_of, documents, write_json_lines
 from src import data_c4
+from src.attention_tiles import tile_tables
 from src.common.environment import ROOT
 from src.data.index import TOKENS_KEY
 from src.data.masking import MaskingCollator
-from src.data.microbatches import num_tokens, split_unpadded
+from src.data.microbatches import SplittingCollator, num_tokens, split_unpadded
+from src.data.packing import SplitBatch
 from src.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocab_size
 
 MAX_SEQ_LEN, BATCH, RATE = 128, 128, 0.3
 REPEATS = 4
+STEP, MICROBATCHES = 4096, (128, 512)
+SPLIT = partial(split_unpadded, tables_of=tile_tables)
 C4_SAMPLES = 364_868_892
 GPU_TOKENS_PER_S, GPU_WORKERS = 500_000, 8
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -132,8 +139,40 @@ def time_stages(dataset: data_c4.StreamingC4, masks: MaskingCollator, batches: i
     return {
         "reading": seconds(dataset.__getitem__, drawn),
         "masking and collation": seconds(masks, samples),
-        "layout": seconds(lambda batch: split_unpadded(batch, BATCH), masked),
+        "splitting": seconds(lambda batch: SPLIT(batch, BATCH), masked),
     }
+
+
+def time_steps(say: Callable[[str], None], dataset: data_c4.StreamingC4, masks: MaskingCollator, rounds: int) -> None:
+    """CPU time of the main process, by who splits; of splitting alone; and what is copied to the device."""
+
+    samples: Any = [dataset[i % dataset.size] for i in range(STEP)]
+    padded, names = masks(samples), ("worker splits", "main splits", "splitting")
+
+    def steps(collate: Callable[[Any], Any], size: int) -> Iterator[float]:
+        batches = iter(DataLoader(samples * (rounds + 1), STEP, collate_fn=collate, num_workers=1))
+        while True:
+            started = time.process_time()
+            batch = next(batches)
+            num_tokens(batch)
+            for part in batch if isinstance(batch, SplitBatch) else SPLIT(batch, size):
+                copy.deepcopy(part.to("cpu"))
+            yield 1e3 * (time.process_time() - started)
+
+    for size in MICROBATCHES:
+        worker, main = steps(SplittingCollator(masks, SPLIT, size), size), steps(masks, size)
+        for turn in (worker, main):
+            next(turn)  # starts the worker
+        spent: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            started = time.process_time()
+            parts = SPLIT(padded, size)
+            alone = 1e3 * (time.process_time() - started)
+            for name, ms in zip(names, (next(worker), next(main), alone), strict=True):
+                spent[name].append(ms)
+        medians = ", ".join(f"{name} {statistics.median(times):.1f}" for name, times in spent.items())
+        bytes_copied = parts.packed.nbytes / len(parts)
+        say(f"step of {STEP:,} in microbatches of {size}, ms of CPU time: {medians}; {bytes_copied:,.0f} bytes each")
 
 
 def compare(
@@ -149,8 +188,8 @@ def compare(
     masks, collator = MaskingCollator(tokenizer, RATE, seed=17), DataCollatorForLanguageModeling
     turns = {
         name: tokens_of(
-            partial(data_c4.build_dataloader, dataset, masks, BATCH),
-            lambda batch: split_unpadded(batch, BATCH)[0]["num_tokens"],
+            partial(data_c4.build_dataloader, dataset, SplittingCollator(masks, SPLIT, BATCH), BATCH),
+            lambda batch: num_tokens(batch)["total"],
         )
         for name, dataset in (("tokens", from_tokens), ("text", from_text))
     }
@@ -180,13 +219,13 @@ def compare(
     stages["DataLoader, threads of streaming"] = max(0.0, total - sum(stages.values()))
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages.items())
     say(f"time per token, {total * 1e6:.2f} us: {shares}")
-    capacity = GPU_WORKERS / (total - stages["layout"])  # the main process makes the layout
+    capacity = GPU_WORKERS / total
     wait = max(0.0, 1 - capacity / GPU_TOKENS_PER_S)
     say(
         f"calculated: {GPU_WORKERS} workers on separate cores give {capacity:,.0f} tokens/s; a GPU that takes "
-        f"{GPU_TOKENS_PER_S:,} waits {wait:.1%} of its time, and the main process makes layouts for "
-        f"{stages['layout'] * GPU_TOKENS_PER_S:.1%} of it"
+        f"{GPU_TOKENS_PER_S:,} waits {wait:.1%} of its time"
     )
+    time_steps(say, from_tokens, masks, rounds)
     return {
         "loader_tokens_per_s": round(rates["tokens"]),
         "loader_vs_plain": round(ratios["tokens"][0], 2),
