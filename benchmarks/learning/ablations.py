@@ -59,8 +59,8 @@ class PlainMLP(nn.Module):
         self.layernorm = LayerNorm(config)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D). ``key`` is for the kernel of the gated unit, and not used."""
         hidden = dropout(F.gelu(self.wi(x)), self.dropout_p, self.training)
         return self.layernorm(self.wo(hidden), residual=x)
 
