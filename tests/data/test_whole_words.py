@@ -170,7 +170,7 @@ def test_the_settings_reach_training_and_evaluation(key, overrides, tokenizer):
     train = build_train_data(run, tokenizer)
     (evaluator,) = build_evaluators(run, tokenizer, train)
     collators = [loader.collate_fn for loader in (train.dataloader, evaluator.dataloader.dataloader)]
-    marked = [collator.continues is not None for collator in collators]
+    marked = [collator.mask.continues is not None for collator in collators]
     assert marked == [key == "mlm_whole_words", key == "eval_loader.mlm_whole_words"]
 
 
