@@ -101,7 +101,7 @@ def shape_of(name: str) -> Shape:
 
 def sizes(names: list[str]) -> list[dict]:
     """A row for each model."""
-    from src.train.validate import extrapolated, saved_bytes  # it imports Composer, which takes seconds
+    from src.train.validate import first_and_further, saved_bytes  # it imports Composer, which takes seconds
 
     rows = []
     for name in names:
@@ -115,7 +115,8 @@ def sizes(names: list[str]) -> list[dict]:
         flops = step_flops(variant, make_batch(torch.tensor([128]), 30528, 0.3))
         row = {"model": name, "layers": variant.shape.layers, "hidden": variant.shape.hidden, "parameters": parameters}
         row |= {"flops_per_token": flops / 128, "state_bytes": 16 * parameters}
-        rows.append(row | {"saved_bytes_128x128": extrapolated(kept, 128)})
+        first, further = first_and_further(kept)
+        rows.append(row | {"saved_bytes_128x128": first + 127 * further})
         print(f"size {name}: {parameters:,} parameters", flush=True)
     return rows
 

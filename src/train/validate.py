@@ -19,7 +19,14 @@ from src.data_c4 import StreamingC4
 from src.mosaic_bert import MaskedLMModel
 from src.train import builders, checkpoint, models, weights
 from src.train.config import MaskingSchedule, RunConfig
-from src.train.data import build_evaluators, build_train_data, highest_rate, microbatch_size, split_batch
+from src.train.data import (
+    build_evaluators,
+    build_train_data,
+    device_train_batch_size,
+    highest_rate,
+    microbatch_size,
+    split_batch,
+)
 from src.train.optim import OPTIMIZERS, build_scheduler
 from src.train.schema import build
 
@@ -71,7 +78,7 @@ def validate(config: RunConfig) -> str:
         "steps": f"{steps:,}, {steps / epoch:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
         "work": f"{model.flops_per_batch(batch) / tokens / 1e6:,.1f} MFLOP per token, forward and backward",
-        "memory": memory(config, model, parameters, tokenizer),
+        **memory(config, model, parameters, tokenizer),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
 
@@ -126,21 +133,24 @@ def schedule_shares(
     return highest[0] / points, 1 - highest[-1] / points
 
 
-def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast) -> str:
+CARDS = (16, 24, 40, 48, 80, 141)
+"""Memory of GPUs that people have, in GB (1e9 bytes)."""
+
+
+def memory(
+    config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, str]:
     """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S), or as many
-    tokens as ``device_train_microbatch_tokens``.
+    tokens as ``device_train_microbatch_tokens``. For ``amp_*`` also what fits on the ``CARDS``.
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
     measured on one and two sequences and extrapolated; for ``amp_*`` without a GPU, and without gradient checkpointing,
-    those of the kernels are counted. Workspaces and fragmentation are not included.
+    those of the kernels are counted. Workspaces and fragmentation are not included: a tenth of a card is left to them.
     """
     parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
     states = (16 - sharded + sharded / dist.get_world_size()) * parameters
-    size, tokens = microbatch_size(config), config.device_train_microbatch_tokens
-    if size == "auto":
-        return f"{states / 2**30:.2f} GiB for weights, gradients and Adam; auto finds the microbatch on the GPU"
-    S = config.max_seq_len
+    size, tokens, S = microbatch_size(config), config.device_train_microbatch_tokens, config.max_seq_len
     device = get_device()  # the one that trains: kernels for CPU and GPU save different tensors
     model = device.module_to_device(model)
     low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(config.precision)
@@ -159,13 +169,32 @@ def memory(config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: 
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
 
-    T = min(size * S, tokens or size * S)
-    activations = extrapolated(kept, math.ceil(T / S))
-    described = f"{size} x {S} tokens" if T == size * S else f"{T:,} tokens"
-    return (
-        f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {states / 2**30:.2f} for "
-        f"weights, gradients and Adam, {activations / 2**30:.2f} for a microbatch of {described}"
-    )
+    first, further = first_and_further(kept)
+    lines = {}
+    shown = f"{states / 2**30:.2f} GiB for weights, gradients and Adam"
+    if size == "auto":
+        lines["memory"] = f"{shown}; auto finds the microbatch on the GPU"
+    else:
+        T = min(size * S, tokens or size * S)
+        activations = first + (math.ceil(T / S) - 1) * further
+        described = f"{size} x {S} tokens" if T == size * S else f"{T:,} tokens"
+        lines["memory"] = (
+            f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {shown}, "
+            f"{activations / 2**30:.2f} for a microbatch of {described}"
+        )
+    if low is not None:
+        what, unit = ("sequences", 1) if tokens is None else ("tokens", S)
+        most = [int((0.9e9 * card - states - first) // further) + 1 for card in CARDS]
+        fits = [f"{unit * min(n, device_train_batch_size(config)):,}" if n > 0 else "none" for n in most]
+        on = ", ".join(f"{n} on {card} GB" for n, card in zip(fits, CARDS, strict=True))
+        lines["microbatch"] = f"{what} that fit on a card: {on}"
+    return lines
+
+
+def first_and_further(kept: Callable[[int], int]) -> tuple[int, int]:
+    """Bytes of one sequence, and of each further one. Constant parts, such as bf16 weights, are in the first."""
+    first = kept(1)
+    return first, kept(2) - first
 
 
 def kernels_saved_bytes(config: MosaicBertConfig, T: int, M: int) -> int:
@@ -179,12 +208,6 @@ def kernels_saved_bytes(config: MosaicBertConfig, T: int, M: int) -> int:
     embeddings_and_last = (15 if config.hidden_dropout_prob else 14) * D + 4 * N + 16
     masked = 2 * V + glu + 18 * D + 48
     return T * ((config.num_hidden_layers - 1) * layer + embeddings_and_last) + M * masked
-
-
-def extrapolated(kept: Callable[[int], int], size: int) -> int:
-    """Bytes for ``size`` sequences, from those for one and two. Constant parts, such as bf16 weights, count once."""
-    one = kept(1)
-    return one + (size - 1) * (kept(2) - one)
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:

@@ -182,7 +182,7 @@ def test_steps_of_epochs_with_a_smaller_last_batch(duration, steps):
 
 def described_memory(options, tokenizer, parameters=0):
     run = load(QUICKSTART, options)
-    return memory(run, models.build_model(run, tokenizer), parameters, tokenizer)
+    return memory(run, models.build_model(run, tokenizer), parameters, tokenizer)["memory"]
 
 
 def test_memory_of_activations_is_what_backward_keeps(overrides, tokenizer):
@@ -207,7 +207,7 @@ def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenize
     """Over 8 processes: weights, gradients and moments are sharded, or all but the weights."""
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 8)
     text = described_memory([*overrides, f"parallelism_config={fsdp}"], tokenizer, parameters=2**30)
-    assert f": {bytes_each:.2f} for weights, gradients and Adam" in text
+    assert f": {bytes_each:.2f} GiB for weights, gradients and Adam" in text
 
 
 def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, capsys):
