@@ -211,7 +211,8 @@ def profile(out: Path) -> None:
 
 
 TRAINED = {128: "device_train_microbatch_size=512 global_train_batch_size=2048 max_duration=16ba"}
-TRAINED[512] = "device_train_microbatch_size=128 global_train_batch_size=1024 max_duration=12ba"
+TRAINED[512] = "device_train_microbatch_tokens=65536 device_train_microbatch_size=null"
+TRAINED[512] += " global_train_batch_size=1024 max_duration=12ba"
 TOY_TRAINED = {128: "device_train_microbatch_size=16 global_train_batch_size=32 max_duration=4ba"}
 """By ``max_seq_len``; shards in .gpu/mds/128 and .gpu/mds/512."""
 
