@@ -91,20 +91,19 @@ class PaddedLayout:
 class Layout:
     """Where each token of an unpadded batch comes from, and where each sequence starts."""
 
-    indices: Tensor
-    """(T,) int64, position of each token in the flattened (B * S) padded batch; None in a microbatch, which is never
-    padded again."""
     cu_seqlens: Tensor
     """(B + 1,) int32, cumulative lengths; the first is 0, the last T."""
     max_seqlen: int
     """The longest length."""
     tables: dict[int, Tensor] = field(default_factory=dict)
     """Tile tables of the attention kernels, by rows of a tile; if empty, each layer computes its own."""
+    indices: Tensor | None = None
+    """(T,) int64, position of each token in the flattened (B * S) padded batch; None if it is never padded again."""
 
     @classmethod
     def from_batch(cls, batch: Any) -> "Layout":
-        """From a ``Microbatch`` or a dict, which has the fields under their names."""
-        return cls(batch["indices"], batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
+        """From a ``Microbatch``, which has the fields under their names; without ``indices``."""
+        return cls(batch["cu_seqlens"], batch["max_seqlen"], batch["tables"])
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same, on ``device``."""
@@ -133,16 +132,18 @@ def unpad_layout(mask_or_lengths: Tensor, longest_first: bool = False) -> Layout
         lengths, order = lengths.sort(descending=True, stable=True)
         mask, positions = mask[order], positions[order]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Layout(positions[mask], cu_seqlens, int(lengths.max()) if len(lengths) else 0)
+    return Layout(cu_seqlens, int(lengths.max()) if len(lengths) else 0, indices=positions[mask])
 
 
-def unpad_input(x: Tensor, indices: Tensor) -> Tensor:
-    """The tokens (T, ...) of a padded tensor (B, S, ...); ``indices`` as in ``Layout``."""
+def unpad_input(x: Tensor, indices: Tensor | None) -> Tensor:
+    """The tokens (T, ...) of a padded tensor (B, S, ...); ``indices`` as in ``Layout``, not None."""
+    assert indices is not None, "this layout is of microbatches, which have no padded form"
     return index_first_axis(x.flatten(0, 1), indices)
 
 
-def pad_input(x: Tensor, indices: Tensor, batch_size: int, seqlen: int) -> Tensor:
+def pad_input(x: Tensor, indices: Tensor | None, batch_size: int, seqlen: int) -> Tensor:
     """The inverse of ``unpad_input``: (B, S, ...) from (T, ...), zero at padding."""
+    assert indices is not None, "this layout is of microbatches, which have no padded form"
     return scatter_first_axis(x, indices, batch_size * seqlen).unflatten(0, (batch_size, seqlen))
 
 

@@ -51,7 +51,7 @@ class Attention:
         layout = unpad_layout(c4_like_lengths(max(1, tokens // length), length).to(device))
         sizes = {rows for tiles in (*CANDIDATES.values(), *TOY_CANDIDATES.values()) for rows, *_ in tiles}
         self.tables = attention_tiles.tile_tables(layout) | attention_tiles.tile_tables(layout, sizes)
-        shape = (len(layout.indices), num_heads, head_size)
+        shape = (int(layout.cu_seqlens[-1]), num_heads, head_size)
         self.q, self.k, self.v, self.do, *outputs = (torch.randn(shape).to(device, dtype) for _ in range(7))
         self.dq, self.dk, self.dv = outputs
         self.slopes = alibi_slopes(num_heads).to(device)

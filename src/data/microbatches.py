@@ -116,8 +116,7 @@ def _tables(
     tables_of: Callable[[Layout], dict[int, Tensor]], cu_seqlens: NDArray[np.int64], at_T: NDArray[np.int64]
 ) -> dict[int, list[NDArray[np.int32]]]:
     """The tile tables of each microbatch, cut from those of the whole batch, which is faster than one by one."""
-    fields = {"indices": None, "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)), "tables": {}}
-    layout = Layout.from_batch({**fields, "max_seqlen": int(np.diff(cu_seqlens).max(initial=0))})
+    layout = Layout(torch.from_numpy(cu_seqlens.astype(np.int32)), int(np.diff(cu_seqlens).max(initial=0)))
     tables = {}
     for size, table in tables_of(layout).items():
         whole = table.numpy()

@@ -63,7 +63,7 @@ class Microbatch:
     def __init__(self, packed: Tensor, plan: Plan):
         self.packed, self.plan, self.counts = packed, plan, plan.counts
         tables: dict[int, Tensor] = {}
-        self.values: dict[str, Any] = {**vars(plan.counts), "indices": None, "tables": tables}
+        self.values: dict[str, Any] = {**vars(plan.counts), "tables": tables}
         for name, (begin, end, shape, dtype) in plan.fields.items():
             view = packed[begin:end]
             view = view if dtype == torch.int32 else view.view(dtype)
