@@ -59,6 +59,7 @@ AOT, ROOFLINE, PUBLISH = "benchmarks/kernels/aot.py", "benchmarks/speed/roofline
 SCHEMA, YAML = "src/train/schema.py", "src/train/yaml12.py"
 
 RESEEDING = "train/test_callbacks.py::test_reseeding_depends_on_seed_step_and_rank"
+ONE_CAST = "train/test_callbacks.py::test_weights_are_cast_once_per_step"
 STEP = "train/test_monitors.py::test_step_monitor_averages_over_its_window"
 DEFINITION = "data/test_masking.py::test_each_position_follows_from_the_definition"
 CHANGES = "data/test_masking.py::test_masks_change_with_seed_epoch_and_sample"
@@ -699,6 +700,28 @@ MUTANTS = [
         'dist.all_reduce(sums, reduce_operation="SUM")',
         "pass",
         "train/test_world_size.py::test_loss_gradient_and_samples_do_not_depend_on_the_number_of_processes",
+    ),
+    Mutant(
+        "copies-of-old-weights",
+        CALLBACKS,
+        "def after_train_batch(self, state: State, logger: Logger) -> None:\n        self._around.close()",
+        "def after_train_batch(self, state: State, logger: Logger) -> None:\n        pass",
+        ONE_CAST,
+    ),
+    Mutant("copies-of-a-failed-step", CALLBACKS, "self._around.close()  # still open if auto", "pass  #", ONE_CAST),
+    Mutant(
+        "copies-after-an-exception",
+        CALLBACKS,
+        "self._around.close()  # after an exception",
+        "pass  #",
+        "train/test_callbacks.py::test_no_context_stays_open_after_an_exception",
+    ),
+    Mutant(
+        "copies-of-gathered-weights",
+        BUILDERS,
+        'elif config.precision != "fp32" and not',
+        'if config.precision != "fp32" and not',
+        "train/test_builders.py::test_weights_are_cast_in_each_microbatch",
     ),
     Mutant(
         "validate-tokens",

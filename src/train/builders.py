@@ -32,6 +32,7 @@ from src.train import checkpoint, models, weights
 from src.train.averages import SWA, ema
 from src.train.callbacks import (
     AverageGradients,
+    CastWeightsOnce,
     MemoryProbe,
     Reseed,
     ScheduledMasking,
@@ -318,6 +319,8 @@ def build_callbacks(
         built.append(MemoryProbe(split_batch(config)(largest, size)[0], f"device_train_microbatch_{limit}"))
     if config.parallelism_config is not None:
         built.append(AverageGradients())
+    elif config.precision != "fp32" and not config.model.options.get("gradient_checkpointing"):
+        built.append(CastWeightsOnce())
     if config.time_limit is not None:
         built.append(end.watch(StopAtTimeLimit(seconds(config.time_limit)), TIME_LIMIT))
     if config.train_loader.streams:

@@ -1,5 +1,6 @@
 """Callbacks that Composer lacks. None has a state in checkpoints."""
 
+import contextlib
 import math
 import random
 import signal
@@ -281,6 +282,32 @@ class ScheduledMasking(Callback):
         rate = self.schedule.initial + (self.schedule.final - self.schedule.initial) * elapsed.value
         state.batch = mask_batch(state.batch, rate)
         logger.log_metrics({"masking/rate": rate})
+
+
+class CastWeightsOnce(Callback):
+    """Keep autocast's copies of the weights, in 16 bits, for all microbatches of a step: one cast of a weight per step.
+
+    Autocast drops its copies where the outermost of its contexts ends, in Composer after each microbatch's forward.
+    This context lies around all microbatches, and ends before the optimizer changes the weights. Gradients stay the
+    same, to the bit.
+
+    Not for FSDP, because a copy would hold the whole of a weight that FSDP frees; and not for gradient checkpointing,
+    whose recomputation drops the copies: on a GPU its contexts are the outermost of the backward's thread.
+    """
+
+    def __init__(self) -> None:
+        self._around = contextlib.ExitStack()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._around.close()  # still open if auto starts a step again
+        device = next(state.model.parameters()).device.type
+        self._around.enter_context(torch.autocast(device, enabled=False))
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self._around.close()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._around.close()  # after an exception within the step
 
 
 class TrainMetrics(Callback):

@@ -127,10 +127,19 @@ def test_algorithms_callbacks_and_loggers_by_name(tmp_path, tokenizer):
     names = [type(c).__name__ for c in builders.build_callbacks(run, tokenizer, model)]
     from_yaml = ["StepMonitor", "LRMonitor", "MemoryMonitor", "RuntimeEstimator"]
     of_every_run = ["Reseed", "TrainMetrics", "StopOnSilentFailure", "MemoryProbe"]
-    assert names == ["RunEnd", *from_yaml, *of_every_run, "ScheduledMasking"]
+    assert names == ["RunEnd", *from_yaml, *of_every_run, "CastWeightsOnce", "ScheduledMasking"]
     loggers = builders.build_all("loggers", builders.LOGGERS, run.loggers)
     assert [type(logger).__name__ for logger in loggers] == ["ConsoleLine", "MetricsFile", "TensorboardLogger"]
     assert isinstance(loggers[2], TensorboardLogger) and loggers[2].log_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override", ["precision=fp32", "parallelism_config={fsdp: {}}", "model.gradient_checkpointing=true"]
+)
+def test_weights_are_cast_in_each_microbatch(override, tokenizer):
+    run = config.load("yamls/mosaic_bert.yaml", [override])
+    built = builders.build_callbacks(run, tokenizer, model_of("mosaic_bert", tokenizer, SHAPE))
+    assert "CastWeightsOnce" not in [type(c).__name__ for c in built]
 
 
 # FSDP; test_fsdp.py runs it.

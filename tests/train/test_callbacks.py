@@ -1,7 +1,12 @@
 """Callbacks and loggers in small runs: failures that stop a run, the memory probe, console lines."""
 
+import collections
+import contextlib
+import itertools
 import random
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from composer import Callback
+from composer.trainer import trainer as composer_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from src import data_c4
@@ -16,10 +23,23 @@ from src.common.errors import ConfigError, TrainingError
 from src.data.masking import MaskingCollator, mask_batch
 from src.mosaic_bert import MosaicBert
 from src.train import builders, callbacks
-from src.train.callbacks import MemoryProbe, Reseed, ScheduledMasking, StopOnSilentFailure
+from src.train.callbacks import CastWeightsOnce, MemoryProbe, Reseed, ScheduledMasking, StopOnSilentFailure
 from src.train.config import MaskingSchedule
 from tests.conftest import TRAIN
-from tests.runs import DROPOUT, QUICKSTART, UNSAVED, fit, logged, trainer_of
+from tests.runs import (
+    DROPOUT,
+    QUICKSTART,
+    UNSAVED,
+    Killed,
+    Watch,
+    environment,
+    evaluation,
+    fit,
+    free_port,
+    logged,
+    trainer_of,
+    weights_of,
+)
 
 
 def test_reseeding_depends_on_seed_step_and_rank(monkeypatch):
@@ -184,6 +204,129 @@ def test_train_metrics_are_those_that_composer_computes(overrides, tmp_path, mon
     want = lines("composers")
     assert len(switched) > 2 * len(want) and got == want
     assert set(got[0]) == {"metrics/train/LanguageCrossEntropy", "metrics/train/MaskedAccuracy"}
+
+
+# Weights cast once per step. Composer refuses autocast on a CPU, so the tests put it into the trainer.
+
+
+class Casts(TorchDispatchMode):
+    """How often each weight was cast, by its place in memory."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.places, self.count = {w.data_ptr() for w in weights}, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places:
+            self.count[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def fit_in_bf16(options, monkeypatch, *extra):
+    """Of a run with autocast: what it computed, and for each step how often weights were cast."""
+    monkeypatch.setattr(
+        composer_trainer, "get_precision_context", lambda *_, **__: torch.autocast("cpu", torch.bfloat16)
+    )
+    trainer, watch, casts = trainer_of(options), Watch(), []
+
+    def counted(batch, *args, whole=trainer._train_microbatches, **kwargs):
+        with Casts(trainer.state.model.parameters()) as mode:
+            loss = whole(batch, *args, **kwargs)
+        casts.append(set(mode.count.values()))
+        return loss
+
+    monkeypatch.setattr(trainer, "_train_microbatches", counted)
+    trainer.state.callbacks += [watch, *extra]
+    with contextlib.closing(trainer):
+        trainer.fit()
+    computed = [watch.by_step, evaluation(trainer), watch.gradient.tolist(), weights_of(trainer).tolist()]
+    return computed, casts
+
+
+def nesting():
+    """Autocast contexts that are open."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+SIX = ["device_train_microbatch_size=3", "save_folder=null", "eval_interval=2ba"]
+"""Microbatches per step, and an evaluation between steps."""
+
+
+@pytest.fixture
+def want(overrides, monkeypatch):
+    """What a run computes that casts in each microbatch."""
+    computed, casts = fit_in_bf16([*overrides, *SIX], monkeypatch)
+    assert casts == [{6}] * 4
+    return computed
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["", "a step that starts again"])
+def test_weights_are_cast_once_per_step(restarts, want, overrides, monkeypatch):
+    """Losses, evaluation, gradients and weights stay the same to the bit."""
+    forward, calls = MosaicBert.forward, itertools.count()
+
+    class Auto(Callback):
+        """Too little memory in the second step, after two microbatches; the same microbatches again."""
+
+        def before_train_batch(self, state, logger):
+            state.auto_microbatching = True
+            assert nesting() == 1
+
+    def fails_once(self, batch):
+        if self.training and next(calls) == 1 + 6 + 2:  # 1: MemoryProbe's
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    if restarts:
+        monkeypatch.setattr(MosaicBert, "forward", fails_once)
+    got, casts = fit_in_bf16([*overrides, *SIX], monkeypatch, CastWeightsOnce(), *[Auto()] * restarts)
+    assert casts == [{1}] * 4 and got == want
+
+
+def test_no_context_stays_open_after_an_exception(overrides, monkeypatch):
+    def fails(self, batch, outputs):
+        assert nesting() == 2  # ours and Composer's
+        raise Killed
+
+    monkeypatch.setattr(MosaicBert, "loss", fails)
+    with pytest.raises(Killed):
+        fit_in_bf16([*overrides, *SIX], monkeypatch, CastWeightsOnce())
+    assert nesting() == 0
+
+
+def test_train_metrics_do_not_run_the_model_again():
+    """Without gradients that would leave copies of weights that have none."""
+    outputs = object()
+    assert MosaicBert.eval_forward(None, {}, outputs) is outputs
+
+
+TWO_RANKS = """
+import sys
+import pytest, torch
+from src.train.callbacks import CastWeightsOnce
+from tests.train.test_callbacks import fit_in_bf16
+
+with pytest.MonkeyPatch.context() as patch:
+    want, _ = fit_in_bf16(sys.argv[1:], patch)
+    got, casts = fit_in_bf16(sys.argv[1:], patch, CastWeightsOnce())
+assert casts == [{1}] * 4 and got == want, casts
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_weights_are_cast_once_per_step_of_two_processes(overrides):
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = free_port()
+    command = [sys.executable, "-c", TWO_RANKS, *overrides, *SIX]
+    environments = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+    try:
+        assert [rank.communicate(timeout=120)[0].split("\n")[-2:] for rank in ranks] == [["same", ""]] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_console_lines(overrides, capsys):
