@@ -3,7 +3,8 @@
     TRITON_INTERPRET=1 python -m benchmarks.speed.launches [--toy]      # base, 128 sequences, C4's lengths up to 128
 
 A microbatch that adds to gradients: forward, loss, backward, bf16 autocast, dropout, on fake tensors, which have no
-memory. Our kernels are not run. First with weights cast in each microbatch, then as if once per step.
+memory. Our kernels are not run. First with weights cast in each microbatch, as with FSDP; then once
+per step, as in other runs (``CastWeightsOnce`` of train/callbacks.py).
 
 aten      PyTorch operations that launch at least one kernel: all but views and memory without contents.
 triton    Launches of our kernels.
