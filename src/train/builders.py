@@ -42,7 +42,14 @@ from src.train.callbacks import (
     TrainMetrics,
 )
 from src.train.config import MaskingSchedule, RunConfig, from_environment, seconds, settings
-from src.train.data import build_evaluators, build_train_data, highest_rate, microbatch_size, split_batch
+from src.train.data import (
+    build_evaluators,
+    build_train_data,
+    device_train_batch_size,
+    highest_rate,
+    microbatch_size,
+    split_batch,
+)
 from src.train.ending import TIME_LIMIT, EvalInterval, RunEnd, SaveInterval
 from src.train.loggers import LOGGERS, build_loggers, check_package
 from src.train.monitors import StepMonitor, StreamShares
@@ -316,7 +323,9 @@ def build_callbacks(
     if size != "auto":  # auto finds what fits
         largest = fullest_batch(tokenizer, highest_rate(config), size, config.max_seq_len, tokens)
         limit = "tokens" if tokens is not None and tokens < size * config.max_seq_len else "size"
-        built.append(MemoryProbe(split_batch(config)(largest, size)[0], f"device_train_microbatch_{limit}"))
+        microbatch = split_batch(config)(largest, size)[0]
+        accumulates = microbatch["num_tokens"] < device_train_batch_size(config) * config.max_seq_len
+        built.append(MemoryProbe(microbatch, f"device_train_microbatch_{limit}", accumulates))
     if config.parallelism_config is not None:
         built.append(AverageGradients())
     elif config.precision != "fp32" and not config.model.options.get("gradient_checkpointing"):

@@ -212,13 +212,14 @@ class MemoryProbe(Callback):
     Args:
         microbatch: the largest possible one, with its layout.
         setting: path of the setting that limits it.
+        accumulates: it is not the only one of its step, so gradients of another lie in memory beside it.
 
     Raises:
         TrainingError: there is too little memory.
     """
 
-    def __init__(self, microbatch: Microbatch, setting: str):
-        self.microbatch, self.setting = microbatch, setting
+    def __init__(self, microbatch: Microbatch, setting: str, accumulates: bool):
+        self.microbatch, self.setting, self.accumulates = microbatch, setting, accumulates
 
     def fit_start(self, state: State, logger: Logger) -> None:
         parameters = [p for p in state.model.parameters() if p.requires_grad]
@@ -229,6 +230,8 @@ class MemoryProbe(Callback):
             # Adam allocates its two moments in the first step.
             new = [p for p in parameters if p not in state.optimizers[0].state]
             moments = [torch.empty_like(p) for p in new * 2]
+            for p in parameters if self.accumulates else ():
+                p.grad = torch.zeros_like(p)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 with get_precision_context(state.precision, state.precision_config):
                     loss = state.model(batch).loss

@@ -157,16 +157,32 @@ def test_memory_probe_runs_the_largest_microbatch_first_and_changes_no_state(ove
 def test_memory_probe_knows_the_budget_of_tokens(overrides):
     """The largest microbatch: as many tokens as either limit allows, in the longest sequences."""
     tokens, longest = "device_train_microbatch_tokens=100", "max_seq_len=32"
-    for change, samples, most, setting in (
-        ([tokens, "device_train_microbatch_size=null"], 4, 100, "tokens"),
-        ([tokens, "device_train_microbatch_size=3"], 3, 96, "size"),
-        (["device_train_microbatch_size=1000"], 16, 512, "size"),
+    for change, samples, most, setting, accumulates in (
+        ([tokens, "device_train_microbatch_size=null"], 4, 100, "tokens", True),
+        ([tokens, "device_train_microbatch_size=3"], 3, 96, "size", True),
+        (["device_train_microbatch_size=1000"], 16, 512, "size", False),
     ):
         trainer = trainer_of([*overrides, *UNSAVED, longest, *change])
         (probe,) = (c for c in trainer.state.callbacks if isinstance(c, MemoryProbe))
         trainer.close()
-        got = probe.microbatch["num_samples"], probe.microbatch["num_tokens"], probe.setting
-        assert got == (samples, most, f"device_train_microbatch_{setting}")
+        got = probe.microbatch["num_samples"], probe.microbatch["num_tokens"], probe.setting, probe.accumulates
+        assert got == (samples, most, f"device_train_microbatch_{setting}", accumulates)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_memory_probe_has_gradients_beside_all_microbatches_but_the_first(accumulates, overrides, monkeypatch):
+    found, forward = [], MosaicBert.forward
+
+    def recorded(self, batch):
+        found.append(all(p.grad is not None for p in self.parameters()))
+        return forward(self, batch)
+
+    monkeypatch.setattr(MosaicBert, "forward", recorded)
+    trainer = trainer_of([*overrides, *UNSAVED, f"device_train_microbatch_size={8 if accumulates else 16}"])
+    probe = next(c for c in trainer.state.callbacks if isinstance(c, MemoryProbe))
+    probe.fit_start(trainer.state, trainer.logger)
+    trainer.close()
+    assert found == [accumulates] and all(p.grad is None for p in trainer.state.model.parameters())
 
 
 @pytest.mark.parametrize(
