@@ -52,7 +52,7 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     # A100: 163 KiB
     (80, 32, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
     (80, 64, 2): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 128, 2): Tiles(Tile(128, 32, 8, 3), Tile(128, 16, 8, 1), Tile(64, 32, 4, 2)),
+    (80, 128, 2): Tiles(Tile(128, 16, 8, 3), Tile(128, 16, 8, 1), Tile(64, 32, 4, 2)),
     # B200
     (100, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 1)),
     (100, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1), Tile(128, 32, 8, 1)),
@@ -60,12 +60,12 @@ TILES: dict[tuple[int, int, int], Tiles] = {
     (103, 64, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 1)),
     (103, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1), Tile(128, 32, 8, 1)),
     # any other: 99 KiB
-    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(128, 32, 8, 2)),
+    (0, 32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)),
     (0, 64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(64, 32, 4, 1)),
+    (0, 128, 2): Tiles(Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(64, 32, 4, 2)),
     (0, 16, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (0, 32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 2)),
-    (0, 64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)),
+    (0, 64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 2)),
     (0, 128, 4): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq, t.whole) if tile}))

@@ -70,10 +70,10 @@ if triton is not None:
         return tl.load(entry_ptr), tl.load(entry_ptr + 1), rows, head.to(tl.int64)
 
     @triton.jit
-    def _load(x_ptr, stride_t, start, rows, length, dims, H: tl.constexpr):
-        """Rows of one head of a (T, N, H) tensor: (ROWS, BLOCK_H), zero beyond the sequence's end and beyond H."""
+    def _load(x_ptr, stride_t, start, rows, length, dims, H: tl.constexpr, MASKED=True):
+        """Rows of one head of a (T, N, H) tensor: (ROWS, BLOCK_H), zero beyond H and, if MASKED, beyond the end."""
         tokens = (start + rows).to(tl.int64)
-        mask = (rows < length)[:, None] & (dims < H)[None, :]
+        mask = (rows < length)[:, None] & (dims < H)[None, :] if MASKED else (dims < H)[None, :]
         return tl.load(x_ptr + tokens[:, None] * stride_t + dims[None, :], mask=mask, other=0.0)
 
     @triton.jit
@@ -84,6 +84,47 @@ if triton is not None:
         tl.store(x_ptr + tokens[:, None] * stride_t + dims[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def _distance(rows, cols):
+        """|i - j|, (ROWS, COLS) fp32. The absolute value of a float is part of the next product."""
+        return tl.abs((rows[:, None] - cols[None, :]).to(tl.float32))
+
+    @triton.jit
+    def _forward_step(
+        state,  # highest score (ROWS,), sums of exp2(score - highest) without (ROWS,) and with the values
+        first,  # of the COLS keys of this step
+        q,  # (ROWS, BLOCK_H)
+        k_ptr,  # of this head
+        v_ptr,
+        stride_kt,
+        stride_vt,
+        start,
+        length,
+        rows,
+        dims,
+        scale_log2,
+        slope_log2,
+        H: tl.constexpr,
+        COLS: tl.constexpr,
+        UPCAST: tl.constexpr,
+        MASKED,  # keys may be beyond the end
+    ):
+        """The state with COLS more keys (online softmax)."""
+        highest, total, acc = state
+        cols = first + tl.arange(0, COLS)
+        k = _load(k_ptr, stride_kt, start, cols, length, dims, H, MASKED)  # (COLS, BLOCK_H)
+        v = _load(v_ptr, stride_vt, start, cols, length, dims, H, MASKED)
+        scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * _distance(rows, cols)  # (ROWS, COLS)
+        if MASKED:
+            scores = tl.where((cols < length)[None, :], scores, float("-inf"))
+        # A step's first key exists, so ``highest`` is finite after it, in rows beyond the end too.
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        correction = tl.exp2(highest - new_highest)
+        probs = tl.exp2(scores - new_highest[:, None])
+        total = total * correction + tl.sum(probs, 1)
+        acc = acc * correction[:, None] + _dot(probs.to(v.dtype), v, UPCAST)
+        return new_highest, total, acc
+
+    @triton.jit(do_not_specialize=["stride_lse"])
     def flash_attn_forward(
         q_ptr,  # (T, N, H)
         k_ptr,  # (T, N, H)
@@ -115,30 +156,22 @@ if triton is not None:
         slope_log2 = tl.load(slopes_ptr + head) * 1.4426950408889634
         q = _load(q_ptr + head * stride_qn, stride_qt, start, rows, length, dims, H)  # (ROWS, BLOCK_H)
 
-        # Of the keys so far: the highest score, and sums of exp2(score - highest) without and with the values.
+        k_ptr, v_ptr = k_ptr + head * stride_kn, v_ptr + head * stride_vn
         highest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, BLOCK_H], tl.float32)
-        for first in range(0, length, COLS):
-            cols = first + tl.arange(0, COLS)
-            k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)  # (COLS, BLOCK_H)
-            v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
-            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
-            scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * distance
-            scores = tl.where((cols < length)[None, :], scores, float("-inf"))  # (ROWS, COLS)
-            # Key 0 exists in every sequence, so ``highest`` is finite after the first step, in rows beyond the end too.
-            new_highest = tl.maximum(highest, tl.max(scores, 1))
-            correction = tl.exp2(highest - new_highest)
-            probs = tl.exp2(scores - new_highest[:, None])
-            total = total * correction + tl.sum(probs, 1)
-            acc = acc * correction[:, None] + _dot(probs.to(v.dtype), v, UPCAST)
-            highest = new_highest
-
+        state = highest, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_H], tl.float32)
+        args = q, k_ptr, v_ptr, stride_kt, stride_vt, start, length, rows, dims, scale_log2, slope_log2
+        # Only the last step can have keys beyond the end. It comes first: in the keys' order, more tiles spill. In fp32
+        # two copies of the step spill, so one loop masks each step.
+        full = 0 if q.dtype == tl.float32 else length // COLS * COLS
+        for first in range(full, length, COLS):
+            state = _forward_step(state, first, *args, H, COLS, UPCAST, True)
+        for first in range(0, full, COLS):
+            state = _forward_step(state, first, *args, H, COLS, UPCAST, False)
+        highest, total, acc = state
         _store(out_ptr + head * stride_on, stride_ot, start, rows, length, dims, acc / total[:, None], H)
-        lse = highest + tl.log2(total)
-        tl.store(lse_ptr + head * stride_lse + start + rows, lse, mask=rows < length)
+        tl.store(lse_ptr + head * stride_lse + start + rows, highest + tl.log2(total), mask=rows < length)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stride_delta", "num_tokens"])
     def flash_attn_delta(
         out_ptr,  # (T, N, H)
         do_ptr,  # (T, N, H)
@@ -162,7 +195,7 @@ if triton is not None:
         do = _load(do_ptr + head * stride_don, stride_dot, 0, rows, num_tokens, dims, H).to(tl.float32)
         tl.store(delta_ptr + head * stride_delta + rows, tl.sum(out * do, 1), mask=rows < num_tokens)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stride_lse"])
     def flash_attn_dkdv(
         q_ptr,  # (T, N, H)
         k_ptr,  # (T, N, H)
@@ -213,8 +246,7 @@ if triton is not None:
             offset = head * stride_lse + start + cols
             lse = tl.load(lse_ptr + offset, mask=cols < length, other=float("inf"))
             delta = tl.load(delta_ptr + offset, mask=cols < length, other=0.0)
-            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
-            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * _distance(rows, cols)
             probs = tl.exp2(scores - lse[None, :])
             dv += _dot(probs.to(do.dtype), do, UPCAST)
             dscores = probs * (_dot(v, tl.trans(do), UPCAST) - delta[None, :])
@@ -223,7 +255,7 @@ if triton is not None:
         _store(dk_ptr + head * stride_dkn, stride_dkt, start, rows, length, dims, dk * scale, H)
         _store(dv_ptr + head * stride_dvn, stride_dvt, start, rows, length, dims, dv, H)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stride_lse"])
     def flash_attn_dq(
         q_ptr,  # (T, N, H)
         k_ptr,  # (T, N, H)
@@ -270,8 +302,7 @@ if triton is not None:
             # Keys beyond the end are loaded as zero, so they add nothing to dq.
             k = _load(k_ptr + head * stride_kn, stride_kt, start, cols, length, dims, H)
             v = _load(v_ptr + head * stride_vn, stride_vt, start, cols, length, dims, H)
-            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
-            scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = _dot(q, tl.trans(k), UPCAST) * scale_log2 - slope_log2 * _distance(rows, cols)
             scores = tl.where((cols < length)[None, :], scores, float("-inf"))
             probs = tl.exp2(scores - lse[:, None])
             dscores = probs * (_dot(do, tl.trans(v), UPCAST) - delta[:, None])
@@ -279,7 +310,7 @@ if triton is not None:
 
         _store(dq_ptr + head * stride_dqn, stride_dqt, start, rows, length, dims, dq * scale, H)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stride_lse"])
     def flash_attn_whole(
         q_ptr,  # (T, N, H)
         k_ptr,  # (T, N, H)
@@ -339,14 +370,13 @@ if triton is not None:
             # lse = +inf makes the probabilities of a query beyond the end 0. Keys beyond the end need a score of -inf:
             # theirs could overflow, and infinity times their zeros is NaN in dq.
             lse = tl.load(lse_ptr + head * stride_lse + start + cols, mask=cols < length, other=float("inf"))
-            distance = tl.abs(rows[:, None] - cols[None, :]).to(tl.float32)
-            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * distance
+            scores = _dot(k, tl.trans(q), UPCAST) * scale_log2 - slope_log2 * _distance(rows, cols)
             scores = tl.where((rows < length)[:, None], scores, float("-inf"))
             probs = tl.exp2(scores - lse[None, :])
             dv += _dot(probs.to(do.dtype), do, UPCAST)
             dscores = (probs * (_dot(v, tl.trans(do), UPCAST) - delta[None, :])).to(q.dtype)  # pyright: ignore
             dk += _dot(dscores, q, UPCAST)
-            dq = _dot(tl.trans(dscores), k, UPCAST)  # pyright: ignore
+            dq = _dot(tl.trans(dscores), k, UPCAST)
             _store(dq_ptr + head * stride_dqn, stride_dqt, start, cols, length, dims, dq * scale, H)
 
         _store(dk_ptr + head * stride_dkn, stride_dkt, start, rows, length, dims, dk * scale, H)

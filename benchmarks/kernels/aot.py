@@ -205,11 +205,12 @@ def warps_per_score(ttgir: str, layout: str, shape: tuple[int, int]) -> int:
 
 
 def main_loop(sass: str) -> int:
-    """Instructions of the longest loop with an exp2, or of the whole kernel if it has no such loop."""
+    """Instructions of the shortest loop with an exp2 (the forward's other one masks keys), or, without one, of all."""
     code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, re.MULTILINE)]
+    code = code[: 1 + max(i for i, (_, text) in enumerate(code) if text.endswith("EXIT"))]  # behind it, waits
     jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)) for at, text in code]
     loops = [[text for at, text in code if int(to[1], 16) <= at <= end] for end, to in jumps if to is not None]
-    return max((len(loop) for loop in loops if any("MUFU.EX2" in text for text in loop)), default=len(code))
+    return min((len(loop) for loop in loops if any("MUFU.EX2" in text for text in loop)), default=len(code))
 
 
 def compiled(work: list[tuple[int, Build]], processes: int) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.speed import launches
+from src import attention_tiles, flash_attn_triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
 
@@ -50,15 +51,18 @@ def test_each_dropout_has_its_own_key():
     assert list(keys.values()) == [2] * 2 * launches.TOY.layers
 
 
-def test_no_batch_compiles_a_row_wise_kernel_again():
+@pytest.mark.parametrize(("backward", "kernels"), [("split", 4), ("whole", 2)])
+def test_no_batch_compiles_a_kernel_again(backward, kernels, monkeypatch):
     """Triton compiles apart integers that are 1 or that 16 divides, and addresses that 16 divides."""
+    tile = attention_tiles.Tile(64, 16, 4, 1)
+    tiles = attention_tiles.Tiles(tile, tile, tile, tile if backward == "whole" else None)
+    monkeypatch.setattr(flash_attn_triton, "tiles_for", lambda *_: tiles)
     backend, found = make_backend(GPUTarget("cuda", 90, 32)), []
     for lengths in ([1], [16], [17], [9, 5, 8, 8]):
         found.append(set())
         for kernel, args, options in calls_of(lengths):
-            if kernel.__name__.startswith(("layer_norm", "geglu", "cross_entropy")):
-                jit = triton.JITFunction(kernel.fn, **kernel.rewriter.kwargs)
-                specialise = create_function_from_signature(jit.signature, jit.params, backend)
-                found[-1].add((kernel.__name__, str(specialise(*args, **options)[1])))
-    assert len(found[0]) == 12  # layer_norm after embeddings, attention, gated unit and in the head; the others once
+            jit = triton.JITFunction(kernel.fn, **kernel.rewriter.kwargs)
+            specialise = create_function_from_signature(jit.signature, jit.params, backend)
+            found[-1].add((kernel.__name__, str(specialise(*args, **options)[1])))
+    assert len(found[0]) == 12 + kernels  # LayerNorm's after embeddings, attention, gated unit and in the head
     assert found[1:] == found[:1] * 3
