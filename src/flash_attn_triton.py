@@ -481,8 +481,11 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     grads: Sequence[Tensor],
+    whole: Tile | None = None,
 ) -> None:
-    """Write ``grads``: dq, dk, dv, each (T, N, H). ``tables`` are those of the tiles that ``Tiles.backward`` names."""
+    """Write ``grads``: dq, dk, dv, each (T, N, H). ``tables`` are those of the tiles that ``Tiles.backward`` names;
+    ``whole`` is by default that of TILES.
+    """
     T, N, H = q.shape
     if not T:
         return
@@ -490,10 +493,11 @@ def _backward(
     do, q, k, v = map(_aligned, (do, q, k, v))
     dq, dk, dv = grads
     if len(tables) == 1:
-        assert tiles.whole is not None, "whose table it is"
+        tile = whole or tiles.whole
+        assert tile is not None, "whose table it is"
         sizes = (*_strides(q, k, v, do, *grads, out), T, N, H**-0.5, H**-0.5 * LOG2E)
         args = (q, k, v, do, *grads, out, lse, slopes, *tables, *sizes)
-        launch(flash_attn_whole, len(tables[0]) * N, *args, **_options(q, tiles.whole))
+        launch(flash_attn_whole, len(tables[0]) * N, *args, **_options(q, tile))
         return
     saved = (do, q, k, v, lse, _delta(out, do), slopes)
     _launch_gradients(flash_attn_dkdv, *saved, tables[0], [dk, dv], tiles.dkdv)

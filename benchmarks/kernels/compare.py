@@ -6,11 +6,11 @@
     TRITON_INTERPRET=1 python -m benchmarks.kernels.compare --saved    # any machine: bytes saved for the backward
 
 Baselines: plain torch; torch.compile of it; FlexAttention (compiled, ALiBi as score_mod, documents as a block mask);
-padded SDPA with a bias in memory; flash-attn and flash-attn-4 where they are installed. Every output and gradient is
-compared with the same computation in a higher precision. An implementation whose error is more than twice that of plain
-torch in the same dtype (and more than 4 roundings of the largest value) is not timed; if it is ours, the exit status is
-1. Times are of forward and backward, in interleaved rounds, each after the L2 cache was overwritten: minimum, median,
-median ratio to ours.
+padded SDPA with a bias in memory; our split backward, where one tile holds whole sequences; flash-attn and flash-attn-4
+where they are installed. Every output and gradient is compared with the same computation in a higher precision. An
+implementation whose error is more than twice that of plain torch in the same dtype (and more than 4 roundings of the
+largest value) is not timed; if it is ours, the exit status is 1. Times are of forward and backward, in interleaved
+rounds, each after the L2 cache was overwritten: minimum, median, median ratio to ours.
 
 Last line: ``kernels device=… checked=… failed=… left_out=… attention_S512_vs_flex=… …``. A baseline that does not run
 here is left out, and its reason is printed. Needs neither Composer nor streaming.
@@ -36,10 +36,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
-from src import geglu_triton, layer_norm_triton, torch_ops
-from src.attention_tiles import tile_tables
+from src import flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops
+from src.attention_tiles import tile_tables, tiles_for
 from src.bert_encoder import BertLayer
-from src.bert_padding import unpack_heads, unpad_layout
+from src.bert_padding import Layout, unpack_heads, unpad_layout
 from src.configuration_bert import MosaicBertConfig
 from src.masked_lm_loss import masked_lm_loss, masked_lm_loss_in_place
 from src.triton_common import draw_key
@@ -97,7 +97,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
     real = position < lengths_B[:, None]
     bias_NSS = (-slopes[:, None, None] * (position[:, None] - position).abs()).to(dtype)
 
-    def through(impl: str) -> Implementation:
+    def through(impl: str, layout: Layout = layout) -> Implementation:
         def run(qkv: Tensor) -> Tensor:
             q, k, v = unpack_heads(qkv)
             return A.attention(q, k, v, layout, slopes, impl=impl)
@@ -124,6 +124,9 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         return out[0].transpose(0, 1)
 
     baselines = {"padded SDPA": padded, "FlexAttention": flexible}
+    whole = tiles_for(H, dtype, flash_attn_triton._architecture(packed.device)).whole
+    if whole is not None and longest <= whole.rows:
+        baselines["split backward"] = through("triton", replace(layout, max_seqlen=whole.rows + 1))
     for impl in ("flash_attn", "flash_attn_4"):
         if A.MISSING[impl](device) is None and dtype != torch.float32:
             baselines[impl.replace("_", "-")] = through(impl)

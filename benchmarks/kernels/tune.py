@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python -m benchmarks.kernels.tune --toy      # a CPU, toy sizes: only that all of it runs
 
 Each kernel runs with the table's tile and with every candidate that compiles and fits, on C4-like lengths, in
-interleaved rounds, each after the L2 cache was overwritten. A candidate whose output differs from that of the table's
+interleaved rounds, each after the L2 cache was overwritten; the one-tile backward if the table has one, at lengths that
+fit in it. A candidate whose output differs from that of the table's
 tile is rejected. The best tile has the smallest product of its median times over lengths. The last lines can be pasted
 into TILES, with the gain over the present tiles. Needs no Composer.
 """
@@ -37,13 +38,14 @@ CANDIDATES = {
     + [(64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 1)],
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 4, 2)]
     + [(64, 32, 4, 3), (128, 64, 4, 2)],
+    "whole": [(128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 16, 8, 1)],
 }
 """By kernel: rows, cols, warps, stages. Most do not spill on sm_80 or sm_90 at head size 64."""
 TOY_CANDIDATES = {name: [(16, 16, 4, 1), (32, 16, 4, 1)] for name in CANDIDATES}
 
 
 class Attention:
-    """Inputs of the three kernels, for lengths like C4's cut at ``length``, 768 wide."""
+    """Inputs of the kernels, for lengths like C4's cut at ``length``, 768 wide."""
 
     def __init__(self, head_size: int, dtype: torch.dtype, length: int, tokens: int, device: str):
         torch.manual_seed(0)
@@ -56,14 +58,20 @@ class Attention:
         self.dq, self.dk, self.dv = outputs
         self.slopes = alibi_slopes(num_heads).to(device)
         self.present = attention_tiles.tiles_for(head_size, dtype, kernels._architecture(self.q.device))
-        out, self.lse = kernels._forward(self.q, self.k, self.v, self.slopes, self.tables[self.present.forward.rows])
-        self.delta = kernels._delta(out, self.do)
+        forward = self.tables[self.present.forward.rows]
+        self.out, self.lse = kernels._forward(self.q, self.k, self.v, self.slopes, forward, self.present.forward)
+        self.delta = kernels._delta(self.out, self.do)
 
     def run(self, kernel: str, tile: Tile) -> list[torch.Tensor]:
         """The kernel's outputs."""
         table = self.tables[tile.rows]
         if kernel == "forward":
             return [kernels._forward(self.q, self.k, self.v, self.slopes, table, tile)[0]]
+        if kernel == "whole":
+            grads = [self.dq, self.dk, self.dv]
+            inputs = (self.do, self.q, self.k, self.v, self.slopes, [table], self.out, self.lse)
+            kernels._backward(*inputs, grads, tile)
+            return grads
         inputs = (self.do, self.q, self.k, self.v, self.lse, self.delta, self.slopes, table)
         grads = [self.dq] if kernel == "dq" else [self.dk, self.dv]
         kernels._launch_gradients(getattr(kernels, f"flash_attn_{kernel}"), *inputs, grads, tile)
@@ -98,11 +106,13 @@ def times(inputs: Attention, kernel: str, tiles: list[Tile], rounds: int) -> dic
 
 def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
     """For each kernel: the best tile, its gain, and the milliseconds of every candidate by length."""
+    device = "cpu" if args.toy else "cuda"
+    table = attention_tiles.tiles_for(head_size, dtype, kernels._architecture(torch.device(device)))
     candidates = {
         kernel: [Tile(*values) for values in tiles]
         for kernel, tiles in (TOY_CANDIDATES if args.toy else CANDIDATES).items()
+        if kernel != "whole" or (table.whole is not None and min(args.lengths) <= table.whole.rows)
     }
-    device = "cpu" if args.toy else "cuda"
     if not args.toy:
         work = [(kernel, tile) for kernel, tiles in candidates.items() for tile in tiles]
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
@@ -110,13 +120,14 @@ def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[d
     inputs = {S: Attention(head_size, dtype, S, args.tokens, device) for S in args.lengths}
     found = []
     for kernel, tiles in candidates.items():
-        present = getattr(inputs[args.lengths[0]].present, kernel)
-        refused = {tile: usable(inputs[args.lengths[0]], kernel, tile) for tile in tiles}
+        present = getattr(table, kernel)
+        lengths = [S for S in args.lengths if kernel != "whole" or S <= present.rows]
+        refused = {tile: usable(inputs[lengths[0]], kernel, tile) for tile in tiles}
         for tile, reason in refused.items():
             if reason is not None:
                 print(f"{kernel} {tile}: {reason}")
         valid = list(dict.fromkeys([present, *(tile for tile in tiles if refused[tile] is None)]))
-        ms = {S: times(inputs[S], kernel, valid, args.rounds) for S in args.lengths}
+        ms = {S: times(inputs[S], kernel, valid, args.rounds) for S in lengths}
         best = min(valid, key=lambda tile: math.prod(ms[S][tile] for S in ms))
         gains = {S: ms[S][present] / ms[S][best] for S in ms}
         shown = ", ".join(f"{ms[S][best]:.3f} ms at {S} ({gains[S]:.2f}x)" for S in ms)
@@ -150,10 +161,12 @@ def main(argv: list[str]) -> int:
         found = tune(head_size, dtype, args)
         results += found
         key = (kernels._architecture(torch.device(device)), attention_tiles.padded_head_size(head_size), dtype.itemsize)
-        whole = attention_tiles.tiles_for(head_size, dtype, key[0]).whole  # not tuned here, and kept
-        best = ", ".join([*(row["best"] for row in found), *([f"Tile{astuple(whole)}"] if whole else [])])
+        best = [row["best"] for row in found]
+        whole = attention_tiles.tiles_for(head_size, dtype, key[0]).whole
+        if whole is not None and found[-1]["kernel"] != "whole":
+            best.append(f"Tile{astuple(whole)}")  # no length was short enough, so it is kept
         gains = ", ".join(f"{row['kernel']} {row['gain']:.2f}x" for row in found)
-        lines.append(f"    {key}: Tiles({best}),  # {about['device']}, {name}, at least: {gains}")
+        lines.append(f"    {key}: Tiles({', '.join(best)}),  # {about['device']}, {name}, at least: {gains}")
     print("\n".join(lines))
     if args.out is not None:
         report.write_json(args.out / "tiles.json", {**about, "tokens": args.tokens, "rows": results})

@@ -14,16 +14,16 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks import publish
 from benchmarks.gpu import parts as gpu_parts
-from benchmarks.kernels import tune
-from benchmarks.kernels.compare import document_mask
+from benchmarks.kernels import compare, tune
 from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
 from benchmarks.speed import forms, roofline, scaling, step
 from benchmarks.variants import VARIANTS, HFStrong, MosaicBert, Shape, check, make_batch, step_flops
-from src import attention_tiles
+from src import attention_tiles, flash_attn_triton
 from src.hf_bert import HFBert
 from src.mosaic_bert import MosaicBert as ComposerMosaicBert
+from src.triton_common import launches
 
 SHAPE = Shape(layers=2, hidden=48, heads=3, width=96, vocabulary=211, length=64)
 NUMBER = r"-?\d+(\.\d+)?"
@@ -55,7 +55,7 @@ def test_the_block_mask_of_documents_is_that_of_the_dense_mask(lengths):
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     T = len(document)
     mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, T, T, "cpu", BLOCK_SIZE=8)
-    got = document_mask(torch.tensor(lengths), size=8)
+    got = compare.document_mask(torch.tensor(lengths), size=8)
     assert got.seq_lengths == mask.seq_lengths
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(got, name), getattr(mask, name)), name
@@ -343,11 +343,32 @@ def test_forms_end_with_their_line(tmp_path, capsys):
     assert re.fullmatch(r"forms memory_mb=\d+ imports_mb=\d+ text_mb=1", last)
 
 
-def test_tune_keeps_the_tile_that_it_does_not_tune(monkeypatch, capsys):
-    """Its line replaces the whole entry of TILES."""
-    present = attention_tiles.Tiles(*(attention_tiles.Tile(16, 16, 4, stages) for stages in (1, 2, 3, 4)))
+SMALL = attention_tiles.Tile(32, 16, 4, 3)
+
+
+@pytest.mark.parametrize("rows", [16, 32], ids=["too short", "long enough"])
+def test_tune_of_a_whole_sequence(rows, monkeypatch, capsys):
+    """Tuned where it holds the longest sequence, here 32; otherwise kept, as the line replaces the whole entry."""
+    present = attention_tiles.Tiles(SMALL, SMALL, SMALL, attention_tiles.Tile(rows, 16, 4, 3))
     monkeypatch.setattr(tune.attention_tiles, "tiles_for", lambda *_: present)
-    row = {"kernel": "dq", "gain": 1.0, "best": "Tile(16, 16, 4, 1)"}
-    monkeypatch.setattr(tune, "tune", lambda *_: [row] * 3)
+    monkeypatch.setattr(tune, "times", lambda inputs, kernel, tiles, rounds: {tile: tile.stages for tile in tiles})
     assert tune.main(["--toy"]) == 0
-    assert "Tiles(" + ", ".join([row["best"]] * 3) + ", Tile(16, 16, 4, 4))," in capsys.readouterr().out
+    printed, best = capsys.readouterr().out, "Tile(16, 16, 4, 1)"
+    whole = "Tile(16, 16, 4, 3)" if rows == 16 else "Tile(32, 16, 4, 1)"
+    assert f"Tiles({best}, {best}, {best}, {whole})," in printed
+    assert ("whole Tile(rows=16, cols=16, warps=4, stages=1): WRONG" in printed) == (rows == 32)
+
+
+def test_the_split_backward_is_compared_where_one_tile_holds_a_sequence(monkeypatch):
+    tiles = attention_tiles.Tiles(SMALL, SMALL, SMALL, attention_tiles.Tile(64, 16, 4, 1))
+    for module in (compare, flash_attn_triton):
+        monkeypatch.setattr(module, "tiles_for", lambda *_: tiles)
+    case = compare.attention_case(64, 64, 2, 16, torch.float32, "cpu")
+    results, ran = [], []
+    for run in (case.ours, case.baselines["split backward"]):
+        before = launches.copy()
+        results.append(compare.results_of(run, case.inputs))
+        ran.append({name.removeprefix("flash_attn_") for name in launches - before})
+    assert ran == [{"forward", "whole"}, {"forward", "delta", "dkdv", "dq"}]
+    assert max(compare.errors(*results)) < 1e-5
+    assert "split backward" not in compare.attention_case(128, 128, 2, 16, torch.float32, "cpu").baselines
