@@ -53,18 +53,16 @@ class SplittingCollator:
         return self.split(self.mask(samples), self.microbatch_size)
 
 
-def split_padded(batch: Batch, microbatch_size: int, tokens: int | None = None) -> SplitBatch:
-    """Cut a padded batch (B, S) into padded microbatches, each as long as its longest sequence.
+def split_padded(batch: Batch, microbatch_size: int) -> SplitBatch:
+    """Cut a padded, masked batch (B, S) into padded microbatches, each as long as its longest sequence.
 
-    Args:
-        batch: padded and masked.
-        microbatch_size, tokens: sequences, and tokens, that a microbatch may have (``balance.partition``).
+    ``microbatch_size``: sequences in a microbatch.
     """
     arrays = {name: batch[name].numpy() for name in ("input_ids", "attention_mask", "labels")}
     arrays |= {name: arrays[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
     lengths, parts, counts = arrays["attention_mask"].sum(axis=1), [], []
     counted, masked = _counted(batch, lengths), (arrays["labels"] >= 0).sum(axis=1)
-    for rows in partition(torch.from_numpy(lengths), microbatch_size, tokens):
+    for rows in partition(torch.from_numpy(lengths), microbatch_size):
         rows, S = rows.numpy(), int(lengths[rows].max())
         parts.append({name: x[rows, :S] for name, x in arrays.items()})
         counts.append(_counts(counted[rows], masked[rows].sum(), S))

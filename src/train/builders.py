@@ -70,6 +70,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """
     checkpoint.load_as_data()
     check_device(config)
+    check_processes(config)
     check_components(config)
     meet(config.dist_timeout)
     checkpoint.check_store("load_path", config.load_path, writes=False)
@@ -422,17 +423,24 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
 
 
 def check_device(config: RunConfig) -> None:
-    """Refuse settings that this machine, or this number of processes, cannot run, in one ConfigError."""
+    """Refuse settings that this machine cannot run, in one ConfigError."""
     faults, auto = [], config.device_train_microbatch_size == "auto"
     if not torch.cuda.is_available():
         if config.precision != "fp32":
             faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
         if auto:
-            faults.append("device_train_microbatch_size: auto needs a GPU, but none was found; give a number")
-    if auto and config.device_train_microbatch_tokens is not None and dist.get_world_size() > 1:
-        faults.append(
+            faults.append(
+                "device_train_microbatch_size: auto, the default, needs a GPU, but none was found; give a number"
+            )
+    if faults:
+        raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
+
+
+def check_processes(config: RunConfig) -> None:
+    """Refuse settings that this number of processes cannot run."""
+    auto, tokens = config.device_train_microbatch_size == "auto", config.device_train_microbatch_tokens
+    if auto and tokens is not None and dist.get_world_size() > 1:
+        raise ConfigError(
             "device_train_microbatch_size: auto with device_train_microbatch_tokens runs on one GPU only: in its first "
             "step Composer sums gradients after each microbatch, whose number differs between processes. Remove auto"
         )
-    if faults:
-        raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))

@@ -244,7 +244,7 @@ class MemoryProbe(Callback):
             size, tokens = self.microbatch["num_samples"], self.microbatch["num_tokens"]
             raise TrainingError(
                 f"too little memory for a microbatch of {size} sequences, {tokens} tokens ({first_line(error)}). Lower "
-                f"{self.setting} (the loss stays the same; main.py --validate says what fits on which card), or set "
+                f"{self.setting} (the loss stays the same; auto finds what fits, main.py --validate counts it), or set "
                 "model.gradient_checkpointing: true"
             ) from None
         finally:

@@ -40,6 +40,7 @@ def validate(config: RunConfig) -> str:
     Raises:
         ConfigError, DataError, CheckpointError: what ``build_trainer`` would raise for this config.
     """
+    builders.check_processes(config)
     builders.check_components(config)
     tokenizer = builders.build_tokenizer(config, None)
     model = models.build_model(config, tokenizer)
@@ -141,11 +142,12 @@ def memory(
     config: RunConfig, model: MaskedLMModel, parameters: int, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, str]:
     """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S), or as many
-    tokens as ``device_train_microbatch_tokens``. For ``amp_*`` also what fits on the ``CARDS``.
+    tokens as ``device_train_microbatch_tokens``; and what fits on the ``CARDS``.
 
     Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
-    measured on one and two sequences and extrapolated; for ``amp_*`` without a GPU, and without gradient checkpointing,
-    those of the kernels are counted. Workspaces and fragmentation are not included: a tenth of a card is left to them.
+    measured on one and two sequences and extrapolated; for ``amp_*`` without a GPU, those that the kernels save are
+    counted. With gradient checkpointing the backward also holds a layer, recomputed. Workspaces and fragmentation are
+    not included: a tenth of a card is left to them.
     """
     parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
@@ -160,14 +162,23 @@ def memory(
     # With amp_* the run trains on a GPU. Without one here, count what the kernels save there.
     counted = low is not None and device.name == "cpu" and impls == ["auto", "auto"]
 
-    def kept(sequences: int) -> int:
-        if counted and not options.gradient_checkpointing:
+    def saved(sequences: int, checkpointing: bool) -> int:
+        if counted and not checkpointing:
             T = sequences * S
             return 2 * parameters + kernels_saved_bytes(model.config, T, math.ceil(highest_rate(config) * T))
         largest = split_batch(config)(fullest_batch(tokenizer, highest_rate(config), sequences, S), sequences)
         part = largest[0].to(next(model.parameters()).device)
         with torch.autocast("cuda" if device.name == "gpu" else "cpu", low, enabled=bool(low)):
             return saved_bytes(model, lambda: model(part))
+
+    def kept(sequences: int) -> int:
+        held = saved(sequences, options.gradient_checkpointing)
+        if options.gradient_checkpointing:
+            model.model.gradient_checkpointing_disable()
+            layers = saved(sequences, False) - held  # the last one saves less than the others
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            held += layers // max(1, model.config.num_hidden_layers - 1)
+        return held
 
     first, further = first_and_further(kept)
     lines = {}
@@ -182,12 +193,12 @@ def memory(
             f"about {(states + activations) / 2**30:.2f} GiB per device in the worst case: {shown}, "
             f"{activations / 2**30:.2f} for a microbatch of {described}"
         )
-    if low is not None:
-        what, unit = ("sequences", 1) if tokens is None else ("tokens", S)
-        most = [int((0.9e9 * card - states - first) // further) + 1 for card in CARDS]
-        fits = [f"{unit * min(n, device_train_batch_size(config)):,}" if n > 0 else "none" for n in most]
-        on = ", ".join(f"{n} on {card} GB" for n, card in zip(fits, CARDS, strict=True))
-        lines["microbatch"] = f"{what} that fit on a card: {on}"
+    what, unit = ("sequences", 1) if tokens is None else ("tokens", S)
+    share = device_train_batch_size(config)
+    most = [int((0.9e9 * card - states - first) // further) + 1 for card in CARDS]
+    fits = ["none" if n < 1 else "all of a step" if n >= share else f"{unit * n:,}" for n in most]
+    on = ", ".join(f"{n} on {card} GB" for n, card in zip(fits, CARDS, strict=True))
+    lines["microbatch"] = f"{what} that fit on a card: {on}"
     return lines
 
 

@@ -13,11 +13,12 @@ from composer.utils.parallelism import FSDP2Config
 
 from src.common.errors import ConfigError
 from src.data.masking import mask_batch
-from src.data.packing import SplitBatch
+from src.data.packing import Microbatch, SplitBatch
 from src.train import builders, config, models, optim
 from src.train.data import build_train_data
 from src.train.models import padded_vocab_size
 from src.train.schema import Component, build, check_options
+from src.train.validate import validate
 from tests.conftest import YAMLS
 
 SECTIONS = {
@@ -201,18 +202,17 @@ def test_machine_without_gpu_refuses_in_one_error(monkeypatch):
     builders.check_device(run)
 
 
-def test_auto_with_a_budget_of_tokens_runs_on_one_gpu_only(monkeypatch):
+@pytest.mark.parametrize("check", [builders.build_trainer, validate])
+def test_auto_with_a_budget_of_tokens_runs_on_one_gpu_only(check, monkeypatch):
     """Composer's first step with auto sums gradients after each microbatch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tokens = "device_train_microbatch_tokens=65536"
-    run = config.load("yamls/mosaic_bert.yaml", ["device_train_microbatch_size=auto", tokens])
-    builders.check_device(run)
+    auto, tokens = "device_train_microbatch_size=auto", "device_train_microbatch_tokens=65536"
+    builders.check_processes(config.load("yamls/mosaic_bert.yaml", [auto, tokens]))
     monkeypatch.setattr(builders.dist, "get_world_size", lambda: 2)
-    builders.check_device(config.load("yamls/mosaic_bert.yaml", [tokens]))
-    with pytest.raises(
-        ConfigError, match="device_train_microbatch_size: auto with device_train_microbatch_tokens runs"
-    ):
-        builders.check_device(run)
+    for alone in (auto, tokens):
+        builders.check_processes(config.load("yamls/mosaic_bert.yaml", [alone]))
+    with pytest.raises(ConfigError, match="size: auto with device_train_microbatch_tokens runs on one GPU only"):
+        check(config.load("yamls/mosaic_bert.yaml", [auto, tokens]))
 
 
 # Optimizers and schedules
@@ -300,20 +300,49 @@ def test_loader_settings_reach_dataset_and_workers(overrides, text_shards, token
     assert (dataset.streams[0].download_retry, dataset.streams[0].download_timeout) == (4, 8)
 
 
-def test_workers_split_unless_only_the_main_process_knows_how(overrides, tokenizer):
+@pytest.mark.parametrize("limit", ["size=3", "tokens=64"])
+def test_workers_split_unless_only_the_main_process_knows_how(limit, overrides, tokenizer):
     """The microbatches are the same, and Composer hands them on as they are: no copy, one on the way to the model."""
+    limits = ["device_train_microbatch_size=16", f"device_train_microbatch_{limit}"]
     scheduled = "mlm_probability={initial: 0.3, final: 0.3}"
     first = {}
     for name, changes in {"fixed": ["mlm_probability=0.3"], "scheduled": [scheduled]}.items():
-        run = config.load("yamls/quickstart.yaml", [*overrides, "device_train_microbatch_size=3", *changes])
+        run = config.load("yamls/quickstart.yaml", [*overrides, *limits, *changes])
         spec = build_train_data(run, tokenizer)
         batch = next(iter(spec.dataloader))
         assert isinstance(batch, SplitBatch) == (name == "fixed")
         assert spec.get_num_samples_in_batch(batch) == 16
         batch = batch if name == "fixed" else mask_batch(batch, 0.3)
-        first[name] = spec.split_batch(batch, 3)
-        assert [part["num_samples"] for part in first[name]] == [3, 3, 3, 3, 3, 1]
+        first[name] = spec.split_batch(batch, run.device_train_microbatch_size)
+        if limit == "size=3":
+            assert [part["num_samples"] for part in first[name]] == [3, 3, 3, 3, 3, 1]
+        else:
+            assert len(first[name]) > 3 and all(part["num_tokens"] <= 64 for part in first[name])
         part = first[name][0]
         moved = spec.microbatch_transforms(DeviceCPU().batch_to_device(part))
         assert moved.packed is part.packed and copy.deepcopy(moved) is moved
     assert torch.equal(first["fixed"].packed, first["scheduled"].packed)
+
+
+def test_auto_splits_in_the_main_process(overrides, tokenizer):
+    """Workers load ahead, and the size may still fall."""
+    run = config.load("yamls/quickstart.yaml", [*overrides, "device_train_microbatch_size=auto"])
+    spec = build_train_data(run, tokenizer)
+    batch = next(iter(spec.dataloader))
+    assert [len(spec.split_batch(batch, size)) for size in (16, 8, 3)] == [1, 2, 6]
+
+
+@pytest.mark.parametrize("change", [[], ["mlm_probability={initial: 0.3, final: 0.3}"]])
+def test_batches_reach_a_gpu_from_pinned_memory(change, overrides, tokenizer, monkeypatch):
+    """Workers' batches are pinned by the loader, those of the main process when it splits them."""
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(SplitBatch, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(Microbatch, "to", lambda self, device: moved.append(device) or self)
+    run = config.load("yamls/quickstart.yaml", [*overrides, *change, "model.attention=torch"])
+    spec = build_train_data(run, tokenizer)
+    assert spec.dataloader.pin_memory == (not change)
+    batch = spec.dataloader.collate_fn([spec.dataloader.dataset[i] for i in range(16)])
+    parts = spec.split_batch(mask_batch(batch, 0.3) if change else batch, 8)
+    spec.microbatch_transforms(parts[0])
+    assert len(pinned) == len(change) and moved == ["cuda"]

@@ -311,3 +311,9 @@ def test_config_is_frozen():
     run = load("yamls/quickstart.yaml")
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.seed = 1  # pyright: ignore
+
+
+def test_limits_of_a_microbatch_may_change_on_resume():
+    plain = config.settings(load("yamls/mosaic_bert.yaml"))
+    for change in ("device_train_microbatch_size=7", "device_train_microbatch_tokens=200"):
+        assert config.settings(load("yamls/mosaic_bert.yaml", [change])) == plain
