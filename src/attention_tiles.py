@@ -5,6 +5,7 @@ Letters: B sequences, T tokens, N heads, H head size. The kernels are in flash_a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -70,6 +71,20 @@ TILES: dict[tuple[int, int, int], Tiles] = {
 }
 TILE_ROWS = tuple(sorted({tile.rows for t in TILES.values() for tile in (t.forward, t.dkdv, t.dq, t.whole) if tile}))
 """All ``rows`` in TILES."""
+
+
+@torch.compiler.assume_constant_result  # otherwise torch.compile traces the cache
+def architecture(device: torch.device) -> int:
+    """80 for compute capability 8.0; 0 for a CPU."""
+    return _architecture(device)
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def tiles_for(head_size: int, dtype: torch.dtype, architecture: int) -> Tiles:

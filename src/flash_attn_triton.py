@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_tiles import Tile, padded_head_size, tile_tables, tiles_for
+from .attention_tiles import Tile, architecture, padded_head_size, tile_tables, tiles_for
 from .bert_padding import Layout
 from .triton_common import DTYPES, interpreted, launch, ops_of
 
@@ -39,13 +39,6 @@ except ImportError:  # see triton_common.py
     triton = None
 
 LOG2E = math.log2(math.e)
-
-
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,7 +425,7 @@ def _forward(
     """out (T, N, H) and lse (N, T) fp32; ``tile`` is by default that of TILES."""
     T, N, H = q.shape
     q, k, v = map(_aligned, (q, k, v))
-    tile = tile or tiles_for(H, q.dtype, _architecture(q.device)).forward
+    tile = tile or tiles_for(H, q.dtype, architecture(q.device)).forward
     out = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
     lse = torch.empty(N, T, dtype=torch.float32, device=q.device)
     if T:
@@ -489,7 +482,7 @@ def _backward(
     T, N, H = q.shape
     if not T:
         return
-    tiles = tiles_for(H, q.dtype, _architecture(q.device))
+    tiles = tiles_for(H, q.dtype, architecture(q.device))
     do, q, k, v = map(_aligned, (do, q, k, v))
     dq, dk, dv = grads
     if len(tables) == 1:
@@ -590,7 +583,7 @@ def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout, alib
         raise ValueError(f"attention 'triton': expected q, k, v of one dtype of fp16, bf16, fp32, got {given}")
     if alibi_slopes.dtype != torch.float32:
         raise ValueError(f"attention 'triton': expected slopes in fp32, got {alibi_slopes.dtype}")
-    tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, _architecture(q_TNH.device))
+    tiles = tiles_for(q_TNH.shape[2], q_TNH.dtype, architecture(q_TNH.device))
     backward = [tile.rows for tile in tiles.backward(layout.max_seqlen)]
     tables = layout.tables or tile_tables(layout, {tiles.forward.rows, *backward})
     args = (q_TNH, k_TNH, v_TNH, alibi_slopes, tables[tiles.forward.rows], [tables[rows] for rows in backward])

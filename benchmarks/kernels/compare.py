@@ -36,8 +36,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks import report, timing
 from benchmarks.variants import c4_like_lengths
 from src import attention as A
-from src import flash_attn_triton, geglu_triton, layer_norm_triton, torch_ops
-from src.attention_tiles import tile_tables, tiles_for
+from src import geglu_triton, layer_norm_triton, torch_ops
+from src.attention_tiles import architecture, tile_tables, tiles_for
 from src.bert_encoder import BertLayer
 from src.bert_padding import Layout, unpack_heads, unpad_layout
 from src.configuration_bert import MosaicBertConfig
@@ -124,7 +124,7 @@ def attention_case(S: int, tokens: int, N: int, H: int, dtype: torch.dtype, devi
         return out[0].transpose(0, 1)
 
     baselines = {"padded SDPA": padded, "FlexAttention": flexible}
-    whole = tiles_for(H, dtype, flash_attn_triton._architecture(packed.device)).whole
+    whole = tiles_for(H, dtype, architecture(packed.device)).whole
     if whole is not None and longest <= whole.rows:
         baselines["split backward"] = through("triton", replace(layout, max_seqlen=whole.rows + 1))
     for impl in ("flash_attn", "flash_attn_4"):

@@ -57,7 +57,7 @@ class Attention:
         self.q, self.k, self.v, self.do, *outputs = (torch.randn(shape).to(device, dtype) for _ in range(7))
         self.dq, self.dk, self.dv = outputs
         self.slopes = alibi_slopes(num_heads).to(device)
-        self.present = attention_tiles.tiles_for(head_size, dtype, kernels._architecture(self.q.device))
+        self.present = attention_tiles.tiles_for(head_size, dtype, attention_tiles.architecture(self.q.device))
         forward = self.tables[self.present.forward.rows]
         self.out, self.lse = kernels._forward(self.q, self.k, self.v, self.slopes, forward, self.present.forward)
         self.delta = kernels._delta(self.out, self.do)
@@ -107,7 +107,7 @@ def times(inputs: Attention, kernel: str, tiles: list[Tile], rounds: int) -> dic
 def tune(head_size: int, dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
     """For each kernel: the best tile, its gain, and the milliseconds of every candidate by length."""
     device = "cpu" if args.toy else "cuda"
-    table = attention_tiles.tiles_for(head_size, dtype, kernels._architecture(torch.device(device)))
+    table = attention_tiles.tiles_for(head_size, dtype, attention_tiles.architecture(torch.device(device)))
     candidates = {
         kernel: [Tile(*values) for values in tiles]
         for kernel, tiles in (TOY_CANDIDATES if args.toy else CANDIDATES).items()
@@ -160,7 +160,11 @@ def main(argv: list[str]) -> int:
         dtype = getattr(torch, name)
         found = tune(head_size, dtype, args)
         results += found
-        key = (kernels._architecture(torch.device(device)), attention_tiles.padded_head_size(head_size), dtype.itemsize)
+        key = (
+            attention_tiles.architecture(torch.device(device)),
+            attention_tiles.padded_head_size(head_size),
+            dtype.itemsize,
+        )
         best = [row["best"] for row in found]
         whole = attention_tiles.tiles_for(head_size, dtype, key[0]).whole
         if whole is not None and found[-1]["kernel"] != "whole":

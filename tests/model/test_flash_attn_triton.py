@@ -97,7 +97,7 @@ def test_equals_reference(lengths, N, H, dtype):
     """A whole sequence in one tile where all are short enough."""
     before = launches.copy()
     assert_within_budget(*make(lengths, N, H, dtype))
-    whole = F.tiles_for(H, dtype, F._architecture(torch.device(DEVICE))).whole
+    whole = F.tiles_for(H, dtype, F.architecture(torch.device(DEVICE))).whole
     split = whole is None or max(lengths) > whole.rows
     ran = {f"flash_attn_{name}": 1 for name in ("forward", *(("delta", "dkdv", "dq") if split else ("whole",)))}
     assert launches - before == ran
@@ -240,7 +240,7 @@ def test_auto_is_triton_on_cuda():
 def test_custom_op_is_sound():
     """Schema, fake tensors, autograd registration, and tracing with changing sizes, as torch.library checks them."""
     qkv, layout, _ = make([17, 5], 2, 16)
-    tiles = F.tiles_for(16, qkv.dtype, F._architecture(qkv.device))
+    tiles = F.tiles_for(16, qkv.dtype, F.architecture(qkv.device))
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
     for chosen in (tiles.backward(17), tiles.backward(65)):
         table, *tables = (attention_tiles.tile_table(layout.cu_seqlens, tile.rows) for tile in (tiles.forward, *chosen))
