@@ -35,10 +35,12 @@ class LayerNorm(nn.LayerNorm):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, key: Tensor | None = None
     ) -> Tensor:
-        """(..., D) -> (..., D). ``key`` (1,) int64 is for the kernels' dropout, as in ``BertEncoder.keys``."""
+        """(..., D) -> (..., D). ``key`` (1,) int64 is for the kernels' dropout, as in ``BertEncoder.keys``; if None, a
+        new one."""
         p = dropout_p if self.training else 0.0
         if not use_triton(self.kernels, input):
             return layer_norm_torch(input, self.weight, self.bias, self.eps, residual, p)
+        key = draw_key(input) if p and key is None else key
         return layer_norm_triton(input, self.weight, self.bias, self.eps, residual, p, key)
 
 
@@ -137,6 +139,7 @@ class BertGatedLinearUnitMLP(nn.Module):
         gate_and_up = self.gated_layers(x)  # (T, 2I)
         p = self.dropout_p if self.training else 0.0
         if use_triton(self.kernels, gate_and_up):
+            key = draw_key(x) if p and key is None else key
             hidden = geglu_triton(gate_and_up, p, key)  # (T, I)
         else:
             hidden = geglu_torch(gate_and_up, p)

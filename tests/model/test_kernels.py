@@ -183,6 +183,18 @@ def test_whole_model_with_kernels_equals_the_one_without():
     assert_same(results["triton"], results["reference"], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("part", ["attention.output.LayerNorm", "mlp"])
+def test_a_layer_alone_draws_its_keys(part):
+    """Such as for dropout at inference, where the encoder draws none."""
+    model = model_of(dtype=torch.float32, hidden_dropout_prob=0.3, **IN_TURN["triton"]).to(DEVICE).eval()
+    module = model.bert.encoder.layer[0].get_submodule(part)
+    x = torch.randn(5, 24, device=DEVICE)
+    args = (x, x, 0.3) if part != "mlp" else (x,)
+    assert torch.equal(module(*args), module(*args))
+    module.train()
+    assert not torch.equal(module(*args), module(*args))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py asks the GPU itself")
 def test_a_step_never_synchronizes(monkeypatch):
     """Forward, loss and backward read no tensor's value, and create no tensor whose size depends on one."""
