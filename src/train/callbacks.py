@@ -1,6 +1,5 @@
 """Callbacks that Composer lacks. None has a state in checkpoints."""
 
-import contextlib
 import math
 import random
 import signal
@@ -290,27 +289,34 @@ class ScheduledMasking(Callback):
 class CastWeightsOnce(Callback):
     """Keep autocast's copies of the weights, in 16 bits, for all microbatches of a step: one cast of a weight per step.
 
-    Autocast drops its copies where the outermost of its contexts ends, in Composer after each microbatch's forward.
-    This context lies around all microbatches, and ends before the optimizer changes the weights. Gradients stay the
-    same, to the bit.
+    Autocast drops its copies where the outermost of its contexts ends, in Composer after each microbatch's forward. So
+    this counts as one more context around all microbatches, which ends before the optimizer changes the weights.
+    Gradients stay the same, to the bit. Within a step, nothing may change a weight, or run the model without gradients
+    (before torch 2.8 or so its copies, which have none, would be used for training); no algorithm or callback does.
 
     Not for FSDP, because a copy would hold the whole of a weight that FSDP frees; and not for gradient checkpointing,
     whose recomputation drops the copies: on a GPU its contexts are the outermost of the backward's thread.
     """
 
     def __init__(self) -> None:
-        self._around = contextlib.ExitStack()
+        self._open = False
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        self._around.close()  # still open if auto starts a step again
-        device = next(state.model.parameters()).device.type
-        self._around.enter_context(torch.autocast(device, enabled=False))
+        self._end()  # still open if auto starts a step again
+        torch.autocast_increment_nesting()
+        self._open = True
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        self._around.close()
+        self._end()
 
     def close(self, state: State, logger: Logger) -> None:
-        self._around.close()  # after an exception within the step
+        self._end()  # after an exception within the step
+
+    def _end(self) -> None:
+        if self._open:
+            torch.autocast_decrement_nesting()
+        self._open = False
+        torch.clear_autocast_cache()  # also if another context is open, such as that of a run that failed
 
 
 class TrainMetrics(Callback):

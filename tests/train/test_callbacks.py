@@ -277,6 +277,15 @@ def want(overrides, monkeypatch):
     return computed
 
 
+@pytest.fixture
+def failed_run():
+    """Of a run that failed within a step, and is still held, a context is open."""
+    failed = CastWeightsOnce()
+    failed.before_train_batch(None, None)
+    yield
+    failed.close(None, None)
+
+
 @pytest.mark.parametrize("restarts", [False, True], ids=["", "a step that starts again"])
 def test_weights_are_cast_once_per_step(restarts, want, overrides, monkeypatch):
     """Losses, evaluation, gradients and weights stay the same to the bit."""
@@ -297,6 +306,12 @@ def test_weights_are_cast_once_per_step(restarts, want, overrides, monkeypatch):
     if restarts:
         monkeypatch.setattr(MosaicBert, "forward", fails_once)
     got, casts = fit_in_bf16([*overrides, *SIX], monkeypatch, CastWeightsOnce(), *[Auto()] * restarts)
+    assert casts == [{1}] * 4 and got == want
+
+
+def test_weights_are_cast_once_per_step_after_a_run_that_failed(want, failed_run, overrides, monkeypatch):
+    """Its context must not keep copies beyond a step."""
+    got, casts = fit_in_bf16([*overrides, *SIX], monkeypatch, CastWeightsOnce())
     assert casts == [{1}] * 4 and got == want
 
 
