@@ -12,8 +12,9 @@ from src.triton_common import refused
 triton = pytest.importorskip("triton")
 
 NO_FAULT = {"spilling": 0, "over_limit": 0, "repeating": 0}
-ALL = [80, 86, 89, 90, 100, 103, 120]
-"""A100; RTX 30; RTX 40, L4, L40S; H100, H200; B200; B300; RTX 50."""
+ALL = [80, 89, 90, 100, 103, 120]
+"""A100; RTX 40, L4, L40S; H100, H200; B200; B300; RTX 50. RTX 30 (86) has the tiles and limits of 89, and is in the
+report only, to save time."""
 
 
 def compiled(*arguments, before="pass"):
