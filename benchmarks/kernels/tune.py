@@ -5,9 +5,9 @@
 
 Each kernel runs with the table's tile and with every candidate that compiles and fits, on C4-like lengths, in
 interleaved rounds, each after the L2 cache was overwritten; the one-tile backward if the table has one, at lengths that
-fit in it. A candidate whose output differs from that of the table's
-tile is rejected. The best tile has the smallest product of its median times over lengths. The last lines can be pasted
-into TILES, with the gain over the present tiles. Needs no Composer.
+fit in it. A candidate whose output differs from that of the table's tile is rejected. The best tile has the smallest
+product of its median times over lengths. The last lines can be pasted into TILES, with the gain over the present tiles.
+Needs no Composer.
 """
 
 import argparse

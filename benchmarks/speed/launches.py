@@ -35,10 +35,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks import report
 from benchmarks.variants import Shape, c4_like_lengths
 from src import bert_encoder, triton_common
+from src.attention_tiles import tile_tables
 from src.bert_layers import BertForMaskedLM
 from src.bert_padding import unpad_layout
 from src.configuration_bert import MosaicBertConfig
-from src.flash_attn_triton import tile_tables
 
 TOY = Shape(layers=2, hidden=24, heads=2, width=48, vocabulary=64)
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh")

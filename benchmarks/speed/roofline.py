@@ -97,8 +97,8 @@ def parts(shape: Shape, lengths: Tensor, M: int, kernels: Kernels, microbatches:
         Part("other", "sums", 0, 12 * D * rows + 4 * D * (T + 4 * M)),
     ]
     matrices, every = parameters(shape)
-    # In each microbatch fp32 to bf16, and gradients back; added from the second microbatch on.
-    found.append(Part("other", "weights", 0, matrices * (12 * microbatches + 12 * (microbatches - 1))))
+    # Once fp32 to bf16; in each microbatch gradients back, added from the second one on.
+    found.append(Part("other", "weights", 0, matrices * (6 + 6 * microbatches + 12 * (microbatches - 1))))
     return [*found, Part("optimizer", "AdamW", 0, 28 * every)]  # reads weight, gradient, moments; writes all but one
 
 

@@ -424,14 +424,13 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
 
 def check_device(config: RunConfig) -> None:
     """Refuse settings that this machine cannot run, in one ConfigError."""
-    faults, auto = [], config.device_train_microbatch_size == "auto"
-    if not torch.cuda.is_available():
-        if config.precision != "fp32":
-            faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
-        if auto:
-            faults.append(
-                "device_train_microbatch_size: auto, the default, needs a GPU, but none was found; give a number"
-            )
+    if torch.cuda.is_available():
+        return
+    faults = []
+    if config.precision != "fp32":
+        faults.append(f"precision: {config.precision} needs a GPU, but none was found; use precision=fp32")
+    if config.device_train_microbatch_size == "auto":
+        faults.append("device_train_microbatch_size: auto, the default, needs a GPU, but none was found; give a number")
     if faults:
         raise ConfigError("\n  ".join(["this machine cannot run it", *faults]))
 

@@ -292,7 +292,7 @@ class CastWeightsOnce(Callback):
     Autocast drops its copies where the outermost of its contexts ends, in Composer after each microbatch's forward. So
     this counts as one more context around all microbatches, which ends before the optimizer changes the weights.
     Gradients stay the same, to the bit. Within a step, nothing may change a weight, or run the model without gradients
-    (before torch 2.8 or so its copies, which have none, would be used for training); no algorithm or callback does.
+    (torch 2.7 would train with its copies, which have none); no algorithm or callback does.
 
     Not for FSDP, because a copy would hold the whole of a weight that FSDP frees; and not for gradient checkpointing,
     whose recomputation drops the copies: on a GPU its contexts are the outermost of the backward's thread.
