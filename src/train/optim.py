@@ -13,6 +13,7 @@ from composer.optim import (
 )
 
 from src.common.errors import ConfigError
+from src.train.muon import Muon
 from src.train.schema import Component, build
 
 
@@ -47,6 +48,33 @@ def adamw(
         matrices, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)  # pyright: ignore
+
+
+def muon(
+    model: torch.nn.Module,
+    lr: float,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-6,
+    weight_decay: float = 0.02,
+    decay_matrices_only: bool = False,
+) -> Muon:
+    """Muon for the matrices of the encoder's layers, AdamW for the rest: embeddings, head, biases, norms.
+
+    One learning rate and decay for both, in AdamW's units: a rate that suits adamw is a good start.
+    """
+    groups: dict[tuple[int, float], list[Any]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            parts = PARTS.get(name.rsplit(".", 2)[-2], 1) if p.ndim == 2 and ".layer." in name else 0
+            decay = weight_decay if p.ndim >= 2 or not decay_matrices_only else 0.0
+            groups.setdefault((parts, decay), []).append(p)
+    listed = [{"params": ps, "parts": parts, "weight_decay": decay} for (parts, decay), ps in groups.items()]
+    return Muon(listed, lr, momentum, tuple(betas), eps, weight_decay)
+
+
+PARTS = {"Wqkv": 3, "gated_layers": 2}
+"""Modules whose weight holds several matrices, one above another."""
 
 
 def _resolved(text: str, state: State, ssr: float) -> Time[int]:
@@ -106,7 +134,7 @@ def build_scheduler(component: Component, max_duration: str, steps_per_epoch: in
     return scheduler
 
 
-OPTIMIZERS = {"decoupled_adamw": decoupled_adamw, "adamw": adamw}
+OPTIMIZERS = {"decoupled_adamw": decoupled_adamw, "adamw": adamw, "muon": muon}
 
 SCHEDULERS = {
     "linear_decay_with_warmup": LinearWithWarmupScheduler,

@@ -1,0 +1,120 @@
+"""Muon: momentum made orthogonal for the matrices of the layers, AdamW for everything else, in one optimizer.
+
+K. Jordan et al. (2024), kellerjordan.github.io/posts/muon; J. Liu et al. (2025), "Muon is scalable for LLM training",
+arXiv 2502.16982, whose scale (section 2.2) lets both parts use one learning rate.
+"""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the odd polynomial of degree 5 that a Newton-Schulz iteration applies to the singular values (Jordan et al.)."""
+ITERATIONS = 5
+UPDATE_RMS = 0.2
+"""Root mean square of an update's elements over the learning rate, near AdamW's (Liu et al., section 2.2)."""
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """U S V' of each matrix U Σ V' in x (n, rows, columns), with S between about 0.7 and 1.2, in x's dtype.
+
+    Args:
+        dtype: of the products. None: bf16 on a GPU, x's on a CPU, where bf16 is slower.
+    """
+    a, b, c = COEFFICIENTS
+    wide = x.mT if x.shape[-2] > x.shape[-1] else x
+    y = wide.to(dtype or (torch.bfloat16 if x.is_cuda else x.dtype))
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = torch.bmm(y, y.mT)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with ``parts``, torch's fused AdamW for the others.
+
+    Equal matrices are orthogonalized in one batch of products. All processes compute all of them, so nothing is
+    communicated.
+
+    Args:
+        groups: parameter groups. ``parts``: matrices that a parameter holds, one above another, such as 3 in Wqkv; each
+            is orthogonalized alone.
+        lr, weight_decay: of all groups that have none. A step shrinks weights by weight_decay * lr.
+        momentum: of matrices; Nesterov's.
+        betas, eps: of AdamW.
+    """
+
+    # A gradient scaler must unscale gradients itself, and skip a step with infinities.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ):
+        # fused: tells load_state_dict that AdamW's step counts live on the device.
+        options = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, {**options, "parts": 0, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            (self._step_matrices if group["parts"] else self._step_others)(group, trained)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any], trained: list[Tensor]) -> None:
+        lr, momentum, parts = group["lr"], group["momentum"], group["parts"]
+        alike = defaultdict(list)
+        for p in trained:
+            alike[p.shape].append(p)
+        for (rows, columns), matrices in alike.items():
+            updates = []
+            for p in matrices:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                updates.append(p.grad.lerp(state["momentum"], momentum))
+            split = torch.stack(updates).view(-1, rows // parts, columns)
+            scale = UPDATE_RMS * math.sqrt(max(rows // parts, columns))
+            update = orthogonalize(split).reshape(-1, rows, columns)
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update.unbind()), alpha=-lr * scale)
+
+    def _step_others(self, group: dict[str, Any], trained: list[Tensor]) -> None:
+        for p in trained:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        states = [self.state[p] for p in trained]
+        beta1, beta2 = group["betas"]
+        adamw(
+            trained,
+            [p.grad for p in trained],  # pyright: ignore[reportArgumentType]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
