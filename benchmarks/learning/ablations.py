@@ -1,16 +1,32 @@
-"""MosaicBERT without one of its parts, for time_to_loss.py, by replacement modules.
+"""Changes of MosaicBERT and of its optimizer, for time_to_loss.py. Parts taken away, by replacement modules:
 
 no_alibi          learned positions, as BERT's, added to the word embeddings
 no_glu            a plain feed-forward layer, dense - GELU - dense, whose width gives the same FLOPs
 no_unpadding      padded tensors (``variants.MosaicBertPadded``)
 no_masked_rows    the last layer computes all T tokens; the head only the masked ones
 no_masked_head    the head computes logits of all T tokens, and so does the last layer
+
+Parts added:
+
+scaled_init       the matrices that write to the residual stream begin smaller, by 1 / sqrt(2 layers) (GPT-2; Radford et
+                  al., 2019, section 2.3)
+z_loss            1e-4 log(Z)^2 is added to each masked token's loss, Z the softmax's sum (PaLM; Chowdhery et al., 2022,
+                  arXiv 2204.02311, section 5)
+
+Optimizers that the product does not have:
+
+soap              Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., 2024, arXiv 2409.11321), of
+                  pytorch-optimizer; a new basis every 10 steps; not of the vocabulary's side
+adamw_embeddings  AdamW with a learning rate three times as high for the embeddings, which are also the decoder
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.variants import VARIANTS as MODELS
 from benchmarks.variants import Batch, MosaicBert, MosaicBertPadded, Part
 from src.attention import AlibiSlopes
 from src.bert_encoder import LayerNorm
@@ -19,6 +35,8 @@ from src.bert_padding import index_first_axis
 from src.configuration_bert import MosaicBertConfig
 from src.masked_lm_loss import IGNORED, masked_lm_loss_in_place
 from src.torch_ops import dropout
+from src.train.optim import OPTIMIZERS as PRODUCT
+from src.train.optim import adamw
 
 
 class NoSlopes(AlibiSlopes):
@@ -97,6 +115,56 @@ class FullHead(AllRows):
         return states, labels
 
 
+class ScaledInit(MosaicBert):
+    """Smaller initial weights where a layer writes to the residual stream."""
+
+    def build(self, plain: bool) -> BertForMaskedLM:
+        model = super().build(plain)
+        with torch.no_grad():
+            for layer in model.bert.encoder.layer:
+                for dense in (layer.attention.output.dense, layer.mlp.wo):  # pyright: ignore
+                    dense.weight.mul_((2 * self.shape.layers) ** -0.5)
+        return model
+
+
+class ZLoss(MosaicBert):
+    """The loss keeps log(Z) near 0 in training; an evaluation has the plain loss."""
+
+    def loss_sum(self, part: Part) -> Tensor:
+        if not self.model.training:
+            return super().loss_sum(part)
+        states = self.model.bert.encode(part["input_ids"], part["layout"], rows=part["masked_index"])[-1]
+        logits = self.model.cls(states)  # (M, V)
+        z = logits.logsumexp(dim=-1)  # (M,)
+        own = logits.gather(1, part["labels"].long()[:, None]).squeeze(1)
+        return (z - own + 1e-4 * z.square()).sum()
+
+
+def soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """SOAP with the paper's settings and the recipe's decay."""
+    from pytorch_optimizer import SOAP
+
+    return SOAP(
+        model.parameters(),
+        lr,
+        betas=(0.95, 0.95),
+        weight_decay=0.02,
+        precondition_frequency=10,
+        max_precondition_dim=2048,
+    )
+
+
+def adamw_embeddings(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """``adamw`` with a higher learning rate of the embeddings."""
+    optimizer = adamw(model, lr)
+    (group,) = optimizer.param_groups
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    known = {id(weight) for weight in tables}
+    group["params"] = [p for p in group["params"] if id(p) not in known]
+    optimizer.add_param_group({**group, "params": tables, "lr": 3 * lr})
+    return optimizer
+
+
 ABLATIONS = {
     "no_alibi": LearnedPositions,
     "no_glu": WithPlainMLP,
@@ -104,3 +172,5 @@ ABLATIONS = {
     "no_masked_rows": AllRows,
     "no_masked_head": FullHead,
 }
+VARIANTS = MODELS | ABLATIONS | {"scaled_init": ScaledInit, "z_loss": ZLoss}
+OPTIMIZERS: dict[str, Any] = {**PRODUCT, "soap": soap, "adamw_embeddings": adamw_embeddings}

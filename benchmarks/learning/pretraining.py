@@ -10,15 +10,17 @@ count, nor do evaluation, loading and masking.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import itertools
+import fcntl
 import json
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,14 +33,14 @@ from composer.optim import LinearWithWarmupScheduler
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import report, timing
-from benchmarks.learning.ablations import ABLATIONS
-from benchmarks.variants import VARIANTS, Batch, Shape, Variant, check
+from benchmarks.learning.ablations import OPTIMIZERS, VARIANTS
+from benchmarks.variants import Batch, Shape, Variant, check
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
 from src.data.masking import MaskingCollator, Sample, mask_batch
 from src.data.unigram import unigram_loss
 from src.train.models import padded_vocab_size
-from src.train.optim import WarmupStableDecayScheduler, adamw
+from src.train.optim import WarmupStableDecayScheduler
 
 WARMUP, LAST = "0.06dur", 0.02
 TUNING = 0.25
@@ -47,32 +49,48 @@ OVERHEAD = 1.2
 """Hours of a run over those of its steps: evaluation, loading, masking."""
 
 
-def nadamw(model: torch.nn.Module, lr: float, decay_matrices_only: bool) -> torch.optim.Optimizer:
-    """torch's AdamW with Nesterov momentum (Dozat, 2016), with the settings of ``adamw``."""
-    options: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.02}
-    return torch.optim.NAdam(model.parameters(), lr, decoupled_weight_decay=True, **options)
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run."""
+
+    share: float = 1.0
+    """Of the run's time."""
+    length: int | None = None
+    """Longer samples are cut into pieces of this many tokens, [CLS] and [SEP] included. None: they stay whole."""
+    batch: float = 1.0
+    """Batch size over that of the setup."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A variant and how it is trained."""
+    """A variant and how it is trained. Its defaults are mosaic_bert.yaml's."""
 
     variant: str = "mosaic_bert"
-    """A name of VARIANTS or ABLATIONS."""
+    """A name of VARIANTS (benchmarks/learning/ablations.py)."""
     masking: tuple[float, float] = (0.3, 0.3)
     """Share of tokens masked at the first and at the last step, linear between."""
     dropout: float = 0.1
     """Of hidden states; ModernBERT has none."""
-    decay_matrices_only: bool = False
-    """No weight decay on biases and norms."""
+    optimizer: str = "adamw"
+    """A name of OPTIMIZERS there."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the optimizer."""
     t_decay: str | None = None
     """Final part of the run in which the learning rate falls, such as 0.3dur; None: it falls from the warmup on."""
-    optimizer: Callable[..., torch.optim.Optimizer] = adamw
+    last: float = LAST
+    """Learning rate at the end, over the highest."""
+    decay: str = "linear"
+    """Form of the fall after a stable rate: linear or sqrt (WarmupStableDecayScheduler)."""
+    phases: tuple[Phase, ...] = (Phase(),)
 
     def scheduler(self) -> Any:
         if self.t_decay is None:
-            return LinearWithWarmupScheduler(WARMUP, alpha_f=LAST)
-        return WarmupStableDecayScheduler(WARMUP, self.t_decay, LAST)
+            return LinearWithWarmupScheduler(WARMUP, alpha_f=self.last)
+        return WarmupStableDecayScheduler(WARMUP, self.t_decay, self.last, self.decay)
+
+    def work(self) -> tuple[Any, ...]:
+        """What decides how long a step takes."""
+        return self.variant, self.masking, self.dropout, self.optimizer, self.phases
 
 
 RECIPES: dict[str, Recipe] = {
@@ -81,6 +99,31 @@ RECIPES: dict[str, Recipe] = {
     "hf_strong": Recipe("hf_strong", (0.15, 0.15)),
     "modernbert": Recipe("modernbert"),
 }
+
+
+class Course:
+    """The steps of a run: their phases and when they end, by the recipe's clock.
+
+    Args:
+        step_seconds: of each phase.
+        seconds: of the run.
+    """
+
+    def __init__(self, recipe: Recipe, step_seconds: Sequence[float], seconds: float):
+        counts = [max(1, round(p.share * seconds / each)) for p, each in zip(recipe.phases, step_seconds, strict=True)]
+        self.phases = [phase for phase, count in zip(recipe.phases, counts, strict=True) for _ in range(count)]
+        each = np.repeat(step_seconds, counts)
+        self.steps = len(each)
+        self.ends = np.concatenate([[0.0], np.cumsum(each)])
+        """Seconds at the start and at the end of each step, (steps + 1,)."""
+
+    def position(self, step: int) -> int:
+        """Share of the run that a step begins at, in steps of equal length. Without phases it is the step."""
+        return round(self.steps * self.ends[step] / self.ends[-1])
+
+    def nearest(self, share: float) -> int:
+        """The step that begins nearest to this share of the run."""
+        return int(np.abs(self.ends - share * self.ends[-1]).argmin())
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,7 @@ class Setup:
     """Training time of a run."""
     seeds: int
     learning_rates: tuple[float, ...]
+    """Where each search begins. While the best is the lowest or highest tried, it goes on beyond by twice."""
     documents: int | None = None
     """Most samples to train on, and to validate on. None: all."""
     device: str = "cpu"
@@ -111,36 +155,59 @@ class Text:
     """Documents as tokens, and batches of them.
 
     Args:
-        train, validation: documents.
-        pack: ``truncate`` takes their beginnings, ``chunk`` all of them (src/convert/unit.py).
+        train, validation: documents. Their tokens are kept in the folder.
+        evaluated: most validation samples that an evaluation takes, evenly spread.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, train: Texts, validation: Texts, setup: Setup, pack: str = "truncate"
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        train: Texts,
+        validation: Texts,
+        setup: Setup,
+        evaluated: int | None = None,
     ):
-        self.tokenizer, self.setup, self.pack = tokenizer, setup, pack
-        self.train = list(itertools.islice(self._samples(train), setup.documents))
-        self.validation = list(itertools.islice(self._samples(validation), setup.documents))
+        self.tokenizer, self.setup = tokenizer, setup
+        self.train, held_out = (
+            self._samples(folder / f"{name}-{setup.shape.length}.npz", texts)[: setup.documents]
+            for name, texts in (("train", train), ("validation", validation))
+        )
+        self.validation = held_out[:: max(1, len(held_out) // evaluated)] if evaluated else held_out
         masks, size = MaskingCollator(tokenizer, 0.15, seed=0), setup.batch
         self.evaluation = [masks(self.validation[i : i + size]) for i in range(0, len(self.validation), size)]
 
-    def _samples(self, texts: Texts) -> Iterator[Sample]:
-        tokens = Tokens("", self.tokenizer, self.setup.shape.length, self.pack)
-        for number, ids in enumerate(tokens.samples(iter(texts), Stats())):
-            yield {"input_ids": ids, "sample_id": number, "epoch": 0}
+    def _samples(self, path: Path, texts: Texts) -> list[Sample]:
+        """Consecutive samples of the documents."""
+        if not path.exists():
+            chunks = Tokens("", self.tokenizer, self.setup.shape.length, "chunk")
+            found = [*chunks.samples(iter(texts), Stats())]
+            part = path.with_suffix(f".{os.getpid()}.npz")
+            np.savez(part, ids=np.concatenate(found), ends=np.cumsum([len(ids) for ids in found]))
+            part.rename(path)
+        with np.load(path) as file:
+            ids, ends = file["ids"], file["ends"]
+        pieces = np.split(ids, ends[:-1])
+        return [{"input_ids": ids, "sample_id": number, "epoch": 0} for number, ids in enumerate(pieces)]
 
-    def batches(self, seed: int, steps: int, masking: tuple[float, float]) -> Iterator[Batch]:
-        """``steps`` training batches: each epoch has another order and other masks."""
+    def tokens(self) -> int:
+        """Of all training samples."""
+        return sum(len(sample["input_ids"]) for sample in self.train)
+
+    def batches(self, seed: int, course: Course, masking: tuple[float, float]) -> Iterator[Batch]:
+        """The training batches of a run: each epoch has another order and other masks."""
         order = np.random.default_rng(seed)
         masks = MaskingCollator(self.tokenizer, None, seed)
-        per_epoch = len(self.train) // self.setup.batch
-        for step in range(steps):
-            epoch, at = divmod(step, per_epoch)
-            if at == 0:
-                picked = order.permutation(len(self.train))
-            rows = picked[at * self.setup.batch : (at + 1) * self.setup.batch]
-            rate = masking[0] + (masking[1] - masking[0]) * step / steps
-            samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in rows]
+        epoch, at, picked = -1, len(self.train), np.empty(0, int)
+        for step, phase in enumerate(course.phases):
+            size = max(1, round(phase.batch * self.setup.batch))
+            if at + size > len(self.train):
+                epoch, at, picked = epoch + 1, 0, order.permutation(len(self.train))
+            samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in picked[at : at + size]]
+            at += size
+            if phase.length is not None:
+                samples = [piece for sample in samples for piece in cut(sample, phase.length)]
+            rate = masking[0] + (masking[1] - masking[0]) * course.position(step) / course.steps
             yield mask_batch(masks(samples), rate)
 
     def unigram_loss(self) -> float:
@@ -149,8 +216,17 @@ class Text:
 
     def fill(self) -> float:
         """Share of tokens in a padded training batch, the mean of 20."""
-        batches = list(self.batches(0, 20, (0.15, 0.15)))
+        batches = list(self.batches(0, Course(Recipe(), [1.0], 20), (0.15, 0.15)))
         return sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
+
+
+def cut(sample: Sample, length: int) -> Iterator[Sample]:
+    """Consecutive pieces of a sample, [CLS] and [SEP] around each, with ids of their own."""
+    ids, most = sample["input_ids"], 128
+    content = ids[1:-1]
+    for number, at in enumerate(range(0, len(content), length - 2)):
+        piece = np.concatenate([ids[:1], content[at : at + length - 2], ids[-1:]])
+        yield {**sample, "input_ids": piece, "sample_id": sample["sample_id"] * most + number}
 
 
 class Training:
@@ -160,14 +236,15 @@ class Training:
         rate: highest learning rate.
     """
 
-    def __init__(self, variant: Variant, recipe: Recipe, rate: float, steps: int):
+    def __init__(self, variant: Variant, recipe: Recipe, rate: float, course: Course):
         self.variant = variant
-        self.optimizer = recipe.optimizer(variant.model, rate, decay_matrices_only=recipe.decay_matrices_only)
-        scheduler, duration = recipe.scheduler(), Time(steps, "ba")
+        self.optimizer = OPTIMIZERS[recipe.optimizer](variant.model, rate, **recipe.options)
+        scheduler, duration = recipe.scheduler(), Time(course.steps, "ba")
 
         def factor(step: int) -> float:
             # Composer moves a schedule on before it counts the batch, so step t trains at the rate of t - 1.
-            return scheduler(SimpleNamespace(timestamp=Timestamp(batch=max(0, step - 1)), max_duration=duration))
+            at = course.position(max(0, min(step, course.steps) - 1))
+            return scheduler(SimpleNamespace(timestamp=Timestamp(batch=at), max_duration=duration))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
@@ -195,54 +272,80 @@ def make_variant(text: Text, recipe: Recipe) -> Variant:
     setup = text.setup
     shape = replace(setup.shape, vocabulary=padded_vocab_size(text.tokenizer), dropout=recipe.dropout)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
-    return (VARIANTS | ABLATIONS)[recipe.variant](shape, setup.device, dtype)
+    return VARIANTS[recipe.variant](shape, setup.device, dtype)
 
 
-def new_training(text: Text, recipe: Recipe, rate: float, seed: int, steps: int) -> Training:
+def new_training(text: Text, recipe: Recipe, rate: float, seed: int, course: Course) -> Training:
     """A training whose weights and dropout are drawn from ``seed``."""
     torch.manual_seed(seed)
-    return Training(make_variant(text, recipe), recipe, rate, steps)
+    return Training(make_variant(text, recipe), recipe, rate, course)
 
 
-def curve(training: Training, text: Text, recipe: Recipe, seed: int, steps: int, evaluations: int) -> list[dict]:
-    """Train; returns step, tokens, seconds in steps and validation loss, at the start and ``evaluations`` times."""
-    at = {round(steps * i / evaluations) for i in range(evaluations + 1)}
+def curve(training: Training, text: Text, recipe: Recipe, seed: int, course: Course, evaluations: int) -> list[dict]:
+    """Train; returns step, tokens, seconds in steps, seconds by the clock and validation loss, at the start and
+    ``evaluations`` times. A run whose loss is no number ends early."""
+    at = {course.nearest(i / evaluations) for i in range(evaluations + 1)}
     clock = timing.wall_clock(text.setup.device)
     points, tokens, seconds = [], 0, 0.0
-    batches = text.batches(seed, steps, recipe.masking)
-    for step in range(steps + 1):
+    batches = text.batches(seed, course, recipe.masking)
+    for step in range(course.steps + 1):
         if step in at:
-            loss = training.validation_loss(text.evaluation)
-            points.append({"step": step, "tokens": tokens, "seconds": seconds, "loss": loss})
-        if step < steps:
+            loss, by_clock = training.validation_loss(text.evaluation), float(course.ends[step])
+            points.append({"step": step, "tokens": tokens, "seconds": seconds, "clock": by_clock, "loss": loss})
+            if not math.isfinite(loss):
+                break
+        if step < course.steps:
             batch = next(batches)
             tokens += int(batch["attention_mask"].sum())
             seconds += clock(partial(training.step, batch))
     return points
 
 
-def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: int) -> dict[str, float]:
-    """Seconds per step of each recipe: those of ours times the median ratio to ours, on the same batches, interleaved.
+def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each recipe, by phase: those of ours times the median ratio to ours, interleaved.
 
-    They are kept in ``path``; recipes that come later are timed with ours and scaled to its first seconds. Each
-    variant is also checked, at its own size.
+    They are kept in ``path``; recipes that come later are timed with ours and scaled to its first seconds. Recipes that
+    do the same work are timed once. Each variant is also checked, at its own size.
     """
-    known: dict[str, float] = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    new = [name for name in recipes if name not in known]
-    if not new:
+    with locked(path, wait=True):
+        known: dict[str, list[float]] = json.loads(path.read_text())["seconds"] if path.exists() else {}
+        work = {recipes[name].work(): name for name in reversed(recipes) if name in known or name == "ours"}
+        alike = {name: work.setdefault(recipe.work(), name) for name, recipe in recipes.items()}
+        new = [name for name in recipes if name not in known]
+        if not new:
+            return known
+        runs = {}
+        for name in dict.fromkeys(["ours", *(alike[name] for name in new if alike[name] not in known)]):
+            recipe = recipes[name]
+            for number, phase in enumerate(recipe.phases):
+                course = Course(replace(recipe, phases=(replace(phase, share=1.0),)), [1.0], rounds + 2)
+                training = new_training(text, recipe, 1e-3, 0, course)
+                batches, variant = [*text.batches(0, course, recipe.masking)], training.variant  # masking is not timed
+                make = VARIANTS[recipe.variant]
+                check(make, variant.shape, variant.device, variant.dtype, batches[0])
+                runs[name, number] = partial(next, map(training.step, batches))
+        seconds = timing.interleaved(runs, rounds, timing.wall_clock(text.setup.device), warmup=2)
+        ours = seconds["ours", 0]
+        unit = known.get("ours", [statistics.median(ours)])[0]
+        timed: dict[str, list[float]] = {}
+        for (name, _), each in seconds.items():
+            timed.setdefault(name, []).append(unit * timing.ratios(ours, each)[0])
+        known |= {name: known.get(alike[name]) or timed[alike[name]] for name in new}
+        report.write_json(path, {"seconds": known, "rounds": rounds, "machine": report.machine(text.setup.device)})
         return known
-    runs = {}
-    for name in dict.fromkeys(["ours", *new]):
-        recipe = recipes[name]
-        training = new_training(text, recipe, 1e-3, 0, 1000)
-        batches, variant = [*text.batches(0, rounds + 2, recipe.masking)], training.variant  # masking is not timed
-        check((VARIANTS | ABLATIONS)[recipe.variant], variant.shape, variant.device, variant.dtype, batches[0])
-        runs[name] = partial(next, map(training.step, batches))
-    seconds = timing.interleaved(runs, rounds, timing.wall_clock(text.setup.device), warmup=2)
-    unit = known.get("ours", statistics.median(seconds["ours"]))
-    known |= {name: unit * timing.ratios(seconds["ours"], seconds[name])[0] for name in new}
-    report.write_json(path, {"seconds": known, "rounds": rounds, "machine": report.machine(text.setup.device)})
-    return known
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a lock on PATH.lock, so that several commands can share a folder; False: another command has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 class Deadline:
@@ -258,19 +361,18 @@ class Deadline:
 
 
 class Plan:
-    """The runs of a folder. A finished run is kept as a file and is not repeated.
+    """The runs of a folder. A finished run is kept as a file and is not repeated; commands that share the folder do
+    different runs.
 
     Args:
         recipes: by name; ``ours`` among them.
-        searched: names whose learning rate is searched; the others take that of ours.
 
     Raises:
         SystemExit: the folder's runs have other settings.
     """
 
-    def __init__(self, folder: Path, setup: Setup, recipes: Mapping[str, Recipe], searched: Iterable[str]):
+    def __init__(self, folder: Path, setup: Setup, recipes: Mapping[str, Recipe]):
         self.folder, self.setup, self.recipes = folder, setup, recipes
-        self.searched = [name for name in searched if name in recipes]
         record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(setup)))
         if record.exists() and json.loads(record.read_text()) != asked:
             sys.exit(f"{folder} holds runs with other settings ({record}); give the same settings or another --folder")
@@ -282,9 +384,20 @@ class Plan:
         return self.folder / "curves" / file
 
     def losses(self, name: str) -> dict[float, float]:
-        """Final losses of the finished runs of a search, by learning rate."""
-        paths = {rate: self.path(name, 0, rate) for rate in self.setup.learning_rates}
-        return {rate: final(json.loads(path.read_text())) for rate, path in paths.items() if path.exists()}
+        """Final losses of the finished runs of a search, by learning rate; inf: it diverged."""
+        found = (json.loads(path.read_text()) for path in (self.folder / "curves").glob(f"tuning-{name}-lr*.json"))
+        each = {run["rate"]: final(run) for run in found}
+        return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in sorted(each.items())}
+
+    def to_search(self, name: str) -> list[float]:
+        """Learning rates that are still to be tried; none: the best has worse ones on both sides."""
+        losses = self.losses(name)
+        if new := [rate for rate in self.setup.learning_rates if rate not in losses]:
+            return new
+        best = min(losses, key=losses.__getitem__)
+        if not math.isfinite(losses[best]):
+            return [min(losses) / 2]
+        return [best / 2] if best == min(losses) else [best * 2] if best == max(losses) else []
 
     def curves(self, name: str) -> list[dict[str, Any]]:
         """Finished runs."""
@@ -292,11 +405,11 @@ class Plan:
         return [json.loads(path.read_text()) for path in paths if path.exists()]
 
     def left(self) -> list[tuple[str, int, float | None]]:
-        """Runs to do: searches first, then seed by seed, so that all variants progress alike."""
-        runs: list[tuple[str, int, float | None]] = [
-            (name, 0, rate) for name in self.searched for rate in self.setup.learning_rates
-        ]
-        runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1) for name in self.recipes]
+        """Runs to do: recipe by recipe, its search first. A search may go on beyond them."""
+        runs: list[tuple[str, int, float | None]] = []
+        for name in self.recipes:
+            runs += [(name, 0, rate) for rate in self.to_search(name)]
+            runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1)]
         return [run for run in runs if not self.path(*run).exists()]
 
     def say_left(self) -> None:
@@ -316,28 +429,48 @@ class Plan:
         Raises:
             SystemExit: the next run would not end before the deadline.
         """
-        setup = self.setup
         seconds = time_steps(self.folder / "steps.json", text, self.recipes, rounds)
-        for name, seed, searching in self.left():
-            minutes = setup.minutes * (TUNING if searching else 1)
-            deadline.need(OVERHEAD * minutes)
-            losses, recipe = self.losses(name if name in self.searched else "ours"), self.recipes[name]
-            rate = searching or min(losses, key=losses.__getitem__)
-            steps = max(8, setup.evaluations, round(60 * minutes / seconds[name]))
-            training = new_training(text, recipe, rate, seed, steps)
-            points = curve(training, text, recipe, seed, steps, 1 if searching else setup.evaluations)
-            found = {"arm": name, "rate": rate, "seed": seed, "steps": steps, "step_seconds": seconds[name]}
-            found |= {"samples": len(text.train), "machine": report.machine(setup.device), "points": points}
-            found["parameters"] = sum(p.numel() for p in training.variant.model.parameters())
-            if not searching:
-                keep(name, seed, training.variant)
-            report.write_json(self.path(name, seed, searching), found)
-            print(
-                f"{name} seed {seed}, learning rate {rate:g}: {steps} steps, {points[-1]['tokens']:,} tokens, "
-                f"validation loss {final(found):.4f}, {points[-1]['seconds'] / 60:.1f} min in steps, "
-                f"{steps * seconds[name] / 60:.1f} by its clock"
-            )
-            self.say_left()
+        while left := self.left():
+            for name, seed, rate in left:
+                deadline.need(OVERHEAD * self.setup.minutes * (TUNING if rate else 1))
+                if rate is None and self.to_search(name):
+                    continue  # another command searches
+                with locked(self.path(name, seed, rate), wait=False) as mine:
+                    if mine and not self.path(name, seed, rate).exists():
+                        self.do(text, name, seed, rate, seconds[name], keep)
+                        break
+            else:
+                time.sleep(1)
+
+    def do(
+        self,
+        text: Text,
+        name: str,
+        seed: int,
+        searched: float | None,
+        seconds: list[float],
+        keep: Callable[[str, int, Variant], None],
+    ) -> None:
+        """One run."""
+        setup, recipe, losses = self.setup, self.recipes[name], self.losses(name)
+        minutes = setup.minutes * (TUNING if searched else 1)
+        rate = searched or min(losses, key=losses.__getitem__)
+        course = Course(recipe, seconds, max(60 * minutes, max(8, setup.evaluations) * max(seconds)))
+        training = new_training(text, recipe, rate, seed, course)
+        points = curve(training, text, recipe, seed, course, 1 if searched else setup.evaluations)
+        found = {"arm": name, "rate": rate, "seed": seed, "steps": course.steps, "step_seconds": seconds}
+        found |= {"samples": len(text.train), "passes": points[-1]["tokens"] / text.tokens()}
+        found |= {"parameters": sum(p.numel() for p in training.variant.model.parameters())}
+        found |= {"machine": report.machine(setup.device), "points": points}
+        if not searched:
+            keep(name, seed, training.variant)
+        report.write_json(self.path(name, seed, searched), found)
+        print(
+            f"{name} seed {seed}, learning rate {rate:g}: {course.steps} steps, {points[-1]['tokens']:,} tokens, "
+            f"validation loss {final(found):.4f}, {points[-1]['seconds'] / 60:.1f} min in steps, "
+            f"{points[-1]['clock'] / 60:.1f} by its clock"
+        )
+        self.say_left()
 
 
 def final(found: dict[str, Any]) -> float:
@@ -345,19 +478,19 @@ def final(found: dict[str, Any]) -> float:
     return found["points"][-1]["loss"]
 
 
-def table_of_runs(setup: Setup, curves: dict[str, list[dict[str, Any]]]) -> str:
-    """Learning rate, size, speed and final loss of each variant."""
-    rates, rows = setup.learning_rates, []
+def table_of_runs(setup: Setup, curves: dict[str, list[dict[str, Any]]], recipes: Mapping[str, Recipe]) -> str:
+    """Learning rate, size, speed and final loss of each recipe."""
+    rows = []
     for name, runs in curves.items():
-        losses, first = [final(run) for run in runs], runs[0]
-        row = {"name": name, "masked": RECIPES[name].masking[0], "mean": statistics.mean(losses)}
-        row |= {"low": min(losses), "high": max(losses)}
-        row["edge"] = " (edge of the grid)" if len(rates) > 2 and first["rate"] in (min(rates), max(rates)) else ""
-        row["epochs"] = first["steps"] * setup.batch / first["samples"]
+        losses, first, masked = [final(run) for run in runs], runs[0], recipes[name].masking
+        row = {"name": name, "masked": " to ".join(f"{rate:.0%}" for rate in dict.fromkeys(masked))}
+        row |= {"mean": statistics.mean(losses), "low": min(losses), "high": max(losses)}
+        row["ms"] = " / ".join(f"{1e3 * each:.0f}" for each in first["step_seconds"])
+        row["passes"] = statistics.mean(run["passes"] for run in runs)
         rows.append(first | row)
     return report.table(
-        "variant | masked | learning rate | M parameters | ms per step | steps | epochs | validation loss at 15%",
-        "{name} | {masked:.0%} | {rate:g}{edge} | {parameters:M.2f} | {step_seconds:m.1f} | {steps:,} | {epochs:.2f} "
+        "recipe | masked | learning rate | M parameters | ms per step | steps | passes | validation loss at 15%",
+        "{name} | {masked} | {rate:g} | {parameters:M.2f} | {ms} | {steps:,} | {passes:.2f} "
         "| {mean:.4f} ({low:.4f} to {high:.4f})",
         rows,
     )
@@ -370,10 +503,9 @@ def bootstrap(draw: Callable[[np.random.Generator], float], draws: int = 2000) -
     return {"low": float(values[round(0.025 * (draws - 1))]), "high": float(values[round(0.975 * (draws - 1))])}
 
 
-def options(description: str | None, minutes: float, folder: str) -> argparse.ArgumentParser:
+def options(description: str | None, folder: str) -> argparse.ArgumentParser:
     """The options that all benchmarks of learning have, with their defaults."""
     parser = report.parser(description)
-    parser.add_argument("--minutes", type=float, default=minutes, help="training time of a run")
     parser.add_argument("--hours", type=float, default=math.inf, help="start nothing that would not end in this time")
     parser.add_argument("--rounds", type=int, default=40, help="steps that each variant is timed for")
     report.add_device(parser)
@@ -383,11 +515,13 @@ def options(description: str | None, minutes: float, folder: str) -> argparse.Ar
     return parser
 
 
-def publish(args: argparse.Namespace, argv: list[str], name: str, title: str, page: list[str], record: dict) -> None:
+def publish(
+    args: argparse.Namespace, argv: list[str], module: str, name: str, title: str, page: list[str], record: dict
+) -> None:
     """Write NAME-DEVICE.json and .md to the folder of the report, and print the page's paragraphs."""
-    about, command = report.machine(args.device), f"python -m benchmarks.learning.{name} {' '.join(argv)}"
+    about, command = report.machine(args.device), f"python -m benchmarks.learning.{module} {' '.join(argv)}"
     made = f"{report.described(about)}. `{command}`"
     record = record | {"machine": about, "command": command}
     path = args.out / f"{name}-{args.device}.json"
-    report.write_page(path, title, f"benchmarks.learning.{name}", [made, *page], record)
+    report.write_page(path, title, f"benchmarks.learning.{module}", [made, *page], record)
     print("\n\n".join(page))

@@ -1,36 +1,37 @@
-"""Time to a given quality: MosaicBERT and its baselines, each trained from scratch on the same real text.
+"""Time to a given quality: MosaicBERT, changes of its recipe, and its baselines, trained from scratch on the same text.
 
-    python -m benchmarks.learning.time_to_loss [--minutes 5] [--hours 3] [--arms …] [--ablate] [--beyond] [--out FOLDER]
-    python -m benchmarks.learning.time_to_loss --toy      # seconds: only that all of it runs
+    python -m benchmarks.learning.time_to_loss changes [--hours 3] [--only …] [--out FOLDER]
+    python -m benchmarks.learning.time_to_loss models [--hours 3] [--only …] [--out FOLDER]
+    python -m benchmarks.learning.time_to_loss changes --toy      # seconds: only that all of it runs
 
-Text: 10,033 lead paragraphs of Wikipedia, their first 128 tokens, by a tokenizer of 2,560 word pieces trained on them;
-one document in twenty is held out, as in the quickstart. All are evaluated on half of these, masked at 15% by one seed.
-Size: 6 layers of 128; with so few word pieces the head has the share of the work that it has at base. Variants
-(benchmarks/variants.py) and their masking rates:
+``changes``: ours (mosaic_bert.yaml) with one change of its recipe, or without one of its parts; one pass over the text.
+``models``: ours, what won together (mosaic_bert_fast.yaml) and the baselines; three passes and more.
 
-    ours 30%    hf_bert 15%    hf_strong 15% (masked-token head, grouped by length)    modernbert 30% (equal parameters)
+Text (``reviews_and_leads``): film reviews of IMDb and lead paragraphs of Wikipedia, 9 million tokens of a tokenizer of
+4,096 word pieces trained on them, cut into samples of at most 128. One document in ten is held out; 400 samples of them
+are evaluated on, masked at 15% by one seed. Batches of 32 samples. Recipes share what they do not change
+(benchmarks/learning/pretraining.py), and train for the same time.
 
-All share the rest (benchmarks/learning/pretraining.py), with batches of 8 documents, and train for ``--minutes``. The
-learning rate of each is the best of LEARNING_RATES by validation loss after a quarter of the time. Then each trains
-with 3 seeds (of weights, order, masks, dropout). --ablate takes ours apart (benchmarks/learning/ablations.py, and 15%
-masking), --beyond changes its recipe (BEYOND): one change at a time, and what won together, at the learning rate of
-ours. For no_alibi and no_glu it is searched again.
+The learning rate of each recipe is searched with equal effort: runs of a quarter of the time, at LEARNING_RATES and
+then beyond them until the best has a worse one on both sides. Then it trains with 3 seeds (of weights, order, masks,
+dropout). Time is counted by the recipe's clock: seconds per step measured before, interleaved with ours.
 
-A finished run is kept in ``--folder`` and not repeated, so the hours can be split. The report uses what is finished:
-the time to reach given losses, on curves smoothed over three evaluations, averaged over seeds, and interpolated; a
-picture; and the last line
+A finished run is kept in ``--folder`` and not repeated, so the hours can be split, also among commands that run at the
+same time. The report uses what is finished: the time to reach given losses, on curves smoothed over three evaluations,
+averaged over seeds, and interpolated; a picture; and the last line
 
-    time_to_loss ratio=… ratio_low=… ratio_high=… ratio_strong=…
+    changes NAME=… …            time of a change to the lowest loss that it and ours reach, over that of ours
+    models hf_bert=… hf_bert_low=… hf_bert_high=… fast=… …      time of fast to a model's final loss over its whole time
 
-the time that ours needs to reach hf_bert's final loss over hf_bert's whole time (95% interval by a bootstrap over
-seeds), and the same for hf_strong. inf: not reached.
+with 95% intervals by a bootstrap over seeds. inf: not reached.
 """
 
 import argparse
 import dataclasses
 import math
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,53 +41,67 @@ import numpy as np
 from benchmarks import report
 from benchmarks.learning import pretraining
 from benchmarks.learning.ablations import ABLATIONS
-from benchmarks.learning.pretraining import RECIPES, Deadline, Plan, Recipe, Setup, Text
-from benchmarks.texts import make_tokenizer
+from benchmarks.learning.pretraining import RECIPES, Deadline, Phase, Plan, Recipe, Setup, Text, locked
+from benchmarks.texts import film_reviews, make_tokenizer, part_of, wikipedia_topics
 from benchmarks.variants import Shape
-from scripts import quickstart
-from src.convert.sources import TextSource, iter_documents
 from src.data.tokenizer import load_tokenizer
 
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-BASELINES = ("hf_bert", "hf_strong", "modernbert")
-ABLATED: dict[str, Recipe] = {name: Recipe(name) for name in ABLATIONS} | {"mask_15": Recipe(masking=(0.15, 0.15))}
-BEYOND: dict[str, Recipe] = {
+SHORT_FIRST = (Phase(0.25, 32), Phase(0.25, 64), Phase(0.5))
+BATCH_WARMUP = (Phase(0.1, batch=0.25), Phase(0.2, batch=0.5), Phase(0.7))
+CHANGED: dict[str, Recipe] = {
+    "muon": Recipe(optimizer="muon"),
+    "soap": Recipe(optimizer="soap"),
     "dropout_0": Recipe(dropout=0.0),
-    "masking_falls": Recipe(masking=(0.3, 0.15)),
-    "no_decay_groups": Recipe(decay_matrices_only=True),
-    "warmup_stable_decay": Recipe(t_decay="0.3dur"),
-    "nadamw": Recipe(optimizer=pretraining.nadamw),
-    "fast": Recipe(dropout=0.0, t_decay="0.3dur"),
+    "stable_to_0": Recipe(t_decay="0.3dur", last=0.0),
+    "stable_sqrt": Recipe(t_decay="0.3dur", last=0.0, decay="sqrt"),
+    "short_first": Recipe(phases=SHORT_FIRST),
+    "batch_warmup": Recipe(phases=BATCH_WARMUP),
+    "masking_20": Recipe(masking=(0.2, 0.2)),
+    "masking_40": Recipe(masking=(0.4, 0.4)),
+    "masking_falls": Recipe(masking=(0.4, 0.15)),
+    "embeddings_3x": Recipe(optimizer="adamw_embeddings"),
+    "decay_matrices": Recipe(options={"decay_matrices_only": True}),
+    "scaled_init": Recipe("scaled_init"),
+    "z_loss": Recipe("z_loss"),
 }
-"""The last is what won of these, together: yamls/mosaic_bert_fast.yaml."""
-ALL = RECIPES | ABLATED | BEYOND
-SEARCHED = (*RECIPES, "no_alibi", "no_glu")
-"""Names whose learning rate is searched."""
-CHANGES = {"Taken away": ABLATED, "Changed": BEYOND}
+"""One change of ours each."""
+ABLATED = {name: Recipe(name) for name in ABLATIONS} | {"masking_15": Recipe(masking=(0.15, 0.15))}
+"""Ours without one of its parts."""
+FAST = Recipe(dropout=0.0, optimizer="muon", t_decay="0.3dur", last=0.0)
+"""What won together: mosaic_bert_fast.yaml."""
+MODELS = {"ours": RECIPES["ours"], "fast": FAST, **RECIPES}
 
-SETTINGS = Setup(
-    batch=8,
-    vocabulary=2560,  # as many as 6 x 128 is of 12 x 768, of base's 30,528
-    shape=Shape(6, 128, 8, 512, 0, length=128),
-    minutes=5,
-    seeds=3,
-    learning_rates=LEARNING_RATES,
-    evaluations=15,
-)
-TOY = Setup(8, 1000, Shape(2, 32, 2, 64, 0, length=32), 0.01, 2, (1e-3, 4e-3), documents=64, evaluations=3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+CHANGES_SETUP = Setup(32, 4096, Shape(4, 64, 4, 192, 0, length=128), 4, 3, LEARNING_RATES, evaluations=12)
+MODELS_SETUP = Setup(32, 4096, Shape(4, 96, 6, 256, 0, length=128), 21, 3, LEARNING_RATES, evaluations=14)
+SETTINGS: dict[str, tuple[Setup, dict[str, Recipe]]] = {
+    "changes": (CHANGES_SETUP, {"ours": RECIPES["ours"]} | CHANGED | ABLATED),
+    "models": (MODELS_SETUP, MODELS),
+}
+TOY = Setup(8, 1000, Shape(2, 32, 2, 64, 0, length=32), 0.004, 2, (1e-3, 4e-3), documents=64, evaluations=3)
+EVALUATED = 400
+"""Samples of an evaluation."""
 Curves = list[dict[str, Any]]
 """The runs of a recipe, one for each seed."""
 
 
-def wikipedia(folder: Path, settings: Setup) -> Text:
-    """The quickstart's documents, and a tokenizer trained on them; both are kept in the folder."""
-    if not (folder / "text").exists():
-        quickstart.write_text(folder / "partial", None)
-        (folder / "partial" / "text").rename(folder / "text")
-    paths = (str(folder / f"text/c4-{split}.00000-of-00001.json.gz") for split in ("train", "validation"))
-    train, validation = ([document["text"] for document in iter_documents(TextSource((path,)))] for path in paths)
-    tokenizer = load_tokenizer(make_tokenizer(folder, train, settings.vocabulary))
-    return Text(tokenizer, train, validation[::2], setup=settings)  # half: it is evaluated often
+def reviews_and_leads(folder: Path, setup: Setup) -> Text:
+    """IMDb's reviews and Wikipedia's leads, and a tokenizer trained on them; both are kept in the folder.
+
+    Held out: leads whose ``part_of`` is validation or test (quality.py's tasks use them), and reviews of validation.
+    """
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for row in wikipedia_topics():
+        parts[part_of(row.text)].append(row.text)
+    for row in film_reviews("imdb"):
+        parts["validation" if part_of(row.text) == "validation" else "train"].append(row.text)
+    for texts in parts.values():
+        random.Random(17).shuffle(texts)
+    if setup.documents is not None:
+        parts = {name: texts[: setup.documents] for name, texts in parts.items()}
+    with locked(folder / "text", wait=True):
+        tokenizer = load_tokenizer(make_tokenizer(folder, parts["train"], setup.vocabulary))
+        return Text(folder, tokenizer, parts["train"], parts["validation"], setup, EVALUATED)
 
 
 def mean_curve(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +114,8 @@ def mean_curve(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
 
 def positions(curves: Curves, axis: str) -> np.ndarray:
     """Time (seconds by the recipe's clock) or tokens of the evaluations: mean over the seeds of a recipe."""
-    field = {"time": "step", "tokens": "tokens"}[axis]
-    x = np.mean([[point[field] for point in curve["points"]] for curve in curves], axis=0)
-    return x * curves[0]["step_seconds"] if axis == "time" else x
+    field = {"time": "clock", "tokens": "tokens"}[axis]
+    return np.mean([[point[field] for point in curve["points"]] for curve in curves], axis=0)
 
 
 def time_to(curves: Curves, loss: float) -> float:
@@ -186,7 +200,7 @@ def draw(path: Path, curves: dict[str, Curves]) -> None:
 def effect(ours: Curves, runs: Curves) -> dict[str, float]:
     """The effect of a change of ours."""
     return {
-        **{name: runs[0][name] for name in ("rate", "step_seconds")},
+        "rate": runs[0]["rate"],
         "final": float(mean_curve(runs)[1][-1]),
         "loss": common_loss(ours, runs),
         "worth": worth(ours, runs),
@@ -194,76 +208,87 @@ def effect(ours: Curves, runs: Curves) -> dict[str, float]:
     }
 
 
+def searches(plan: Plan, names: Iterable[str]) -> str:
+    """Losses by learning rate."""
+    losses = {name: plan.losses(name) for name in names}
+    rates = sorted({rate for each in losses.values() for rate in each})
+    titles = " | ".join(["recipe", *(f"{rate:g}" for rate in rates)])
+    row = " | ".join(["{name}", *(f"{{at{i}}}" for i in range(len(rates)))])
+    cells = [
+        {f"at{i}": f"{each[rate]:.4f}" for i, rate in enumerate(rates) if rate in each} for each in losses.values()
+    ]
+    return report.table(titles, row, [{"name": name, **cell} for name, cell in zip(losses, cells, strict=True)])
+
+
 def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text: Text) -> str:
     """Write JSON, Markdown and picture of what is finished; returns the last line."""
-    setup = plan.setup
-    curves = {name: runs for name in ALL if len(runs := plan.curves(name)) == setup.seeds}
-    main = {name: runs for name, runs in curves.items() if name in RECIPES}
-    searched = {name: plan.losses(name) for name in SEARCHED if name in curves}
+    setup, name = plan.setup, args.setting
+    curves = {name: runs for name in plan.recipes if len(runs := plan.curves(name)) == setup.seeds}
     lines = [
-        f"{setup.minutes:g} minutes of training per run, {setup.seeds} seeds; {len(text.train):,} documents to train "
-        f"on, {len(text.validation):,} to validate on; {text.fill():.0%} of a padded batch are tokens. Unigram "
-        f"baseline: {text.unigram_loss():.3f}.",
+        f"{setup.minutes:g} minutes of training per run, {setup.seeds} seeds; {text.tokens() / 1e6:.2f} million tokens "
+        f"to train on, {len(text.validation)} samples to validate on; {text.fill():.0%} of a padded batch are tokens. "
+        f"{setup.shape.layers} layers of {setup.shape.hidden}, {setup.shape.heads} heads, gated width "
+        f"{setup.shape.width}. Unigram baseline: {text.unigram_loss():.3f}.",
+        pretraining.table_of_runs(setup, curves, plan.recipes),
+        "Validation loss by learning rate, after a quarter of the time:",
+        searches(plan, curves),
     ]
-    if main:
-        lines += [
-            pretraining.table_of_runs(setup, main),
-            "Validation loss by learning rate, after a quarter of the time:",
-        ]
-        names, row = " | ".join(["variant", *(f"{rate:g}" for rate in setup.learning_rates)]), "{name}"
-        row += "".join(f" | {{losses[{i}]:.4f}}" for i in range(len(setup.learning_rates)))
-        rows = [{"name": name, "losses": [*losses.values()]} for name, losses in searched.items()]
-        lines += [report.table(names, row, rows)]
+    found: dict[str, dict[str, float]] = {}
+    if name == "changes" and "ours" in curves:
+        found = {each: effect(curves["ours"], runs) for each, runs in curves.items() if each != "ours"}
+        titles = "change | learning rate | final loss | common loss | time to it / ours (95%, seeds)"
+        row = "{name} | {rate:g} | {final:.4f} | {loss:.4f} | {worth:.2f} ({low:.2f} to {high:.2f})"
+        for title, group in (("Changed", CHANGED), ("Taken away", ABLATED)):
+            rows = [{"name": each, **change} for each, change in found.items() if each in group]
+            lines += [f"{title}, one at a time:", report.table(titles, row, rows)] if rows else []
+    if name == "models":
         lines += ["Minutes to a validation loss, mean curve (range over seeds):"]
-        rows = [{"loss": loss} | {name: minutes_to(runs, loss) for name, runs in main.items()} for loss in levels(main)]
-        row = " | ".join(["{loss:.3f}", *(f"{{{name}}}" for name in main)])
-        lines += [report.table(" | ".join(["loss", *main]), row, rows)]
-        lines += [f"![loss](time_to_loss-{setup.device}.png)"]
-        draw(args.out / f"time_to_loss-{setup.device}.png", main)
-    ratios, changes = {}, {}
-    if "ours" in main:
-        for name in (name for name in BASELINES if name in main):
-            ratios[name] = {"ratio": ratio(main["ours"], main[name]), **interval(ratio, main["ours"], main[name])}
-        lines += ["Time of ours to the final loss of a baseline over the baseline's whole time:"]
-        titles = "baseline | ratio | 95% interval (bootstrap over seeds)"
-        rows = [{"name": name, **each} for name, each in ratios.items()]
-        lines += [report.table(titles, "{name} | {ratio:.3f} | {low:.3f} to {high:.3f}", rows)]
-        changes = {name: effect(main["ours"], runs) for name, runs in curves.items() if name not in RECIPES}
-    titles = "change | learning rate | ms per step | final loss | common loss | time to it / ours (95%, seeds)"
-    row = "{name} | {rate:g} | {step_seconds:m.1f} | {final:.4f} | {loss:.4f} | {worth:.2f} ({low:.2f} to {high:.2f})"
-    for title, group in CHANGES.items():
-        rows = [{"name": name, **change} for name, change in changes.items() if name in group]
-        lines += [f"{title}, one at a time:", report.table(titles, row, rows)] if rows else []
-    record = {"settings": dataclasses.asdict(setup), "ratios": ratios, "changes": changes}
-    record |= {"searched": searched, "curves": curves}
-    pretraining.publish(args, argv, "time_to_loss", "Time to a given quality", lines, record)
-    fields = []
-    if "hf_bert" in ratios:
-        fields.append("ratio={ratio:.3f} ratio_low={low:.3f} ratio_high={high:.3f}".format(**ratios["hf_bert"]))
-    fields += [f"ratio_{n.removeprefix('hf_')}={ratios[n]['ratio']:.3f}" for n in BASELINES[1:] if n in ratios]
+        rows = [
+            {"loss": loss} | {each: minutes_to(runs, loss) for each, runs in curves.items()} for loss in levels(curves)
+        ]
+        row = " | ".join(["{loss:.3f}", *(f"{{{each}}}" for each in curves)])
+        lines += [report.table(" | ".join(["loss", *curves]), row, rows)] if curves else []
+        if "fast" in curves:
+            fast = curves["fast"]
+            found = {
+                each: {"worth": ratio(fast, runs), **interval(ratio, fast, runs, paired=each == "ours")}
+                for each, runs in curves.items()
+                if each != "fast"
+            }
+            lines += ["Time of fast to the final loss of another over the other's whole time:"]
+            titles = "other | ratio | 95% interval (bootstrap over seeds)"
+            rows = [{"name": each, **measured} for each, measured in found.items()]
+            lines += [report.table(titles, "{name} | {worth:.3f} | {low:.3f} to {high:.3f}", rows)]
+    if curves:
+        lines += [f"![loss](time_to_loss_{name}-{setup.device}.png)"]
+        draw(args.out / f"time_to_loss_{name}-{setup.device}.png", curves)
+    record = {"settings": dataclasses.asdict(setup), "found": found, "curves": curves}
+    record |= {"recipes": {each: dataclasses.asdict(plan.recipes[each]) for each in curves}}
+    record |= {"searched": {each: plan.losses(each) for each in curves}}
+    pretraining.publish(args, argv, "time_to_loss", f"time_to_loss_{name}", TITLES[name], lines, record)
+    fields = [f"{each}={measured['worth']:.3f}" for each, measured in found.items()]
     fields += [f"runs_left={len(plan.left())}"] if plan.left() else []
-    return f"time_to_loss {' '.join(fields)}"
+    return " ".join([name, *fields])
+
+
+TITLES = {"changes": "Changes of the recipe", "models": "Time to a given quality"}
 
 
 def main(argv: list[str]) -> None:
     """Run what is left, and report."""
-    parser = pretraining.options(__doc__, SETTINGS.minutes, "runs/time_to_loss")
-    parser.add_argument("--seeds", type=int, default=SETTINGS.seeds)
-    parser.add_argument("--arms", nargs="+", choices=BASELINES, default=BASELINES, help="baselines to compare with")
-    parser.add_argument("--ablate", action="store_true", help="also take ours apart")
-    parser.add_argument("--beyond", action="store_true", help="also change the recipe of ours")
-    parser.add_argument("--only", nargs="+", choices=[*ABLATED, *BEYOND], help="of --ablate and --beyond, these")
+    parser = pretraining.options(__doc__, "runs/learning")
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--only", nargs="+", choices=sorted({n for _, each in SETTINGS.values() for n in each}))
     args = parser.parse_args(argv)
-    settings = replace(SETTINGS, minutes=args.minutes, seeds=args.seeds, device=args.device)
+    settings, recipes = SETTINGS[args.setting]
     if args.toy:
-        settings, args.rounds = replace(TOY, device=args.device), 2
-
-    names = ["ours", *args.arms, *(ABLATED if args.ablate else ()), *(BEYOND if args.beyond else ())]
-    kept = [name for name in names if name in RECIPES or args.only is None or name in args.only]
-    plan = Plan(args.folder, settings, {name: recipe for name, recipe in ALL.items() if name in kept}, SEARCHED)
+        settings, args.rounds = TOY, 2
+    settings = replace(settings, device=args.device)
+    kept = {name: recipe for name, recipe in recipes.items() if name == "ours" or name in (args.only or recipes)}
+    text = reviews_and_leads(args.folder, settings)
+    plan = Plan(args.folder / args.setting, settings, kept)
     print(f"# {report.described(report.machine(args.device))}")
     plan.say_left()
-    text = wikipedia(args.folder, settings)
     try:
         plan.run(text, args.rounds, Deadline(args.hours))
     except SystemExit as stopped:

@@ -1,5 +1,6 @@
 """Optimizers and learning rate schedules, by name."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,16 +92,17 @@ def _resolved(text: str, state: State, ssr: float) -> Time[int]:
 
 
 class WarmupStableDecayScheduler(ComposerScheduler):
-    """Linear warmup, constant rate, then linear decay at the end (Hu et al., 2024, MiniCPM, arXiv 2404.06395).
+    """Linear warmup, constant rate, then a decay at the end (Hu et al., 2024, MiniCPM, arXiv 2404.06395).
 
     Args:
         t_warmup: length of the warmup, for example ``0.06dur`` or ``2000ba``.
         t_decay: length of the decay.
         alpha_f: final rate, as a share of the full one.
+        decay: ``linear``, or ``sqrt``: by 1 - sqrt of the decay's share (Hägele et al., 2024, arXiv 2405.18392).
     """
 
-    def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0):
-        self.t_warmup, self.t_decay, self.alpha_f = t_warmup, t_decay, alpha_f
+    def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0, decay: str = "linear"):
+        self.t_warmup, self.t_decay, self.alpha_f, self.decay = t_warmup, t_decay, alpha_f, decay
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         warmup, decay, end = (_resolved(time, state, ssr) for time in (self.t_warmup, self.t_decay, "1dur"))
@@ -116,7 +118,8 @@ class WarmupStableDecayScheduler(ComposerScheduler):
             return now / warmup.value
         if now <= end.value - decay.value or not decay.value:  # the last step may end after max_duration
             return 1.0
-        return 1.0 - (1.0 - self.alpha_f) * min(1.0, (now - (end.value - decay.value)) / decay.value)
+        share = min(1.0, (now - (end.value - decay.value)) / decay.value)
+        return 1.0 - (1.0 - self.alpha_f) * (math.sqrt(share) if self.decay == "sqrt" else share)
 
 
 def build_scheduler(component: Component, max_duration: str, steps_per_epoch: int) -> ComposerScheduler:
