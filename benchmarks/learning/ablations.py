@@ -18,6 +18,7 @@ Optimizers that the product does not have:
 soap              Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., 2024, arXiv 2409.11321), of
                   pytorch-optimizer; a new basis every 10 steps; not of the vocabulary's side
 adamw_embeddings  AdamW with a learning rate three times as high for the embeddings, which are also the decoder
+muon_half         Muon with half its learning rate for what AdamW updates: embeddings, biases, norms, head
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ from src.configuration_bert import MosaicBertConfig
 from src.masked_lm_loss import IGNORED, masked_lm_loss_in_place
 from src.torch_ops import dropout
 from src.train.optim import OPTIMIZERS as PRODUCT
-from src.train.optim import adamw
+from src.train.optim import adamw, muon
 
 
 class NoSlopes(AlibiSlopes):
@@ -165,6 +166,14 @@ def adamw_embeddings(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
+def muon_half(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """``muon`` with a lower learning rate of AdamW."""
+    optimizer = muon(model, lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr if group["parts"] else lr / 2
+    return optimizer
+
+
 ABLATIONS = {
     "no_alibi": LearnedPositions,
     "no_glu": WithPlainMLP,
@@ -173,4 +182,4 @@ ABLATIONS = {
     "no_masked_head": FullHead,
 }
 VARIANTS = MODELS | ABLATIONS | {"scaled_init": ScaledInit, "z_loss": ZLoss}
-OPTIMIZERS: dict[str, Any] = {**PRODUCT, "soap": soap, "adamw_embeddings": adamw_embeddings}
+OPTIMIZERS: dict[str, Any] = {**PRODUCT, "soap": soap, "adamw_embeddings": adamw_embeddings, "muon_half": muon_half}

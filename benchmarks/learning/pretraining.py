@@ -35,9 +35,11 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import report, timing
 from benchmarks.learning.ablations import OPTIMIZERS, VARIANTS
 from benchmarks.variants import Batch, Shape, Variant, check
+from src.common.files import replace_folder
 from src.convert.samples import Tokens
 from src.convert.stats import Stats
 from src.data.masking import MaskingCollator, Sample, mask_batch
+from src.data.tokenizer import save_tokenizer
 from src.data.unigram import unigram_loss
 from src.train.models import padded_vocab_size
 from src.train.optim import WarmupStableDecayScheduler
@@ -309,7 +311,7 @@ def time_steps(path: Path, text: Text, recipes: Mapping[str, Recipe], rounds: in
     """
     with locked(path, wait=True):
         known: dict[str, list[float]] = json.loads(path.read_text())["seconds"] if path.exists() else {}
-        work = {recipes[name].work(): name for name in reversed(recipes) if name in known or name == "ours"}
+        work = {recipes[name].work(): name for name in recipes if name in known or name == "ours"}
         alike = {name: work.setdefault(recipe.work(), name) for name, recipe in recipes.items()}
         new = [name for name in recipes if name not in known]
         if not new:
@@ -471,6 +473,20 @@ class Plan:
             f"{points[-1]['clock'] / 60:.1f} by its clock"
         )
         self.say_left()
+
+
+def model_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where a trained model is saved, with its tokenizer."""
+    return folder / "saved" / f"{name}-seed{seed}"
+
+
+def save_model(folder: Path, name: str, seed: int, variant: Variant, text: Text) -> None:
+    """Save a model as a Hugging Face folder."""
+    path = model_folder(folder, name, seed)
+    new = path.with_name(path.name + ".new")
+    variant.model.save_pretrained(new)
+    save_tokenizer(text.tokenizer, new)
+    replace_folder(new, path)
 
 
 def final(found: dict[str, Any]) -> float:

@@ -4,7 +4,8 @@
     python -m benchmarks.learning.time_to_loss models [--hours 3] [--only …] [--out FOLDER]
     python -m benchmarks.learning.time_to_loss changes --toy      # seconds: only that all of it runs
 
-``changes``: ours (mosaic_bert.yaml) with one change of its recipe, or without one of its parts; one pass over the text.
+``changes``: ours (mosaic_bert.yaml) with one change of its recipe, or without one of its parts; 0.6 of a pass over the
+text.
 ``models``: ours, what won together (mosaic_bert_fast.yaml) and the baselines; three passes and more.
 
 Text (``reviews_and_leads``): film reviews of IMDb and lead paragraphs of Wikipedia, 9 million tokens of a tokenizer of
@@ -43,7 +44,7 @@ from benchmarks.learning import pretraining
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.learning.pretraining import RECIPES, Deadline, Phase, Plan, Recipe, Setup, Text, locked
 from benchmarks.texts import film_reviews, make_tokenizer, part_of, wikipedia_topics
-from benchmarks.variants import Shape
+from benchmarks.variants import Shape, Variant
 from src.data.tokenizer import load_tokenizer
 
 SHORT_FIRST = (Phase(0.25, 32), Phase(0.25, 64), Phase(0.5))
@@ -65,17 +66,24 @@ CHANGED: dict[str, Recipe] = {
     "z_loss": Recipe("z_loss"),
 }
 """One change of ours each."""
+MUON_STABLE = Recipe(dropout=0.0, optimizer="muon", t_decay="0.3dur", last=0.0)
+TOGETHER: dict[str, Recipe] = {
+    "muon_together": MUON_STABLE,
+    "muon_half_together": replace(MUON_STABLE, optimizer="muon_half"),
+    "soap_together": replace(MUON_STABLE, optimizer="soap"),
+}
+"""Several changes at once: candidates of mosaic_bert_fast.yaml."""
 ABLATED = {name: Recipe(name) for name in ABLATIONS} | {"masking_15": Recipe(masking=(0.15, 0.15))}
 """Ours without one of its parts."""
-FAST = Recipe(dropout=0.0, optimizer="muon", t_decay="0.3dur", last=0.0)
+FAST = Recipe(dropout=0.0, t_decay="0.3dur")
 """What won together: mosaic_bert_fast.yaml."""
 MODELS = {"ours": RECIPES["ours"], "fast": FAST, **RECIPES}
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CHANGES_SETUP = Setup(32, 4096, Shape(4, 64, 4, 192, 0, length=128), 4, 3, LEARNING_RATES, evaluations=12)
-MODELS_SETUP = Setup(32, 4096, Shape(4, 96, 6, 256, 0, length=128), 21, 3, LEARNING_RATES, evaluations=14)
+MODELS_SETUP = replace(CHANGES_SETUP, minutes=22, evaluations=16)
 SETTINGS: dict[str, tuple[Setup, dict[str, Recipe]]] = {
-    "changes": (CHANGES_SETUP, {"ours": RECIPES["ours"]} | CHANGED | ABLATED),
+    "changes": (CHANGES_SETUP, {"ours": RECIPES["ours"]} | CHANGED | TOGETHER | ABLATED),
     "models": (MODELS_SETUP, MODELS),
 }
 TOY = Setup(8, 1000, Shape(2, 32, 2, 64, 0, length=32), 0.004, 2, (1e-3, 4e-3), documents=64, evaluations=3)
@@ -99,7 +107,8 @@ def reviews_and_leads(folder: Path, setup: Setup) -> Text:
         random.Random(17).shuffle(texts)
     if setup.documents is not None:
         parts = {name: texts[: setup.documents] for name, texts in parts.items()}
-    with locked(folder / "text", wait=True):
+    folder = folder / f"text-{setup.vocabulary}"
+    with locked(folder / "tokenizer", wait=True):
         tokenizer = load_tokenizer(make_tokenizer(folder, parts["train"], setup.vocabulary))
         return Text(folder, tokenizer, parts["train"], parts["validation"], setup, EVALUATED)
 
@@ -238,9 +247,13 @@ def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text:
         found = {each: effect(curves["ours"], runs) for each, runs in curves.items() if each != "ours"}
         titles = "change | learning rate | final loss | common loss | time to it / ours (95%, seeds)"
         row = "{name} | {rate:g} | {final:.4f} | {loss:.4f} | {worth:.2f} ({low:.2f} to {high:.2f})"
-        for title, group in (("Changed", CHANGED), ("Taken away", ABLATED)):
+        for title, group in (
+            ("Changed, one at a time", CHANGED),
+            ("Together", TOGETHER),
+            ("Taken away, one at a time", ABLATED),
+        ):
             rows = [{"name": each, **change} for each, change in found.items() if each in group]
-            lines += [f"{title}, one at a time:", report.table(titles, row, rows)] if rows else []
+            lines += [f"{title}:", report.table(titles, row, rows)] if rows else []
     if name == "models":
         lines += ["Minutes to a validation loss, mean curve (range over seeds):"]
         rows = [
@@ -284,13 +297,17 @@ def main(argv: list[str]) -> None:
     if args.toy:
         settings, args.rounds = TOY, 2
     settings = replace(settings, device=args.device)
-    kept = {name: recipe for name, recipe in recipes.items() if name == "ours" or name in (args.only or recipes)}
+    kept = {name: recipes[name] for name in dict.fromkeys(["ours", *(args.only or recipes)])}
     text = reviews_and_leads(args.folder, settings)
     plan = Plan(args.folder / args.setting, settings, kept)
     print(f"# {report.described(report.machine(args.device))}")
     plan.say_left()
+
+    def save(name: str, seed: int, variant: Variant) -> None:
+        pretraining.save_model(plan.folder, name, seed, variant, text)
+
     try:
-        plan.run(text, args.rounds, Deadline(args.hours))
+        plan.run(text, args.rounds, Deadline(args.hours), save if args.setting == "models" else lambda *_: None)
     except SystemExit as stopped:
         print(stopped)
     print(report_finished(args, argv, plan, text))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -15,7 +14,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks import publish
 from benchmarks.gpu import parts as gpu_parts
 from benchmarks.kernels import compare, tune
-from benchmarks.learning import time_to_loss
 from benchmarks.learning.ablations import ABLATIONS
 from benchmarks.report import in_new_process
 from benchmarks.speed import forms, roofline, scaling, step
@@ -210,91 +208,6 @@ def test_memory_of_a_step_is_at_least_that_of_its_tensors():
     peak = in_new_process(step.peak_bytes_cpu, "hf_bert", shape, 512, "1.0", 512, 0.3)
     least = 4 * (4 * parameters("hf_bert", shape) + 512 * shape.vocabulary)
     assert least < peak < 2 * least
-
-
-def curve(losses, step_seconds=1.0, rate=1e-3):
-    points = [{"step": 10 * i, "tokens": 1000 * i, "loss": loss} for i, loss in enumerate(losses)]
-    return {"points": points, "step_seconds": step_seconds, "steps": points[-1]["step"], "rate": rate}
-
-
-def test_time_to_a_loss_is_interpolated_on_the_smoothed_mean():
-    line = [curve([9.0, 8.0, 7.0, 6.0, 5.0], 2.0)]  # smoothing leaves a line as it is
-    assert time_to_loss.time_to(line, 6.5) == pytest.approx(2.0 * 25)
-    assert time_to_loss.time_to(line, 9.5) == 0.0 and time_to_loss.time_to(line, 4.9) == np.inf
-    two = [curve([9.0, 8.0, 7.0, 6.0, 5.0]), curve([11.0, 10.0, 9.0, 8.0, 7.0])]
-    assert time_to_loss.time_to(two, 8.0) == pytest.approx(20)
-    bumpy = [curve([9.0, 6.0, 9.0, 6.0, 5.0])]
-    assert time_to_loss.mean_curve(bumpy)[1].tolist() == pytest.approx([9.0, 8.0, 7.0, 20 / 3, 5.0])
-
-
-def test_ratio_interval_and_worth():
-    """Ours falls twice as fast for a step and needs half the time for one."""
-    baseline = [curve([10.0, 9.0 + d, 8.0 + d, 7.0 + d, 6.0 + d], 2.0) for d in (-0.2, 0.0, 0.2)]
-    ours = [curve([10.0, 8.0, 6.0, 4.0, 2.0])] * 3
-    assert time_to_loss.ratio(ours, baseline) == pytest.approx(0.25)
-    low, high = time_to_loss.interval(time_to_loss.ratio, ours, baseline).values()
-    assert 0.22 < low < 0.25 < high < 0.28
-    certain = time_to_loss.interval(time_to_loss.ratio, ours, baseline[1:2] * 3)
-    assert certain == pytest.approx({"low": 0.25, "high": 0.25})
-    assert time_to_loss.common_loss(ours, baseline) == pytest.approx(6.0)
-    assert time_to_loss.worth(ours, baseline) == pytest.approx(4.0)
-    assert time_to_loss.worth(ours, [curve([10.0, 8.0, 6.0, 4.0, 2.0], 1.5)]) == pytest.approx(1.5)
-    low, high = time_to_loss.interval(time_to_loss.worth, ours, baseline).values()
-    assert 3.5 < low < 4.0 < high < 4.5
-    apart, together = (time_to_loss.interval(time_to_loss.worth, baseline, baseline, pair) for pair in (False, True))
-    assert apart["low"] < 1.0 < apart["high"] and together == {"low": 1.0, "high": 1.0}
-
-
-@pytest.mark.slow  # a quarter of a minute of training
-def test_time_to_loss_resumes_and_ends_with_its_line(tmp_path, tokenizer_folder, capsys):
-    """It repeats no finished run, refuses other settings, and compares changes with ours."""
-    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    argv = ["--toy", "--arms", "hf_bert", "hf_strong", "--folder", str(tmp_path), "--out", str(tmp_path / "report")]
-
-    def run(*options):
-        time_to_loss.main([*argv, *options])
-        return capsys.readouterr().out.splitlines()
-
-    assert run("--hours", "0")[-1] == "time_to_loss runs_left=12"
-    number = rf"({NUMBER}|inf)"
-    line = f"time_to_loss ratio={number} ratio_low={number} ratio_high={number} ratio_strong={number}"
-    assert re.fullmatch(line, run()[-1])
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "curves").iterdir()}
-    assert len(written) == 12
-    printed = run("--ablate", "--only", "no_glu", "mask_15")
-    assert re.fullmatch(line, printed[-1]) and any(text.startswith("| no_glu |") for text in printed)
-    assert len(list((tmp_path / "curves").iterdir())) == 18  # two of them search for the learning rate of no_glu
-    assert all(path.stat().st_mtime_ns == then for path, then in written.items())
-    steps = {json.loads(path.read_text())["steps"] for path in written if "tuning" not in path.name}
-    assert min(steps) >= time_to_loss.TOY.evaluations
-    report = json.loads((tmp_path / "report" / "time_to_loss-cpu.json").read_text())
-    assert set(report["curves"]) == {"ours", "hf_bert", "hf_strong", "no_glu", "mask_15"}
-    assert set(report["changes"]) == {"no_glu", "mask_15"}
-    assert set(report["searched"]) == {"ours", "hf_bert", "hf_strong", "no_glu"}
-    assert (tmp_path / "report" / "time_to_loss-cpu.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="holds runs with other settings"):
-        time_to_loss.main([*argv[1:]])
-
-
-def test_recipes_share_validation_tokens_and_order(tmp_path, tokenizer_folder):
-    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    text = time_to_loss.wikipedia(tmp_path, time_to_loss.TOY)
-    first = [batch["input_ids"] for batch in text.evaluation]
-    assert all(torch.equal(a, b) for a, b in zip(first, [b["input_ids"] for b in text.evaluation], strict=True))
-    masked = sum(int((batch["labels"] >= 0).sum()) for batch in text.evaluation)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in text.evaluation)
-    assert masked / tokens == pytest.approx(0.15, abs=0.03)
-
-    def documents(masking):
-        batches = text.batches(3, 20, masking)  # more than two epochs
-        return [torch.where(b["labels"] >= 0, b["labels"], b["input_ids"]) for b in batches]
-
-    for a, b in zip(documents((0.15, 0.15)), documents((0.3, 0.1)), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    epoch = torch.cat([b[:, 1:3] for b in documents((0.3, 0.3))[:8]])
-    assert len(epoch) == len(text.train)
-    validation = {sample["input_ids"].tobytes() for sample in text.validation}
-    assert not validation & {sample["input_ids"].tobytes() for sample in text.train}
 
 
 def test_scaling_ends_with_its_line(tmp_path, capsys):

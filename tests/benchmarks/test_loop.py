@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.learning import time_to_loss
-from benchmarks.learning.pretraining import Training
+from benchmarks.learning.pretraining import Course, Training
 from benchmarks.variants import MosaicBert, Shape
 from src import data_c4
 from src.data.masking import MaskingCollator
@@ -42,9 +42,9 @@ def composer_losses(overrides, recipe, microbatch, tmp_path):
 
 def loop_losses(token_shards, tokenizer, recipe, weights):
     """The same of the loop, on the same shards."""
-    recipe = dataclasses.replace(time_to_loss.ALL[recipe], dropout=0.0)
+    recipe = dataclasses.replace(time_to_loss.MODELS[recipe], dropout=0.0)
     shape = dataclasses.replace(SHAPE, vocabulary=len(weights["bert.embeddings.word_embeddings.weight"]))
-    training = Training(MosaicBert(shape), recipe, RATE, STEPS)
+    training = Training(MosaicBert(shape), recipe, RATE, Course(recipe, [1.0], STEPS))
     training.variant.model.load_state_dict(weights)
     order = {"shuffle": True, "shuffle_seed": 17, "batch_size": 16, "num_canonical_nodes": 1}
     dataset = data_c4.StreamingC4(tokenizer, 32, token_shards, split="train", **order)
