@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import random
+import tarfile
 from collections.abc import Iterable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -41,6 +42,23 @@ def film_reviews(source: str) -> Iterator[Labelled]:
         for row in csv.DictReader(file):
             if row["source"] == source and row["text"].strip():
                 yield Labelled(row["text"].replace("<br />", "\n"), row["label"])
+
+
+def rated_sentences(sdist: Path) -> Iterator[Labelled]:
+    """Tweets and sentences of the New York Times and of Amazon's reviews; the label is the mean rating, from -4 to 4.
+
+    Args:
+        sdist: vaderSentiment-3.3.2.tar.gz, which holds an archive of them (Hutto and Gilbert, 2014, ICWSM).
+    """
+    with tarfile.open(sdist) as outer:
+        (name,) = (name for name in outer.getnames() if name.endswith("/hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=outer.extractfile(name)) as inner:
+            for kind in ("tweets", "nytEditorialSnippets", "amazonReviewSnippets"):
+                file = inner.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
+                assert file is not None
+                for line in file.read().decode("cp1252").splitlines():
+                    _, rating, text = line.split("\t", 2)
+                    yield Labelled(text.strip(), rating)
 
 
 def documents() -> list[str]:

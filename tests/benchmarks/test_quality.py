@@ -2,60 +2,123 @@
 
 import json
 import re
+import shutil
+import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import publish, texts
-from benchmarks.learning import pretraining, quality
+from benchmarks.learning import pretraining, quality, time_to_loss
 from src.data.tokenizer import load_tokenizer
 from src.masked_lm_loss import IGNORED
 
 NUMBER = r"-?\d+\.\d+"
 
 
+RATED = "1\t2.5\tGreat, simply great {i}.\n2\t-1.25\tIt broke\ton the way {i}.\n"
+
+
 @pytest.fixture(scope="module")
-def rows():
-    return {task: quality.labelled(task) for task in quality.TASKS}
+def vader(tmp_path_factory):
+    """A file in the form of vaderSentiment's sdist."""
+    folder = tmp_path_factory.mktemp("vader")
+    inner, outer = folder / "hutto_ICWSM_2014.tar.gz", folder / "vaderSentiment-3.3.2.tar.gz"
+    with tarfile.open(inner, "w:gz") as archive:
+        for kind in ("tweets", "nytEditorialSnippets", "amazonReviewSnippets", "movieReviewSnippets"):
+            path = folder / "rows.txt"
+            path.write_bytes("".join(RATED.format(i=f"{kind} caf\xe9 {i}") for i in range(60)).encode("cp1252"))
+            archive.add(path, f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
+    with tarfile.open(outer, "w:gz") as archive:
+        archive.add(inner, f"vaderSentiment-3.3.2/additional_resources/{inner.name}")
+    return outer
 
 
-def test_no_evaluated_row_is_trained_on(rows):
-    parts = {part: {*quality.unlabelled(part)} for part in ("train", "validation", "test")}
-    assert not parts["train"] & (parts["validation"] | parts["test"]) and not parts["validation"] & parts["test"]
-    topics = {row.text for row in rows["topics"]}
-    assert topics <= set.union(*parts.values())
-    assert not {row.text for row in rows["sentences"]} & set.union(*parts.values())
-    shares = [sum(texts.part_of(text) == part for text in topics) / len(topics) for part in parts]
-    assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
+@pytest.fixture(scope="module")
+def rows(vader):
+    return {task: quality.labelled(task, vader) for task in quality.TASKS}
 
 
-def test_tasks_have_their_rows_and_labels(rows, tmp_path):
+def test_no_evaluated_row_is_trained_on(rows, tokenizer_folder, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(time_to_loss, "Text", lambda _, __, train, held_out, *___: given.update(t=train, v=held_out))
+    shutil.copytree(tokenizer_folder, tmp_path / "text-1000" / "tokenizer")
+    time_to_loss.reviews_and_leads(tmp_path, replace(time_to_loss.TOY, documents=None))
+    trained, held_out = set(given["t"]), set(given["v"])
+    assert len(trained) > 25_000 and len(held_out) > 3_000 and not trained & held_out
+    for row in [*rows["topics"], *rows["sentences"], *rows["ratings"]]:
+        assert row.text not in trained or texts.part_of(row.text) == "train"
+    assert not {row.text for row in rows["sentences"]} & trained
+    shares = [
+        sum(texts.part_of(row.text) == part for row in rows["topics"]) for part in ("train", "validation", "test")
+    ]
+    assert np.array(shares) / sum(shares) == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
+
+
+def test_tasks_have_their_rows_and_labels(rows, tmp_path, vader):
     assert len({row.label for row in rows["topics"]}) == 11 and len(rows["topics"]) > 9000
     assert {row.label for row in rows["sentences"]} == {"0", "1"} and len(rows["sentences"]) == 8530
-    quality.write_tasks(tmp_path, quality.TOY)
+    assert {row.label for row in rows["ratings"]} == {"2.5", "-1.25"} and len(rows["ratings"]) == 360
+    assert any(row.text == "It broke\ton the way tweets café 3." for row in rows["ratings"])
+    quality.write_tasks(tmp_path, quality.TOY, vader)
     lines = {path.stem: path.read_text().splitlines() for path in tmp_path.iterdir()}
-    assert set(lines) == {f"{task}-{part}" for task in quality.TASKS for part in ("train", "validation", "test")}
-    assert all(line[0] == "text,label" for line in lines.values())
+    assert set(lines) == {f"{task}-{part}" for task in quality.TASKS for part in ("16", "48", "validation", "test")}
+    for task in quality.TASKS:
+        few, more = lines[f"{task}-16"], lines[f"{task}-48"]
+        assert few[0] == "text,label" and more[: len(few)] == few
+    assert quality.read_labels(tmp_path, "ratings").dtype == float
+
+
+def test_scores_weigh_rows():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.normal(size=50), rng.normal(size=(2, 3, 50))
+    counts = rng.integers(0, 3, 50)
+    got = quality.scores(predicted, labels, counts / counts.sum())
+    for p, f in np.ndindex(2, 3):
+        repeated = np.repeat(predicted[p, f], counts), np.repeat(labels, counts)
+        assert got[p, f] == pytest.approx(np.corrcoef(*repeated)[0, 1])
+    classes = rng.integers(0, 3, 50).astype(str)
+    got = quality.scores(classes[None, None], classes, counts / counts.sum())
+    assert got == pytest.approx(1.0)
 
 
 def test_interval_draws_rows_and_seeds():
     """Of a model that is right wherever the other one is, and in a tenth of the rest."""
     rng = np.random.default_rng(1)
+    labels = np.full(1000, "1")
     b = rng.random((3, 5, 1000)) < 0.5
     a = b | (rng.random(b.shape) < 0.1)
-    low, high = quality.interval(a, b).values()
-    assert 0 < low < (a.mean() - b.mean()) < high < 0.1
-    assert quality.interval(b, b) == {"low": 0.0, "high": 0.0}
-    by_seed = np.zeros((3, 5, 1000), bool)
-    by_seed[0] = True  # all of the difference comes from one pretraining seed
-    low, high = quality.interval(by_seed, np.zeros_like(by_seed)).values()
-    assert (low, high) == pytest.approx((0.0, 1.0))
+    mean, low, high = quality.compared(a.astype(int).astype(str), b.astype(int).astype(str), labels).values()
+    assert 0 < low < mean < high < 0.1 and mean == pytest.approx(a.mean() - b.mean())
+    same = quality.compared(b.astype(int).astype(str), b.astype(int).astype(str), labels)
+    assert same == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    by_seed = np.full((3, 5, 1000), "0")
+    by_seed[0] = "1"  # all of the difference comes from one pretraining seed
+    mean, low, high = quality.compared(by_seed, np.full_like(by_seed, "0"), labels).values()
+    assert (mean, low, high) == pytest.approx((1 / 3, 0.0, 1.0))
+    assert quality.compared(by_seed, None, labels)["mean"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("tried", "best"),
+    [
+        ({1: 0.5, 2: 0.6, 4: 0.7}, 4),
+        ({1: 0.7, 2: 0.7, 4: 0.7}, 2),  # a model that learns nothing
+        ({1: 0.7, 2: 0.6}, 1),
+    ],
+)
+def test_of_equal_learning_rates_one_between_others_is_chosen(tried, best):
+    assert quality.best_of(tried) == best
 
 
 @pytest.fixture(scope="module")
-def text(tokenizer_folder):
-    return pretraining.Text(load_tokenizer(str(tokenizer_folder)), ["a text"], ["another one"], quality.TOY)
+def text(tokenizer_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    return pretraining.Text(
+        folder, load_tokenizer(str(tokenizer_folder)), ["a text"], ["another one"], time_to_loss.TOY
+    )
 
 
 def test_same_tokens_are_masked_at_every_length(text):
@@ -88,24 +151,25 @@ def test_loss_at_a_length_is_that_of_the_model(text):
     assert long == pytest.approx(want, rel=1e-5) and abs(short - long) > 1e-3 * long
 
 
-@pytest.mark.slow  # a minute: 36 fine-tunings
-def test_quality_resumes_and_ends_with_its_line(tmp_path, capsys, monkeypatch):
-    argv = ["--toy", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]
+@pytest.mark.slow  # a minute: 150 short fine-tunings
+def test_quality_resumes_and_ends_with_its_line(tmp_path, capsys, monkeypatch, vader):
+    shutil.copy(vader, tmp_path)
+    argv = ["--toy", "--folder", str(tmp_path), "--out", str(tmp_path / "report")]
+    with pytest.raises(SystemExit, match="first run python -m benchmarks.learning.time_to_loss models --only fast hf_"):
+        quality.main(argv)
+    time_to_loss.main(["models", "--only", "fast", "hf_bert", *argv])
     with pytest.raises(SystemExit, match="the hours are spent"):
         quality.main([*argv, "--hours", "0"])
     quality.main(argv)
-    fields = " ".join(
-        f"{task}_vs_{baseline}{end}={NUMBER}"
-        for task in quality.TASKS
-        for baseline in ("hf", "untrained")
-        for end in ("", "_low", "_high")
-    )
-    losses = " ".join(f"{name}={NUMBER}" for name in ("loss_1x", "loss_2x", "loss_4x", "loss_8x", "hf_loss_1x"))
-    assert re.fullmatch(f"quality {fields} {losses}", capsys.readouterr().out.splitlines()[-1])
+    fields = [f"{task}_vs_{name}={NUMBER}" for task in quality.TASKS for name in ("hf_bert", "untrained")]
+    line = f"quality {' '.join(fields)} neighbours={NUMBER} loss_8x={NUMBER}"
+    assert re.fullmatch(line, capsys.readouterr().out.splitlines()[-1])
     report = json.loads((tmp_path / "report" / "quality-cpu.json").read_text())
-    assert np.array(report["tasks"]["topics"]["arms"]["ours"]["test"]).shape == (2, 2)
-    assert list(report["extrapolation"]["losses"]["ours"]) == ["32", "62", "122", "242"]
+    assert len(report["measured"]) == 3 * 2 * 3 and {len(row["tried"]) for row in report["measured"]} >= {3}
+    assert set(report["neighbours"]["shares"]) == {"word pieces", "fast", "hf_bert", "untrained"}
+    assert list(report["extrapolation"]["losses"]["fast"]) == ["32", "62", "122", "242"]
     assert report["extrapolation"]["reviews"] > 0 and set(report["extrapolation"]["differences"]) == {"2x", "4x", "8x"}
+    assert (tmp_path / "report" / "quality-cpu.png").stat().st_size > 10_000
 
     def again(*args, **options):
         raise AssertionError("finished work is repeated")
@@ -113,8 +177,6 @@ def test_quality_resumes_and_ends_with_its_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "finetune_once", again)
     monkeypatch.setattr(pretraining, "curve", again)
     quality.main(argv)
-    with pytest.raises(SystemExit, match="holds runs with other settings"):
-        quality.main(argv[1:])
 
 
 def test_pages_match_the_results(monkeypatch, tmp_path):
