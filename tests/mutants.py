@@ -477,6 +477,27 @@ MUTANTS = [
         "train/test_builders.py::test_decoupled_adamw_is_composers",
     ),
     Mutant(
+        "muon-parts",
+        OPTIM,
+        "return PARTS.get(modules[-1], 1)",
+        "return 1",
+        "train/test_muon.py::test_step_is_the_papers train/test_muon.py::test_groups",
+    ),
+    Mutant(
+        "muon-scale",
+        "src/train/muon.py",
+        "UPDATE_RMS * math.sqrt(max(rows // parts, columns))",
+        "UPDATE_RMS * math.sqrt(max(rows, columns))",
+        "train/test_muon.py::test_step_is_the_papers",
+    ),
+    Mutant(
+        "muon-without-nesterov",
+        "src/train/muon.py",
+        'return p.grad.lerp(state["momentum"], momentum)',
+        'return state["momentum"]',
+        "train/test_muon.py::test_step_is_the_papers",
+    ),
+    Mutant(
         "warmup",
         OPTIM,
         "return now / warmup.value",

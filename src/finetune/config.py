@@ -178,7 +178,7 @@ class FinetuneConfig:
     """Tasks by name: GLUE's (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb), and your own with ``data``. Runs start in
     this order as devices become free."""
     optimizer: Component
-    """``decoupled_adamw`` or ``adamw``, without ``lr``, which each task sets."""
+    """``decoupled_adamw``, ``adamw`` or ``muon``, without ``lr``, which each task sets."""
     scheduler: Component
     """As in pretraining; ``dur`` is a fraction of the run."""
     max_seq_len: int

@@ -2,6 +2,7 @@
 
 config        every key, its default, unit and meaning       schema       YAML -> dataclasses, all faults at once
 builders      config -> Trainer                              models, optim, data   its parts by name
+muon          the optimizer of that name
 callbacks     stop, check or change a run                    monitors     metrics and logs
 loggers       loggers by name, and their packages
 checkpoint    atomic checkpoints, fallback to the previous   resume       settings that may change

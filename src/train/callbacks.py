@@ -226,7 +226,7 @@ class MemoryProbe(Callback):
         batch = self.microbatch.to(device)
         state.model.train()
         try:
-            # Adam allocates its two moments in the first step.
+            # Adam allocates its two moments in the first step, Muon one and a batch of its updates.
             new = [p for p in parameters if p not in state.optimizers[0].state]
             moments = [torch.empty_like(p) for p in new * 2]
             for p in parameters if self.accumulates else ():

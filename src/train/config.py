@@ -138,7 +138,7 @@ class RunConfig:
     eval_loader: EvalLoaderConfig
     """The validation data."""
     optimizer: Component
-    """``decoupled_adamw`` or ``adamw``, with ``lr`` and other options."""
+    """``decoupled_adamw``, ``adamw`` or ``muon``, with ``lr`` and other options."""
     scheduler: Component
     """``linear_decay_with_warmup``, ``cosine_with_warmup``, ``constant_with_warmup`` or ``warmup_stable_decay``."""
     max_duration: str

@@ -67,15 +67,21 @@ def muon(
     groups: dict[tuple[int, float], list[Any]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            parts = PARTS.get(name.rsplit(".", 2)[-2], 1) if p.ndim == 2 and ".layer." in name else 0
+            parts = matrices_in(name, p)
             decay = weight_decay if p.ndim >= 2 or not decay_matrices_only else 0.0
             groups.setdefault((parts, decay), []).append(p)
     listed = [{"params": ps, "parts": parts, "weight_decay": decay} for (parts, decay), ps in groups.items()]
-    return Muon(listed, lr, momentum, tuple(betas), eps, weight_decay)
+    return Muon(listed, lr, momentum, tuple(betas), eps, weight_decay)  # pyright: ignore[reportArgumentType]
 
 
 PARTS = {"Wqkv": 3, "gated_layers": 2}
-"""Modules whose weight holds several matrices, one above another."""
+"""Modules of a layer whose weight holds several matrices, one above another."""
+
+
+def matrices_in(name: str, p: torch.nn.Parameter) -> int:
+    """How many matrices of an encoder's layer (``layer.0.``...) a parameter holds; 0 if it is none of them."""
+    modules = [module for module in name.split(".")[:-1] if module != "_orig_mod"]  # torch.compile's, around a module
+    return PARTS.get(modules[-1], 1) if p.ndim == 2 and "layer" in modules[:-1] else 0
 
 
 def _resolved(text: str, state: State, ssr: float) -> Time[int]:

@@ -381,7 +381,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
         ("weight_decay initializer_range min_delta warmup skip_batches", "0 or more", lambda x: x >= 0),
         (
-            "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout smoothing",
+            "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout smoothing momentum",
             "a number from 0 to less than 1",
             lambda x: 0 <= x < 1,
         ),

@@ -144,10 +144,11 @@ def memory(
     """GiB per device in the worst case: all sequences of a microbatch have max_seq_len tokens (T = B * S), or as many
     tokens as ``device_train_microbatch_tokens``; and what fits on the ``CARDS``.
 
-    Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Activations are
-    measured on one and two sequences and extrapolated; for ``amp_*`` without a GPU, those that the kernels save are
-    counted. With gradient checkpointing the backward also holds a layer, recomputed. Workspaces and fragmentation are
-    not included: a tenth of a card is left to them.
+    Counts weights, gradients and Adam's two moments in fp32; with FSDP, a device's share of them. Muon has one moment,
+    but its step holds a batch of updates: it counts as Adam. Activations are measured on one and two sequences and
+    extrapolated; for ``amp_*`` without a GPU, those that the kernels save are counted. With gradient checkpointing the
+    backward also holds a layer, recomputed. Workspaces and fragmentation are not included: a tenth of a card is left to
+    them.
     """
     parallelism = builders.build_parallelism(config)
     sharded = 0 if parallelism is None else 16 if parallelism["fsdp"].reshard_after_forward else 12  # of 16 bytes
@@ -182,7 +183,7 @@ def memory(
 
     first, further = first_and_further(kept)
     lines = {}
-    shown = f"{states / 2**30:.2f} GiB for weights, gradients and Adam"
+    shown = f"{states / 2**30:.2f} GiB for weights, gradients and moments"
     if size == "auto":
         lines["memory"] = f"{shown}; auto finds the microbatch on the GPU"
     else:

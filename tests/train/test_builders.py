@@ -75,6 +75,11 @@ def test_loggers_of_services_take_any_option():
             {"beta2": 0.9},
             "adamw: unexpected 'beta2'.*missing 'lr'; it takes lr, betas, eps, weight_decay, decay_matrices_only$",
         ),
+        (
+            "optimizer.muon",
+            {"nesterov": True},
+            "unexpected 'nesterov'.*missing 'lr'; it takes lr, momentum, betas, eps, w",
+        ),
         ("optimizer.decoupled_adamw", {"lr": 0.0}, "optimizer.decoupled_adamw.lr: expected a positive number, got 0"),
     ],
 )
@@ -241,7 +246,7 @@ def test_decoupled_adamw_is_composers():
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [optim.decoupled_adamw, optim.adamw])
+@pytest.mark.parametrize("make", [optim.decoupled_adamw, optim.adamw, optim.muon])
 def test_decay_of_matrices_only(make):
     model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     assert len(make(model, lr=1e-3).param_groups) == 1

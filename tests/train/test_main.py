@@ -210,7 +210,7 @@ def test_memory_of_states_that_fsdp_shards(fsdp, bytes_each, overrides, tokenize
     """Over 8 processes: weights, gradients and moments are sharded, or all but the weights."""
     monkeypatch.setattr(data.dist, "get_world_size", lambda: 8)
     text = described_memory([*overrides, f"parallelism_config={fsdp}"], tokenizer, parameters=2**30)
-    assert f": {bytes_each:.2f} GiB for weights, gradients and Adam" in text
+    assert f": {bytes_each:.2f} GiB for weights, gradients and moments" in text
 
 
 def test_eval_evaluates_a_checkpoint_and_trains_nothing(overrides, tmp_path, capsys):
