@@ -377,6 +377,7 @@ FSDP_OPTIONS = {
 """Options of Composer's FSDP that cannot be set, and what to do instead."""
 
 WITHOUT_FSDP = {
+    "optimizer.name": "muon needs whole matrices, and FSDP shards them; use adamw or decoupled_adamw",
     "algorithms.ema": "Composer's cannot average sharded weights",
     "algorithms.swa": "Composer's cannot average sharded weights",
     "algorithms.gradient_clipping.clipping_type": "adaptive compares norms of shards; use norm or value",
@@ -411,6 +412,8 @@ def build_parallelism(config: RunConfig) -> dict[str, Any] | None:
     clipping = config.algorithms.get("gradient_clipping")
     if clipping is not None and clipping.options.get("clipping_type") == "adaptive":
         used.add("algorithms.gradient_clipping.clipping_type")
+    if config.optimizer.name == "muon":
+        used.add("optimizer.name")
     if config.device_train_microbatch_size == "auto":
         used.add("device_train_microbatch_size")
     if config.device_train_microbatch_tokens is not None:

@@ -176,6 +176,10 @@ def test_fsdp_is_fsdp2_with_whole_checkpoints_and_fp32_weights():
         ("parallelism_config.fsdp.state_dict_type=sharded", "state_dict_type: checkpoints hold full weights"),
         ("parallelism_config.fsdp.cpu_offload=true", "cpu_offload: an option of FSDP1, or without effect"),
         ("algorithms.ema.half_life=1ba", "algorithms.ema: Composer's cannot average sharded weights"),
+        (
+            "optimizer={name: muon, lr: 1e-3}",
+            "optimizer.name: muon needs whole matrices, and FSDP shards them; use adamw",
+        ),
         ("callbacks.optimizer_monitor={}", "optimizer_monitor: Composer's logs norms of one process's shards"),
         ("device_train_microbatch_size=auto", "size: give a number. Composer supports auto for FSDP1"),
         ("device_train_microbatch_tokens=65536", "tokens: processes would run different numbers of microbatches"),
