@@ -498,6 +498,13 @@ MUTANTS = [
         "train/test_muon.py::test_step_is_the_papers",
     ),
     Mutant(
+        "state-of-another-optimizer",
+        CHECKPOINT,
+        "    if name not in states:",
+        "    if not states:",
+        "train/test_muon.py::test_state_of_adamw_is_refused",
+    ),
+    Mutant(
         "warmup",
         OPTIM,
         "return now / warmup.value",

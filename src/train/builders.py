@@ -102,16 +102,17 @@ def build_trainer(config: RunConfig) -> Trainer:
                 "tokenizer": words_before,
             },
         )
+        optimizer = build("optimizer", OPTIMIZERS, config.optimizer, model=model)
         end, *others = build_callbacks(config, tokenizer, model)
         assert isinstance(end, RunEnd)
         stop = StopOnSignal()
         interval = SaveInterval(config.save_interval, stop)
-        with checked_start(config, start, found is not None, model, check, end):
+        with checked_start(config, start, found is not None, model, optimizer, check, end):
             trainer = Trainer(
                 run_name=config.run_name,
                 seed=config.seed,
                 model=model,
-                optimizers=build("optimizer", OPTIMIZERS, config.optimizer, model=model),
+                optimizers=optimizer,
                 schedulers=build_scheduler(config.scheduler, config.max_duration, steps_per_epoch),
                 train_dataloader=train_data,
                 eval_dataloader=build_evaluators(config, tokenizer, train_data),
@@ -152,6 +153,7 @@ def checked_start(
     start: str | None,
     resumes: bool,
     model: MosaicBert | HFBert,
+    optimizer: torch.optim.Optimizer,
     check: ResumeCheck,
     end: RunEnd,
 ) -> contextlib.AbstractContextManager[None]:
@@ -166,14 +168,18 @@ def checked_start(
         Finished: the run had ended there.
     """
     where, to_resume = start or f"{config.save_folder}", resumes or not config.load_weights_only
+
+    def check_parts(state: dict[str, Any]) -> None:
+        checkpoint.check_fits(where, state["model"], model)
+        if to_resume:
+            checkpoint.check_optimizer(where, state["optimizers"], optimizer)
+
     if start is None or not is_local(start):  # Composer's to find
-        return checkpoint.checked_loading(
-            where, lambda state: checkpoint.check_fits(where, state["model"], model), to_resume
-        )
+        return checkpoint.checked_loading(where, check_parts, to_resume)
     state = checkpoint.read(start, to_resume)
-    if resumes:  # first: it names settings, check_fits only shapes
+    if resumes:  # first: it names settings, check_parts only shapes
         check.compare(state["callbacks"].get("ResumeCheck"), start)
-    checkpoint.check_fits(start, state["model"], model)
+    check_parts(state)
     if to_resume:
         timestamp = Timestamp()
         timestamp.load_state_dict(state["timestamp"]["Timestamp"])

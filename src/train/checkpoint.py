@@ -262,6 +262,22 @@ def check_fits(path: str, weights: Mapping[str, torch.Tensor], model: torch.nn.M
         )
 
 
+def check_optimizer(path: str, states: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise CheckpointError if the checkpoint at ``path`` has no state of an optimizer of this class.
+
+    Composer only warns, and trains without it.
+
+    Args:
+        states: the checkpoint's, by name of the class.
+    """
+    name = type(optimizer).__qualname__
+    if name not in states:
+        raise CheckpointError(
+            f"{path}: the checkpoint has the state of another optimizer: {', '.join(states)} there, {name} here. Set "
+            "optimizer.name back, or start a new run with load_weights_only: true"
+        )
+
+
 def _position(name: str) -> tuple[int, int] | None:
     """Step and epoch of a checkpoint, from its name."""
     match = PATTERN.fullmatch(name)

@@ -45,12 +45,14 @@ def validate(config: RunConfig) -> str:
     tokenizer = builders.build_tokenizer(config, None)
     model = models.build_model(config, tokenizer)
     checkpoint.check_store("load_path", config.load_path, writes=False)
+    optimizer = build("optimizer", OPTIMIZERS, config.optimizer, model=model)
     if config.load_path is None:
         weights.initialise(config, model, tokenizer)
     elif builders.is_local(config.load_path):
         state = checkpoint.read(config.load_path, to_resume=not config.load_weights_only)
         checkpoint.check_fits(config.load_path, state["model"], model)
-    build("optimizer", OPTIMIZERS, config.optimizer, model=model)
+        if not config.load_weights_only:
+            checkpoint.check_optimizer(config.load_path, state["optimizers"], optimizer)
     builders.build_all("algorithms", builders.ALGORITHMS, config.algorithms)
     builders.build_callbacks(config, tokenizer, model)
     builders.build_parallelism(config)

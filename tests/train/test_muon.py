@@ -9,12 +9,14 @@ import torch
 import transformers
 
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification
-from src.common.errors import ConfigError
+from src.common.errors import CheckpointError, ConfigError
 from src.configuration_bert import MosaicBertConfig
 from src.train import muon, optim
+from src.train.config import load
 from src.train.muon import COEFFICIENTS, Muon, orthogonalize
 from src.train.schema import Component, build
-from tests.runs import DROPOUT, UNSAVED, fit, logged, losses_of, trainer_of
+from src.train.validate import validate
+from tests.runs import DROPOUT, QUICKSTART, UNSAVED, fit, logged, losses_of, trainer_of
 
 SHAPE = {
     "vocab_size": 64,
@@ -266,7 +268,7 @@ def test_model_without_layers_for_checks_of_fine_tuning():
 
 
 def test_resume_is_bit_identical_and_keeps_its_optimizer(overrides):
-    """A new rate reaches all groups; another optimizer is refused."""
+    """A new rate reaches all groups; another optimizer is refused, also if it is allowed to change."""
     run = [*overrides, DROPOUT, "autoresume=true", "save_overwrite=false", "device_train_microbatch_size=8"]
     adamw = [*run, "optimizer={name: adamw, lr: 3e-3}"]
     run += [MUON]
@@ -274,6 +276,8 @@ def test_resume_is_bit_identical_and_keeps_its_optimizer(overrides):
     losses_of(run, kill_at=3)
     with pytest.raises(ConfigError, match="optimizer.name: 'muon' there, 'adamw' here"):
         trainer_of(adamw)
+    with pytest.raises(CheckpointError, match="state of another optimizer: Muon there, AdamW here. Set optimizer.name"):
+        trainer_of([*adamw, "resume.allow=[optimizer]"])
     trainer = trainer_of([*run, "optimizer.lr=1e-9", "resume.allow=[optimizer.lr]"])
     groups = trainer.state.optimizers[0].param_groups
     assert [group["parts"] for group in groups] == [0, 3, 1, 2] and len({group["lr"] for group in groups}) == 1
@@ -281,6 +285,13 @@ def test_resume_is_bit_identical_and_keeps_its_optimizer(overrides):
     trainer.close()
     resumed, same = losses_of(run)
     assert resumed == {step: whole[step] for step in (3, 4)} and torch.equal(same, weights)
+
+
+@pytest.mark.parametrize("check", [trainer_of, lambda options: validate(load(QUICKSTART, options))])
+def test_state_of_adamw_is_refused(check, overrides, trained):
+    start = [*overrides, MUON, *UNSAVED, f"load_path={trained}/latest-rank0.pt", "max_duration=6ba"]
+    with pytest.raises(CheckpointError, match="latest-rank0.pt: .*: AdamW there, Muon here. Set optimizer.name back"):
+        check([*start, "resume.allow=[optimizer,max_duration]"])
 
 
 def test_runs_with_algorithms_and_monitors(overrides, tmp_path):
