@@ -120,3 +120,17 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def newton_schulz_flops(optimizer: torch.optim.Optimizer) -> int:
+    """FLOPs of a step's matrix products, in each process; 0 of other optimizers.
+
+    An iteration on an (m, n) matrix, m <= n, has products of 2 m m n, 2 m m m and 2 m m n FLOPs.
+    """
+    flops = 0
+    for group in optimizer.param_groups:
+        parts = group.get("parts", 0)
+        for p in group["params"] if parts else ():
+            m, n = sorted((p.shape[0] // parts, p.shape[1]))
+            flops += parts * ITERATIONS * (4 * m * m * n + 2 * m**3)
+    return flops

@@ -1,6 +1,7 @@
 """Size, work and memory of a run, before it starts: `main.py --validate`."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from src.train.data import (
     microbatch_size,
     split_batch,
 )
+from src.train.muon import newton_schulz_flops
 from src.train.optim import OPTIMIZERS, build_scheduler
 from src.train.schema import build
 
@@ -72,18 +74,38 @@ def validate(config: RunConfig) -> str:
     steps = total_steps(config, epoch, dataset.epoch_size, per_sample)
     parameters = sum(p.numel() for p in model.parameters())
     warmup, decay = schedule_shares(scheduler, config, steps, epoch, dataset.epoch_size, per_sample)
+    flops = model.flops_per_batch(batch) / tokens
+    added = newton_schulz_flops(optimizer) / (flops * per_sample * sequences / dist.get_world_size())
     lines = {
         "parameters": f"{parameters:,}",
+        "optimizer": f"{config.optimizer.name}: {optimizer_groups(optimizer)}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
         **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
         "global batch": f"{sequences:,} samples, about {per_sample * sequences:,.0f} tokens, "
         f"over {dist.get_world_size()} devices",
         "steps": f"{steps:,}, {steps / epoch:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
-        "work": f"{model.flops_per_batch(batch) / tokens / 1e6:,.1f} MFLOP per token, forward and backward",
+        "work": f"{flops / 1e6:,.1f} MFLOP per token, forward and backward"
+        + (f"; Muon's products add {added:.1%}" if added else ""),
         **memory(config, model, parameters, tokenizer),
     }
     return "\n".join(f"{name + ':':16}{line}" for name, line in lines.items())
+
+
+def optimizer_groups(optimizer: torch.optim.Optimizer) -> str:
+    """Which parameters change by Muon and which by AdamW, and what share of a weight a step's decay takes."""
+    kinds = defaultdict(list)
+    for group in optimizer.param_groups:
+        kinds["Muon" if group.get("parts") else "AdamW", group["weight_decay"]].append(group)
+    parts = []
+    for (method, decay), groups in sorted(kinds.items(), key=lambda kind: kind[0][0] == "AdamW"):  # Muon first
+        count = sum(max(1, group.get("parts", 0)) * len(group["params"]) for group in groups)
+        every = [p for group in groups for p in group["params"]]
+        are_matrices = {p.ndim > 1 for p in every}
+        what = "tensors" if len(are_matrices) > 1 else "matrices" if True in are_matrices else "vectors"
+        shown = f"{count:,} {what} ({sum(p.numel() for p in every) / 1e6:,.1f} M)"
+        parts.append(f"{method} for {shown}, {f'decay {decay:g} * lr' if decay else 'no decay'}")
+    return "; ".join(parts)
 
 
 def sample_ids(dataset: StreamingC4) -> np.ndarray[Any, Any]:

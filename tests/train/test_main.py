@@ -153,6 +153,7 @@ def test_validate_describes_the_run(overrides, capsys, tmp_path):
     assert int(printed["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
     assert f"{TRAIN} samples of " in printed["training data"] and "16 samples" in printed["global batch"]
     assert f"{10 * -(-TRAIN // 16)}, 10.00 epochs" in printed["steps"]
+    assert printed["optimizer"].strip().startswith("adamw: AdamW for ")
     assert "10.0% warmup, 30.0% decay" in printed["schedule"]
     assert "MFLOP per token" in printed["work"] and f"16 x {MAX_SEQ_LEN} tokens" in printed["memory"]
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()

@@ -7,15 +7,16 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from src.bert_layers import BertForMaskedLM, BertForSequenceClassification
 from src.common.errors import CheckpointError, ConfigError
 from src.configuration_bert import MosaicBertConfig
-from src.train import muon, optim
+from src.train import models, muon, optim
 from src.train.config import load
-from src.train.muon import COEFFICIENTS, Muon, orthogonalize
+from src.train.muon import COEFFICIENTS, Muon, newton_schulz_flops, orthogonalize
 from src.train.schema import Component, build
-from src.train.validate import validate
+from src.train.validate import optimizer_groups, validate
 from tests.runs import DROPOUT, QUICKSTART, UNSAVED, fit, logged, losses_of, trainer_of
 
 SHAPE = {
@@ -262,6 +263,60 @@ def test_groups_of_wrapped_compiled_frozen_and_other_models():
 def test_model_without_layers_for_checks_of_fine_tuning():
     optimizer = build("optimizer", optim.OPTIMIZERS, Component("muon", {}), model=torch.nn.Linear(1, 1), lr=1.0)
     assert [(group["parts"], len(group["params"])) for group in optimizer.param_groups] == [(0, 2)]
+    assert newton_schulz_flops(optimizer) == 0
+
+
+# What is said of it
+
+
+def test_flops_of_the_products():
+    """Counted by torch, of a step of the model."""
+    model = small_model()
+    optimizer = optim.muon(model, lr=LR)
+    set_gradients(model, 0)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == newton_schulz_flops(optimizer) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (
+            optim.muon,
+            {},
+            "Muon for 14 matrices (0.1 M), decay 0.02 * lr; AdamW for 23 tensors (1.6 M), decay 0.02 * lr",
+        ),
+        (
+            optim.muon,
+            {"decay_matrices_only": True},
+            "Muon for 14 matrices (0.1 M), decay 0.02 * lr; AdamW for 3 matrices (1.6 M), decay 0.02 * lr; "
+            "AdamW for 20 vectors (0.1 M), no decay",
+        ),
+        (optim.decoupled_adamw, {"weight_decay": 1e-3}, "AdamW for 31 tensors (1.7 M), decay 0.333333 * lr"),
+        (
+            optim.adamw,
+            {"decay_matrices_only": True},
+            "AdamW for 11 matrices (1.7 M), decay 0.02 * lr; AdamW for 20 vectors (0.1 M), no decay",
+        ),
+    ],
+)
+def test_validate_says_what_changes_how(make, options, text):
+    """Of two layers with 7 matrices each; q, k and v, and gate and up, count apart."""
+    model = small_model(vocab_size=2**16, intermediate_size=640)
+    assert optimizer_groups(make(model, lr=LR, **options)) == text
+
+
+def test_validate_prints_it_with_the_cost(overrides, tokenizer):
+    run = load(QUICKSTART, [*overrides, MUON])
+    printed = dict(line.split(":", 1) for line in validate(run).splitlines())
+    assert printed["optimizer"].strip().startswith("muon: Muon for 14 matrices ")
+    work, added = printed["work"].split("; Muon's products add ")
+    per_token = float(work.split()[0]) * 1e6
+    tokens = float(printed["global batch"].split("about ")[1].split()[0])
+    products = newton_schulz_flops(optim.muon(models.build_model(run, tokenizer), lr=LR))
+    assert float(added.removesuffix("%")) / 100 == pytest.approx(products / (per_token * tokens), rel=0.1)
+    assert "Muon" not in validate(load(QUICKSTART, overrides))
 
 
 # Runs
