@@ -27,7 +27,7 @@ from src.common.environment import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- ([a-z ]+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DEVICES = ("cuda", "cpu")
-PAGES = ("step", "time_to_loss", "quality")
+PAGES = ("step", "time_to_loss", "time_to_loss_changes", "quality")
 """Files NAME-DEVICE.md that docs/results.md holds, in its order."""
 TEXTS = {
     "data-cpu.txt": "Loader, conversion, a large dataset's start",
@@ -57,12 +57,24 @@ TAKEN_AWAY = {
     "mask_15": "30% masking (15% instead)",
 }
 CHANGED = {
+    "ours": "`mosaic_bert.yaml`",
+    "muon": "Muon for the layers' matrices",
+    "soap": "SOAP",
     "dropout_0": "dropout 0 instead of 0.1",
-    "masking_falls": "masking that falls from 30% to 15%",
-    "no_decay_groups": "no weight decay on biases and norms",
-    "warmup_stable_decay": "learning rate stable for 70% of the run, then falling",
-    "nadamw": "AdamW with Nesterov momentum",
-    "fast": "dropout 0 and a stable learning rate: `mosaic_bert_fast.yaml`",
+    "stable_to_0": "rate stable for 70% of the run, then falling to 0",
+    "stable_sqrt": "the same, falling by 1 - sqrt",
+    "short_first": "32, then 64, then 128 tokens",
+    "batch_warmup": "a quarter, then half of the batch size first",
+    "masking_20": "20% masked instead of 30%",
+    "masking_40": "40% masked",
+    "masking_falls": "masking that falls from 40% to 15%",
+    "embeddings_3x": "three times the rate for embeddings",
+    "decay_matrices": "no weight decay on biases and norms",
+    "scaled_init": "smaller initial weights at the residual stream",
+    "z_loss": "z-loss of 1e-4",
+    "muon_together": "Muon, dropout 0, stable rate falling to 0",
+    "muon_half_together": "the same, half the rate for what AdamW updates",
+    "soap_together": "SOAP, dropout 0, stable rate falling to 0",
 }
 FORMS = {
     "txt": ("one document per line", "Python", "test_text_is_read_under_each_compression"),
@@ -130,13 +142,39 @@ def time_to_loss(found: dict[str, Any], path: str) -> list[str]:
     ]
 
 
-def changes(names: dict[str, str], title: str, found: dict[str, Any], path: str) -> list[str]:
-    """The effect of parts of the recipe, or of changes of it, on the time to the same loss."""
-    measured = [name for name in names if name in found["changes"]]
-    titles = f"{title} | final loss | time to the same loss / ours | 95% interval (seeds)"
+def taken_away(found: dict[str, Any], path: str) -> list[str]:
+    """The effect of parts of the recipe on the time to the same loss."""
+    measured = [name for name in TAKEN_AWAY if name in found["changes"]]
+    titles = "taken away | final loss | time to the same loss / ours | 95% interval (seeds)"
     row = "{name} | {final:.3f} | {worth:.2f} | {low:.2f} to {high:.2f}"
-    table = report.table(titles, row, [{"name": names[name], **found["changes"][name]} for name in measured])
+    table = report.table(titles, row, [{"name": TAKEN_AWAY[name], **found["changes"][name]} for name in measured])
     return [table, f"{commits(run for name in measured for run in found['curves'][name]).capitalize()}."]
+
+
+def changed(found: dict[str, Any], path: str) -> list[str]:
+    """The effect of changes of the recipe on the time to the same loss."""
+    curves, setup = found["curves"], found["settings"]
+    ours = statistics.fmean(curves["ours"][0]["step_seconds"])
+    rows = []
+    for name in (name for name in CHANGED if name in curves):
+        run, masking = curves[name][0], dict.fromkeys(found["recipes"][name]["masking"])
+        row = {"name": CHANGED[name], "masked": " to ".join(f"{rate:.0%}" for rate in masking), **run}
+        row |= {"final": statistics.fmean(run["points"][-1]["loss"] for run in curves[name])}
+        row |= {"step": statistics.fmean(run["step_seconds"]) / ours}
+        effect = found["found"].get(name)
+        row["time"] = "{worth:.2f} ({low:.2f} to {high:.2f})".format(**effect) if effect else "1"
+        rows.append(row)
+    passes = statistics.fmean(run["passes"] for run in curves["ours"])
+    titles = "recipe | masked | M parameters | learning rate | time per step / ours | final loss | "
+    row = "{name} | {masked} | {parameters:M.2f} | {rate:g} | {step:.2f} | {final:.3f} | {time}"
+    return [
+        f"Changes of the recipe: {setup['shape']['layers']} layers of {setup['shape']['hidden']}, trained from scratch "
+        f"on 9 million tokens of film reviews and Wikipedia leads for {setup['minutes']:g} minutes ({passes:.1f} "
+        f"passes), {setup['seeds']} seeds, the learning rate of each searched with equal effort, on "
+        f"{found['machine']['device']}, {commits(itertools.chain(*curves.values()))}; `python -m "
+        f"benchmarks.learning.time_to_loss changes` ([how]({path}.md)).",
+        report.table(f"{titles}time to the same loss / ours (95%, seeds)", row, rows),
+    ]
 
 
 def quality(found: dict[str, Any], path: str) -> list[str]:
@@ -335,8 +373,8 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "step": partial(of, "step", step),
     "gpu": gpu,
     "time to loss": partial(of, "time_to_loss", time_to_loss),
-    "taken away": partial(of, "time_to_loss", partial(changes, TAKEN_AWAY, "taken away")),
-    "changed": partial(of, "time_to_loss", partial(changes, CHANGED, "changed")),
+    "taken away": partial(of, "time_to_loss", taken_away),
+    "changed": partial(of, "time_to_loss_changes", changed),
     "quality": partial(of, "quality", quality),
     "extrapolation": partial(of, "quality", extrapolation),
     "forms": forms,
