@@ -75,7 +75,6 @@ bench: setup  ## Measure this machine in minutes, into runs/bench
 	$(BIN)/python -m benchmarks.speed.step --lengths 128 512 --fill c4 --arms hf_bert hf_strong --tokens 2048 --rounds 5 --no-memory --out runs/bench
 	$(BIN)/python -m benchmarks.speed.loader --quick --out runs/bench/data-cpu.txt
 	$(BIN)/python -m benchmarks.speed.scaling --parts length gpus --lengths 128 512 2048 --rounds 2 --out runs/bench
-	$(BIN)/python -m benchmarks.learning.time_to_loss --minutes 1.5 --seeds 1 --arms hf_bert hf_strong --folder runs/bench/time_to_loss --out runs/bench
 
 bench-full: setup  ## Measure everything in benchmarks/results again (hours), and rewrite the pages
 	$(BIN)/python -m benchmarks.speed.step --out benchmarks/results
@@ -83,6 +82,7 @@ bench-full: setup  ## Measure everything in benchmarks/results again (hours), an
 	$(BIN)/python -m benchmarks.learning.order --out benchmarks/results/order-cpu.txt
 	$(BIN)/python -m benchmarks.speed.scaling --out benchmarks/results
 	$(BIN)/python -m benchmarks.restarts.faults --kills 40 --out benchmarks/results/faults-cpu.txt
-	$(BIN)/python -m benchmarks.learning.time_to_loss --ablate --beyond --out benchmarks/results
+	$(BIN)/python -m benchmarks.learning.time_to_loss changes --out benchmarks/results
+	$(BIN)/python -m benchmarks.learning.time_to_loss models --out benchmarks/results
 	$(BIN)/python -m benchmarks.learning.quality --out benchmarks/results
 	$(BIN)/python -m benchmarks.publish

@@ -124,7 +124,7 @@ class ScaledInit(MosaicBert):
         with torch.no_grad():
             for layer in model.bert.encoder.layer:
                 for dense in (layer.attention.output.dense, layer.mlp.wo):  # pyright: ignore
-                    dense.weight.mul_((2 * self.shape.layers) ** -0.5)
+                    dense.weight.mul_((2 * self.shape.layers) ** -0.5)  # pyright: ignore
         return model
 
 

@@ -92,14 +92,14 @@ class Settings:
     """Of fine-tuning."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Where the search begins."""
-    held_out_rows: int = 1500
+    held_out_rows: tuple[int, int] = (500, 1500)
     """Most rows to validate on, and to test on."""
     batch: int = 16
     length: int = 64
     """Longer texts are cut."""
 
 
-TOY = Settings((16, 48), (2, 1), 2, (1e-3, 4e-3), 32, length=32)
+TOY = Settings((16, 48), (2, 1), 2, (1e-3, 4e-3), (32, 32), length=32)
 
 
 def labelled(task: str, vader: Path) -> list[Labelled]:
@@ -120,7 +120,7 @@ def write_tasks(folder: Path, settings: Settings, vader: Path) -> None:
     for task in TASKS:
         rows = labelled(task, vader)
         sets = {str(n): ("train", n) for n in settings.rows}
-        sets |= {part: (part, settings.held_out_rows) for part in ("validation", "test")}
+        sets |= {part: (part, n) for part, n in zip(("validation", "test"), settings.held_out_rows, strict=True)}
         for name, (part, limit) in sets.items():
             with (folder / f"{task}-{name}.csv").open("w", newline="") as file:
                 writer = csv.writer(file)
@@ -280,9 +280,9 @@ def word_piece_vectors(text: Text, texts: list[str]) -> NDArray[np.float32]:
 
 def encoded(text: Text, texts: list[str]) -> list[list[int]]:
     """The beginning of each text, with [CLS] and [SEP]."""
-    encoder, tokenizer = TextEncoder.of(text.tokenizer), text.tokenizer
-    room = text.setup.shape.length - 2
-    return [[tokenizer.cls_token_id, *encode_prefix(encoder, each, room), tokenizer.sep_token_id] for each in texts]
+    encoder, room = TextEncoder.of(text.tokenizer), text.setup.shape.length - 2
+    first, last = int(text.tokenizer.cls_token_id), int(text.tokenizer.sep_token_id)  # pyright: ignore
+    return [[first, *encode_prefix(encoder, each, room), last] for each in texts]
 
 
 def neighbours(folder: Path, text: Text, models: int, limit: int | None) -> dict[str, Any]:
