@@ -291,13 +291,18 @@ def main(argv: list[str]) -> None:
     """Run what is left, and report."""
     parser = pretraining.options(__doc__, "runs/learning")
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--only", nargs="+", choices=sorted({n for _, each in SETTINGS.values() for n in each}))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=sorted({n for _, each in SETTINGS.values() for n in each}),
+        help="these, in this order, and ours",
+    )
     args = parser.parse_args(argv)
     settings, recipes = SETTINGS[args.setting]
     if args.toy:
         settings, args.rounds = TOY, 2
     settings = replace(settings, device=args.device)
-    kept = {name: recipes[name] for name in dict.fromkeys(["ours", *(args.only or recipes)])}
+    kept = {name: recipes[name] for name in dict.fromkeys([*(args.only or recipes), "ours"])}
     text = reviews_and_leads(args.folder, settings)
     plan = Plan(args.folder / args.setting, settings, kept)
     print(f"# {report.described(report.machine(args.device))}")
