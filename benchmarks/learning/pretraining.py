@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,8 +81,8 @@ class Recipe:
     """Final part of the run in which the learning rate falls, such as 0.3dur; None: it falls from the warmup on."""
     last: float = LAST
     """Learning rate at the end, over the highest."""
-    decay: str = "linear"
-    """Form of the fall after a stable rate: linear or sqrt (WarmupStableDecayScheduler)."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """Form of the fall after a stable rate (WarmupStableDecayScheduler)."""
     phases: tuple[Phase, ...] = (Phase(),)
 
     def scheduler(self) -> Any:

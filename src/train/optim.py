@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from composer.core import State, Time, Timestamp, TimeUnit
@@ -107,7 +107,7 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         decay: ``linear``, or ``sqrt``: by 1 - sqrt of the decay's share (Hägele et al., 2024, arXiv 2405.18392).
     """
 
-    def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0, decay: str = "linear"):
+    def __init__(self, t_warmup: str, t_decay: str, alpha_f: float = 0.0, decay: Literal["linear", "sqrt"] = "linear"):
         self.t_warmup, self.t_decay, self.alpha_f, self.decay = t_warmup, t_decay, alpha_f, decay
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:

@@ -277,6 +277,11 @@ def state_at(batch, max_duration="100ba"):
             {"t_warmup": "0.1dur", "t_decay": "20ba", "alpha_f": 0.1},
             {0: 0, 5: 0.5, 10: 1, 80: 1, 90: 0.55, 100: 0.1},
         ),
+        (
+            "warmup_stable_decay",
+            {"t_warmup": "0.1dur", "t_decay": "20ba", "alpha_f": 0.1, "decay": "sqrt"},
+            {5: 0.5, 10: 1, 80: 1, 85: 0.55, 100: 0.1},
+        ),
     ],
 )
 def test_schedules(name, options, points):

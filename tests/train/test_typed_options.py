@@ -48,6 +48,7 @@ ILL_TYPED = [
     ("scheduler.t_decay=10", f"scheduler.t_decay: {TIME} 10"),
     ("scheduler.alpha_f=1.5", "scheduler.alpha_f: expected a number from 0 to 1, got 1.5"),
     ("scheduler.alpha_f=-0.1", "scheduler.alpha_f: expected a number from 0 to 1, got -0.1"),
+    ("scheduler.decay=cosine", "scheduler.decay: expected one of linear, sqrt, got 'cosine'"),
     ("scheduler={name: constant_with_warmup, t_warmup: 0ba, t_max: 0ba}", f"scheduler.t_max: {PERIOD} '0ba'"),
     (
         "callbacks.step_monitor.window_size=many",
