@@ -382,9 +382,10 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     **{f"scaling {part}": partial(of, "scaling", partial(scaling, part)) for part in TABLES},
     "roofline": of_roofline,
     "roofline now": lambda: [roofline.expected()],
+    "optimizers": lambda: [roofline.optimizers()],
 }
 CALCULATED = {
-    **dict.fromkeys(("scaling gpus", "scaling sizes", "roofline now"), "calculated"),
+    **dict.fromkeys(("scaling gpus", "scaling sizes", "roofline now", "optimizers"), "calculated"),
     "roofline": "calculated and measured",
 }
 """Blocks with figures that were not measured."""

@@ -491,6 +491,13 @@ MUTANTS = [
         "train/test_muon.py::test_step_is_the_papers",
     ),
     Mutant(
+        "muon-share-of-others",
+        "src/train/muon.py",
+        "at = dist.get_rank() * share",
+        "at = 0",
+        "train/test_muon.py::test_processes_share_the_matrices",
+    ),
+    Mutant(
         "muon-without-nesterov",
         "src/train/muon.py",
         'return p.grad.lerp(state["momentum"], momentum)',

@@ -168,10 +168,7 @@ def adamw_embeddings(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 def muon_half(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """``muon`` with a lower learning rate of AdamW."""
-    optimizer = muon(model, lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr if group["parts"] else lr / 2
-    return optimizer
+    return muon(model, lr, adamw_lr=lr / 2)
 
 
 ABLATIONS = {

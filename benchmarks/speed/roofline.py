@@ -8,7 +8,7 @@ Bytes count each tensor that a part reads or writes once, in bf16, with weights 
 Letters: T tokens, M masked tokens, D hidden size, N heads, I width of the gated unit, L layers, V vocabulary.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.variants import Shape, c4_like_lengths
+from src.bert_layers import BertForMaskedLM
+from src.configuration_bert import MosaicBertConfig
+from src.train.muon import ITERATIONS, newton_schulz_flops
+from src.train.optim import muon
 
 EFFICIENCY = {"products": 0.95, "attention": 0.45}
 """Share of the FLOP/s of a large bf16 product. Read from the profiles of an H200 and rounded, one for all lengths."""
@@ -28,6 +32,11 @@ MASKED = 0.3
 SETTINGS = {(128, 128, "c4"): "", (128, 512, "c4"): "400,000; goal 530,000"}
 SETTINGS |= {(512, 128, "c4"): "500,000", (2048, 32, "1.0"): "420,000"}
 """Length, sequences, fill of the profiled steps; the tokens per second that this project wants of an H100."""
+
+
+GPUS = (1, 8, 64)
+"""That share the step's batch."""
+SOAP_SIDE = 3072
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,50 @@ def milliseconds(setting: tuple[int, int, str], kernels: Kernels, card: str) -> 
 
 NAMES = {"products": "nvjet", "attention": "flash_attn", "LayerNorm": "layer_norm", "GeGLU": "geglu"}
 NAMES |= {"optimizer": "multi_tensor_apply"}  # names of the profile's kernels; all others are ``other``
+
+
+def optimizers() -> str:
+    """FLOPs of an optimizer's products in a step of the base model on 4,096 sequences like C4's at 128.
+
+    Muon shares the matrices of one shape among the GPUs. SOAP (Vyas et al., 2024, algorithm 3), of a library, does not:
+    for each side of a matrix, of at most SOAP_SIDE, 3 products with the gradient or the update (into the eigenbasis,
+    out of it, and the preconditioner's); every 10 steps a product of the side's own matrices and a QR decomposition,
+    8/3 n^3. Its state also holds two matrices per side, which are not counted.
+    """
+    shape = Shape()
+    lengths = c4_like_lengths(4096, 128)
+    step = sum(part.flops for part in parts(shape, lengths, round(MASKED * int(lengths.sum())), Kernels()))
+    with torch.device("meta"):
+        model = BertForMaskedLM(MosaicBertConfig())
+    soap = 0.0
+    for r, c in (p.shape for p in model.parameters() if p.ndim == 2):
+        for side in (side for side in (r, c) if side <= SOAP_SIDE):
+            soap += 3 * 2 * r * c * side + (2 + 8 / 3) * side**3 / 10
+    optimizer = muon(model, 1e-3)
+    flops, alike = newton_schulz_flops(optimizer), Counter[tuple[int, torch.Size]]()
+    for group in optimizer.param_groups:
+        alike.update((group["parts"], p.shape) for p in group["params"] if group["parts"])
+    elements = sum(count * shape.numel() for (_, shape), count in alike.items())
+
+    def share(gpus: int) -> float:
+        """Of Muon's FLOPs, on the GPU that has most."""
+        most = 0
+        for (parts, (rows, columns)), count in alike.items():
+            m, n = sorted((rows // parts, columns))
+            most += -(-parts * count // gpus) * ITERATIONS * (4 * m * m * n + 2 * m**3)
+        return most / flops
+
+    rows: list[dict[str, Any]] = [
+        {"name": "AdamW", "flops": 0, "state": 8, "gathered": 0, **dict.fromkeys((f"on_{n}" for n in GPUS), 0)},
+        {"name": "Muon", "flops": flops, "state": 4, "gathered": 2 * elements},
+        {"name": "SOAP", "flops": soap, "state": 8, "gathered": 0, **{f"on_{n}": n * soap / step for n in GPUS}},
+    ]
+    rows[1] |= {f"on_{n}": n * share(n) * flops / step for n in GPUS}
+    titles = ["optimizer", "TFLOP per step", *(f"added on {n} GPUs" for n in GPUS)]
+    titles += ["gathered, MB", "state, bytes per weight"]
+    cells = [f"{{on_{n}:.1%}}" for n in GPUS]
+    row = " | ".join(["{name}", "{flops:T.1f}", *cells, "{gathered:M.0f}", "{state}"])
+    return report.table(" | ".join(titles), row, rows)
 
 
 def compared(profile: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -20,13 +21,13 @@ UPDATE_RMS = 0.2
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """U S V' of each matrix U Σ V' in x (n, rows, columns), in x's dtype.
+    """U S V' of each matrix U Σ V' in x (n, rows, columns).
 
     S is between 0.68 and 1.21 where Σ is at least 0.002 of the matrix's Frobenius norm, and smaller below: about 485
     times that share where it is tiny. Zero stays zero.
 
     Args:
-        dtype: of the products. None: bf16 on a GPU, x's on a CPU, where bf16 is slower.
+        dtype: of the products and of the result. None: bf16 on a GPU, x's on a CPU, where bf16 is slower.
     """
     a, b, c = COEFFICIENTS
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
@@ -35,14 +36,30 @@ def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     for _ in range(ITERATIONS):
         gram = torch.bmm(y, y.mT)
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if x.shape[-2] > x.shape[-1] else y).to(x.dtype)
+    return y.mT if x.shape[-2] > x.shape[-1] else y
+
+
+def orthogonalize_shared(x: Tensor) -> Tensor:
+    """``orthogonalize``, by an equal share of the n matrices on each process; x is the same on all of them."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalize(x)
+    n, share = len(x), -(-len(x) // world)
+    at = dist.get_rank() * share
+    mine = orthogonalize(x[at : at + share])
+    # The last processes may have fewer, or none. Zeros stand in, because all must gather the same size.
+    padded = mine.new_zeros(share, *x.shape[1:])
+    padded[: len(mine)] = mine
+    gathered = mine.new_empty(world * share, *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return gathered[:n]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for groups with ``parts``, torch's fused AdamW for the others.
 
-    Equal matrices are orthogonalized in one batch of products. All processes compute all of them, so nothing is
-    communicated.
+    Matrices of one shape are orthogonalized in one batch of products; each process does an equal share of them, and
+    gathers those of the others. So all processes must have the same weights and gradients, as with DDP.
 
     Args:
         groups: parameter groups. ``parts``: matrices that a parameter holds, one above another, such as 3 in Wqkv; each
@@ -83,7 +100,8 @@ class Muon(torch.optim.Optimizer):
             alike[p.shape].append(p)
         for (rows, columns), matrices in alike.items():
             averaged = torch.stack([self._averaged(p, momentum) for p in matrices])
-            update = orthogonalize(averaged.view(-1, rows // parts, columns)).reshape(-1, rows, columns)
+            update = orthogonalize_shared(averaged.view(-1, rows // parts, columns))
+            update = update.reshape(averaged.shape).to(averaged)
             scale = UPDATE_RMS * math.sqrt(max(rows // parts, columns))
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-lr * scale)  # pyright: ignore[reportPrivateImportUsage]
@@ -123,7 +141,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz_flops(optimizer: torch.optim.Optimizer) -> int:
-    """FLOPs of a step's matrix products, in each process; 0 of other optimizers.
+    """FLOPs of a step's matrix products, of all processes together; 0 of other optimizers.
 
     An iteration on an (m, n) matrix, m <= n, has products of 2 m m n, 2 m m m and 2 m m n FLOPs.
     """

@@ -59,18 +59,26 @@ def muon(
     eps: float = 1e-6,
     weight_decay: float = 0.02,
     decay_matrices_only: bool = False,
+    adamw_lr: float | None = None,
 ) -> Muon:
     """Muon for the matrices of the encoder's layers, AdamW for the rest: embeddings, head, biases, norms.
 
-    One learning rate and decay for both, in AdamW's units: a rate that suits adamw is a good start.
+    ``lr`` and ``weight_decay`` are in AdamW's units for both; a rate that suits adamw is a good start.
+
+    Args:
+        adamw_lr: learning rate of what AdamW updates. None: ``lr``.
     """
     groups: dict[tuple[int, float], list[Any]] = {}
+    others = lr if adamw_lr is None else adamw_lr
     for name, p in model.named_parameters():
         if p.requires_grad:
             parts = matrices_in(name, p)
             decay = weight_decay if p.ndim >= 2 or not decay_matrices_only else 0.0
             groups.setdefault((parts, decay), []).append(p)
-    listed = [{"params": ps, "parts": parts, "weight_decay": decay} for (parts, decay), ps in groups.items()]
+    listed = [
+        {"params": ps, "parts": parts, "lr": lr if parts else others, "weight_decay": decay}
+        for (parts, decay), ps in groups.items()
+    ]
     return Muon(listed, lr, momentum, tuple(betas), eps, weight_decay)  # pyright: ignore[reportArgumentType]
 
 

@@ -75,7 +75,7 @@ def validate(config: RunConfig) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     warmup, decay = schedule_shares(scheduler, config, steps, epoch, dataset.epoch_size, per_sample)
     flops = model.flops_per_batch(batch) / tokens
-    added = newton_schulz_flops(optimizer) / (flops * per_sample * sequences / dist.get_world_size())
+    added = newton_schulz_flops(optimizer) / (flops * per_sample * sequences)
     lines = {
         "parameters": f"{parameters:,}",
         "optimizer": f"{config.optimizer.name}: {optimizer_groups(optimizer)}",
@@ -93,17 +93,19 @@ def validate(config: RunConfig) -> str:
 
 
 def optimizer_groups(optimizer: torch.optim.Optimizer) -> str:
-    """Which parameters change by Muon and which by AdamW, and what share of a weight a step's decay takes."""
-    kinds = defaultdict(list)
+    """Which parameters change by Muon and which by AdamW, their learning rates if they differ, and what share of a
+    weight a step's decay takes."""
+    kinds, rates = defaultdict(list), {group["lr"] for group in optimizer.param_groups}
     for group in optimizer.param_groups:
-        kinds["Muon" if group.get("parts") else "AdamW", group["weight_decay"]].append(group)
+        kinds["Muon" if group.get("parts") else "AdamW", group["lr"], group["weight_decay"]].append(group)
     parts = []
-    for (method, decay), groups in sorted(kinds.items(), key=lambda kind: kind[0][0] == "AdamW"):  # Muon first
+    for (method, lr, decay), groups in sorted(kinds.items(), key=lambda kind: kind[0][0] == "AdamW"):  # Muon first
         count = sum(max(1, group.get("parts", 0)) * len(group["params"]) for group in groups)
         every = [p for group in groups for p in group["params"]]
         are_matrices = {p.ndim > 1 for p in every}
         what = "tensors" if len(are_matrices) > 1 else "matrices" if True in are_matrices else "vectors"
         shown = f"{count:,} {what} ({sum(p.numel() for p in every) / 1e6:,.1f} M)"
+        shown += f", lr {lr:g}" if len(rates) > 1 else ""
         parts.append(f"{method} for {shown}, {f'decay {decay:g} * lr' if decay else 'no decay'}")
     return "; ".join(parts)
 

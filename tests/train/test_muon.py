@@ -59,8 +59,9 @@ def test_orthogonalize_changes_singular_values_alone(shape, condition, dtype):
     s = torch.logspace(0, -math.log10(condition), u.shape[-1], dtype=torch.float64)
     x = 1e-3 * (u * s) @ vh
     got = orthogonalize(x, dtype)
+    assert got.dtype == dtype and got.shape == x.shape
+    got = got.double()
     want = (u * polynomial(s / s.norm())) @ vh
-    assert got.dtype == x.dtype and got.shape == x.shape
     if dtype == torch.float64 or condition <= 30:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9 if dtype == torch.float64 else 0.04)
     values = torch.linalg.svdvals(got)
@@ -264,6 +265,67 @@ def test_model_without_layers_for_checks_of_fine_tuning():
     optimizer = build("optimizer", optim.OPTIMIZERS, Component("muon", {}), model=torch.nn.Linear(1, 1), lr=1.0)
     assert [(group["parts"], len(group["params"])) for group in optimizer.param_groups] == [(0, 2)]
     assert newton_schulz_flops(optimizer) == 0
+
+
+class Gathering:
+    """Processes one after another, in place of torch.distributed: the first round of all collects what they send."""
+
+    def __init__(self, world):
+        self.world, self.rank, self.sent = world, 0, {}
+
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
+    def get_world_size(self):
+        return self.world
+
+    def get_rank(self):
+        return self.rank
+
+    def all_gather_into_tensor(self, gathered, mine):
+        self.sent[self.rank] = mine
+        if len(self.sent) == self.world:
+            torch.cat([self.sent[rank] for rank in range(self.world)], out=gathered)
+
+
+@pytest.mark.parametrize(("n", "world"), [(1, 3), (2, 3), (3, 3), (7, 3), (24, 16)])
+def test_processes_share_the_matrices(n, world, monkeypatch):
+    group = Gathering(world)
+    monkeypatch.setattr(muon, "dist", group)
+    x, sizes = torch.randn(n, 4, 9), []
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: (sizes.append(len(x)), orthogonalize(x))[1])
+    for group.rank in range(world):
+        muon.orthogonalize_shared(x)
+    assert sum(sizes) == n and max(sizes) == -(-n // world)
+    for group.rank in range(world):
+        torch.testing.assert_close(muon.orthogonalize_shared(x), orthogonalize(x), rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_has_a_rate_of_its_own():
+    """Matrices of the layers change as without it, all others as by torch's AdamW at that rate."""
+    plain, model = small_model(), small_model()
+    model.load_state_dict(plain.state_dict())
+    others = [name for name, p in model.named_parameters() if not matrices_of(name, p)]
+    own = [torch.nn.Parameter(model.get_parameter(name).detach().clone()) for name in others]
+    torchs = torch.optim.AdamW(own, lr=LR / 4, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY, fused=True)
+    optimizers = [
+        optim.muon(plain, lr=LR, weight_decay=DECAY),
+        optim.muon(model, lr=LR, weight_decay=DECAY, adamw_lr=LR / 4),
+    ]
+    for step in range(3):
+        for each in (plain, model):
+            set_gradients(each, step)
+        for name, p in zip(others, own, strict=True):
+            p.grad = model.get_parameter(name).grad.clone()
+        for optimizer in (*optimizers, torchs):
+            optimizer.step()
+    for name, p in zip(others, own, strict=True):
+        assert torch.equal(model.get_parameter(name), p), name
+    for name, p in plain.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)) != (name in others), name
+    assert "lr 0.00025" in optimizer_groups(optim.muon(model, lr=1e-3, adamw_lr=2.5e-4))
 
 
 # What is said of it

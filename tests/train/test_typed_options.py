@@ -39,6 +39,7 @@ ILL_TYPED = [
     ("optimizer={name: muon, lr: 1e-3, momentum: high}", f"optimizer.momentum: {RATE} 'high'"),
     ("optimizer={name: muon, lr: 1e-3, momentum: null}", f"optimizer.momentum: {RATE} None"),
     ("optimizer={name: muon, lr: null}", "optimizer.lr: expected a positive number, got None"),
+    ("optimizer={name: muon, lr: 1e-3, adamw_lr: 0}", "optimizer.adamw_lr: expected a positive number"),
     ("optimizer={name: muon, lr: 1e-3, betas: 0.9}", "optimizer.betas: expected a list of two numbers"),
     ("optimizer={name: muon, lr: 1e-3, eps: 0}", "optimizer.eps: expected a positive number, got 0"),
     ("optimizer={name: muon, lr: 1e-3, weight_decay: -1}", "optimizer.weight_decay: expected 0 or more, got -1"),

@@ -55,7 +55,7 @@ def test_loss_gradient_and_samples_do_not_depend_on_the_number_of_processes(proc
 
 @pytest.mark.slow
 def test_muon_does_not_depend_on_the_number_of_processes(options, tmp_path):
-    """Each process orthogonalizes all matrices; nothing but gradients is communicated."""
+    """Each process orthogonalizes a share of the matrices."""
     run, one, two = [*options, "optimizer={name: muon, lr: 3e-3}"], tmp_path / "one", tmp_path / "two"
     fit([*run, f"save_folder={one}", f"loggers.metrics_file.path={one}/metrics.jsonl"])
     wait(start(2, run, two), two)
