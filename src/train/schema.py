@@ -374,8 +374,9 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     for names, what, fits in (
         (
             "lr adamw_lr alpha eps layer_norm_eps clipping_threshold gpu_flops_available window_size "
-            "batch_log_interval max_entries flush_interval buffer_size dist_aggregate_batch_interval vocab_size hidden_size "
-            "num_hidden_layers num_attention_heads intermediate_size max_position_embeddings type_vocab_size",
+            "batch_log_interval max_entries flush_interval buffer_size dist_aggregate_batch_interval vocab_size "
+            "hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
+            "type_vocab_size",
             "a positive number",
             lambda x: x > 0,
         ),
