@@ -1,9 +1,9 @@
 """Small pretraining runs of any variant on real text, from scratch and by one recipe, for the benchmarks of learning.
 
 All runs share one loop, whose losses are those of main.py's Trainer (tests/benchmarks/test_loop.py): the same batches
-in the same order for the same seed, the product's AdamW (fused, betas 0.9 and 0.98, eps 1e-6, decay 0.02) and learning
-rate schedule (warmup of 6%, linear decay to 2%), the mean loss over all masked tokens of a batch. Composer's Trainer
-would need a ComposerModel and a batch format for each baseline.
+in the same order for the same seed, the product's optimizers (betas 0.9 and 0.98, eps 1e-6, decay 0.02) and schedules
+(warmup of 6%), the mean loss over all masked tokens of a batch. Composer's Trainer would need a ComposerModel and a
+batch format for each baseline.
 
 A run's clock is its steps times the time of a step, which is measured before, interleaved. So other programs do not
 count, nor do evaluation, loading and masking.
