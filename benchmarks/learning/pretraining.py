@@ -84,6 +84,10 @@ class Recipe:
     decay: Literal["linear", "sqrt"] = "linear"
     """Form of the fall after a stable rate (WarmupStableDecayScheduler)."""
     phases: tuple[Phase, ...] = (Phase(),)
+    time: float = 1.0
+    """Of a whole run, over the setup's."""
+    rate_of: str | None = None
+    """Name of the recipe whose learning rate it takes. None: its own is searched."""
 
     def scheduler(self) -> Any:
         if self.t_decay is None:
@@ -386,7 +390,8 @@ class Plan:
         return self.folder / "curves" / file
 
     def losses(self, name: str) -> dict[float, float]:
-        """Final losses of the finished runs of a search, by learning rate; inf: it diverged."""
+        """Final losses of the finished runs of a recipe's search, by learning rate; inf: it diverged."""
+        name = self.recipes[name].rate_of or name
         found = (json.loads(path.read_text()) for path in (self.folder / "curves").glob(f"tuning-{name}-lr*.json"))
         each = {run["rate"]: final(run) for run in found}
         return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in sorted(each.items())}
@@ -409,14 +414,15 @@ class Plan:
     def left(self) -> list[tuple[str, int, float | None]]:
         """Runs to do: recipe by recipe, its search first. A search may go on beyond them."""
         runs: list[tuple[str, int, float | None]] = []
-        for name in self.recipes:
-            runs += [(name, 0, rate) for rate in self.to_search(name)]
+        for name, recipe in self.recipes.items():
+            runs += [(name, 0, rate) for rate in self.to_search(name)] if recipe.rate_of is None else []
             runs += [(name, seed, None) for seed in range(1, self.setup.seeds + 1)]
         return [run for run in runs if not self.path(*run).exists()]
 
     def say_left(self) -> None:
         left = self.left()
-        hours = OVERHEAD * self.setup.minutes * sum(TUNING if rate else 1 for _, _, rate in left) / 60
+        shares = sum(TUNING if rate else self.recipes[name].time for name, _, rate in left)
+        hours = OVERHEAD * self.setup.minutes * shares / 60
         print(f"{len(left)} runs are left, about {hours:.1f} hours", flush=True)
 
     def run(
@@ -434,7 +440,7 @@ class Plan:
         seconds = time_steps(self.folder / "steps.json", text, self.recipes, rounds)
         while left := self.left():
             for name, seed, rate in left:
-                deadline.need(OVERHEAD * self.setup.minutes * (TUNING if rate else 1))
+                deadline.need(OVERHEAD * self.setup.minutes * self.recipes[name].time * (TUNING if rate else 1))
                 if rate is None and self.to_search(name):
                     continue  # another command searches
                 with locked(self.path(name, seed, rate), wait=False) as mine:
@@ -455,7 +461,7 @@ class Plan:
     ) -> None:
         """One run."""
         setup, recipe, losses = self.setup, self.recipes[name], self.losses(name)
-        minutes = setup.minutes * (TUNING if searched else 1)
+        minutes = setup.minutes * recipe.time * (TUNING if searched else 1)
         rate = searched or min(losses, key=losses.__getitem__)
         course = Course(recipe, seconds, max(60 * minutes, max(8, setup.evaluations) * max(seconds)))
         training = new_training(text, recipe, rate, seed, course)

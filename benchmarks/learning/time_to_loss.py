@@ -22,7 +22,7 @@ same time. The report uses what is finished: the time to reach given losses, on 
 averaged over seeds, and interpolated; a picture; and the last line
 
     changes NAME=… …            time of a change to the lowest loss that it and ours reach, over that of ours
-    models NAME=… …             time of fast to the final loss of another over the other's whole time
+    models NAME=… …             time of a whole run of fast to the final loss of another over the other's time
 
 inf: not reached. 95% intervals are by a bootstrap over seeds.
 """
@@ -74,9 +74,14 @@ TOGETHER: dict[str, Recipe] = {
     "soap_together": replace(FAST, optimizer="soap"),
 }
 """Several changes at once."""
+SHORTER = {"fast_half": 0.5, "fast_quarter": 0.25, "fast_eighth": 0.125}
+"""Whole runs of the fast recipe in less time."""
 ABLATED = {name: Recipe(name) for name in ABLATIONS} | {"masking_15": Recipe(masking=(0.15, 0.15))}
 """Ours without one of its parts."""
-MODELS = {"ours": RECIPES["ours"], "fast": FAST, **RECIPES}
+MODELS = {"ours": RECIPES["ours"], "fast": FAST}
+MODELS |= {name: replace(FAST, time=time, rate_of="fast") for name, time in SHORTER.items()} | RECIPES
+
+FAMILY = ("fast", *SHORTER)
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CHANGES_SETUP = Setup(32, 4096, Shape(4, 64, 4, 192, 0, length=128), 4, 3, LEARNING_RATES, evaluations=12)
@@ -143,6 +148,25 @@ def ratio(ours: Curves, baseline: Curves) -> float:
     return time_to(ours, float(y[-1])) / float(x[-1])
 
 
+def ratio_of_runs(fast: list[Curves], baseline: Curves) -> float:
+    """Time of a whole run of a recipe that ends at the baseline's final loss, over the baseline's whole time.
+
+    Args:
+        fast: whole runs of a recipe in different times. Between them the final loss is interpolated over the logarithm
+            of the time. If the shortest ends below the baseline's loss, its time is an upper bound.
+    """
+    loss = float(np.mean([curve["points"][-1]["loss"] for curve in baseline]))
+    ends = sorted(
+        (float(positions(runs, "time")[-1]), float(np.mean([r["points"][-1]["loss"] for r in runs]))) for runs in fast
+    )
+    times, losses = np.array(ends).T
+    if loss < losses.min():
+        return math.inf
+    falling = np.minimum.accumulate(losses)
+    reached = np.interp(-loss, -falling, np.log(times))
+    return float(np.exp(reached) / positions(baseline, "time")[-1])
+
+
 def worth(ours: Curves, changed: Curves) -> float:
     """Time of a changed recipe to the lowest loss that both reach, over that of ours; above 1 the change costs time."""
     loss = common_loss(ours, changed)
@@ -167,6 +191,16 @@ def interval(
         drawn = rng.integers(len(ours), size=len(ours))
         drawn_other = drawn if paired else rng.integers(len(other), size=len(other))
         return measure([ours[i] for i in drawn], [other[i] for i in drawn_other])
+
+    return pretraining.bootstrap(draw)
+
+
+def interval_of_runs(fast: list[Curves], baseline: Curves) -> dict[str, float]:
+    """95% interval of ``ratio_of_runs`` over seeds, drawn for the runs of each time and for the baseline."""
+
+    def draw(rng: np.random.Generator) -> float:
+        drawn = [[runs[i] for i in rng.integers(len(runs), size=len(runs))] for runs in (*fast, baseline)]
+        return ratio_of_runs(drawn[:-1], drawn[-1])
 
     return pretraining.bootstrap(draw)
 
@@ -255,22 +289,24 @@ def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text:
             lines += [f"{title}:", report.table(titles, row, rows)] if rows else []
     if name == "models":
         lines += ["Minutes to a validation loss, mean curve (range over seeds):"]
+        whole = {each: runs for each, runs in curves.items() if each not in SHORTER}
         rows = [
-            {"loss": loss} | {each: minutes_to(runs, loss) for each, runs in curves.items()} for loss in levels(curves)
+            {"loss": loss} | {each: minutes_to(runs, loss) for each, runs in whole.items()} for loss in levels(whole)
         ]
-        row = " | ".join(["{loss:.3f}", *(f"{{{each}}}" for each in curves)])
-        lines += [report.table(" | ".join(["loss", *curves]), row, rows)] if curves else []
-        if "fast" in curves:
-            fast = curves["fast"]
-            found = {
-                each: {"worth": ratio(fast, runs), **interval(ratio, fast, runs, paired=each == "ours")}
-                for each, runs in curves.items()
-                if each != "fast"
-            }
-            lines += ["Time of fast to the final loss of another over the other's whole time:"]
-            titles = "other | ratio | 95% interval (bootstrap over seeds)"
-            rows = [{"name": each, **measured} for each, measured in found.items()]
-            lines += [report.table(titles, "{name} | {worth:.3f} | {low:.3f} to {high:.3f}", rows)]
+        row = " | ".join(["{loss:.3f}", *(f"{{{each}}}" for each in whole)])
+        lines += [report.table(" | ".join(["loss", *whole]), row, rows)] if whole else []
+        if all(each in curves for each in FAMILY):
+            family = [curves[each] for each in FAMILY]
+            for each in (each for each in curves if each not in FAMILY):
+                found[each] = {"worth": ratio_of_runs(family, curves[each]), **interval_of_runs(family, curves[each])}
+                found[each]["along"] = ratio(curves["fast"], curves[each])
+            lines += [
+                "Time of fast to the final loss of another over the other's whole time: of a whole run of fast "
+                "(between runs of an eighth of the time and more), and along the curve of its longest run:"
+            ]
+            titles = "other | whole run | 95% interval (bootstrap over seeds) | along the curve"
+            row = "{name} | {worth:.3f} | {low:.3f} to {high:.3f} | {along:.3f}"
+            lines += [report.table(titles, row, [{"name": each, **measured} for each, measured in found.items()])]
     if curves:
         lines += [f"![loss](time_to_loss_{name}-{setup.device}.png)"]
         draw(args.out / f"time_to_loss_{name}-{setup.device}.png", curves)

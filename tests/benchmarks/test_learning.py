@@ -51,6 +51,18 @@ def test_ratio_interval_and_worth():
     assert apart["low"] < 1.0 < apart["high"] and together == {"low": 1.0, "high": 1.0}
 
 
+def test_ratio_of_whole_runs():
+    """Runs of 1, 2, 4 and 8 times 10 s that end at 8, 7, 6, 5, and a baseline of 100 s."""
+    runs = [[curve([10.0, 8.5 - i, 8.0 - i], 0.5 * 2**i)] * 3 for i in range(4)]
+    assert time_to_loss.ratio_of_runs(runs, [curve([10.0, 7.0], 10.0)]) == pytest.approx(0.2)
+    assert time_to_loss.ratio_of_runs(runs, [curve([10.0, 6.5], 10.0)]) == pytest.approx(0.2 * 2**0.5)
+    assert time_to_loss.ratio_of_runs(runs, [curve([10.0, 9.0], 10.0)]) == pytest.approx(0.1)  # an upper bound
+    assert time_to_loss.ratio_of_runs(runs, [curve([10.0, 4.9], 10.0)]) == np.inf
+    baseline = [curve([10.0, 7.0 + d], 10.0) for d in (-0.5, 0.0, 0.5)]
+    low, high = time_to_loss.interval_of_runs(runs, baseline).values()
+    assert 0.14 < low < 0.2 < high < 0.29
+
+
 def test_a_course_gives_each_phase_its_share_of_the_time():
     course = Course(Recipe(phases=(Phase(0.25, 32), Phase(0.75))), [0.5, 2.0], 800)
     assert course.steps == 400 + 300 and [phase.length for phase in course.phases] == [32] * 400 + [None] * 300
@@ -159,6 +171,13 @@ def test_a_search_goes_on_until_its_best_is_inside(losses, next_rates, tmp_path)
     assert plan.left()[: len(next_rates)] == [("ours", 0, rate) for rate in next_rates]
 
 
+def test_a_shorter_run_takes_the_rate_of_the_whole_one(tmp_path):
+    plan = plan_of(tmp_path, {1e-3: 5.0, 4e-3: 4.0, 8e-3: 6.0})
+    plan.recipes = {"ours": Recipe(), "half": Recipe(time=0.5, rate_of="ours")}
+    assert plan.losses("half") == plan.losses("ours") and plan.to_search("half") == []
+    assert plan.left() == [(name, seed, None) for name in ("ours", "half") for seed in (1, 2)]
+
+
 def test_one_command_does_a_run_of_a_shared_folder(tmp_path):
     with pretraining.locked(tmp_path / "run.json", wait=False) as first:
         with pretraining.locked(tmp_path / "run.json", wait=False) as second:
@@ -227,7 +246,12 @@ def test_time_to_loss_resumes_and_ends_with_its_line(tmp_path, tokenizer_folder,
     assert set(report["curves"]) == set(report["searched"]) == {"ours", "muon", "short_first", "no_glu"}
     assert set(report["found"]) == {"muon", "short_first", "no_glu"}
     assert (tmp_path / "report" / "time_to_loss_changes-cpu.png").stat().st_size > 10_000
-    assert re.fullmatch(f"models ours={NUMBER} hf_bert={NUMBER}", run("models", "--only", "fast", "hf_bert")[-1])
+    line = f"models hf_bert={NUMBER} ours={NUMBER}"
+    assert re.fullmatch(line, run("models", "--only", *time_to_loss.FAMILY, "hf_bert")[-1])
+    lengths = [
+        json.loads((tmp_path / f"models/curves/{n}-seed1.json").read_text())["steps"] for n in ("fast", "fast_half")
+    ]
+    assert lengths[0] > lengths[1]
     assert (tmp_path / "models" / "saved" / "fast-seed2" / "config.json").exists()
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         time_to_loss.main(["changes", *argv[1:]])
