@@ -265,7 +265,8 @@ def searches(plan: Plan, names: Iterable[str]) -> str:
 def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text: Text) -> str:
     """Write JSON, Markdown and picture of what is finished; returns the last line."""
     setup, name = plan.setup, args.setting
-    curves = {name: runs for name in plan.recipes if len(runs := plan.curves(name)) == setup.seeds}
+    names = sorted(plan.recipes, key=lambda name: name != "ours")  # ours first
+    curves = {name: runs for name in names if len(runs := plan.curves(name)) == setup.seeds}
     lines = [
         f"{setup.minutes:g} minutes of training per run, {setup.seeds} seeds; {text.tokens() / 1e6:.2f} million tokens "
         f"to train on, {len(text.validation)} samples to validate on; {text.fill():.0%} of a padded batch are tokens. "
