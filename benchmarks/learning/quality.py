@@ -99,7 +99,7 @@ class Settings:
     """Longer texts are cut."""
 
 
-TOY = Settings((16, 48), (2, 1), 2, (1e-3, 4e-3), (32, 32), length=32)
+TOY = Settings((24,), (1,), 2, (1e-3, 4e-3), (32, 32), length=32)
 
 
 def labelled(task: str, vader: Path) -> list[Labelled]:
