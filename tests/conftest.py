@@ -198,19 +198,19 @@ def write(tmp_path):
 @pytest.fixture
 def overrides(token_shards, tokenizer_folder, tmp_path):
     """Options of a run of 4 steps of 16 samples on the CPU."""
-    from tests.runs import tiny_run
+    from tests.runs import ADAMW, tiny_run
 
-    return tiny_run(token_shards, tokenizer_folder, tmp_path)
+    return [*tiny_run(token_shards, tokenizer_folder, tmp_path), *ADAMW]
 
 
 @pytest.fixture(scope="session")
 def trained(token_shards, tokenizer_folder, tmp_path_factory):
     """Folder with the checkpoints of a small MosaicBERT after 4 steps."""
     import main
-    from tests.runs import QUICKSTART, tiny_run
+    from tests.runs import ADAMW, QUICKSTART, tiny_run
 
     folder = tmp_path_factory.mktemp("trained")
-    main.main([QUICKSTART, *tiny_run(token_shards, tokenizer_folder, folder), "optimizer.lr=0.01"])
+    main.main([QUICKSTART, *tiny_run(token_shards, tokenizer_folder, folder), *ADAMW, "optimizer.lr=0.01"])
     return folder / "checkpoints"
 
 

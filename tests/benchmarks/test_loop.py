@@ -13,6 +13,7 @@ from src import data_c4
 from src.data.masking import MaskingCollator
 from src.train.builders import build_trainer
 from src.train.config import load
+from tests.runs import shipped
 
 STEPS, RATE = 40, 1e-2
 SHAPE = Shape(layers=2, hidden=24, heads=3, width=40, dropout=0.0, length=32)
@@ -31,7 +32,7 @@ def composer_losses(overrides, recipe, microbatch, tmp_path):
     ]
     # In the reference, decay is decoupled from the rate; in the fast recipe AdamW's rate is half of Muon's.
     own = {"ours": f"optimizer.weight_decay={0.02 * RATE}", "fast": f"optimizer.adamw_lr={RATE / 2}"}
-    trainer = build_trainer(load(f"yamls/{yaml}.yaml", [*overrides, *settings, own[recipe]]))
+    trainer = build_trainer(load(f"yamls/{yaml}.yaml", [*shipped(overrides), *settings, own[recipe]]))
     weights = {name: x.clone() for name, x in trainer.state.model.model.state_dict().items()}
     trainer.fit()
     trainer.close()

@@ -20,6 +20,7 @@ from src.train.models import padded_vocab_size
 from src.train.schema import Component, build, check_options
 from src.train.validate import validate
 from tests.conftest import YAMLS
+from tests.runs import ADAMW
 
 SECTIONS = {
     "model": {name: kind.options for name, kind in models.KINDS.items()},
@@ -152,7 +153,7 @@ def test_weights_are_cast_in_each_microbatch(override, tokenizer):
 
 
 def fsdp(*overrides):
-    run = config.load("yamls/quickstart.yaml", ["parallelism_config={fsdp: {}}", *overrides])
+    run = config.load("yamls/quickstart.yaml", [*ADAMW, "parallelism_config={fsdp: {}}", *overrides])
     return builders.build_parallelism(run)
 
 

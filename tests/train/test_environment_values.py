@@ -186,7 +186,7 @@ def test_what_is_hidden_in_a_message(value, message, shown, monkeypatch):
 
 def test_messages_about_a_section_show_no_value_in_it(write, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "s3kr1t")
-    text = Path(QUICKSTART).read_text().replace("name: adamw ", f"nme: x\n  fused: '{ENV}' ")
+    text = Path(QUICKSTART).read_text().replace("name: muon ", f"nme: x\n  fused: '{ENV}' ")
     with pytest.raises(ConfigError) as error:
         load(write(text))
     assert "optimizer: expected a section with a 'name', got a section that depends" in str(error.value)
@@ -374,5 +374,5 @@ def test_a_stoppers_options_are_stored_as_settings_are(overrides, monkeypatch, t
 
 def test_settings_without_the_environment_are_the_values():
     config = load(QUICKSTART)
-    assert config.interpolations == {} and settings(config)["optimizer.lr"] == 3e-3
+    assert config.interpolations == {} and settings(config)["optimizer.lr"] == 4e-3
     assert dataclasses.replace(config, interpolations={"seed": "x"}) == config

@@ -27,7 +27,7 @@ from src.train.run import describe
 from src.train.validate import memory, schedule_shares, total_steps
 from src.train.weights import load_pretrained
 from tests.conftest import MAX_SEQ_LEN, TRAIN, YAMLS
-from tests.runs import QUICKSTART, UNSAVED, evaluation, fit, flat, logged, trainer_of, weights_of
+from tests.runs import QUICKSTART, UNSAVED, evaluation, fit, flat, logged, shipped, trainer_of, weights_of
 
 
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda p: p.stem)
@@ -36,7 +36,7 @@ def test_each_yaml_runs_shrunk(yaml, overrides, trained, tmp_path, capsys, monke
     text = (Path(main.__file__).parent / yaml).read_text()
     if "pretrained" in text:
         overrides = [*overrides, f"pretrained={trained}"]
-    main.main([str(Path(main.__file__).parent / yaml), *overrides])
+    main.main([str(Path(main.__file__).parent / yaml), *shipped(overrides)])
     printed = capsys.readouterr()
     assert "LanguageCrossEntropy=" in printed.out and "MaskedAccuracy=" in printed.out
     saved = (tmp_path / "checkpoints" / "config.yaml").read_text()

@@ -63,7 +63,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def whole(token_shards, tokenizer_folder, tmp_path_factory):
     """Losses by step and final weights of the uninterrupted run."""
-    overrides = runs.tiny_run(token_shards, tokenizer_folder, tmp_path_factory.mktemp("whole"))
+    overrides = [*runs.tiny_run(token_shards, tokenizer_folder, tmp_path_factory.mktemp("whole")), *runs.ADAMW]
     return losses_of([*overrides, *SIX_STEPS, *UNSAVED])
 
 
