@@ -163,7 +163,7 @@ def optimizers() -> str:
         {"name": "SOAP", "flops": soap, "state": 8, "gathered": 0, **{f"on_{n}": n * soap / step for n in GPUS}},
     ]
     rows[1] |= {f"on_{n}": n * share(n) * flops / step for n in GPUS}
-    titles = ["optimizer", "TFLOP per step", *(f"added on {n} GPUs" for n in GPUS)]
+    titles = ["optimizer", "TFLOP per step", *(f"added on {n} GPU{'s' * (n > 1)}" for n in GPUS)]
     titles += ["gathered, MB", "state, bytes per weight"]
     cells = [f"{{on_{n}:.1%}}" for n in GPUS]
     row = " | ".join(["{name}", "{flops:T.1f}", *cells, "{gathered:M.0f}", "{state}"])
