@@ -288,14 +288,14 @@ def report_finished(args: argparse.Namespace, argv: list[str], plan: Plan, text:
         ):
             rows = [{"name": each, **change} for each, change in found.items() if each in group]
             lines += [f"{title}:", report.table(titles, row, rows)] if rows else []
-    if name == "models":
+    if name == "models" and curves:
         lines += ["Minutes to a validation loss, mean curve (range over seeds):"]
-        whole = {each: runs for each, runs in curves.items() if each not in SHORTER}
+        whole = {each: runs for each, runs in curves.items() if each not in SHORTER} or curves
         rows = [
             {"loss": loss} | {each: minutes_to(runs, loss) for each, runs in whole.items()} for loss in levels(whole)
         ]
         row = " | ".join(["{loss:.3f}", *(f"{{{each}}}" for each in whole)])
-        lines += [report.table(" | ".join(["loss", *whole]), row, rows)] if whole else []
+        lines += [report.table(" | ".join(["loss", *whole]), row, rows)]
         if all(each in curves for each in FAMILY):
             family = [curves[each] for each in FAMILY]
             for each in (each for each in curves if each not in FAMILY):

@@ -246,7 +246,8 @@ def test_time_to_loss_resumes_and_ends_with_its_line(tmp_path, tokenizer_folder,
     assert set(report["curves"]) == set(report["searched"]) == {"ours", "muon", "short_first", "no_glu"}
     assert set(report["found"]) == {"muon", "short_first", "no_glu"}
     assert (tmp_path / "report" / "time_to_loss_changes-cpu.png").stat().st_size > 10_000
-    line = f"models hf_bert={NUMBER} ours={NUMBER}"
+    assert run("models", "--only", "fast", "--hours", "0")[-1] == "models runs_left=8"
+    line = f"models ours={NUMBER} hf_bert={NUMBER}"
     assert re.fullmatch(line, run("models", "--only", *time_to_loss.FAMILY, "hf_bert")[-1])
     lengths = [
         json.loads((tmp_path / f"models/curves/{n}-seed1.json").read_text())["steps"] for n in ("fast", "fast_half")
