@@ -84,6 +84,7 @@ class Recipe:
     decay: Literal["linear", "sqrt"] = "linear"
     """Form of the fall after a stable rate (WarmupStableDecayScheduler)."""
     phases: tuple[Phase, ...] = (Phase(),)
+    """One after another; their shares add up to 1."""
     time: float = 1.0
     """Of a whole run, over the setup's."""
     rate_of: str | None = None
@@ -212,7 +213,7 @@ class Text:
             samples: list[Any] = [{**self.train[i], "epoch": epoch} for i in picked[at : at + size]]
             at += size
             if phase.length is not None:
-                samples = [piece for sample in samples for piece in cut(sample, phase.length)]
+                samples = [piece for sample in samples for piece in shorter(sample, phase.length)]
             rate = masking[0] + (masking[1] - masking[0]) * course.position(step) / course.steps
             yield mask_batch(masks(samples), rate)
 
@@ -226,10 +227,10 @@ class Text:
         return sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
 
 
-def cut(sample: Sample, length: int) -> Iterator[Sample]:
+def shorter(sample: Sample, length: int) -> Iterator[Sample]:
     """Consecutive pieces of a sample, [CLS] and [SEP] around each, with ids of their own."""
-    ids, most = sample["input_ids"], 128
-    content = ids[1:-1]
+    ids = sample["input_ids"]
+    content, most = ids[1:-1], 2**16  # more pieces than any sample has
     for number, at in enumerate(range(0, len(content), length - 2)):
         piece = np.concatenate([ids[:1], content[at : at + length - 2], ids[-1:]])
         yield {**sample, "input_ids": piece, "sample_id": sample["sample_id"] * most + number}
@@ -289,7 +290,7 @@ def new_training(text: Text, recipe: Recipe, rate: float, seed: int, course: Cou
 
 def curve(training: Training, text: Text, recipe: Recipe, seed: int, course: Course, evaluations: int) -> list[dict]:
     """Train; returns step, tokens, seconds in steps, seconds by the clock and validation loss, at the start and
-    ``evaluations`` times. A run whose loss is no number ends early."""
+    ``evaluations`` times."""
     at = {course.nearest(i / evaluations) for i in range(evaluations + 1)}
     clock = timing.wall_clock(text.setup.device)
     points, tokens, seconds = [], 0, 0.0
@@ -298,8 +299,6 @@ def curve(training: Training, text: Text, recipe: Recipe, seed: int, course: Cou
         if step in at:
             loss, by_clock = training.validation_loss(text.evaluation), float(course.ends[step])
             points.append({"step": step, "tokens": tokens, "seconds": seconds, "clock": by_clock, "loss": loss})
-            if not math.isfinite(loss):
-                break
         if step < course.steps:
             batch = next(batches)
             tokens += int(batch["attention_mask"].sum())
@@ -366,6 +365,14 @@ class Deadline:
             sys.exit("the hours are spent; finished work is kept, and the same command continues")
 
 
+def keep_settings(folder: Path, settings: Any) -> None:
+    """Write a dataclass of settings to the folder; raises SystemExit if the folder's are others."""
+    record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
+    if record.exists() and json.loads(record.read_text()) != asked:
+        sys.exit(f"{folder} holds runs with other settings ({record}); give the same settings or another --folder")
+    report.write_json(record, asked)
+
+
 class Plan:
     """The runs of a folder. A finished run is kept as a file and is not repeated; commands that share the folder do
     different runs.
@@ -379,10 +386,7 @@ class Plan:
 
     def __init__(self, folder: Path, setup: Setup, recipes: Mapping[str, Recipe]):
         self.folder, self.setup, self.recipes = folder, setup, recipes
-        record, asked = folder / "settings.json", json.loads(json.dumps(dataclasses.asdict(setup)))
-        if record.exists() and json.loads(record.read_text()) != asked:
-            sys.exit(f"{folder} holds runs with other settings ({record}); give the same settings or another --folder")
-        report.write_json(record, asked)
+        keep_settings(folder, setup)
 
     def path(self, name: str, seed: int, rate: float | None = None) -> Path:
         """The file of a run; ``rate``: of the search for a learning rate, whose seed is 0."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.learning.time_to_loss models --only fast hf_bert    # pretrains
     python -m benchmarks.learning.quality [--hours 2] [--out FOLDER]
-    python -m benchmarks.learning.quality --toy      # a minute: only that all of it runs
+    python -m benchmarks.learning.quality --toy      # half a minute, after time_to_loss models --toy: only that it runs
 
 Models: fast (mosaic_bert_fast.yaml), hf_bert of the same training time, and untrained, fast with fresh weights; as many
 of each as time_to_loss.py trains seeds. No text of a validation or test set is pretrained on, and no sentence of Rotten
@@ -48,6 +48,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class Settings:
     batch: int = 16
     length: int = 64
     """Longer texts are cut."""
+    device: str = "cpu"
 
 
 TOY = Settings((24,), (1,), 2, (1e-3, 4e-3), (32, 32), length=32)
@@ -112,6 +114,15 @@ def labelled(task: str, vader: Path) -> list[Labelled]:
     kept = [row for row in read[task]() if row.label != UNCATEGORIZED and row.text.strip()]
     random.Random(17).shuffle(kept)
     return kept
+
+
+def sdist_of_vader(folder: Path) -> Path:
+    """The sdist of vaderSentiment in the folder; downloaded if it is not there."""
+    path = folder / "vaderSentiment-3.3.2.tar.gz"
+    if not path.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([*pip, "vaderSentiment==3.3.2", "--dest", str(folder)], check=True)
+    return path
 
 
 def write_tasks(folder: Path, settings: Settings, vader: Path) -> None:
@@ -136,7 +147,7 @@ def read_labels(folder: Path, task: str, part: str = "test") -> NDArray[Any]:
 
 
 def finetuned(
-    folder: Path, settings: Settings, cell: Cell, seed: int, rate: float, seeds: list[int], test: bool
+    models: Path, folder: Path, settings: Settings, cell: Cell, seed: int, rate: float, seeds: list[int], test: bool
 ) -> Iterator[tuple[float, list[str]]]:
     """Validation score and test predictions of each fine-tuning seed; ``test`` False: without the test set."""
     task, rows, name = cell
@@ -159,12 +170,12 @@ def finetuned(
         run_name="quality",
         folder=str(folder / "finetuning"),
         model=Component(MODELS[name], {}),
-        pretrained=str(pretraining.model_folder(folder / "models", name, seed)),
+        pretrained=str(pretraining.model_folder(models, name, seed)),
         tasks={task: TaskConfig(lr=rate, batch_size=settings.batch, epochs=epochs, seeds=seeds, data=data)},
         optimizer=Component("adamw", {"betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.1}),
         scheduler=Component("linear_decay_with_warmup", {"t_warmup": "0.06dur", "alpha_f": 0.0}),
         max_seq_len=settings.length,
-        precision="fp32",
+        precision="fp32" if settings.device == "cpu" else "amp_bf16",
         eval_interval="1dur",
         save_models=False,
     )
@@ -182,13 +193,20 @@ def best_of(tried: dict[float, float]) -> float:
     return max(tried, key=lambda rate: (tried[rate], min(tried) < rate < max(tried)))
 
 
-def finetune_cell(folder: Path, settings: Settings, cell: Cell, models: int, deadline: Deadline) -> dict[str, Any]:
-    """Learning rate, validation scores by rate, and test predictions of a cell, (models, seeds, rows) as texts."""
+def finetune_cell(
+    models: Path, folder: Path, settings: Settings, cell: Cell, count: int, deadline: Deadline
+) -> dict[str, Any]:
+    """Learning rate, validation scores by rate, and test predictions of a cell, (models, seeds, rows) as texts.
+
+    Args:
+        count: of pretrained models.
+    """
     tried: dict[float, float] = {}
+    run = partial(finetuned, models, folder, settings, cell)
 
     def score(rate: float) -> None:
         deadline.need(1)
-        runs = [next(finetuned(folder, settings, cell, seed, rate, [0], False)) for seed in range(1, models + 1)]
+        runs = [next(run(seed, rate, [0], test=False)) for seed in range(1, count + 1)]
         mean = statistics.fmean(validation for validation, _ in runs)
         tried[rate] = -1.0 if math.isnan(mean) else mean  # equal predictions have no correlation
 
@@ -197,13 +215,15 @@ def finetune_cell(folder: Path, settings: Settings, cell: Cell, models: int, dea
     while (best := best_of(tried)) in (min(tried), max(tried)) and len(tried) < MOST_RATES:
         score(best / 2 if best == min(tried) else best * 2)
     seeds, predicted = [*range(1, settings.seeds + 1)], []
-    for seed in range(1, models + 1):
+    for seed in range(1, count + 1):
         deadline.need(2)
-        predicted.append([each for _, each in finetuned(folder, settings, cell, seed, best, seeds, True)])
+        predicted.append([each for _, each in run(seed, best, seeds, test=True)])
     return {"rate": best, "tried": dict(sorted(tried.items())), "predicted": predicted}
 
 
-def finetune_all(folder: Path, settings: Settings, models: int, deadline: Deadline) -> dict[Cell, dict[str, Any]]:
+def finetune_all(
+    models: Path, folder: Path, settings: Settings, count: int, deadline: Deadline
+) -> dict[Cell, dict[str, Any]]:
     """All cells; a finished one is kept in the folder."""
     cells = {
         cell: folder / "cells" / "{}-{}-{}.json".format(*cell)
@@ -213,8 +233,8 @@ def finetune_all(folder: Path, settings: Settings, models: int, deadline: Deadli
         for cell in left:
             with locked(cells[cell], wait=False) as mine:
                 if mine and not cells[cell].exists():
-                    found = finetune_cell(folder, settings, cell, models, deadline)
-                    report.write_json(cells[cell], found | {"machine": report.machine("cpu")})
+                    found = finetune_cell(models, folder, settings, cell, count, deadline)
+                    report.write_json(cells[cell], found | {"machine": report.machine(settings.device)})
                     print(f"{' '.join(map(str, cell))}: learning rate {found['rate']:g}", flush=True)
                     break
         else:
@@ -254,10 +274,10 @@ def compared(a: NDArray[Any], b: NDArray[Any] | None, labels: NDArray[Any]) -> d
 
 
 @torch.no_grad()
-def sentence_vectors(folder: Path, text: Text, name: str, seed: int, texts: list[str]) -> NDArray[np.float32]:
+def sentence_vectors(models: Path, text: Text, name: str, seed: int, texts: list[str]) -> NDArray[np.float32]:
     """Mean-pooled last states of texts, (texts, D), of length 1."""
     variant = pretraining.make_variant(text, time_to_loss.MODELS["hf_bert" if name == "hf_bert" else "fast"])
-    model = type(variant.model).from_pretrained(pretraining.model_folder(folder / "models", name, seed)).eval()
+    model = type(variant.model).from_pretrained(pretraining.model_folder(models, name, seed)).eval()
     vectors = []
     for at in range(0, len(texts), 64):
         samples = encoded(text, texts[at : at + 64])
@@ -285,8 +305,9 @@ def encoded(text: Text, texts: list[str]) -> list[list[int]]:
     return [[first, *encode_prefix(encoder, each, room), last] for each in texts]
 
 
-def neighbours(folder: Path, text: Text, models: int, limit: int | None) -> dict[str, Any]:
+def neighbours(models: Path, text: Text, setup: pretraining.Setup) -> dict[str, Any]:
     """Share of test leads whose nearest train lead has their topic, by model and seed; and three of them to read."""
+    limit = setup.documents
     rows = labelled("topics", Path())
     known = [row for row in rows if part_of(row.text) == "train"][:limit]
     asked = [row for row in rows if part_of(row.text) == "test"][:limit]
@@ -298,7 +319,8 @@ def neighbours(folder: Path, text: Text, models: int, limit: int | None) -> dict
 
     found = {"word pieces": [nearest(word_piece_vectors(text, texts))]}
     for name in MODELS:
-        found[name] = [nearest(sentence_vectors(folder, text, name, seed, texts)) for seed in range(1, models + 1)]
+        seeds = range(1, setup.seeds + 1)
+        found[name] = [nearest(sentence_vectors(models, text, name, seed, texts)) for seed in seeds]
     shares = {name: [float((topics[0][at] == topics[1]).mean()) for at in each] for name, each in found.items()}
     examples = [
         {"text": asked[i].text[:70]} | {name: known[found[name][0][i]].text[:70] for name in found} for i in range(3)
@@ -333,7 +355,7 @@ def change(difference: NDArray[np.float64], masked: NDArray[np.int64]) -> dict[s
     return {"mean": float(difference.sum() / masked.sum()), **pretraining.bootstrap(draw)}
 
 
-def extrapolate(folder: Path, text: Text, setup: pretraining.Setup) -> dict[str, Any]:
+def extrapolate(models: Path, text: Text, setup: pretraining.Setup) -> dict[str, Any]:
     """Losses of the seeds by model and length, and differences of ours to the training length."""
     trained = setup.shape.length
     lengths = [times * (trained - 2) + 2 for times in TIMES]
@@ -347,7 +369,7 @@ def extrapolate(folder: Path, text: Text, setup: pretraining.Setup) -> dict[str,
     for name, some in (("fast", lengths), ("hf_bert", [trained])):
         variant, by_seed = pretraining.make_variant(text, time_to_loss.MODELS[name]), []
         for seed in range(1, setup.seeds + 1):
-            path = pretraining.model_folder(folder / "models", name, seed)
+            path = pretraining.model_folder(models, name, seed)
             variant.model.load_state_dict(type(variant.model).from_pretrained(path).state_dict())
             variant.model.eval()
             by_seed.append([[variant.evaluate(cut(each, text, length - 2)) for each in reviews] for length in some])
@@ -360,15 +382,17 @@ def extrapolate(folder: Path, text: Text, setup: pretraining.Setup) -> dict[str,
     return {"losses": means, "differences": differences, "reviews": len(reviews), "masked": int(masked.sum())}
 
 
-def report_all(args: argparse.Namespace, argv: list[str], settings: Settings, plan: Plan, text: Text) -> str:
-    """Write JSON, Markdown and picture of finished cells; returns the last line."""
-    setup, folder = plan.setup, args.folder
-    cells = finetune_all(folder, settings, setup.seeds, Deadline(math.inf))
+def report_all(
+    args: argparse.Namespace, argv: list[str], settings: Settings, plan: Plan, text: Text, cells: dict[Cell, Any]
+) -> str:
+    """Write JSON, Markdown and picture; returns the last line."""
+    setup = plan.setup
     measured: list[dict[str, Any]] = []
     for task, metric in TASKS.items():
-        labels = read_labels(folder / "tasks", task)
+        labels = read_labels(args.folder / "quality" / "tasks", task)
         for rows in settings.rows:
-            predicted = {name: np.array(cells[task, rows, name]["predicted"], labels.dtype) for name in MODELS}
+            kind = float if metric == "pearson" else str
+            predicted = {name: np.array(cells[task, rows, name]["predicted"], kind) for name in MODELS}
             for name, each in predicted.items():
                 row = {"task": task, "rows": rows, "name": name, "metric": metric, "tested": len(labels)}
                 row |= {"rate": cells[task, rows, name]["rate"], "tried": cells[task, rows, name]["tried"]}
@@ -376,7 +400,7 @@ def report_all(args: argparse.Namespace, argv: list[str], settings: Settings, pl
                 if name != "fast":
                     row["difference"] = compared(predicted["fast"], each, labels)
                 measured.append(row)
-    near, above = neighbours(folder, text, setup.seeds, text.setup.documents), extrapolate(folder, text, setup)
+    near, above = neighbours(plan.folder, text, setup), extrapolate(plan.folder, text, setup)
     pretrained = {name: plan.curves(name) for name in ("fast", "hf_bert")}
     for row in measured:
         row["differs"] = (
@@ -461,7 +485,7 @@ def main(argv: list[str]) -> None:
     """Do what is left, and report."""
     parser = pretraining.options(__doc__, "runs/learning")
     args = parser.parse_args(argv)
-    settings, deadline = TOY if args.toy else Settings(), Deadline(args.hours)
+    settings, deadline = replace(TOY if args.toy else Settings(), device=args.device), Deadline(args.hours)
     setup = replace(time_to_loss.TOY if args.toy else time_to_loss.MODELS_SETUP, device=args.device)
     print(f"# {report.described(report.machine(args.device))}", flush=True)
     text = time_to_loss.reviews_and_leads(args.folder, setup)
@@ -469,24 +493,22 @@ def main(argv: list[str]) -> None:
     missing = [name for name in ("fast", "hf_bert") if len(plan.curves(name)) < setup.seeds]
     if missing:
         sys.exit(
-            f"{args.folder} holds no finished {' and '.join(missing)}; first run "
-            f"python -m benchmarks.learning.time_to_loss models --only {' '.join(missing)} --folder {args.folder}"
+            f"{args.folder} holds no finished {' and '.join(missing)}; first run python -m benchmarks.learning."
+            f"time_to_loss models --only {' '.join(missing)} --folder {args.folder}{' --toy' * args.toy}"
         )
-    vader = args.folder / "vaderSentiment-3.3.2.tar.gz"
-    with locked(args.folder / "tasks", wait=True):
+    folder = args.folder / "quality"
+    pretraining.keep_settings(folder, settings)
+    with locked(folder / "tasks", wait=True):  # another command may read what exists
         for seed in range(1, setup.seeds + 1):
             torch.manual_seed(seed)
-            fresh = pretraining.make_variant(text, time_to_loss.MODELS["fast"])
-            pretraining.save_model(args.folder / "models", "untrained", seed, fresh, text)
-        if not vader.exists():
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            subprocess.run([*pip, "vaderSentiment==3.3.2", "--dest", str(args.folder)], check=True)
-        write_tasks(args.folder / "tasks", settings, vader)
-    try:
-        finetune_all(args.folder, settings, setup.seeds, deadline)
-    except SystemExit as stopped:
-        sys.exit(str(stopped))
-    print(report_all(args, argv, settings, plan, text))
+            if not pretraining.model_folder(plan.folder, "untrained", seed).exists():
+                fresh = pretraining.make_variant(text, time_to_loss.MODELS["fast"])
+                pretraining.save_model(plan.folder, "untrained", seed, fresh, text)
+        if not (folder / "tasks").exists():
+            write_tasks(folder / "tasks.new", settings, sdist_of_vader(args.folder))
+            (folder / "tasks.new").rename(folder / "tasks")
+    cells = finetune_all(plan.folder, folder, settings, setup.seeds, deadline)
+    print(report_all(args, argv, settings, plan, text, cells))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Bytes count each tensor that a part reads or writes once, in bf16, with weights 
 Letters: T tokens, M masked tokens, D hidden size, N heads, I width of the gated unit, L layers, V vocabulary.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.variants import Shape, c4_like_lengths
 from src.bert_layers import BertForMaskedLM
 from src.configuration_bert import MosaicBertConfig
-from src.train.muon import ITERATIONS, newton_schulz_flops
+from src.train.muon import newton_schulz_flops
 from src.train.optim import muon
 
 EFFICIENCY = {"products": 0.95, "attention": 0.45}
@@ -37,6 +37,7 @@ SETTINGS |= {(512, 128, "c4"): "500,000", (2048, 32, "1.0"): "420,000"}
 GPUS = (1, 8, 64)
 """That share the step's batch."""
 SOAP_SIDE = 3072
+"""Longest side of a matrix that SOAP preconditions."""
 
 
 @dataclass(frozen=True)
@@ -144,25 +145,13 @@ def optimizers() -> str:
         for side in (side for side in (r, c) if side <= SOAP_SIDE):
             soap += 3 * 2 * r * c * side + (2 + 8 / 3) * side**3 / 10
     optimizer = muon(model, 1e-3)
-    flops, alike = newton_schulz_flops(optimizer), Counter[tuple[int, torch.Size]]()
-    for group in optimizer.param_groups:
-        alike.update((group["parts"], p.shape) for p in group["params"] if group["parts"])
-    elements = sum(count * shape.numel() for (_, shape), count in alike.items())
-
-    def share(gpus: int) -> float:
-        """Of Muon's FLOPs, on the GPU that has most."""
-        most = 0
-        for (parts, (rows, columns)), count in alike.items():
-            m, n = sorted((rows // parts, columns))
-            most += -(-parts * count // gpus) * ITERATIONS * (4 * m * m * n + 2 * m**3)
-        return most / flops
-
+    elements = sum(p.numel() for group in optimizer.param_groups if group["parts"] for p in group["params"])
     rows: list[dict[str, Any]] = [
         {"name": "AdamW", "flops": 0, "state": 8, "gathered": 0, **dict.fromkeys((f"on_{n}" for n in GPUS), 0)},
-        {"name": "Muon", "flops": flops, "state": 4, "gathered": 2 * elements},
+        {"name": "Muon", "flops": newton_schulz_flops(optimizer), "state": 4, "gathered": 2 * elements},
         {"name": "SOAP", "flops": soap, "state": 8, "gathered": 0, **{f"on_{n}": n * soap / step for n in GPUS}},
     ]
-    rows[1] |= {f"on_{n}": n * share(n) * flops / step for n in GPUS}
+    rows[1] |= {f"on_{n}": n * newton_schulz_flops(optimizer, n) / step for n in GPUS}
     titles = ["optimizer", "TFLOP per step", *(f"added on {n} GPU{'s' * (n > 1)}" for n in GPUS)]
     titles += ["gathered, MB", "state, bytes per weight"]
     cells = [f"{{on_{n}:.1%}}" for n in GPUS]

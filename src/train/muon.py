@@ -5,7 +5,7 @@ arXiv 2502.16982, whose scale (section 2.2) lets both parts use one learning rat
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -140,15 +140,16 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def newton_schulz_flops(optimizer: torch.optim.Optimizer) -> int:
-    """FLOPs of a step's matrix products, of all processes together; 0 of other optimizers.
+def newton_schulz_flops(optimizer: torch.optim.Optimizer, processes: int = 1) -> int:
+    """FLOPs of a step's matrix products, in the process that has most; 0 of other optimizers.
 
     An iteration on an (m, n) matrix, m <= n, has products of 2 m m n, 2 m m m and 2 m m n FLOPs.
     """
     flops = 0
     for group in optimizer.param_groups:
         parts = group.get("parts", 0)
-        for p in group["params"] if parts else ():
-            m, n = sorted((p.shape[0] // parts, p.shape[1]))
-            flops += parts * ITERATIONS * (4 * m * m * n + 2 * m**3)
+        alike = Counter(p.shape for p in group["params"] if parts)
+        for (rows, columns), count in alike.items():
+            m, n = sorted((rows // parts, columns))
+            flops += -(-parts * count // processes) * ITERATIONS * (4 * m * m * n + 2 * m**3)
     return flops

@@ -75,14 +75,14 @@ def validate(config: RunConfig) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     warmup, decay = schedule_shares(scheduler, config, steps, epoch, dataset.epoch_size, per_sample)
     flops = model.flops_per_batch(batch) / tokens
-    added = newton_schulz_flops(optimizer) / (flops * per_sample * sequences)
+    devices = dist.get_world_size()
+    added = newton_schulz_flops(optimizer, devices) / (flops * per_sample * sequences / devices)
     lines = {
         "parameters": f"{parameters:,}",
         "optimizer": f"{config.optimizer.name}: {optimizer_groups(optimizer)}",
         "training data": f"{dataset.size:,} samples of {per_sample:.1f} tokens, of at most {config.max_seq_len}",
         **({"mixture": mixture(dataset)} if config.train_loader.streams else {}),
-        "global batch": f"{sequences:,} samples, about {per_sample * sequences:,.0f} tokens, "
-        f"over {dist.get_world_size()} devices",
+        "global batch": f"{sequences:,} samples, about {per_sample * sequences:,.0f} tokens, over {devices} devices",
         "steps": f"{steps:,}, {steps / epoch:.2f} epochs",
         "schedule": f"{warmup:.1%} warmup, {decay:.1%} decay",
         "work": f"{flops / 1e6:,.1f} MFLOP per token, forward and backward"

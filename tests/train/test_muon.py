@@ -341,6 +341,18 @@ def test_flops_of_the_products():
     assert counter.get_total_flops() == newton_schulz_flops(optimizer) > 0
 
 
+def test_flops_of_a_share(monkeypatch):
+    """Counted by torch, of the first of 3 processes, which has most; of many, one matrix of each shape and group."""
+    group, model = Gathering(3), small_model()
+    monkeypatch.setattr(muon, "dist", group)
+    optimizer = optim.muon(model, lr=LR)
+    set_gradients(model, 0)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == newton_schulz_flops(optimizer, 3) < newton_schulz_flops(optimizer)
+    assert newton_schulz_flops(optimizer, 100) == newton_schulz_flops(optimizer, 1000) > 0
+
+
 @pytest.mark.parametrize(
     ("make", "options", "text"),
     [
